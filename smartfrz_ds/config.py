@@ -1,0 +1,348 @@
+"""The "smartfrz" section of a DeepSpeed JSON: every key, type, default, range and meaning.
+
+The table of docs/configuration.md is made from here: `python -m smartfrz_ds.config docs/configuration.md`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import hjson  # type: ignore[import-untyped]
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+SECTION = "smartfrz"
+# A mapping without "smartfrz" that has one of these is a whole DeepSpeed config: none of them is a key of ours.
+DEEPSPEED_KEYS = frozenset(
+    {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_optimization", "optimizer", "fp16", "bf16"}
+)
+TABLE_BEGIN = "<!-- table: begin (made from smartfrz_ds/config.py) -->"
+TABLE_END = "<!-- table: end -->"
+
+
+def _key(default: Any, allowed: str, meaning: str, **limits: Any) -> Any:
+    """A pydantic field: `allowed` and `meaning` are the words of the errors and of the documentation; `limits` enforce them."""
+    return Field(default=default, description=meaning, json_schema_extra={"allowed": allowed}, **limits)
+
+
+def _list_to_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Patterns = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_list_to_tuple)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+class _Section(BaseModel):
+    # strict: "50" and true are no integers. Non-finite numbers are refused everywhere.
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class AttentionSettings(_Section):
+    """`smartfrz.attention`: SmartFRZ's attention predictor."""
+
+    predictor: str | None = _key(
+        None, "a path of a .safetensors file, or null", "Weights made by `smartfrz train-predictor`; null: the shipped ones.", min_length=1
+    )
+    threshold: float | None = _key(
+        None,
+        "a number in (0, 1), or null",
+        "A layer counts as converged from this probability on; null: the predictor file's own.",
+        gt=0,
+        lt=1,
+    )
+    patience: int = _key(2, "an integer >= 1", "Freezing stages in a row that must agree before a layer freezes.", ge=1)
+
+
+class LinearSettings(_Section):
+    """`smartfrz.linear`: front layers freeze one after the other, evenly between two steps."""
+
+    start_step: NonNegative | None = _key(
+        None, "an integer >= 0, or null", "The step at which freezing begins; null: chosen from the length of the run."
+    )
+    end_step: NonNegative | None = _key(
+        None,
+        "an integer > start_step, or null",
+        "The step by which `max_frozen_fraction` of the layers are frozen; null: chosen from the length of the run.",
+    )
+
+    @model_validator(mode="after")
+    def _end_after_start(self) -> LinearSettings:
+        if self.end_step is not None and self.end_step <= (self.start_step or 0):
+            raise ValueError(f"end_step: got {self.end_step}; allowed: an integer > start_step ({self.start_step or 0}), or null")
+        return self
+
+
+class ManualSettings(_Section):
+    """`smartfrz.manual`: nothing freezes by itself, only `engine.smartfrz.freeze(names)` does; no keys."""
+
+
+class FreezeConfig(_Section):
+    """The settings of a run. Made with `FreezeConfig.load`; immutable, and the same on every rank (`digest`)."""
+
+    enabled: bool = _key(True, "true or false", "false: the engine trains as if smartfrz_ds were not there.")
+    dry_run: bool = _key(False, "true or false", "Decide and log, freeze nothing.")
+    policy: Literal["attention", "linear", "manual"] = _key(
+        "attention", "'attention', 'linear' or 'manual'", "Who decides. Its own settings stand in the sub-section of its name."
+    )
+    layers: Literal["auto"] | Annotated[Patterns, Field(min_length=1)] = _key(
+        "auto",
+        "'auto' or a list of one or more name patterns",
+        "The freezable layers, front to back: found by the model's structure, or listed as patterns of names (`*` matches anything).",
+    )
+    keep_active: Patterns = _key((), "a list of name patterns", "Layers that never freeze, as patterns of layer names.")
+    order: Literal["front_to_back", "any"] = _key(
+        "front_to_back",
+        "'front_to_back' or 'any'",
+        "front_to_back: a layer freezes only when all before it are frozen (only a frozen prefix stops back-propagation).",
+    )
+    tied: Literal["train", "freeze"] = _key(
+        "train",
+        "'train' or 'freeze'",
+        "Weights that a frozen layer shares with an active one: train: they go on training through the active one; freeze: frozen in both.",
+    )
+    frozen_mode: Literal["eval", "train"] = _key(
+        "eval", "'eval' or 'train'", "Mode of frozen layers: eval: no dropout, running statistics stand still; train: as the model."
+    )
+    max_frozen_fraction: float = _key(
+        0.75, "a number in (0, 1]", "At most this share of the layers is ever frozen by a policy.", gt=0, le=1
+    )
+    warmup_steps: int = _key(100, "an integer >= 0", "Steps at the start in which no policy freezes anything.", ge=0)
+    freeze_interval: int = _key(
+        50, "an integer >= 1 and >= snapshot_interval", "Steps from one freezing stage (the moment of decision) to the next.", ge=1
+    )
+    cooldown: int = _key(1, "an integer >= 0", "Freezing stages to wait after a freeze.", ge=0)
+    snapshot_interval: int = _key(
+        10, "an integer >= 1 and <= freeze_interval", "Steps from one snapshot of the sampled weights to the next.", ge=1
+    )
+    window: int = _key(30, "an integer >= 2", "Snapshots of a layer that the policy looks back on.", ge=2)
+    sample_size: int = _key(1024, "an integer >= 1", "Weights sampled of each layer, always the same ones.", ge=1)
+    total_steps: Literal["auto"] | Annotated[int, Field(ge=1)] | None = _key(
+        "auto", "an integer >= 1, 'auto' or null", "Steps of the whole run; auto: asked of the scheduler or the Trainer; null: unknown."
+    )
+    keep_state: int = _key(
+        0, "an integer >= 0", "Steps for which a frozen layer's optimizer state is kept in host memory, so that a thaw is exact.", ge=0
+    )
+    seed: int = _key(0, "an integer from 0 to 2^63 - 1", "Chooses the sampled weights.", ge=0, le=2**63 - 1)
+    log_path: str | None = _key(
+        None, "a path, or null", "JSONL file to which rank 0 appends one line an event; null: no file.", min_length=1
+    )
+    allow_untested_versions: bool = _key(False, "true or false", "Try with a DeepSpeed version outside the tested range.")
+    attention: AttentionSettings = _key(AttentionSettings(), "an object", "Settings of the policy `attention`.")
+    linear: LinearSettings = _key(LinearSettings(), "an object", "Settings of the policy `linear`.")
+    manual: ManualSettings = _key(ManualSettings(), "an object", "Settings of the policy `manual`: none.")
+
+    @model_validator(mode="after")
+    def _stage_holds_a_snapshot(self) -> FreezeConfig:
+        freeze, snapshot = self.freeze_interval, self.snapshot_interval
+        if freeze >= snapshot:
+            return self
+        if "freeze_interval" in self.model_fields_set:  # else the user wrote the other one
+            raise ValueError(f"freeze_interval: got {freeze}; allowed: an integer >= snapshot_interval ({snapshot})")
+        raise ValueError(f"snapshot_interval: got {snapshot}; allowed: an integer from 1 to freeze_interval ({freeze})")
+
+    @property
+    def policy_settings(self) -> dict[str, Any]:
+        """The chosen policy's own settings, as keyword arguments."""
+        section: _Section = getattr(self, self.policy)
+        return section.model_dump()
+
+    @classmethod
+    def load(cls, source: FreezeConfig | Mapping[str, Any] | str | Path | None = None) -> FreezeConfig:
+        """The checked settings out of whatever DeepSpeed takes as its config.
+
+        source:
+            None: all defaults.
+            str or Path: a DeepSpeed JSON file (or, as DeepSpeed allows, its text in base64). Always a whole DeepSpeed config.
+            Mapping: with a key "smartfrz": a whole DeepSpeed config; else, with one of `DEEPSPEED_KEYS`: a whole DeepSpeed config
+                that has no section of ours; else: the section itself.
+            FreezeConfig: returned as it is.
+        A whole DeepSpeed config without a "smartfrz" section means all defaults.
+
+        Raises one ValueError that lists every problem: key, value, what is allowed; for a file, its path and what is wrong with it.
+        """
+        if isinstance(source, FreezeConfig):
+            return source
+        section = _find_section(source)
+        try:
+            return cls.model_validate(section)
+        except ValidationError as error:
+            raise ValueError("\n".join(_problems(error, section))) from None
+
+
+def digest(config: FreezeConfig) -> str:
+    """sha256 (64 hex digits) of the settings that all ranks must share: all but `log_path`."""
+    data = config.model_dump(mode="json", exclude={"log_path"})
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def to_markdown() -> str:
+    """The table of all keys, one row each, sub-sections dotted."""
+    rows = ["| key | default | allowed | meaning |", "| --- | --- | --- | --- |"]
+    for name, field in FreezeConfig.model_fields.items():
+        if isinstance(field.default, _Section):
+            continue
+        rows.append(_row(name, FreezeConfig))
+    for name, field in FreezeConfig.model_fields.items():
+        if isinstance(field.default, _Section):
+            rows += [_row(key, type(field.default), prefix=f"{name}.") for key in type(field.default).model_fields]
+    return "\n".join(rows) + "\n"
+
+
+def update_docs(text: str) -> str:
+    """`text` with the table between its two markers made anew; ValueError where a marker is missing."""
+    head, begin, rest = text.partition(TABLE_BEGIN)
+    _, end, tail = rest.partition(TABLE_END)
+    if not begin or not end:
+        raise ValueError(f"the document needs the two lines {TABLE_BEGIN!r} and {TABLE_END!r}, in this order")
+    return f"{head}{begin}\n{to_markdown()}{end}{tail}"
+
+
+def _row(key: str, section: type[_Section], prefix: str = "") -> str:
+    default = json.dumps(section.model_fields[key].get_default())
+    cells = (f"`{prefix}{key}`", f"`{default}`", _allowed(key, section), section.model_fields[key].description or "")
+    return "| " + " | ".join(cells) + " |"
+
+
+def _allowed(key: str, section: type[_Section]) -> str:
+    extra = section.model_fields[key].json_schema_extra
+    assert isinstance(extra, dict), key
+    return str(extra["allowed"])
+
+
+def _find_section(source: object) -> object:
+    """The value of "smartfrz", unchecked; {} where there is none. The rules are those of `FreezeConfig.load`."""
+    if source is None:
+        return {}
+    if isinstance(source, str | Path):
+        whole, where = _read(source)
+        is_section = False
+    elif isinstance(source, Mapping):
+        whole, where = source, "config"
+        is_section = not DEEPSPEED_KEYS.intersection(source)
+    else:
+        raise ValueError(f"config: got {type(source).__name__}; allowed: a path, a dict, a FreezeConfig or None")
+    if SECTION in whole:
+        return whole[SECTION]
+    # A section that is silently not read would be a run that silently has other settings.
+    near = get_close_matches(SECTION, [key for key in whole if isinstance(key, str)], n=1, cutoff=0.75)
+    if near:
+        raise ValueError(f"{where}: {near[0]}: unknown key; did you mean {SECTION!r}?")
+    if is_section:
+        return dict(whole)
+    # "enabled" and "seed" are too common a name to be surely meant for us.
+    stray = [key for key in FreezeConfig.model_fields if key in whole and key not in ("enabled", "seed")]
+    if stray:
+        raise ValueError(
+            f"{where}: {', '.join(stray)}: a setting of smartfrz outside of its section; allowed: inside of {SECTION!r}: {{…}}"
+        )
+    return {}
+
+
+def _read(source: str | Path) -> tuple[Mapping[str, Any], str]:
+    """A DeepSpeed config and how to name it, read as deepspeed/runtime/config.py does: Hjson (JSON with comments) or base64."""
+    where = str(source)
+    try:
+        if not os.path.exists(source):  # Path.exists raises on a name as long as a base64 text
+            decoded = _base64_text(where)
+            if decoded is None:
+                raise ValueError("no such file")
+            text, where = decoded, "config (base64)"
+        else:
+            text = Path(source).read_text(encoding="utf-8-sig")
+        data = hjson.loads(text, object_pairs_hook=_no_duplicates)
+        if not isinstance(data, dict):
+            raise ValueError(f"got {_show(data)}; allowed: a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{where[:200]}: not a readable DeepSpeed JSON: {error}") from error
+    return data, where
+
+
+def _base64_text(source: str) -> str | None:
+    try:
+        text = base64.b64decode(source, altchars=b"-_", validate=True).decode("utf-8")
+    except (binascii.Error, ValueError):
+        return None
+    return text if text.lstrip().startswith("{") else None  # else it's the name of a file that's missing
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"duplicate keys: {', '.join(sorted({key for key in keys if keys.count(key) > 1}))}")
+    return data
+
+
+def _problems(error: ValidationError, section: object) -> list[str]:
+    """One line a wrong key, in the order found: `smartfrz.attention.threshold: got 1.7; allowed: a number in (0, 1), or null`."""
+    lines: dict[str, None] = {}  # a union reports once for each of its members
+    for item in error.errors(include_url=False):
+        path, allowed, value, hint = SECTION, _keys(FreezeConfig), section, ""
+        model: type[_Section] = FreezeConfig
+        unknown = str(item["loc"][-1]) if item["type"] in ("extra_forbidden", "invalid_key") else None
+        for part in item["loc"]:
+            if part not in model.model_fields:
+                break  # an unknown key
+            key = str(part)
+            assert isinstance(value, Mapping), path
+            path, value, field = f"{path}.{key}", value[key], model.model_fields[key]
+            if not isinstance(field.default, _Section):
+                allowed, hint = _allowed(key, model), _did_you_mean(value, _choices(field.annotation))
+                break  # what follows names a union's member or a list's index
+            model = type(field.default)
+            allowed = _keys(model)
+        if unknown is not None:
+            hint = _did_you_mean(unknown, model.model_fields) or _elsewhere(unknown)
+            shown = unknown if unknown.isprintable() else _show(unknown)
+            lines[f"{path}.{shown}: unknown key; {hint}allowed: {', '.join(model.model_fields) or 'none'}"] = None
+        elif item["type"] == "value_error":  # one of our checks across keys, which names the key itself
+            lines[f"{path}.{item['ctx']['error']}"] = None
+        else:
+            lines[f"{path}: got {_show(value)}; {hint}allowed: {allowed}"] = None
+    return list(lines)
+
+
+def _keys(section: type[_Section]) -> str:
+    return f"an object with the keys {', '.join(section.model_fields)}" if section.model_fields else "an empty object"
+
+
+def _choices(annotation: object) -> list[str]:
+    """The words of all Literals in an annotation."""
+    return [word for arg in get_args(annotation) for word in ([arg] if isinstance(arg, str) else _choices(arg))]
+
+
+def _did_you_mean(value: object, choices: Iterable[str]) -> str:
+    near = get_close_matches(value.lower(), choices, n=1) if isinstance(value, str) else []
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def _elsewhere(key: str) -> str:
+    """Where a key stands that was written one level too high or too low, as 'threshold' for 'attention.threshold'."""
+    if key in FreezeConfig.model_fields:
+        return f"did you mean '{SECTION}.{key}'? "
+    for name, field in FreezeConfig.model_fields.items():
+        if isinstance(field.default, _Section) and key in type(field.default).model_fields:
+            return f"did you mean '{SECTION}.{name}.{key}'? "
+    return ""
+
+
+def _show(value: object) -> str:
+    """A value as the user wrote it in JSON ("50" is not 50, true is not 1), shortened."""
+    text = json.dumps(value, default=repr, skipkeys=True, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m smartfrz_ds.config docs/configuration.md")
+    target = Path(sys.argv[1])
+    target.write_text(update_docs(target.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,75 @@
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from smartfrz_ds.cli import app
+
+
+def run(*args: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, list(args))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_version() -> None:
+    code, out, _ = run("--version")
+    assert code == 0
+    assert out.startswith(f"smartfrz {version('smartfrz_ds')} (deepspeed {version('deepspeed')}")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"), [((), "check-config"), (("check-config",), "DeepSpeed JSON"), (("train-predictor",), "--cache")]
+)
+def test_help(args: tuple[str, ...], words: str) -> None:
+    code, out, _ = run(*args, "--help")
+    assert code == 0
+    assert words in out
+
+
+def test_check_config_prints_what_a_run_would_use(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text('{"train_batch_size": 8, "smartfrz": {"policy": "linear", "linear": {"end_step": 90}, "window": 30}}')
+    code, out, _ = run("check-config", str(file))
+    lines = [line.split() for line in out.splitlines()]
+    assert code == 0
+    assert ["smartfrz.policy", '"linear"'] in lines
+    assert ["smartfrz.linear.end_step", "90"] in lines
+    assert ["smartfrz.window", "30", "(default)"] in lines
+    assert "attention" not in out  # of another policy
+    assert out.splitlines()[-1] == f"{file}: ok"
+
+
+def test_check_config_says_when_freezing_is_off(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text('{"smartfrz": {"enabled": false}}')
+    assert run("check-config", str(file))[1].splitlines()[-1] == f"{file}: ok, freezing is switched off"
+
+
+def test_check_config_lists_all_problems(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text('{"smartfrz": {"window": 1, "polcy": "linear"}}')
+    code, out, err = run("check-config", str(file))
+    assert (code, out) == (2, "")
+    assert err.startswith("error: smartfrz.window: got 1; allowed: an integer >= 2\nsmartfrz.polcy: unknown key; did you mean 'policy'?")
+
+
+def test_installed_command_ends_without_a_traceback() -> None:
+    command = Path(sys.executable).with_name("smartfrz")
+    result = subprocess.run([command, "check-config", "no/such.json"], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1] == "error: no/such.json: not a readable DeepSpeed JSON: no such file"
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "args", [["--out", "weights.bin"], ["--out", "w.safetensors", "--seed", "-1"], ["--out", "w.safetensors", "--seed", "x"], []]
+)
+def test_train_predictor_refuses_bad_arguments(args: list[str]) -> None:
+    code, out, err = run("train-predictor", *args)
+    assert (code, out) == (2, "")
+    assert "--out" in err or "--seed" in err
