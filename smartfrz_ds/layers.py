@@ -1,0 +1,619 @@
+"""The ordered, freezable layers of any model: found by structure or listed by hand, and what freezing means on the side of the modules.
+
+Order is read off the structure here and checked in the first forward (`OrderCheck`). Nothing in this file knows an engine: which
+weights leave the optimizer is said by `trainable_after_freeze`, how they leave it is the backend's work.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from functools import partial
+from itertools import pairwise
+from math import prod
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from smartfrz_ds.policies.base import LayerKind
+
+TiedMode = Literal["train", "freeze"]
+FrozenMode = Literal["eval", "train"]
+_LISTS = (nn.ModuleList, nn.Sequential)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One freezable unit of a model. Compared by identity.
+
+    name: unique in the model: the path of its module, or "embeddings" or "head" where it gathers several.
+    kind: "embedding" (in front of the blocks of its tower), "block" or "head" (the last layer).
+    position: index in the model's layers, 0 is the front.
+    modules: the largest modules that lie wholly in this layer, norms and dropouts with them.
+    params: the model's own parameters, each in exactly one layer of the model: those that were trainable when the layers were found.
+    tied: those of `params` that a layer behind uses too.
+    borrowed: trainable parameters that this layer uses and a layer in front owns (the other side of `tied`).
+    """
+
+    name: str
+    kind: LayerKind
+    position: int
+    modules: tuple[nn.Module, ...]
+    params: tuple[nn.Parameter, ...]
+    tied: tuple[nn.Parameter, ...] = ()
+    borrowed: tuple[nn.Parameter, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        """Number of weights in `params`, partitioned by ZeRO-3 or not."""
+        return sum(_numel(p) for p in self.params)
+
+
+def find_layers(model: nn.Module, patterns: str | Sequence[str] = "auto") -> tuple[Layer, ...]:
+    """The layers of `model`, front to back, the head last. Every trainable parameter is in exactly one of them.
+
+    patterns: "auto", or names front to back.
+      "auto": the repeated blocks (items of a ModuleList or Sequential whose class occurs more than once) are a layer each, stages that
+      hold such blocks are opened; what is registered before the first block is "embeddings", what is behind the last is "head".
+      A model without repeated blocks gives a layer for each child that has weights, in the order of registration.
+      Names: globs (`*`, `?`, `[...]`) that are matched part by part on the dotted names of modules and parameters, from the root:
+      `encoder.layer.*` matches `encoder.layer.3`, neither `encoder.layer.3.output` nor `bert.encoder.layer.3`. Every match is a layer;
+      several matches of one pattern keep the model's order (`layer.9` before `layer.10`). Weights that nothing matches go to the head.
+
+    A parameter that several layers use belongs to the front one. Layers whose parameters the user froze are listed with `params == ()`.
+    Raises ValueError: no trainable parameter; no order can be read off the structure; a pattern matches nothing with weights, or
+    something that an earlier pattern has taken.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("the model has no trainable parameter: there is nothing to freeze")
+    if isinstance(patterns, str) and patterns != "auto":
+        raise ValueError(f'smartfrz.layers is {patterns!r}: it must be "auto" or a list of names, front to back')
+    groups = (_stacked(model) or _plain(model)) if patterns == "auto" else _listed(model, patterns)
+    return _build(model, groups)
+
+
+def match_layers(patterns: Iterable[str], layers: Sequence[Layer], key: str) -> tuple[Layer, ...]:
+    """Those of `layers` whose whole name matches one of the globs (here `*` spans dots), in the order of the layers.
+
+    Raises ValueError that names `key` (for example "smartfrz.keep_active") when a pattern matches no layer.
+    """
+    names = [layer.name for layer in layers]
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = [name for name in names if fnmatchcase(name, pattern)]
+        if not hits:
+            raise ValueError(f"{key}: {pattern!r} matches no layer; {_nearest(pattern, names)}")
+        found.update(hits)
+    return tuple(layer for layer in layers if layer.name in found)
+
+
+# ---- what freezing means for the modules -----------------------------------------------------------------------------------------
+
+
+def check_tied(layers: Sequence[Layer], tied: TiedMode) -> None:
+    """Refuse, at start, weights whose use can't be cut out of backward alone.
+
+    With tied == "train" the front layer's use of a shared weight is cut at the module that owns it. Without touching anything else that
+    works where the module's input carries no gradient: embeddings (integer input). Raises ValueError for any other owner.
+    """
+    if tied == "freeze":
+        return
+    for layer in layers:
+        cut = {id(p) for leaf in _tied_embeddings(layer) for p in leaf.parameters(recurse=False)}
+        stuck = [p for p in layer.tied if id(p) not in cut]
+        if stuck:
+            raise ValueError(
+                f"smartfrz.tied is 'train', but layer {layer.name!r} shares a weight of shape {_shape(stuck[0])} with a layer behind it "
+                "outside an embedding: only an embedding's use of a weight can be cut out of backward. Allowed here: 'freeze'"
+            )
+
+
+def freeze_modules(layer: Layer, mode: FrozenMode = "eval", tied: TiedMode = "train") -> None:
+    """Make the layer's modules behave as frozen. Calling it twice is once.
+
+    mode: "eval": no dropout and running statistics stand still, also after model.train(); "train": modules are left as they are.
+    tied: "train": an embedding's use of a shared weight is cut out of backward, so that only the other users train it.
+    `requires_grad`, gradients and the optimizer are the backend's. The hooks are part of the modules: they add no key to state_dict and
+    go along with pickle and deepcopy.
+    """
+    before = _remove_hooks(layer)
+    for top in layer.modules if mode == "eval" else ():
+        was_training = top.training
+        for module in top.modules():
+            own_eval = before[module].own_eval if module in before else was_training and not module.training
+            module.register_forward_pre_hook(_StayEval(own_eval))
+        top.eval()
+    for leaf in _tied_embeddings(layer) if tied == "train" else ():
+        leaf.register_forward_hook(_cut_use)
+
+
+def thaw_modules(layer: Layer, training: bool = True) -> None:
+    """Undo `freeze_modules`. training: the flag of the whole model (`model.training`), which the layer's modules take again;
+    modules inside that were in eval on their own before the freeze stay so."""
+    for module, hook in _remove_hooks(layer).items():
+        module.training = training and not hook.own_eval
+
+
+def trainable_after_freeze(frozen: Collection[Layer], layers: Sequence[Layer], tied: TiedMode) -> tuple[nn.Parameter, ...]:
+    """The parameters that must leave the optimizer (and no longer be trained) when exactly `frozen` are frozen, in the model's order.
+
+    tied == "train": a shared weight stays while one of the layers that use it is active. tied == "freeze": it goes with its front layer.
+    """
+    still_used = {id(p) for layer in layers if layer not in frozen for p in layer.borrowed} if tied == "train" else set()
+    return tuple(p for layer in layers if layer in frozen for p in layer.params if id(p) not in still_used)
+
+
+class _StayEval:
+    """Forward pre-hook: back to eval whatever model.train() did. A class, so that it can be found again in a pickled or copied model."""
+
+    def __init__(self, own_eval: bool) -> None:
+        self.own_eval = own_eval  # the user had put this module, but not the layer, into eval
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if module.training:
+            module.eval()
+
+
+def _cut_use(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output.detach()
+
+
+def _remove_hooks(layer: Layer) -> dict[nn.Module, _StayEval]:
+    # Handles would not survive a copy of the model; torch/nn/modules/module.py keeps the hooks in these two dicts.
+    removed = {}
+    for module in (m for top in layer.modules for m in top.modules()):
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, _StayEval):
+                removed[module] = hook
+                del module._forward_pre_hooks[key]
+        for key in [k for k, hook in module._forward_hooks.items() if hook is _cut_use]:
+            del module._forward_hooks[key]
+    return removed
+
+
+def _tied_embeddings(layer: Layer) -> list[nn.Module]:
+    shared = {id(p) for p in (*layer.tied, *layer.borrowed)}
+    return [
+        m
+        for top in layer.modules
+        for m in top.modules()
+        if isinstance(m, nn.Embedding | nn.EmbeddingBag) and any(id(p) in shared for p in m.parameters(recurse=False))
+    ]
+
+
+# ---- is the order right? ---------------------------------------------------------------------------------------------------------
+
+
+class OrderCheck:
+    """Compares the order of the layers with the order in which the first forward of `model` uses them; then it removes its hooks.
+
+    A layer counts from its first use, the head from the last of its parts. An embedding must come before the layer behind it (a decoder's
+    embedding may run before the encoder). Layers that the forward does not call as modules are left out.
+    When the orders differ: ValueError with both, out of that forward (strict), or a UserWarning. A head of which only a part runs earlier
+    always warns: while it is active, back-propagation runs up to that part.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], strict: bool = True) -> None:
+        self.done = False
+        self._names = [layer.name for layer in layers]
+        self._kinds = [layer.kind for layer in layers]
+        self._strict = strict
+        self._used: list[tuple[int, int]] = []  # (position of the layer, number of the module), by first use
+        owner = {module: layer.position for layer in reversed(layers) for top in layer.modules for module in top.modules()}
+        self._handles = [
+            module.register_forward_pre_hook(partial(self._note, position, number))
+            for number, (module, position) in enumerate(owner.items())
+            if next(module.parameters(recurse=False), None) is not None
+        ]
+        # first of all pre-hooks of the root, which may be a layer's module itself
+        self._handles.append(model.register_forward_pre_hook(self._start, prepend=True))
+        self._handles.append(model.register_forward_hook(self._compare))
+
+    def remove(self) -> None:
+        """Take the hooks away; nothing will be compared any more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _start(self, module: nn.Module, args: Any) -> None:
+        self._used.clear()  # whatever ran outside a whole forward, or in one that failed
+
+    def _note(self, position: int, number: int, module: nn.Module, args: Any) -> None:
+        if (position, number) not in self._used:
+            self._used.append((position, number))
+
+    def _compare(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.remove()
+        self.done = True
+        first: dict[int, int] = {}
+        last: dict[int, int] = {}
+        for rank, (position, _) in enumerate(self._used):
+            first.setdefault(position, rank)
+            last[position] = rank
+        seen = sorted(first)
+        rank_of: dict[int, float] = {p: last[p] if self._kinds[p] == "head" else first[p] for p in seen}
+        for p, behind in reversed(list(pairwise(seen))):
+            if self._kinds[p] == "embedding" and rank_of[p] < rank_of[behind]:
+                rank_of[p] = rank_of[behind] - 0.5 ** (behind - p)  # runs early enough, however early
+        actual = sorted(seen, key=rank_of.__getitem__)
+        if actual != seen:
+            self._tell(
+                "the forward uses the layers in another order than the model's structure shows.\n"
+                f"  structure: {self._list(seen)}\n  forward:   {self._list(actual)}\n"
+                f'List them by hand, front to back: "smartfrz": {{"layers": [...]}}',
+                self._strict,
+            )
+        elif len(seen) > 1 and self._kinds[seen[-1]] == "head" and first[seen[-1]] < first[seen[-2]]:
+            self._tell(
+                f"a part of layer {self._names[seen[-1]]!r} runs before other layers: while it is active, back-propagation runs up to that "
+                'part. To give it to a layer in front, list the layers by hand: "smartfrz": {"layers": [...]}',
+                strict=False,
+            )
+
+    def _list(self, positions: Sequence[int]) -> str:
+        return ", ".join(self._names[p] for p in positions)
+
+    def _tell(self, message: str, strict: bool) -> None:
+        if strict:
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=2)
+
+
+# ---- finding the layers ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Group:
+    """A layer to be: names of modules and parameters."""
+
+    name: str
+    kind: LayerKind
+    paths: list[str] = field(default_factory=list)
+
+
+def _build(model: nn.Module, groups: list[_Group]) -> tuple[Layer, ...]:
+    named: dict[str, nn.Module | nn.Parameter] = dict(model.named_parameters(remove_duplicate=False))
+    named.update(model.named_modules(remove_duplicate=False))
+    parts: list[list[nn.Module]] = []
+    uses: list[dict[nn.Parameter, None]] = []  # dicts keep the order; parameters hash by identity
+    taken: dict[nn.Parameter, int] = {}
+    kept: list[_Group] = []
+    seen: set[nn.Module] = set()
+    for group in groups:
+        modules = [m for path in group.paths if isinstance(m := named[path], nn.Module) and m not in seen]
+        seen.update(modules)
+        found = (named[path] for path in group.paths)
+        used = dict.fromkeys(p for x in found for p in ([x] if isinstance(x, nn.Parameter) else x.parameters()))
+        owners = {taken.get(p, len(kept)) for p in used}
+        if group.kind == "embedding" and used and len(kept) not in owners:
+            # nothing of its own, as a decoder's view of a shared embedding: one layer with the owner
+            front = min(owners)
+            parts[front] += modules
+            uses[front].update(used)
+            continue
+        taken.update({p: taken.get(p, len(kept)) for p in used})
+        kept.append(group)
+        parts.append(modules)
+        uses.append(used)
+    layers = []
+    for position, (group, modules, used) in enumerate(zip(kept, parts, uses, strict=True)):
+        own = [p for p in used if p.requires_grad and taken[p] == position]
+        elsewhere = {p for other in uses[position + 1 :] for p in other}
+        layers.append(
+            Layer(
+                name=group.name,
+                kind=group.kind,
+                position=position,
+                modules=tuple(modules),
+                params=tuple(own),
+                tied=tuple(p for p in own if p in elsewhere),
+                borrowed=tuple(p for p in used if p.requires_grad and taken[p] < position),
+            )
+        )
+    every = [p for layer in layers for p in layer.params]
+    assert len(every) == len(set(every)) and set(every) == {p for p in model.parameters() if p.requires_grad}
+    assert len({layer.name for layer in layers}) == len(layers)
+    return tuple(layers)
+
+
+def _stacked(model: nn.Module) -> list[_Group]:
+    """Groups of a model with repeated blocks, else []."""
+    blocks = _find_blocks(model)
+    if not blocks:
+        return []
+    block_of = {path: i for i, paths in enumerate(blocks) for path in paths}
+    above = {path.rsplit(".", n)[0] for path in block_of for n in range(1, path.count(".") + 1)} | {""}
+    fronts: dict[int, list[str]] = {}
+    head: list[str] = []
+    at = -1  # the last block that the walk has passed
+    covered = {m for path in block_of for m in model.get_submodule(path).modules()}  # a shared module counts where it stands first
+
+    def place(path: str, module: nn.Module | None) -> None:
+        if module is None or _looks_like_embedding(path, module):
+            # the first block of its tower, wherever it is registered
+            target = max(range(len(blocks)), key=lambda i: (_shared_parts(path, blocks[i][0]), -i))
+            fronts.setdefault(target, []).append(path)
+        elif at < 0:
+            fronts.setdefault(0, []).append(path)
+        elif not _has_state(module):
+            return  # a dropout or activation that may be called anywhere: nobody's
+        elif at == len(blocks) - 1:
+            head.append(path)
+        else:  # between two blocks: a stage's down-sampling, an encoder's last norm
+            behind = _shared_parts(path, blocks[at + 1][0]) > _shared_parts(path, blocks[at][0])
+            blocks[at + behind].append(path)
+
+    def walk(path: str, module: nn.Module) -> None:
+        nonlocal at
+        for name, _ in module.named_parameters(recurse=False):
+            place(_join(path, name), None)
+        for name, child in module.named_children():
+            below = _join(path, name)
+            if below in block_of:
+                at = block_of[below]
+            elif child in covered:
+                continue
+            elif below in above:
+                covered.add(child)
+                walk(below, child)
+            else:
+                covered.update(child.modules())
+                place(below, child)
+
+    walk("", model)
+    groups = []
+    for i, paths in enumerate(blocks):
+        if i in fronts:
+            # "embeddings", and of a second tower "decoder.embeddings"
+            tower = "" if i == 0 else _common_parent([*fronts[i], paths[0]])
+            groups.append(_Group(_join(tower, "embeddings"), "embedding", fronts[i]))
+        groups.append(_Group(paths[0], "block", paths))
+    if head:
+        groups.append(_Group("head", "head", head))
+    else:
+        groups[-1].kind = "head"
+    return groups
+
+
+def _find_blocks(model: nn.Module) -> list[list[str]]:
+    """Names of the repeated blocks in order, each with the weightless neighbours (Sequential only) that run behind it."""
+    lists = [m for m in model.modules() if isinstance(m, _LISTS)]
+    repeated = {c for c, n in Counter(type(item) for m in lists for item in m.children() if _is_composite(item)).items() if n > 1}
+    blocks: list[list[str]] = []
+    seen: set[nn.Module] = set()
+
+    def walk(path: str, module: nn.Module) -> None:
+        items = list(module.named_children())
+        hits = [i for i, (_, item) in enumerate(items) if isinstance(module, _LISTS) and type(item) in repeated and _is_composite(item)]
+        if not hits:
+            for name, child in items:
+                if child not in seen:
+                    seen.add(child)
+                    walk(_join(path, name), child)
+            return
+        if isinstance(module, nn.Sequential):  # its ends may be an embedding and a head
+            items = items[hits[0] : hits[-1] + 1]
+        mixed = len({tuple(_shape(p) for p in item.parameters()) for _, item in items if _is_composite(item)}) > 1
+        for name, item in items:
+            if item in seen:
+                continue
+            seen.add(item)
+            if _has_state(item):
+                blocks.extend([inner] for inner in _open_stage(_join(path, name), item, mixed))
+            elif isinstance(module, nn.Sequential) and blocks:
+                blocks[-1].append(_join(path, name))
+
+    walk("", model)
+    return blocks
+
+
+def _open_stage(path: str, item: nn.Module, mixed: bool) -> list[str]:
+    """The blocks inside when `item` is a stage, that is little more than a list of blocks of one class; else `item` itself.
+
+    mixed: the item's siblings differ in shape, as stages do (a transformer's blocks don't).
+    """
+    held = [(path, item)] if type(item) in _LISTS else [(_join(path, n), c) for n, c in item.named_children() if isinstance(c, _LISTS)]
+    for inner_path, inner in held if mixed or type(item) in _LISTS else ():
+        kids = [(_join(inner_path, name), kid) for name, kid in inner.named_children() if _has_state(kid)]
+        alike = len({type(kid) for _, kid in kids}) == 1 and all(_is_composite(kid) for _, kid in kids)
+        # a ModuleList is never called itself
+        if kids and (type(item) is nn.ModuleList or (alike and 2 * sum(_weight(k) for _, k in kids) > _weight(item))):
+            return [kid_path for kid_path, _ in kids]
+    return [path]
+
+
+def _plain(model: nn.Module) -> list[_Group]:
+    """Groups of a model without repeated blocks: a layer for each child with weights, its norms with the layer before."""
+    loose: list[str] = []  # parameters directly on a module that is opened
+    units: list[tuple[list[str], nn.Module]] = []
+    seen: set[nn.Module] = set()
+
+    def open_(path: str, module: nn.Module) -> None:
+        if isinstance(module, nn.ModuleDict) and sum(_has_state(c) for c in module.children()) > 1:
+            raise ValueError(
+                f"the layers can't be ordered: {path or 'the model'} is a ModuleDict, which says nothing of the order. {_example(model)}"
+            )
+        loose.extend(_join(path, name) for name, _ in module.named_parameters(recurse=False))
+        for name, child in module.named_children():
+            below = _join(path, name)
+            if child in seen:
+                continue
+            seen.add(child)
+            if not _has_state(child):
+                if isinstance(module, nn.Sequential) and units:
+                    units[-1][0].append(below)
+            elif _opens(below, child):
+                open_(below, child)
+            elif units and _is_vectors(child):
+                units[-1][0].append(below)
+            else:
+                units.append(([below], child))
+
+    def _opens(path: str, child: nn.Module) -> bool:
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            return True
+        direct = next(child.parameters(recurse=False), None) is not None
+        if next(child.children(), None) is None or direct or _looks_like_embedding(path, child):
+            return False
+        if isinstance(child, nn.Sequential):
+            return sum(not _is_vectors(c) for c in child.children() if _has_state(c)) > 1
+        return 2 * _weight(child) > _weight(model)  # most of the model: a backbone
+
+    open_("", model)
+    leading = next((i for i, (paths, m) in enumerate(units) if not _looks_like_embedding(paths[0], m)), len(units))
+    front = [*loose, *(path for paths, _ in units[:leading] for path in paths)]
+    groups = [_Group("embeddings", "embedding", front)] if front else []
+    groups += [_Group(paths[0], "block", paths) for paths, _ in units[leading:]]
+    if len(groups) < 2:
+        raise ValueError(
+            f"the layers can't be ordered: the model shows {len(groups)} part(s) with weights, at least 2 are needed. {_example(model)}"
+        )
+    groups[-1].kind = "head"
+    return groups
+
+
+def _listed(model: nn.Module, patterns: Sequence[str]) -> list[_Group]:
+    """Groups that the user lists."""
+    if not patterns:
+        raise ValueError('smartfrz.layers is []: it must be "auto" or name at least one layer')
+    named = {path: module for path, module in _walk("", model, set()) if path}
+    groups: list[_Group] = []
+    taken: dict[str, str] = {}
+    for pattern in patterns:
+        hits = [path for path, module in named.items() if _matches(path, pattern) and (module is None or _weight(module) > 0)]
+        if not hits:
+            raise ValueError(
+                f"smartfrz.layers: {pattern!r} matches no module or parameter with weights, part by part, from the root; "
+                f"{_nearest(pattern, list(named))}"
+            )
+        for path in hits:
+            clash = next((other for other in taken if f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.")), None)
+            if clash is not None:
+                raise ValueError(f"smartfrz.layers: {pattern!r} matches {path!r}, but {taken[clash]!r} has already taken {clash!r}")
+            groups.append(_Group(path, "block", [path]))
+        taken.update(dict.fromkeys(hits, pattern))
+    leading = True
+    for group in groups:
+        module = named[group.name]
+        leading = leading and (module is None or _looks_like_embedding(group.name, module))
+        if leading or isinstance(module, nn.Embedding):
+            group.kind = "embedding"
+    # What nobody listed: the largest modules with no listed name in them, and single parameters.
+    rest: list[str] = []
+    covered = {m for path in taken if (module := named[path]) is not None for m in module.modules()}
+
+    def gather(path: str, module: nn.Module) -> None:
+        rest.extend(p for name, _ in module.named_parameters(recurse=False) if (p := _join(path, name)) not in taken)
+        for name, child in module.named_children():
+            below = _join(path, name)
+            if child in covered:
+                continue
+            covered.add(child)
+            if any(other.startswith(f"{below}.") for other in taken):
+                gather(below, child)
+            elif _has_state(child):
+                rest.append(below)
+
+    gather("", model)
+    if rest:
+        groups.append(_Group("head" if "head" not in taken else "rest", "head", rest))
+    else:
+        groups[-1].kind = "head"
+    return groups
+
+
+# ---- small questions about modules and names -------------------------------------------------------------------------------------
+
+
+def _shape(p: Tensor) -> tuple[int, ...]:
+    # ds_shape: the whole shape of a parameter that ZeRO-3 has partitioned (deepspeed/runtime/zero/partition_parameters.py)
+    return tuple(getattr(p, "ds_shape", p.shape))
+
+
+def _numel(p: Tensor) -> int:
+    return prod(_shape(p))
+
+
+def _weight(module: nn.Module) -> int:
+    return sum(_numel(p) for p in module.parameters())
+
+
+def _has_state(module: nn.Module) -> bool:
+    """Parameters or buffers that a checkpoint holds (running statistics)."""
+    return any(m._parameters or set(m._buffers) - m._non_persistent_buffers_set for m in module.modules())
+
+
+def _is_composite(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None and next(module.parameters(), None) is not None
+
+
+def _is_vectors(module: nn.Module) -> bool:
+    """Only vectors inside, as in a norm."""
+    return all(len(_shape(p)) < 2 for p in module.parameters())
+
+
+def _looks_like_embedding(path: str, module: nn.Module) -> bool:
+    if isinstance(module, nn.Embedding):
+        return True
+    if "embed" not in path.rsplit(".", 1)[-1].lower():
+        return False
+    # a norm of the embeddings, a patch embedding; not an output projection that is called embed_out
+    return _is_vectors(module) or any(isinstance(m, nn.Embedding | nn.Conv2d) for m in module.modules())
+
+
+def _walk(path: str, module: nn.Module, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module | None]]:
+    """Every module and (as None) parameter with its name, in the order of registration; a shared module once."""
+    if module not in seen:
+        seen.add(module)
+        yield path, module
+        for name, _ in module.named_parameters(recurse=False):
+            yield _join(path, name), None
+        for name, child in module.named_children():
+            yield from _walk(_join(path, name), child, seen)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _matches(path: str, pattern: str) -> bool:
+    parts, globs = path.split("."), pattern.split(".")
+    return len(parts) == len(globs) and all(fnmatchcase(part, glob) for part, glob in zip(parts, globs, strict=True))
+
+
+def _shared_parts(a: str, b: str) -> int:
+    n = 0
+    for x, y in zip(a.split("."), b.split("."), strict=False):
+        if x != y:
+            break
+        n += 1
+    return n
+
+
+def _common_parent(paths: Sequence[str]) -> str:
+    n = min(_shared_parts(paths[0], path) for path in paths[1:])
+    return ".".join(paths[0].split(".")[:n])
+
+
+def _nearest(pattern: str, names: Sequence[str]) -> str:
+    near = get_close_matches(pattern, names, n=3, cutoff=0.3) or list(names)[:3]
+    return f"the nearest names are {', '.join(map(repr, near))}"
+
+
+def _example(model: nn.Module) -> str:
+    """How to list the layers by hand, with the model's own names."""
+    path, module = "", model
+    while True:
+        kids = [(name, kid) for name, kid in module.named_children() if _weight(kid)]
+        direct = [name for name, _ in module.named_parameters(recurse=False)]
+        if len(kids) + len(direct) != 1 or not kids:
+            break
+        path, module = _join(path, kids[0][0]), kids[0][1]
+    lists = (nn.ModuleList, nn.ModuleDict)
+    names = direct + [f"{name}.*" if isinstance(kid, lists) and len(list(kid.children())) > 1 else name for name, kid in kids]
+    listed = ", ".join(f'"{_join(path, name)}"' for name in names[:4])
+    return f'List them by hand, front to back, for example: "smartfrz": {{"layers": [{listed}]}}'
