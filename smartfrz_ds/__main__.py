@@ -1,0 +1,70 @@
+"""Run somebody's script with freezing on: `deepspeed --module smartfrz_ds train.py …` or `python -m smartfrz_ds train.py …`.
+
+For the length of this process deepspeed.initialize returns freezing engines; settings come from the script's own DeepSpeed JSON.
+"""
+
+from __future__ import annotations
+
+import functools
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+USAGE = "usage: deepspeed --module smartfrz_ds [--local_rank=N] SCRIPT.py [the script's arguments]"
+
+
+def split_arguments(arguments: list[str]) -> tuple[str, list[str]]:
+    """The script and its arguments. The launcher puts `--local_rank=N` in front of the script; scripts expect it behind.
+
+    Raises:
+        ValueError: no script, or one that isn't there.
+    """
+    front: list[str] = []
+    rest = list(arguments)
+    while rest and rest[0].startswith("-"):
+        front.append(rest.pop(0))
+        if front[-1] in ("--local_rank", "--local-rank") and rest:
+            front.append(rest.pop(0))
+    if not rest:
+        raise ValueError(f"no script given. {USAGE}")
+    script = rest.pop(0)
+    if not Path(script).is_file():
+        raise ValueError(f"script {script!r} not found. {USAGE}")
+    return script, front + rest
+
+
+def install_hook() -> None:
+    """Make deepspeed.initialize return freezing engines in this process. A second call changes nothing."""
+    import deepspeed
+
+    from .config import FreezeConfig
+    from .engine import _config_of, attach
+
+    plain = deepspeed.initialize
+    if getattr(plain, "freezes", False):
+        return
+
+    @functools.wraps(plain)
+    def initialize(*args: Any, **kwargs: Any) -> Any:
+        settings = FreezeConfig.load(_config_of(args, kwargs))
+        engine, *others = plain(*args, **kwargs)
+        return (attach(engine, settings), *others)
+
+    initialize.freezes = True  # type: ignore[attr-defined]
+    deepspeed.initialize = initialize
+
+
+def main() -> None:
+    try:
+        script, arguments = split_arguments(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"smartfrz_ds: {error}")
+    install_hook()
+    sys.argv = [script, *arguments]
+    sys.path[0] = str(Path(script).resolve().parent)  # as if Python had been started with the script
+    runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

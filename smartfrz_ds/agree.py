@@ -1,0 +1,75 @@
+"""The few collectives with which ranks see that they agree. All run over the default process group."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+
+class RanksDisagree(RuntimeError):
+    """Ranks that must do the same would do different things. Raised on all of them."""
+
+
+class Ranks:
+    """All processes of the run.
+
+    device: where small tensors must live for the group's backend (the model's device).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.alone = not dist.is_initialized() or dist.get_world_size() == 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+
+    def agree(self, what: str, about: str) -> None:
+        """Compare `what` with all other ranks.
+
+        Raises:
+            RanksDisagree: on every rank, with each rank's digest and this rank's own text.
+        """
+        own = hashlib.sha256(what.encode()).digest()
+        digests = self._gather(torch.frombuffer(bytearray(own), dtype=torch.uint8))
+        if any(d != own for d in digests):
+            listed = ", ".join(f"rank {r}: {d.hex()[:16]}" for r, d in enumerate(digests))
+            raise RanksDisagree(f"the ranks have different {about} ({listed}). This is rank {self.rank}: {what}")
+
+    def all_ready(self, problem: str, error: type[Exception]) -> None:
+        """Say whether this rank can go on.
+
+        Raises:
+            RuntimeError or ValueError: on the ranks that could go on, when another can't. A rank with a problem returns, to raise its own.
+        """
+        kind = 0 if not problem else 2 if issubclass(error, ValueError) else 1
+        kinds = [k[0] for k in self._gather(torch.tensor([kind], dtype=torch.uint8))]
+        if problem or not any(kinds):
+            return
+        others = [r for r, k in enumerate(kinds) if k]
+        raised = ValueError if 2 in kinds else RuntimeError
+        raise raised(f"nothing was changed: rank(s) {others} could not go on; their own error says why")
+
+    def broadcast(self, numbers: Sequence[float]) -> list[float]:
+        """Rank 0's numbers, on every rank; the same count everywhere."""
+        if self.alone:
+            return list(numbers)
+        tensor = torch.tensor(list(numbers), dtype=torch.float64, device=self.device)
+        dist.broadcast(tensor, src=0)
+        return tensor.tolist()
+
+    def sum(self, number: int) -> int:
+        """The sum over all ranks."""
+        if self.alone:
+            return number
+        tensor = torch.tensor([number], dtype=torch.int64, device=self.device)
+        dist.all_reduce(tensor)
+        return int(tensor.item())
+
+    def _gather(self, own: torch.Tensor) -> list[bytes]:
+        if self.alone:
+            return [bytes(own.tolist())]
+        own = own.to(self.device)
+        everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, own)
+        return [bytes(t.tolist()) for t in everyone]

@@ -1,0 +1,45 @@
+"""All that knows the inside of an engine. `make_backend` picks the one that fits."""
+
+from __future__ import annotations
+
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch.optim import Optimizer
+
+from .base import Backend, FreezeError, Released, Sampler, SampleRequest
+from .plain import PlainBackend
+from .support import check_version, unsupported
+from .wrapped16 import Bf16Backend, Fp16Backend
+from .zero12 import Zero12Backend
+
+
+def make_backend(engine: DeepSpeedEngine, *, allow_untested_versions: bool = False) -> Backend:
+    """The backend for this engine.
+
+    Raises:
+        ValueError: an untested DeepSpeed, or something in use that freezing does not work with yet, by name.
+    """
+    warning = check_version(allow_untested=allow_untested_versions)
+    refused = unsupported(engine)
+    if refused:
+        raise ValueError(f"smartfrz_ds does not work yet with: {'; '.join(refused)}. Set smartfrz.enabled to false to train without it.")
+    backends: list[tuple[type, type[Backend]]] = [
+        (DeepSpeedZeroOptimizer, Zero12Backend),
+        (BF16_Optimizer, Bf16Backend),
+        (FP16_Optimizer, Fp16Backend),
+        (FP16_UnfusedOptimizer, PlainBackend),
+        (Optimizer, PlainBackend),
+    ]
+    for optimizer, backend in backends:
+        if isinstance(engine.optimizer, optimizer):
+            made = backend(engine)
+            if warning:
+                made.warnings.append(warning)
+            return made
+    raise ValueError(f"smartfrz_ds does not know the optimizer wrapper {type(engine.optimizer).__name__}")
+
+
+__all__ = ["Backend", "FreezeError", "Released", "SampleRequest", "Sampler", "make_backend"]

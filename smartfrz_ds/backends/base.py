@@ -1,0 +1,185 @@
+"""What every backend offers the controller, and the parts that they share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+
+class FreezeError(RuntimeError):
+    """A freeze or thaw went wrong after it had begun: the engine's state can't be trusted any more, on any rank."""
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """Which weights of one parameter go where in the snapshot.
+
+    param: the parameter.
+    elements: (n,) int64, indices into the flattened parameter.
+    slots: (n,) int64, positions in the flattened snapshot [layers, sample_size].
+    """
+
+    param: Parameter
+    elements: Tensor
+    slots: Tensor
+
+
+@dataclass
+class Sampler:
+    """Requests compiled against one layout: for each local buffer, which of its elements fill which slots."""
+
+    numel: int
+    parts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # (buffer, its elements, slots)
+
+    @torch.no_grad()
+    def read(self, device: torch.device) -> Tensor:
+        """A (numel,) fp32 tensor with this rank's samples in their slots and zeros elsewhere."""
+        out = torch.zeros(self.numel, dtype=torch.float32, device=device)
+        for buffer, elements, slots in self.parts:
+            values = buffer.detach().view(-1).index_select(0, elements)
+            out.index_copy_(0, slots.to(device), values.to(device=device, dtype=torch.float32))
+        return out
+
+
+@dataclass(frozen=True)
+class Released:
+    """What one change of the layout did on this rank.
+
+    bytes: optimizer bytes (master weights where they are separate, and state) before minus after; negative for a thaw.
+    moved_bytes: bytes that crossed ranks for it, over all ranks.
+    """
+
+    bytes: int
+    moved_bytes: int
+
+
+class Backend(ABC):
+    """All that knows the inside of one kind of engine.
+
+    Made once, at attach, when the optimizer has its full layout. `change` is collective and is called at a step boundary only.
+    """
+
+    #: what a report calls this engine
+    name: str
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.frozen: set[Parameter] = set()
+        self.warnings: list[str] = []
+
+    @property
+    def rank(self) -> int:
+        """This process among those that must agree."""
+        return dist.get_rank() if dist.is_initialized() else 0
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the masters are spread over ranks, so that reading samples takes a collective."""
+        return False
+
+    @property
+    @abstractmethod
+    def groups(self) -> list[list[Parameter]]:
+        """The model's parameters of each parameter group as they were at attach, frozen ones included."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where this engine's parameters live."""
+        return next(p for group in self.groups for p in group).device
+
+    def active(self, index: int) -> list[Parameter]:
+        """The parameters of group `index` that are not frozen, in their order."""
+        return [p for p in self.groups[index] if p not in self.frozen]
+
+    @abstractmethod
+    def is_boundary(self) -> bool:
+        """Whether no gradient is pending: the optimizer may be changed now."""
+
+    @abstractmethod
+    def masters(self) -> list[Tensor]:
+        """This rank's fp32 master tensors where they are separate from the model's weights, else nothing."""
+
+    @abstractmethod
+    def base_optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimizer that holds the state."""
+
+    def optimizer_bytes(self) -> int:
+        """Bytes of optimizer state and separate master weights on this rank, counted over the live storages."""
+        tensors = list(self.masters())
+        for state in self.base_optimizer().state.values():
+            tensors += [v for v in state.values() if isinstance(v, Tensor) and v.ndim > 0]
+        return storage_bytes(tensors)
+
+    @abstractmethod
+    def sampler(self, requests: Sequence[SampleRequest], numel: int) -> Sampler:
+        """Compile requests against the layout of now. A sampler is dead after the next `change`."""
+
+    def check(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter]) -> None:
+        """Raise before anything is changed if this change can't be done.
+
+        Raises:
+            RuntimeError: not at a step boundary.
+            ValueError: parameters that this optimizer does not hold, or nothing would be left to train.
+        """
+        if not self.is_boundary():
+            raise RuntimeError("freeze and thaw only at a step boundary: after engine.step() and before the next backward")
+        known = {p for group in self.groups for p in group}
+        unknown = [p for p in (*freeze, *thaw) if p not in known]
+        if unknown:
+            raise ValueError(f"{len(unknown)} parameters are not in the optimizer, first of shape {tuple(unknown[0].shape)}")
+        if not known - self.frozen - set(freeze) | set(thaw):
+            raise ValueError("nothing would be left to train: keep at least one layer active")
+
+    @abstractmethod
+    def change(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool) -> Released:
+        """Take `freeze` out of the optimizer and put `thaw` back in; collective.
+
+        keep: hold the released state on the host, so that a thaw can bring it back exactly.
+        Afterwards the active parameters' weights, masters, moments and step counts are bit-identical to before.
+        """
+
+    @abstractmethod
+    def forget(self, params: Iterable[Parameter]) -> None:
+        """Drop the state that was kept for these parameters."""
+
+    def verify(self) -> None:
+        """Check, after a change, what the contract promises and a glance can see; collective calls are not allowed here.
+
+        Raises:
+            FreezeError: names what is wrong.
+        """
+        held = {id(p) for i in range(len(self.groups)) for p in self.active(i)}
+        for param in self.frozen:
+            if param.requires_grad or param.grad is not None:
+                raise FreezeError(f"a frozen parameter of shape {tuple(param.shape)} still takes part in backward")
+            if id(param) in held:
+                raise FreezeError(f"a frozen parameter of shape {tuple(param.shape)} is still in the optimizer")
+
+    def step_count(self) -> int:
+        """Steps that the optimizer has taken, from its own counter where it has one, else 0."""
+        for state in self.base_optimizer().state.values():
+            if "step" in state:
+                return int(state["step"])
+        return 0
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind `tensors`: a view that pins a large buffer counts in full."""
+    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors) if s.nbytes()}
+    return sum(storages.values())
+
+
+def detach_from_training(param: Parameter) -> None:
+    """Make `param` a plain constant of the model that shares no storage with any flat buffer."""
+    param.grad = None
+    param.requires_grad_(False)
+    # One view would keep a whole flat buffer alive.
+    if param.data.untyped_storage().nbytes() != param.data.nbytes:
+        param.data = param.data.clone()

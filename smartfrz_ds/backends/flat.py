@@ -1,0 +1,283 @@
+"""Wrappers that keep a parameter group in one flat buffer: what ZeRO-1/2, BF16_Optimizer and FP16_Optimizer have in common.
+
+A change of the layout goes group by group: state tensor by state tensor (each old one is let go before the next new one is made),
+then the low-precision weights, then whatever the wrapper derives from both. The torch optimizer, its parameter groups and the
+master tensors stay the same objects, so every handle to them, a scheduler's too, stays valid.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+from .base import Backend, FreezeError, Released, Sampler, SampleRequest, detach_from_training
+from .layout import FlatLayout, PackedLayout, bytes_sent, move, plan_moves
+from .own_steps import OwnSteps, Partition, copy_step, zero_step
+
+MASTER = "master"
+
+
+class _Kept:
+    """Released state of some parameters on the host of the ranks that owned it."""
+
+    def __init__(self, layout: PackedLayout) -> None:
+        self.layout = layout
+        self.step: dict[Parameter, Any] = {}
+        self.tensors: dict[str, Tensor] = {}
+
+
+class FlatBackend(Backend):
+    """The common part; a subclass says where its wrapper keeps things."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self.wrapper = engine.optimizer
+        self._groups = [list(group) for group in self.low_precision_groups()]
+        self._placeholders: dict[int, Parameter] = {}
+        self._layouts = [self.layout(i, group) for i, group in enumerate(self._groups)]
+        self._kept: dict[Parameter, _Kept] = {}
+        self._own_steps = OwnSteps(self.base_optimizer(), self._partitions)
+
+    # --- what a subclass says -----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def low_precision_groups(self) -> list[list[Parameter]]:
+        """The wrapper's own lists of model parameters, one a group."""
+
+    @abstractmethod
+    def layout(self, index: int, params: Sequence[Parameter]) -> FlatLayout:
+        """The layout that the wrapper gives group `index` when it holds `params`."""
+
+    @abstractmethod
+    def master(self, index: int) -> Tensor:
+        """This rank's fp32 partition of group `index`: the tensor that the torch optimizer steps."""
+
+    @abstractmethod
+    def process_group(self, index: int) -> dist.ProcessGroup | None:
+        """The ranks that share group `index`; None where every rank holds all of it."""
+
+    @abstractmethod
+    def before_change(self) -> None:
+        """Let go of what hangs on the old layout (hooks, links, gradient buffers): a view of an old tensor would keep it alive."""
+
+    @abstractmethod
+    def install(self, index: int, layout: FlatLayout) -> None:
+        """Give the wrapper the new low-precision buffer of a changed group. The master is in place already."""
+
+    @abstractmethod
+    def after_change(self) -> None:
+        """Rebuild what the wrapper derives from all groups together (numbering, hooks, links)."""
+
+    @abstractmethod
+    def gradients_pending(self) -> bool:
+        """Whether the wrapper holds gradients that no step has used yet."""
+
+    # --- Backend ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def groups(self) -> list[list[Parameter]]:
+        return self._groups
+
+    @property
+    def sharded(self) -> bool:
+        return any(layout.world > 1 for layout in self._layouts)
+
+    def base_optimizer(self) -> torch.optim.Optimizer:
+        return self.wrapper.optimizer
+
+    def masters(self) -> list[Tensor]:
+        return [self.master(i) for i in range(len(self.groups))]
+
+    def is_boundary(self) -> bool:
+        engine = self.engine
+        pending = self.gradients_pending() or any(
+            p.grad is not None or getattr(p, "grad_accum", None) is not None for i in range(len(self.groups)) for p in self.active(i)
+        )
+        # engine.py: micro_steps counts engine.step() calls; without managed accumulation every one of them is a boundary.
+        return not pending and (
+            not engine.managed_gradient_accumulation() or engine.micro_steps % engine.gradient_accumulation_steps() == 0
+        )
+
+    def _partitions(self) -> list[Partition]:
+        return [(self.master(i), self._layouts[i], self.group_rank(i)) for i in range(len(self.groups))]
+
+    def group_rank(self, index: int) -> int:
+        """This process's partition of group `index`."""
+        return dist.get_rank(self.process_group(index)) if self._layouts[index].world > 1 else 0
+
+    def sampler(self, requests: Sequence[SampleRequest], numel: int) -> Sampler:
+        sampler = Sampler(numel)
+        where = {p: i for i in range(len(self.groups)) for p in self._layouts[i].params}
+        wanted: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for r in requests:
+            index = where[r.param]
+            if self._layouts[index].world == 1 and self.rank != 0:
+                continue  # every rank holds everything; one is enough
+            for s in self._layouts[index].segments(r.param):
+                if s.rank == self.group_rank(index):
+                    mine = (r.elements >= s.start) & (r.elements < s.start + s.numel)
+                    wanted.setdefault(index, []).append((r.elements[mine] - s.start + s.offset, r.slots[mine]))
+        for index, parts in wanted.items():
+            master = self.master(index)
+            sampler.parts.append((master, torch.cat([e for e, _ in parts]).to(master.device), torch.cat([s for _, s in parts])))
+        return sampler
+
+    def change(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool) -> Released:
+        before, moved = self.optimizer_bytes(), 0
+        _synchronize(self.device)
+        self.before_change()
+        self.frozen = (self.frozen | set(freeze)) - set(thaw)
+        old = self._layouts
+        new = [self._new_layout(i) for i in range(len(self.groups))]
+        changed = [i for i in range(len(self.groups)) if not _same(old[i].params, new[i].params)]
+        for i in changed:
+            moved += self._move_state(i, old[i], new[i], [p for p in freeze if p in old[i].offsets], keep)
+        for param in freeze:
+            self._own_steps.drop(param)
+        for param in thaw:
+            self._kept.pop(param, None)
+        for param in freeze:
+            detach_from_training(param)
+            for name in ("_hp_mapping", "_dp_group", "_hp_grad", "grad_accum", "param_idx_in_group"):
+                # tensor_fragment.py and mixed_precision_linkage.py: without these DeepSpeed treats it as never optimized.
+                if hasattr(param, name):
+                    delattr(param, name)
+        for param in thaw:
+            param.requires_grad_(True)
+        self._layouts = new
+        for i in changed:
+            self.install(i, new[i])
+        self.after_change()
+        _synchronize(self.device)
+        _empty_cache(self.device)
+        return Released(before - self.optimizer_bytes(), moved)
+
+    def forget(self, params: Iterable[Parameter]) -> None:
+        """Drop kept state; tensors shared with parameters that still wait are dropped with the last of them."""
+        for param in params:
+            self._kept.pop(param, None)
+
+    def verify(self) -> None:
+        super().verify()
+        for i, layout in enumerate(self._layouts):
+            master = self.master(i)
+            if master.numel() != layout.partition_size:
+                raise FreezeError(f"group {i}: the master partition has {master.numel()} elements, the layout {layout.partition_size}")
+            stepped = self.base_optimizer().param_groups[i]["params"]
+            if len(stepped) != 1 or stepped[0] is not master:
+                raise FreezeError(f"group {i}: the optimizer does not step the master partition")
+            for key, value in self.base_optimizer().state.get(master, {}).items():
+                if isinstance(value, Tensor) and value.ndim > 0 and value.shape != master.shape:
+                    raise FreezeError(f"group {i}: state {key} has shape {tuple(value.shape)}, its master {tuple(master.shape)}")
+            storages = {p.untyped_storage().data_ptr() for p in layout.params}
+            if len(storages) > 1:
+                raise FreezeError(f"group {i}: its parameters no longer share one flat buffer")
+            if storages & {p.untyped_storage().data_ptr() for p in self.frozen}:
+                raise FreezeError(f"group {i}: a frozen parameter still holds the flat buffer")
+
+    # --- moving state -------------------------------------------------------------------------------------------------------
+
+    def _new_layout(self, index: int) -> FlatLayout:
+        params = self.active(index)
+        if not params:
+            # A group that the user made never disappears: schedulers and checkpoints count groups, and the wrappers read the
+            # first parameter of each. The placeholder is zeros, gets no gradient, and so stays zeros.
+            if index not in self._placeholders:
+                first, world = self.groups[index][0], self._layouts[index].world
+                self._placeholders[index] = Parameter(torch.zeros(2 * world, dtype=first.dtype, device=first.device))
+                if hasattr(self.wrapper, "param_names"):
+                    self.wrapper.param_names[self._placeholders[index]] = f"smartfrz_placeholder_{index}"
+            params = [self._placeholders[index]]
+        return self.layout(index, params)
+
+    def _move_state(self, index: int, old: FlatLayout, new: FlatLayout, leaving: list[Parameter], keep: bool) -> int:
+        master, state = self.master(index), self.base_optimizer().state
+        entries = state.get(master, {})
+        flat_keys = [k for k, v in entries.items() if isinstance(v, Tensor) and v.ndim > 0]
+        for key in flat_keys:
+            assert entries[key].shape == master.shape, f"state {key} is not laid out like its parameter"
+        rank, world, group = self.group_rank(index), old.world, self.process_group(index)
+
+        kept = _Kept(PackedLayout.of(old, leaving))
+        if keep:
+            for param in leaving:
+                self._kept[param] = kept
+            kept.step = {p: self._step_of(p, entries) for p in leaving}
+            to_host = plan_moves(old, kept.layout, leaving)
+        coming = [p for p in new.params if p not in old.offsets and p not in self._placeholders.values()]
+        stay = plan_moves(old, new, new.params)
+        back = {id(k): k for k in (self._kept[p] for p in coming if p in self._kept)}
+        returns = [(k, plan_moves(k.layout, new, [p for p in coming if self._kept.get(p) is k])) for k in back.values()]
+        moved = 0
+        for key in [MASTER, *flat_keys]:
+            source = master.detach() if key == MASTER else entries[key]
+            host = source.cpu()
+            if keep:
+                kept.tensors[key] = torch.empty(kept.layout.sizes[rank], dtype=host.dtype)
+                move(to_host, host, kept.tensors[key], rank=rank, world=1, group=None)
+            if source.device.type != "cpu":
+                source.untyped_storage().resize_(0)  # no second copy on the device: the host has it
+            target = torch.zeros(new.partition_size, dtype=source.dtype, device=source.device)
+            move(stay, host, target, rank=rank, world=world, group=group)
+            moved += bytes_sent(stay, target.element_size())
+            if key == MASTER:
+                self._fill_from_weights([p for p in coming if p not in self._kept], new, target, rank)
+            for k, moves in returns:
+                if key in k.tensors:
+                    move(moves, k.tensors[key], target, rank=rank, world=world, group=group)
+                    moved += bytes_sent(moves, target.element_size())
+            if key == MASTER:
+                master.data = _pinned_like(target, source)
+            else:
+                entries[key] = _pinned_like(target, source)
+            del source, host, target
+        self._set_own_steps(coming, entries)
+        return moved
+
+    def _fill_from_weights(self, params: Sequence[Parameter], layout: FlatLayout, target: Tensor, rank: int) -> None:
+        """Start the masters of thawed parameters from the weights themselves, which every rank holds whole."""
+        for param in params:
+            for s in layout.segments(param):
+                if s.rank == rank:
+                    target[s.offset : s.offset + s.numel].copy_(param.data.view(-1)[s.start : s.start + s.numel])
+
+    def _step_of(self, param: Parameter, entries: dict[str, Any]) -> Any:
+        return copy_step(self._own_steps.count.get(param, entries.get("step")))
+
+    def _set_own_steps(self, coming: Sequence[Parameter], entries: dict[str, Any]) -> None:
+        """Give thawed parameters a step count of their own, unless it equals the group's."""
+        if "step" not in entries:
+            return
+        for param in coming:
+            step = self._kept[param].step[param] if param in self._kept else zero_step(entries["step"])
+            if step is not None and float(step) != float(entries["step"]):
+                self._own_steps.set(param, step)
+
+
+def _same(a: Sequence[Parameter], b: Sequence[Parameter]) -> bool:
+    return [id(p) for p in a] == [id(p) for p in b]
+
+
+def _pinned_like(tensor: Tensor, model: Tensor) -> Tensor:
+    """`tensor`, page-locked if `model` was (offloaded state with pin_memory)."""
+    if model.device.type != "cpu" or not torch.cuda.is_available() or not model.is_pinned():
+        return tensor
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().pin_memory(tensor)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _empty_cache(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,222 @@
+"""Where each parameter's elements live in flat, partitioned buffers, and how they move when the layout changes.
+
+DeepSpeed's flat wrappers concatenate a group's parameters into one buffer and give each rank an equal slice of it. Freezing takes
+parameters out, so the slices shift. Everything here is arithmetic over layouts that every rank knows, plus one function that
+carries it out, `move`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+# Bytes that one rank stages for one exchange. Bounds the extra memory of a move, on the device and on the host.
+STAGING_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Elements [start, start + numel) of a parameter, held by `rank` from `offset` on in its local buffer."""
+
+    start: int
+    numel: int
+    rank: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Move:
+    """`numel` elements from `source_offset` on `source` to `target_offset` on `target`."""
+
+    source: int
+    source_offset: int
+    target: int
+    target_offset: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class FlatLayout:
+    """One parameter group, concatenated in this order and cut into `world` equal partitions.
+
+    params: the group's parameters in buffer order.
+    world: number of partitions, >= 1.
+    alignment: the buffer is padded at its end to a multiple of this many elements, >= 1.
+    padding: elements of padding behind each parameter (`parameter_alignment` of ZeRO-1/2); zeros where empty.
+    """
+
+    params: tuple[Parameter, ...]
+    world: int
+    alignment: int = 1
+    padding: tuple[int, ...] = ()
+    offsets: dict[Parameter, int] = field(init=False, compare=False)
+    numel: int = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        padding = self.padding or (0,) * len(self.params)
+        assert len(padding) == len(self.params)
+        offsets, end = {}, 0
+        for param, pad in zip(self.params, padding, strict=True):
+            offsets[param] = end
+            end += param.numel() + pad
+        object.__setattr__(self, "offsets", offsets)
+        object.__setattr__(self, "numel", -(-end // self.alignment) * self.alignment)
+        assert self.numel % self.world == 0
+
+    @property
+    def partition_size(self) -> int:
+        """Elements of each rank's partition."""
+        return self.numel // self.world
+
+    def segments(self, param: Parameter) -> list[Segment]:
+        """The pieces of `param`, in order; empty for a parameter that this layout does not hold."""
+        if param not in self.offsets:
+            return []
+        size, begin = self.partition_size, self.offsets[param]
+        end, position, pieces = begin + param.numel(), begin, []
+        while position < end:
+            rank = position // size
+            stop = min(end, (rank + 1) * size)
+            pieces.append(Segment(position - begin, stop - position, rank, position - rank * size))
+            position = stop
+        return pieces
+
+    def local_segments(self, rank: int) -> list[tuple[Parameter, Segment]]:
+        """The pieces on `rank`, in buffer order."""
+        return [(p, s) for p in self.params for s in self.segments(p) if s.rank == rank]
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """What each rank held of some parameters, packed densely: the form in which released state waits on the host for a thaw."""
+
+    pieces: dict[Parameter, list[Segment]]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, layout: FlatLayout, params: Iterable[Parameter]) -> PackedLayout:
+        sizes = [0] * layout.world
+        pieces: dict[Parameter, list[Segment]] = {}
+        for param in params:
+            pieces[param] = []
+            for s in layout.segments(param):
+                pieces[param].append(Segment(s.start, s.numel, s.rank, sizes[s.rank]))
+                sizes[s.rank] += s.numel
+        return cls(pieces, tuple(sizes))
+
+    def segments(self, param: Parameter) -> list[Segment]:
+        return self.pieces.get(param, [])
+
+
+def plan_moves(source: FlatLayout | PackedLayout, target: FlatLayout | PackedLayout, params: Iterable[Parameter]) -> list[Move]:
+    """The moves that bring `params` from one layout to the other; parameters that either lacks are left out.
+
+    Every rank computes the same list. Neighbouring moves are merged, so a group that only shifts costs one move a pair of ranks.
+    """
+    moves: list[Move] = []
+    for param in params:
+        sources = source.segments(param)
+        if not sources:
+            continue
+        starts = [s.start for s in sources]
+        for t in target.segments(param):
+            position, end = t.start, t.start + t.numel
+            index = bisect_right(starts, position) - 1
+            while position < end:
+                s = sources[index]
+                stop = min(end, s.start + s.numel)
+                _append(moves, Move(s.rank, s.offset + position - s.start, t.rank, t.offset + position - t.start, stop - position))
+                position, index = stop, index + 1
+    return moves
+
+
+def _append(moves: list[Move], new: Move) -> None:
+    if moves:
+        last = moves[-1]
+        joins = (
+            (last.source, last.target) == (new.source, new.target)
+            and last.source_offset + last.numel == new.source_offset
+            and last.target_offset + last.numel == new.target_offset
+        )
+        if joins:
+            moves[-1] = Move(last.source, last.source_offset, last.target, last.target_offset, last.numel + new.numel)
+            return
+    moves.append(new)
+
+
+def bytes_sent(moves: Sequence[Move], element_size: int) -> int:
+    """Bytes that cross ranks when `moves` are carried out for one tensor."""
+    return sum(m.numel for m in moves if m.source != m.target) * element_size
+
+
+def move(
+    moves: Sequence[Move],
+    source: Tensor,  # (local size in the source layout,), on the host
+    target: Tensor,  # (local size in the target layout,), on the device of the target
+    *,
+    rank: int,
+    world: int,
+    group: dist.ProcessGroup | None,
+    staging_bytes: int = STAGING_BYTES,
+) -> None:
+    """Copy `source` into `target`. Collective over `group` whenever any move crosses ranks, and silent otherwise.
+
+    What stays on a rank is copied straight. What crosses goes through all_to_all_single in rounds of at most `staging_bytes` a
+    rank, so the extra memory does not grow with the model.
+    """
+    source, target = source.detach(), target.detach()
+    for m in moves:
+        if m.source == m.target == rank:
+            target[m.target_offset : m.target_offset + m.numel].copy_(source[m.source_offset : m.source_offset + m.numel])
+    crossing = [m for m in moves if m.source != m.target]
+    for batch in _rounds(crossing, world, max(1, staging_bytes // source.element_size())):
+        _exchange(batch, source, target, rank=rank, world=world, group=group)
+
+
+def _rounds(moves: Sequence[Move], world: int, limit: int) -> Iterable[list[Move]]:
+    """Cut `moves` into rounds in which no rank sends or receives more than `limit` elements."""
+    batch: list[Move] = []
+    sent, received = [0] * world, [0] * world
+    for m in moves:
+        done = 0
+        while done < m.numel:
+            room = limit - max(sent[m.source], received[m.target])
+            if room == 0:
+                yield batch
+                batch, sent, received = [], [0] * world, [0] * world
+                continue
+            size = min(room, m.numel - done)
+            batch.append(Move(m.source, m.source_offset + done, m.target, m.target_offset + done, size))
+            sent[m.source] += size
+            received[m.target] += size
+            done += size
+    if batch:
+        yield batch
+
+
+def _exchange(batch: list[Move], source: Tensor, target: Tensor, *, rank: int, world: int, group: dist.ProcessGroup | None) -> None:
+    outgoing = sorted((m for m in batch if m.source == rank), key=lambda m: m.target)
+    incoming = sorted((m for m in batch if m.target == rank), key=lambda m: m.source)
+    send = torch.empty(sum(m.numel for m in outgoing), dtype=target.dtype, device=target.device)
+    receive = torch.empty(sum(m.numel for m in incoming), dtype=target.dtype, device=target.device)
+    position = 0
+    for m in outgoing:
+        send[position : position + m.numel].copy_(source[m.source_offset : m.source_offset + m.numel])
+        position += m.numel
+    dist.all_to_all_single(
+        receive,
+        send,
+        output_split_sizes=[sum(m.numel for m in incoming if m.source == r) for r in range(world)],
+        input_split_sizes=[sum(m.numel for m in outgoing if m.target == r) for r in range(world)],
+        group=group,
+    )
+    position = 0
+    for m in incoming:
+        target[m.target_offset : m.target_offset + m.numel].copy_(receive[position : position + m.numel])
+        position += m.numel

@@ -1,0 +1,459 @@
+"""The loop: snapshots, the policy on rank 0, one decision on all ranks, the backend, events. And freeze/thaw by hand.
+
+Everything here runs at step boundaries and is collective in the same order on every rank: what a rank does depends only on its step
+count, on settings whose digest was compared at the start, and on what rank 0 broadcasts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+from . import layers as layer_tools
+from .agree import Ranks, RanksDisagree
+from .backends.base import Backend, FreezeError
+from .config import FreezeConfig, digest
+from .events import EventLog, FreezeEvent
+from .flops import FlopMeter, chain_profile, step_flops
+from .history import History
+from .layers import Layer
+from .policies import make_policy
+from .policies.base import Decision, LayerInfo, Policy, View
+from .schedule import RemainingLr, current_lr, total_steps_of
+from .snapshots import Snapshots
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Where a run stands.
+
+    step: successful optimizer steps since attach (or since the run began, after a resume).
+    layers, frozen: names, in order.
+    events: what has happened, oldest first.
+    optimizer_bytes: live bytes of optimizer state and separate master weights on this rank.
+    plugin_seconds: time spent in this package's hooks on this rank, the freezes themselves included.
+    freeze_seconds: the part of it that went into freezes and thaws.
+    saved_flops_fraction: share of the training FLOPs (forward and backward, all steps so far) that freezing has saved.
+    """
+
+    step: int
+    layers: tuple[str, ...]
+    frozen: tuple[str, ...]
+    events: tuple[FreezeEvent, ...]
+    optimizer_bytes: int
+    plugin_seconds: float
+    freeze_seconds: float
+    saved_flops_fraction: float
+
+
+class Controller:
+    """Freezes the layers of one engine while it trains. `engine.smartfrz` is one.
+
+    Made by `initialize` and `attach`; collective. Raises ValueError for settings that don't fit the model or the engine, and
+    `RanksDisagree` where the ranks don't have the same settings, package version and layers.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        backend: Backend,
+        config: FreezeConfig,
+        *,
+        scheduler: Any = None,
+        monitor: Any = None,
+        version: str = "",
+    ) -> None:
+        self.config = config
+        self._model = model
+        self._backend = backend
+        self._ranks = Ranks(backend.device)
+        self._layers = _owned(layer_tools.find_layers(model, _patterns(config)), backend)
+        layer_tools.check_tied(self._layers, config.tied)
+        self._names = tuple(layer.name for layer in self._layers)
+        self._kept_active = {layer.name for layer in layer_tools.match_layers(config.keep_active, self._layers, "smartfrz.keep_active")}
+        total = config.total_steps
+        self.total_steps: int | None = total_steps_of(scheduler) if total == "auto" else total
+        self._policy = self._make_policy()
+        self._ranks.agree(f"settings {digest(config)}, package {version}, layers {self._names}", "settings, package versions or layers")
+
+        self._snapshots = Snapshots(self._layers, backend, sample_size=config.sample_size, seed=config.seed)
+        self._history = History(config.window)
+        self._remaining_lr = RemainingLr(scheduler, self.total_steps)
+        self._log = EventLog(
+            Path(config.log_path) if config.log_path and backend.rank == 0 else None, monitor if backend.rank == 0 else None
+        )
+        self._events: list[FreezeEvent] = []
+        self._order_check: layer_tools.OrderCheck | None = layer_tools.OrderCheck(model, self._layers)
+
+        self._flops = FlopMeter(model, self._layers, config.tied)
+
+        self.step = 0
+        self._frozen: set[str] = set()
+        self._frozen_at: dict[str, int] = {}
+        self._lr = current_lr(backend.base_optimizer())
+        self._lr_spent = 0.0
+        self._cooldown = 0
+        self._warned_once = False
+        self._metrics: dict[str, float] = {}
+        self._seconds = self._freeze_seconds = 0.0
+        self._flops_full = self._flops_done = 0.0
+        self.last_checkpoint: str | None = None
+        for text in backend.warnings:
+            self._warn(text)
+        self._after_layout_change()
+
+    # --- what a user sees -----------------------------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """All layers, front to back, the head too."""
+        return self._names
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The frozen layers, in order. Layers that the user froze before are not among them."""
+        return tuple(name for name in self._names if name in self._frozen)
+
+    def freeze(self, names: Iterable[str]) -> None:
+        """Freeze these layers now. Collective, at a step boundary, with the same names on every rank.
+
+        Raises:
+            ValueError: a name that is no layer, or a set that `order` or `keep_active` forbids.
+            RuntimeError: not at a step boundary.
+            RanksDisagree: the ranks named different layers.
+        """
+        wanted = {names} if isinstance(names, str) else set(names)
+        self._ranks.agree(f"freeze {sorted(wanted)} at step {self.step} on top of {self.frozen}", "layers to freeze")
+        self._check_known(wanted, "freeze")
+        blocked = sorted(wanted & self._kept_active)
+        if blocked:
+            raise ValueError(f"freeze: {blocked} stay active by smartfrz.keep_active {list(self.config.keep_active)}")
+        self._change(self._frozen | wanted, kind="freeze")
+
+    def thaw(self, names: Iterable[str]) -> None:
+        """Let these layers train again. Collective, at a step boundary, with the same names on every rank.
+
+        Within `keep_state` steps of its freeze a layer's optimizer state comes back exactly; later its moments start at zero, with
+        the bias correction of a new parameter, and in half precision its master weight comes back rounded.
+
+        Raises: as `freeze`.
+        """
+        wanted = {names} if isinstance(names, str) else set(names)
+        self._ranks.agree(f"thaw {sorted(wanted)} at step {self.step} out of {self.frozen}", "layers to thaw")
+        self._check_known(wanted, "thaw")
+        self._change(self._frozen - wanted, kind="thaw")
+
+    def observe(self, **metrics: float) -> None:
+        """Tell the controller a metric of the run (`observe(loss=0.3)`); the newest value of each goes into the report of the log."""
+        self._metrics.update({name: float(value) for name, value in metrics.items()})
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """The newest value of each observed metric."""
+        return dict(self._metrics)
+
+    def report(self) -> Report:
+        """Where the run stands, as this rank sees it."""
+        return Report(
+            step=self.step,
+            layers=self._names,
+            frozen=self.frozen,
+            events=tuple(self._events),
+            optimizer_bytes=self._backend.optimizer_bytes(),
+            plugin_seconds=self._seconds,
+            freeze_seconds=self._freeze_seconds,
+            saved_flops_fraction=1 - self._flops_done / self._flops_full if self._flops_full else 0.0,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The freeze state: numbers, names, and on rank 0 the history's tensors."""
+        return {
+            "step": self.step,
+            "layers": list(self._names),
+            "frozen": list(self.frozen),
+            "frozen_at": dict(self._frozen_at),
+            "lr_spent": self._lr_spent,
+            "cooldown": self._cooldown,
+            "flops": [self._flops_full, self._flops_done],
+            "policy": {"name": self._policy.name, "state": self._policy.state_dict()},
+            "history": self._history.state_dict(),
+            "log_position": self._log.position,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a freeze state: brings the layout to its frozen set, then everything else. Collective, at a step boundary.
+
+        Raises:
+            ValueError: the state is of another model; nothing is changed.
+        """
+        if tuple(state["layers"]) != self._names:
+            raise ValueError(f"the freeze state is of another model: its layers are {state['layers']}, this model's {list(self._names)}")
+        self._ranks.agree(f"load frozen {state['frozen']} at step {state['step']}", "freeze states to load")
+        self.step = int(state["step"])
+        self._change(set(state["frozen"]), kind="restore")
+        self._frozen_at = dict(state["frozen_at"])
+        self._lr_spent, self._cooldown = float(state["lr_spent"]), int(state["cooldown"])
+        self._flops_full, self._flops_done = state["flops"]
+        self._lr = current_lr(self._backend.base_optimizer())
+        if state["policy"]["name"] == self._policy.name:
+            self._policy.load_state_dict(state["policy"]["state"])
+        self._history.load_state_dict(state["history"])
+
+    # --- the loop -------------------------------------------------------------------------------------------------------------
+
+    def after_step(self) -> None:
+        """To be called after every successful optimizer step, on every rank."""
+        began = time.perf_counter()
+        self.step += 1
+        self._lr_spent += self._lr
+        self._lr = current_lr(self._backend.base_optimizer())
+        if self._flops.profile is not None and not self._profiled:
+            self._count_flops()
+        self._flops_full += self._flops_a_step[0]
+        self._flops_done += self._flops_a_step[1]
+        if self.config.keep_state:
+            self._forget_old_state()
+        if self._watches and self.step % self.config.snapshot_interval == 0:
+            self._take_snapshot()
+        if self._watches and self.step % self.config.freeze_interval == 0 and self.step >= self.config.warmup_steps:
+            self._freezing_stage(began)
+        self._seconds += time.perf_counter() - began
+
+    @property
+    def _watches(self) -> bool:
+        """Whether a policy is at work at all."""
+        return self.config.policy != "manual" and bool(self._candidates())
+
+    def _take_snapshot(self) -> None:
+        values = self._snapshots.take()
+        if values is not None:
+            recorded = {layer.name: values[layer.position] for layer in self._layers if layer.name in self._recorded}
+            self._history.record(self.step, self._lr_spent, recorded)
+
+    def _freezing_stage(self, began: float) -> None:
+        if self._cooldown > 0:
+            self._cooldown -= 1
+            return
+        decision, chosen, failure = self._decide() if self._ranks.rank == 0 else (Decision(), frozenset(), "")
+        flags = [float(bool(failure))] + [float(name in chosen) for name in self._names]
+        probabilities = [decision.probabilities.get(name, float("nan")) for name in self._names]
+        told = self._ranks.broadcast([*flags, *probabilities])
+        if told[0]:
+            self._warn(failure or "rank 0: the policy failed; nothing was frozen", once=True)
+        chosen = frozenset(name for name, flag in zip(self._names, told[1 : 1 + len(self._names)], strict=True) if flag)
+        self._ranks.agree(f"step {self.step}, layers {self._names}, frozen {self.frozen}, decision {sorted(chosen)}", "freezing decisions")
+        known = zip(self._names, told[1 + len(self._names) :], strict=True)
+        about: dict[str, Any] = {"probabilities": {n: p for n, p in known if p == p}, "reasons": dict(decision.reasons)}
+        if chosen and not self.config.dry_run:
+            self._change(self._frozen | chosen, kind="freeze", about=about, began=began)
+            self._cooldown = self.config.cooldown
+        elif chosen or about["probabilities"]:
+            self._record(
+                FreezeEvent(
+                    kind="decision", step=self.step, layers=self._sorted(chosen), frozen=self.frozen, dry_run=self.config.dry_run, **about
+                )
+            )
+
+    def _decide(self) -> tuple[Decision, frozenset[str], str]:
+        """What the policy wants and what of it the rules allow; a policy that fails freezes nothing."""
+        try:
+            decision = self._policy.decide(self._view())
+            unknown = set(decision.freeze) - set(self._candidates())
+            if unknown:
+                raise ValueError(f"it named {sorted(unknown)}, which are not candidates")
+            return decision, self._allowed(decision.freeze), ""
+        except Exception as error:
+            return Decision(), frozenset(), f"policy {self._policy.name!r} failed at step {self.step}, nothing was frozen: {error}"
+
+    def _view(self) -> View:
+        return View(
+            step=self.step,
+            total_steps=self.total_steps,
+            lr_spent=self._lr_spent,
+            lr_remaining=self._remaining_lr.after(self.step),
+            layers=self._infos(),
+            frozen=self.frozen,
+            candidates=self._candidates(),
+            windows=self._history.windows(),
+            window_size=self.config.window,
+        )
+
+    def _infos(self) -> tuple[LayerInfo, ...]:
+        return tuple(LayerInfo(name=layer.name, kind=layer.kind, numel=layer.numel) for layer in self._layers)
+
+    def _candidates(self) -> tuple[str, ...]:
+        return tuple(
+            layer.name
+            for layer in self._layers
+            if layer.kind != "head" and layer.params and layer.name not in self._frozen and layer.name not in self._kept_active
+        )
+
+    def _allowed(self, names: Sequence[str]) -> frozenset[str]:
+        """The part of a policy's wish that `order` and `max_frozen_fraction` allow."""
+        room = int(self.config.max_frozen_fraction * len(self._layers) + 1e-9) - len(self._frozen)
+        allowed: list[str] = []
+        for layer in self._layers:
+            if layer.name in self._frozen or not layer.params:
+                continue
+            if layer.name in names and len(allowed) < room:
+                allowed.append(layer.name)
+            elif self.config.order == "front_to_back":
+                break
+        return frozenset(allowed)
+
+    # --- changing the layout --------------------------------------------------------------------------------------------------
+
+    def _change(self, frozen: set[str], *, kind: str, about: Mapping[str, Any] | None = None, began: float | None = None) -> None:
+        """Bring the engine to exactly this set of frozen layers: check on all ranks, then do it on all."""
+        start = time.perf_counter() if began is None else began
+        gone, back = frozen - self._frozen, self._frozen - frozen
+        if not gone and not back:
+            return
+        problem = ""
+        try:
+            self._check_order(frozen)
+            target = layer_tools.trainable_after_freeze([x for x in self._layers if x.name in frozen], self._layers, self.config.tied)
+            freeze = [p for p in target if p not in self._backend.frozen]
+            thaw = [p for p in self._backend.frozen if p not in set(target)]
+            thaw.sort(key=self._position_of)
+            self._backend.check(freeze, thaw)
+        except (ValueError, RuntimeError) as error:
+            problem = str(error)
+            self._ranks.all_ready(problem, type(error))
+            raise
+        self._ranks.all_ready("", ValueError)
+        try:
+            released = self._backend.change(freeze, thaw, keep=self.config.keep_state > 0)
+            self._change_modules(frozen, gone, back)
+            self._backend.verify()
+            total = self._ranks.sum(released.bytes)
+        except BaseException as error:
+            last = (
+                f"go on from the last complete checkpoint, {self.last_checkpoint}"
+                if self.last_checkpoint
+                else "no checkpoint was saved yet"
+            )
+            raise FreezeError(
+                f"a {kind} at step {self.step} broke off half-way and this run can't be trusted any more; {last}: {error}"
+            ) from error
+        self._frozen = frozen
+        for name in gone:
+            self._frozen_at[name] = self.step
+        for name in back:
+            self._frozen_at.pop(name, None)
+        self._history.forget(back)
+        self._after_layout_change()
+        seconds = time.perf_counter() - start
+        self._freeze_seconds += seconds
+        if began is None:
+            self._seconds += seconds
+        if kind != "restore":
+            event = FreezeEvent(
+                kind="freeze" if kind == "freeze" else "thaw",
+                step=self.step,
+                layers=self._sorted(gone or back),
+                frozen=self.frozen,
+                bytes_released=released.bytes,
+                bytes_released_total=total,
+                seconds=seconds,
+                **(about or {}),
+            )
+            self._record(event)
+
+    def _change_modules(self, frozen: set[str], gone: set[str], back: set[str]) -> None:
+        for layer in self._layers:
+            if layer.name in gone:
+                layer_tools.freeze_modules(layer, self.config.frozen_mode, self.config.tied)
+            elif layer.name in back:
+                layer_tools.thaw_modules(layer, self._model.training)
+
+    def _check_order(self, frozen: set[str]) -> None:
+        if self.config.order != "front_to_back":
+            return
+        active = next((x.name for x in self._layers if x.name not in frozen and x.params), None)
+        behind = False
+        for layer in self._layers:
+            behind = behind or layer.name == active
+            if behind and layer.name in frozen:
+                raise ValueError(
+                    f"layer {layer.name!r} can't be frozen while {active!r} in front of it is active "
+                    '(smartfrz.order is "front_to_back"; allowed with "any")'
+                )
+
+    def _after_layout_change(self) -> None:
+        self._recorded = {layer.name for layer in self._layers if layer.name not in self._frozen and layer.params and layer.kind != "head"}
+        self._count_flops()
+        self._snapshots.compile([layer.position for layer in self._layers if layer.name in self._recorded])
+
+    def _forget_old_state(self) -> None:
+        old = [name for name, step in self._frozen_at.items() if self.step - step > self.config.keep_state]
+        for layer in self._layers:
+            if layer.name in old:
+                self._backend.forget(layer.params)
+
+    # --- small things ---------------------------------------------------------------------------------------------------------
+
+    def _make_policy(self) -> Policy:
+        settings = dict(self.config.policy_settings)
+        if self.config.policy == "linear":
+            settings["max_frozen_fraction"] = self.config.max_frozen_fraction
+        policy = make_policy(self.config.policy, settings)
+        if hasattr(policy, "check_start"):
+            policy.check_start(self.total_steps, self._infos())
+        return policy
+
+    def _count_flops(self) -> None:
+        """FLOPs of one micro-batch with nothing frozen and with what is frozen now."""
+        # Without a measured forward the weights stand for the FLOPs: each as one multiplication and addition.
+        profile = self._flops.profile or chain_profile([2.0 * x.numel for x in self._layers])
+        self._profiled = self._flops.profile is not None
+        frozen = [x.position for x in self._layers if x.name in self._frozen or not x.params]
+        self._flops_a_step = (step_flops(profile, ()).total, step_flops(profile, frozen).total)
+
+    def _position_of(self, param: Parameter) -> int:
+        return next(i for i, p in enumerate(p for layer in self._layers for p in layer.params) if p is param)
+
+    def _check_known(self, wanted: set[str], action: str) -> None:
+        unknown = sorted(wanted - set(self._names))
+        if unknown:
+            raise ValueError(f"{action}: {unknown} are not layers of this model; allowed: {list(self._names)}")
+
+    def _sorted(self, names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(sorted(names, key=self._names.index))
+
+    def _record(self, event: FreezeEvent) -> None:
+        self._events.append(event)
+        self._log.write(event)
+
+    def _warn(self, text: str, *, once: bool = False) -> None:
+        if once and self._warned_once:
+            return
+        self._warned_once = self._warned_once or once
+        self._record(FreezeEvent(kind="warning", step=getattr(self, "step", 0), frozen=self.frozen, message=text))
+        if self._ranks.rank == 0:
+            warnings.warn(f"smartfrz: {text}", RuntimeWarning, stacklevel=3)
+
+
+def _patterns(config: FreezeConfig) -> str | Sequence[str]:
+    return config.layers if isinstance(config.layers, str) else list(config.layers)
+
+
+def _owned(layers: Sequence[Layer], backend: Backend) -> tuple[Layer, ...]:
+    """The layers with only those parameters that the optimizer holds: the others are the user's."""
+    held = {p for group in backend.groups for p in group}
+
+    def keep(params: Sequence[Parameter]) -> tuple[Parameter, ...]:
+        return tuple(p for p in params if p in held)
+
+    return tuple(dataclasses.replace(x, params=keep(x.params), tied=keep(x.tied), borrowed=keep(x.borrowed)) for x in layers)
+
+
+__all__ = ["Controller", "RanksDisagree", "Report"]

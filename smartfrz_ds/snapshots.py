@@ -1,0 +1,83 @@
+"""Which weights of each layer are sampled, and how the samples reach rank 0.
+
+The indices are drawn once, from the seed and the layer's position, and are the same on every rank: a sampled weight has a trajectory
+(re-drawn ones have none). Each rank reads those that it owns; one reduction of [layers, sample_size] floats brings them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .backends.base import Backend, Sampler, SampleRequest
+from .layers import Layer
+
+
+def sample_indices(
+    numel: int,
+    sample_size: int,
+    generator: torch.Generator,
+) -> Tensor:  # (sample_size,) int64
+    """Positions in a layer of `numel` weights: sorted, distinct where the layer is large enough, else each weight in turn, repeated.
+
+    One draw from each of `sample_size` equal strata: needs no permutation of the layer, so it costs the same for 10^9 weights.
+    """
+    if numel <= sample_size:
+        return torch.arange(sample_size) % numel
+    edges = torch.arange(sample_size + 1, dtype=torch.float64) * (numel / sample_size)
+    lower, upper = edges[:-1].ceil().long(), edges[1:].ceil().long()
+    within = (torch.rand(sample_size, dtype=torch.float64, generator=generator) * (upper - lower)).long()
+    return lower + torch.minimum(within, upper - lower - 1)
+
+
+def sampled_params(layer: Layer) -> list[torch.nn.Parameter]:
+    """The weights that stand for a layer: its matrices. Norms and biases follow other laws; they count only where nothing else is there."""
+    return [p for p in layer.params if _shape_dims(p) > 1] or list(layer.params)
+
+
+def _shape_dims(param: torch.nn.Parameter) -> int:
+    return len(getattr(param, "ds_shape", param.shape))  # ds_shape: the full shape of a ZeRO-3 parameter
+
+
+class Snapshots:
+    """Takes snapshots of the active layers of one engine."""
+
+    def __init__(self, layers: Sequence[Layer], backend: Backend, *, sample_size: int, seed: int) -> None:
+        self.backend = backend
+        self.sample_size = sample_size
+        self.rows = len(layers)
+        self._requests = [self._plan(layer, row, seed) for row, layer in enumerate(layers)]
+        self._sampler: Sampler | None = None
+
+    def _plan(self, layer: Layer, row: int, seed: int) -> list[SampleRequest]:
+        params = sampled_params(layer)
+        sizes = [getattr(p, "ds_numel", p.numel()) for p in params]
+        if not sum(sizes):
+            return []
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + layer.position) % 2**63)
+        chosen = sample_indices(sum(sizes), self.sample_size, generator)
+        requests, begin = [], 0
+        for param, size in zip(params, sizes, strict=True):
+            columns = ((chosen >= begin) & (chosen < begin + size)).nonzero().view(-1)
+            if columns.numel():
+                requests.append(SampleRequest(param, chosen[columns] - begin, row * self.sample_size + columns))
+            begin += size
+        return requests
+
+    def compile(self, active: Sequence[int]) -> None:
+        """Prepare for the layers at these positions; to be called at start and after every change of the layout."""
+        requests = [r for row in active for r in self._requests[row]]
+        self._sampler = self.backend.sampler(requests, self.rows * self.sample_size)
+
+    def take(self) -> Tensor | None:
+        """The samples of all layers, (layers, sample_size) fp32 on the host, on rank 0, else None. Rows of layers that were not
+        compiled are zeros. Collective where the engine's state is sharded."""
+        assert self._sampler is not None
+        values = self._sampler.read(self.backend.device)
+        if self.backend.sharded:
+            # Each weight has one owner and zeros elsewhere, so the sum is the value, bit for bit.
+            dist.reduce(values, dst=0)
+        return values.view(self.rows, self.sample_size).cpu() if self.backend.rank == 0 else None

@@ -1,0 +1,80 @@
+"""What the tests share: launching real ranks, and the single process with plain torch that everything is compared with."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+
+
+class RanksFailed(AssertionError):
+    """A launched job ended with an error or ran out of time; the message carries its output."""
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def environment() -> dict[str, str]:
+    """The environment of a launched rank: CPU accelerator, one thread, no warnings from third parties in the way."""
+    return os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": f"{TESTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep),
+        "PYTHONFAULTHANDLER": "1",
+    }
+
+
+def launch(
+    script: str | Path,
+    *arguments: str,
+    ranks: int = 2,
+    timeout: float = 300,
+    module: bool = False,
+    check: bool = True,
+) -> subprocess.CompletedProcess[str]:
+    """Run `script` with the real deepspeed launcher on `ranks` ranks, its output merged into stdout.
+
+    A port that somebody takes between choosing and binding gets a second and a third try. On a time-out every rank is asked for its
+    stack (faulthandler) before it is killed.
+    """
+    deepspeed = Path(sys.executable).with_name("deepspeed")
+    for _ in range(3):
+        command = [str(deepspeed), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+        command += (["--module"] if module else []) + [str(script), *arguments]
+        process = subprocess.Popen(
+            command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 6)  # SIGABRT: faulthandler prints every thread's stack
+            try:
+                output, _ = process.communicate(timeout=15)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, 9)
+                output, _ = process.communicate()
+            raise RanksFailed(f"{script} {arguments}: no end after {timeout} s\n{output[-8000:]}") from None
+        if process.returncode and "EADDRINUSE" in output:
+            continue
+        break
+    if check and process.returncode:
+        raise RanksFailed(f"{script} {arguments}: exit code {process.returncode}\n{output[-8000:]}")
+    return subprocess.CompletedProcess(command, process.returncode, output, "")
+
+
+def run_worker(name: str, job: object, folder: Path, *, ranks: int = 2, timeout: float = 300) -> Path:
+    """Run tests/worker_NAME.py on `ranks` ranks with `job` (JSON) and give back the folder that it wrote to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    job_file = folder / "job.json"
+    job_file.write_text(json.dumps(job))
+    launch(TESTS / f"worker_{name}.py", str(job_file), str(folder), ranks=ranks, timeout=timeout)
+    return folder
