@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from . import layers as layer_tools
 from .agree import Ranks, RanksDisagree
 from .backends.base import Backend, FreezeError
 from .config import FreezeConfig, digest
 from .events import EventLog, FreezeEvent
 from .flops import FlopMeter, chain_profile, step_flops
+from .freezing import check_tied, freeze_modules, leaving_params, thaw_modules
 from .history import History
-from .layers import Layer
+from .layers import Layer, find_layers, match_layers
+from .order_check import OrderCheck
 from .policies import make_policy
 from .policies.base import Decision, LayerInfo, Policy, View
 from .schedule import RemainingLr, current_lr, total_steps_of
@@ -75,10 +76,10 @@ class Controller:
         self._model = model
         self._backend = backend
         self._ranks = Ranks(backend.device)
-        self._layers = _owned(layer_tools.find_layers(model, _patterns(config)), backend)
-        layer_tools.check_tied(self._layers, config.tied)
+        self._layers = _owned(find_layers(model, _patterns(config)), backend)
+        check_tied(self._layers, config.tied)
         self._names = tuple(layer.name for layer in self._layers)
-        self._kept_active = {layer.name for layer in layer_tools.match_layers(config.keep_active, self._layers, "smartfrz.keep_active")}
+        self._kept_active = {layer.name for layer in match_layers(config.keep_active, self._layers, "smartfrz.keep_active")}
         total = config.total_steps
         self.total_steps: int | None = total_steps_of(scheduler) if total == "auto" else total
         self._policy = self._make_policy()
@@ -91,7 +92,7 @@ class Controller:
             Path(config.log_path) if config.log_path and backend.rank == 0 else None, monitor if backend.rank == 0 else None
         )
         self._events: list[FreezeEvent] = []
-        self._order_check: layer_tools.OrderCheck | None = layer_tools.OrderCheck(model, self._layers)
+        OrderCheck(model, self._layers)  # compares in the first forward, then takes its hooks away
 
         self._flops = FlopMeter(model, self._layers, config.tied)
 
@@ -320,7 +321,7 @@ class Controller:
         problem = ""
         try:
             self._check_order(frozen)
-            target = layer_tools.trainable_after_freeze([x for x in self._layers if x.name in frozen], self._layers, self.config.tied)
+            target = leaving_params([x for x in self._layers if x.name in frozen], self._layers, self.config.tied)
             freeze = [p for p in target if p not in self._backend.frozen]
             thaw = [p for p in self._backend.frozen if p not in set(target)]
             thaw.sort(key=self._position_of)
@@ -371,9 +372,9 @@ class Controller:
     def _change_modules(self, frozen: set[str], gone: set[str], back: set[str]) -> None:
         for layer in self._layers:
             if layer.name in gone:
-                layer_tools.freeze_modules(layer, self.config.frozen_mode, self.config.tied)
+                freeze_modules(layer, self.config.frozen_mode, self.config.tied)
             elif layer.name in back:
-                layer_tools.thaw_modules(layer, self._model.training)
+                thaw_modules(layer, self._model.training)
 
     def _check_order(self, frozen: set[str]) -> None:
         if self.config.order != "front_to_back":
@@ -415,7 +416,7 @@ class Controller:
         # Without a measured forward the weights stand for the FLOPs: each as one multiplication and addition.
         profile = self._flops.profile or chain_profile([2.0 * x.numel for x in self._layers])
         self._profiled = self._flops.profile is not None
-        frozen = [x.position for x in self._layers if x.name in self._frozen or not x.params]
+        frozen = [x.position for x in self._layers if x.name in self._frozen or not (x.params or x.borrowed)]
         self._flops_a_step = (step_flops(profile, ()).total, step_flops(profile, frozen).total)
 
     def _position_of(self, param: Parameter) -> int:

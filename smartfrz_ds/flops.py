@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from smartfrz_ds.layers import Layer, TiedMode
+from .freezing import TiedMode
+from .layers import Layer
 
 aten = torch.ops.aten
 _OPERANDS = {aten.mm: (0, 1), aten.bmm: (0, 1), aten.addmm: (1, 2), aten.baddbmm: (1, 2), aten.convolution: (0, 1)}
@@ -29,8 +30,6 @@ _ATTENTION = {
     aten._scaled_dot_product_flash_attention,
     aten._scaled_dot_product_efficient_attention,
     aten._scaled_dot_product_cudnn_attention,
-    aten._flash_attention_forward,
-    aten._efficient_attention_forward,
 }
 
 
@@ -122,6 +121,7 @@ class FlopMeter:
 
     layers: of `find_layers`, nothing frozen yet. tied: as in the settings: whether a shared weight outlives its front layer.
     profile: None until that forward has ended. A forward that raises, or runs without gradients, is not counted.
+    A gradient counts when something that it is for is active; that its path to the loss may be cut (`detach`) is not seen.
     While it counts, a torch.compile'd model runs uncompiled.
     """
 

@@ -1,28 +1,21 @@
-"""The ordered, freezable layers of any model: found by structure or listed by hand, and what freezing means on the side of the modules.
+"""The ordered, freezable layers of any model: found by structure or listed by hand.
 
-Order is read off the structure here and checked in the first forward (`OrderCheck`). Nothing in this file knows an engine: which
-weights leave the optimizer is said by `trainable_after_freeze`, how they leave it is the backend's work.
+Order is read off the structure here and checked in the first forward (order_check.py). What freezing means for them: freezing.py.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from functools import partial
-from itertools import pairwise
 from math import prod
-from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from smartfrz_ds.policies.base import LayerKind
+from .policies.base import LayerKind
 
-TiedMode = Literal["train", "freeze"]
-FrozenMode = Literal["eval", "train"]
 _LISTS = (nn.ModuleList, nn.Sequential)
 
 
@@ -89,178 +82,6 @@ def match_layers(patterns: Iterable[str], layers: Sequence[Layer], key: str) -> 
             raise ValueError(f"{key}: {pattern!r} matches no layer; {_nearest(pattern, names)}")
         found.update(hits)
     return tuple(layer for layer in layers if layer.name in found)
-
-
-# ---- what freezing means for the modules -----------------------------------------------------------------------------------------
-
-
-def check_tied(layers: Sequence[Layer], tied: TiedMode) -> None:
-    """Refuse, at start, weights whose use can't be cut out of backward alone.
-
-    With tied == "train" the front layer's use of a shared weight is cut at the module that owns it. Without touching anything else that
-    works where the module's input carries no gradient: embeddings (integer input). Raises ValueError for any other owner.
-    """
-    if tied == "freeze":
-        return
-    for layer in layers:
-        cut = {id(p) for leaf in _tied_embeddings(layer) for p in leaf.parameters(recurse=False)}
-        stuck = [p for p in layer.tied if id(p) not in cut]
-        if stuck:
-            raise ValueError(
-                f"smartfrz.tied is 'train', but layer {layer.name!r} shares a weight of shape {_shape(stuck[0])} with a layer behind it "
-                "outside an embedding: only an embedding's use of a weight can be cut out of backward. Allowed here: 'freeze'"
-            )
-
-
-def freeze_modules(layer: Layer, mode: FrozenMode = "eval", tied: TiedMode = "train") -> None:
-    """Make the layer's modules behave as frozen. Calling it twice is once.
-
-    mode: "eval": no dropout and running statistics stand still, also after model.train(); "train": modules are left as they are.
-    tied: "train": an embedding's use of a shared weight is cut out of backward, so that only the other users train it.
-    `requires_grad`, gradients and the optimizer are the backend's. The hooks are part of the modules: they add no key to state_dict and
-    go along with pickle and deepcopy.
-    """
-    before = _remove_hooks(layer)
-    for top in layer.modules if mode == "eval" else ():
-        was_training = top.training
-        for module in top.modules():
-            own_eval = before[module].own_eval if module in before else was_training and not module.training
-            module.register_forward_pre_hook(_StayEval(own_eval))
-        top.eval()
-    for leaf in _tied_embeddings(layer) if tied == "train" else ():
-        leaf.register_forward_hook(_cut_use)
-
-
-def thaw_modules(layer: Layer, training: bool = True) -> None:
-    """Undo `freeze_modules`. training: the flag of the whole model (`model.training`), which the layer's modules take again;
-    modules inside that were in eval on their own before the freeze stay so."""
-    for module, hook in _remove_hooks(layer).items():
-        module.training = training and not hook.own_eval
-
-
-def trainable_after_freeze(frozen: Collection[Layer], layers: Sequence[Layer], tied: TiedMode) -> tuple[nn.Parameter, ...]:
-    """The parameters that must leave the optimizer (and no longer be trained) when exactly `frozen` are frozen, in the model's order.
-
-    tied == "train": a shared weight stays while one of the layers that use it is active. tied == "freeze": it goes with its front layer.
-    """
-    still_used = {id(p) for layer in layers if layer not in frozen for p in layer.borrowed} if tied == "train" else set()
-    return tuple(p for layer in layers if layer in frozen for p in layer.params if id(p) not in still_used)
-
-
-class _StayEval:
-    """Forward pre-hook: back to eval whatever model.train() did. A class, so that it can be found again in a pickled or copied model."""
-
-    def __init__(self, own_eval: bool) -> None:
-        self.own_eval = own_eval  # the user had put this module, but not the layer, into eval
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        if module.training:
-            module.eval()
-
-
-def _cut_use(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    return output.detach()
-
-
-def _remove_hooks(layer: Layer) -> dict[nn.Module, _StayEval]:
-    # Handles would not survive a copy of the model; torch/nn/modules/module.py keeps the hooks in these two dicts.
-    removed = {}
-    for module in (m for top in layer.modules for m in top.modules()):
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, _StayEval):
-                removed[module] = hook
-                del module._forward_pre_hooks[key]
-        for key in [k for k, hook in module._forward_hooks.items() if hook is _cut_use]:
-            del module._forward_hooks[key]
-    return removed
-
-
-def _tied_embeddings(layer: Layer) -> list[nn.Module]:
-    shared = {id(p) for p in (*layer.tied, *layer.borrowed)}
-    return [
-        m
-        for top in layer.modules
-        for m in top.modules()
-        if isinstance(m, nn.Embedding | nn.EmbeddingBag) and any(id(p) in shared for p in m.parameters(recurse=False))
-    ]
-
-
-# ---- is the order right? ---------------------------------------------------------------------------------------------------------
-
-
-class OrderCheck:
-    """Compares the order of the layers with the order in which the first forward of `model` uses them; then it removes its hooks.
-
-    A layer counts from its first use, the head from the last of its parts. An embedding must come before the layer behind it (a decoder's
-    embedding may run before the encoder). Layers that the forward does not call as modules are left out.
-    When the orders differ: ValueError with both, out of that forward (strict), or a UserWarning. A head of which only a part runs earlier
-    always warns: while it is active, back-propagation runs up to that part.
-    """
-
-    def __init__(self, model: nn.Module, layers: Sequence[Layer], strict: bool = True) -> None:
-        self.done = False
-        self._names = [layer.name for layer in layers]
-        self._kinds = [layer.kind for layer in layers]
-        self._strict = strict
-        self._used: list[tuple[int, int]] = []  # (position of the layer, number of the module), by first use
-        owner = {module: layer.position for layer in reversed(layers) for top in layer.modules for module in top.modules()}
-        self._handles = [
-            module.register_forward_pre_hook(partial(self._note, position, number))
-            for number, (module, position) in enumerate(owner.items())
-            if next(module.parameters(recurse=False), None) is not None
-        ]
-        # first of all pre-hooks of the root, which may be a layer's module itself
-        self._handles.append(model.register_forward_pre_hook(self._start, prepend=True))
-        self._handles.append(model.register_forward_hook(self._compare))
-
-    def remove(self) -> None:
-        """Take the hooks away; nothing will be compared any more."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def _start(self, module: nn.Module, args: Any) -> None:
-        self._used.clear()  # whatever ran outside a whole forward, or in one that failed
-
-    def _note(self, position: int, number: int, module: nn.Module, args: Any) -> None:
-        if (position, number) not in self._used:
-            self._used.append((position, number))
-
-    def _compare(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.remove()
-        self.done = True
-        first: dict[int, int] = {}
-        last: dict[int, int] = {}
-        for rank, (position, _) in enumerate(self._used):
-            first.setdefault(position, rank)
-            last[position] = rank
-        seen = sorted(first)
-        rank_of: dict[int, float] = {p: last[p] if self._kinds[p] == "head" else first[p] for p in seen}
-        for p, behind in reversed(list(pairwise(seen))):
-            if self._kinds[p] == "embedding" and rank_of[p] < rank_of[behind]:
-                rank_of[p] = rank_of[behind] - 0.5 ** (behind - p)  # runs early enough, however early
-        actual = sorted(seen, key=rank_of.__getitem__)
-        if actual != seen:
-            self._tell(
-                "the forward uses the layers in another order than the model's structure shows.\n"
-                f"  structure: {self._list(seen)}\n  forward:   {self._list(actual)}\n"
-                f'List them by hand, front to back: "smartfrz": {{"layers": [...]}}',
-                self._strict,
-            )
-        elif len(seen) > 1 and self._kinds[seen[-1]] == "head" and first[seen[-1]] < first[seen[-2]]:
-            self._tell(
-                f"a part of layer {self._names[seen[-1]]!r} runs before other layers: while it is active, back-propagation runs up to that "
-                'part. To give it to a layer in front, list the layers by hand: "smartfrz": {"layers": [...]}',
-                strict=False,
-            )
-
-    def _list(self, positions: Sequence[int]) -> str:
-        return ", ".join(self._names[p] for p in positions)
-
-    def _tell(self, message: str, strict: bool) -> None:
-        if strict:
-            raise ValueError(message)
-        warnings.warn(message, stacklevel=2)
 
 
 # ---- finding the layers ----------------------------------------------------------------------------------------------------------
@@ -397,7 +218,7 @@ def _find_blocks(model: nn.Module) -> list[list[str]]:
             return
         if isinstance(module, nn.Sequential):  # its ends may be an embedding and a head
             items = items[hits[0] : hits[-1] + 1]
-        mixed = len({tuple(_shape(p) for p in item.parameters()) for _, item in items if _is_composite(item)}) > 1
+        mixed = len({tuple(shape_of(p) for p in item.parameters()) for _, item in items if _is_composite(item)}) > 1
         for name, item in items:
             if item in seen:
                 continue
@@ -529,13 +350,14 @@ def _listed(model: nn.Module, patterns: Sequence[str]) -> list[_Group]:
 # ---- small questions about modules and names -------------------------------------------------------------------------------------
 
 
-def _shape(p: Tensor) -> tuple[int, ...]:
+def shape_of(p: Tensor) -> tuple[int, ...]:
+    """The whole shape, partitioned by ZeRO-3 or not."""
     # ds_shape: the whole shape of a parameter that ZeRO-3 has partitioned (deepspeed/runtime/zero/partition_parameters.py)
     return tuple(getattr(p, "ds_shape", p.shape))
 
 
 def _numel(p: Tensor) -> int:
-    return prod(_shape(p))
+    return prod(shape_of(p))
 
 
 def _weight(module: nn.Module) -> int:
@@ -553,7 +375,7 @@ def _is_composite(module: nn.Module) -> bool:
 
 def _is_vectors(module: nn.Module) -> bool:
     """Only vectors inside, as in a norm."""
-    return all(len(_shape(p)) < 2 for p in module.parameters())
+    return all(len(shape_of(p)) < 2 for p in module.parameters())
 
 
 def _looks_like_embedding(path: str, module: nn.Module) -> bool:

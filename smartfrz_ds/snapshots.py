@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .backends.base import Backend, Sampler, SampleRequest
-from .layers import Layer
+from .layers import Layer, shape_of
 
 
 def sample_indices(
@@ -27,19 +27,15 @@ def sample_indices(
     """
     if numel <= sample_size:
         return torch.arange(sample_size) % numel
-    edges = torch.arange(sample_size + 1, dtype=torch.float64) * (numel / sample_size)
-    lower, upper = edges[:-1].ceil().long(), edges[1:].ceil().long()
+    edges = torch.arange(sample_size + 1) * numel // sample_size  # whole numbers: a rounded edge could point behind the end
+    lower, upper = edges[:-1], edges[1:]
     within = (torch.rand(sample_size, dtype=torch.float64, generator=generator) * (upper - lower)).long()
     return lower + torch.minimum(within, upper - lower - 1)
 
 
 def sampled_params(layer: Layer) -> list[torch.nn.Parameter]:
     """The weights that stand for a layer: its matrices. Norms and biases follow other laws; they count only where nothing else is there."""
-    return [p for p in layer.params if _shape_dims(p) > 1] or list(layer.params)
-
-
-def _shape_dims(param: torch.nn.Parameter) -> int:
-    return len(getattr(param, "ds_shape", param.shape))  # ds_shape: the full shape of a ZeRO-3 parameter
+    return [p for p in layer.params if len(shape_of(p)) > 1] or list(layer.params)
 
 
 class Snapshots:

@@ -24,12 +24,14 @@ def free_port() -> int:
 
 
 def environment() -> dict[str, str]:
-    """The environment of a launched rank: CPU accelerator, one thread, no warnings from third parties in the way."""
+    """The environment of a launched rank."""
     return os.environ | {
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         "PYTHONPATH": f"{TESTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep),
         "PYTHONFAULTHANDLER": "1",
+        # every tensor of a megabyte is mapped on its own, so that resident memory shows what is freed
+        "MALLOC_MMAP_THRESHOLD_": str(2**20),
     }
 
 

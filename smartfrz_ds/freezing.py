@@ -1,0 +1,107 @@
+"""What freezing a layer means on the side of its modules, and which of its weights leave the optimizer.
+
+Nothing here knows an engine: how the weights leave is the backend's work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from .layers import Layer, shape_of
+
+TiedMode = Literal["train", "freeze"]
+FrozenMode = Literal["eval", "train"]
+
+
+def check_tied(layers: Sequence[Layer], tied: TiedMode) -> None:
+    """Refuse, at start, weights whose use can't be cut out of backward alone.
+
+    With tied == "train" the front layer's use of a shared weight is cut at the module that owns it. Without touching anything else that
+    works where the module's input carries no gradient: embeddings (integer input). Raises ValueError for any other owner.
+    """
+    if tied == "freeze":
+        return
+    for layer in layers:
+        cut = {id(p) for leaf in _tied_embeddings(layer) for p in leaf.parameters(recurse=False)}
+        stuck = [p for p in layer.tied if id(p) not in cut]
+        if stuck:
+            raise ValueError(
+                f"smartfrz.tied is 'train', but layer {layer.name!r} shares a weight of shape {shape_of(stuck[0])} with a layer behind it "
+                "outside an embedding: only an embedding's use of a weight can be cut out of backward. Allowed here: 'freeze'"
+            )
+
+
+def freeze_modules(layer: Layer, mode: FrozenMode = "eval", tied: TiedMode = "train") -> None:
+    """Make the layer's modules behave as frozen. Calling it twice is once.
+
+    mode: "eval": no dropout and running statistics stand still, also after model.train(); "train": modules are left as they are.
+    tied: "train": an embedding's use of a shared weight is cut out of backward, so that only the other users train it.
+    `requires_grad`, gradients and the optimizer are the backend's. The hooks are part of the modules: they add no key to state_dict and
+    go along with pickle and deepcopy.
+    """
+    before = _remove_hooks(layer)
+    for top in layer.modules if mode == "eval" else ():
+        was_training = top.training
+        for module in top.modules():
+            own_eval = before[module].own_eval if module in before else was_training and not module.training
+            module.register_forward_pre_hook(_StayEval(own_eval))
+        top.eval()
+    for leaf in _tied_embeddings(layer) if tied == "train" else ():
+        leaf.register_forward_hook(_cut_use)
+
+
+def thaw_modules(layer: Layer, training: bool = True) -> None:
+    """Undo `freeze_modules`. training: the flag of the whole model (`model.training`), which the layer's modules take again;
+    modules inside that were in eval on their own before the freeze stay so."""
+    for module, hook in _remove_hooks(layer).items():
+        module.training = training and not hook.own_eval
+
+
+def leaving_params(frozen: Collection[Layer], layers: Sequence[Layer], tied: TiedMode) -> tuple[nn.Parameter, ...]:
+    """The parameters that must leave the optimizer (and no longer be trained) when exactly `frozen` are frozen, in the model's order.
+
+    tied == "train": a shared weight stays while one of the layers that use it is active. tied == "freeze": it goes with its front layer.
+    """
+    still_used = {id(p) for layer in layers if layer not in frozen for p in layer.borrowed} if tied == "train" else set()
+    return tuple(p for layer in layers if layer in frozen for p in layer.params if id(p) not in still_used)
+
+
+class _StayEval:
+    """Forward pre-hook: back to eval whatever model.train() did. A class, so that it can be found again in a pickled or copied model."""
+
+    def __init__(self, own_eval: bool) -> None:
+        self.own_eval = own_eval  # the user had put this module, but not the layer, into eval
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if module.training:
+            module.eval()
+
+
+def _cut_use(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output.detach()
+
+
+def _remove_hooks(layer: Layer) -> dict[nn.Module, _StayEval]:
+    # Handles would not survive a copy of the model; torch/nn/modules/module.py keeps the hooks in these two dicts.
+    removed = {}
+    for module in (m for top in layer.modules for m in top.modules()):
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, _StayEval):
+                removed[module] = hook
+                del module._forward_pre_hooks[key]
+        for key in [k for k, hook in module._forward_hooks.items() if hook is _cut_use]:
+            del module._forward_hooks[key]
+    return removed
+
+
+def _tied_embeddings(layer: Layer) -> list[nn.Module]:
+    shared = {id(p) for p in (*layer.tied, *layer.borrowed)}
+    return [
+        m
+        for top in layer.modules
+        for m in top.modules()
+        if isinstance(m, nn.Embedding | nn.EmbeddingBag) and any(id(p) in shared for p in m.parameters(recurse=False))
+    ]
