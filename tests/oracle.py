@@ -76,9 +76,12 @@ def loss_of(model: Any, x: Tensor, y: Tensor, dtype: str) -> Tensor:
 
 
 def groups_of(params: list[Any], like: list[Any], groups: int) -> list[dict[str, Any]]:
-    """Parameter groups over `params` (decay on matrices only where there are two), chosen by the shapes of `like`."""
+    """Parameter groups over `params`: one; two by the shapes of `like`, decay on matrices only; or three: layers 0 and 1, the rest, split
+    once more, so that a group can be emptied."""
     if groups == 1:
         return [{"params": params}]
+    if groups == 3:
+        return [{"params": params[:8], "lr": LR / 2}, {"params": params[8:14]}, {"params": params[14:], "weight_decay": 0.0}]
     matrices = [p for p, q in zip(params, like, strict=True) if q.ndim > 1]
     vectors = [p for p, q in zip(params, like, strict=True) if q.ndim == 1]
     return [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
@@ -107,6 +110,7 @@ class Outcome:
 
 def reference(cell: Cell, *, world: int = 2, freezes: bool = True) -> Outcome:
     """Train `cell` in this process. freezes=False is the negative control: the same run with nothing frozen."""
+    torch.set_num_threads(1)  # as the ranks: a gradient summed by two threads differs in its last bits
     model: nn.Module = Net()
     if cell.dtype == "bf16":
         model = model.bfloat16()

@@ -72,6 +72,7 @@ def run(cell: oracle.Cell) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         "frozen": list(engine.smartfrz.frozen),
         "drift": drift,
         "optimizer_bytes": byte_counts,
+        "groups": len(optimizer.param_groups),
         "step": engine.smartfrz.step,
         "lr": engine.get_lr()[0],
         "active": sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -210,7 +210,7 @@ class FlatBackend(Backend):
                 self._kept[param] = kept
             kept.step = {p: self._step_of(p, entries) for p in leaving}
             to_host = plan_moves(old, kept.layout, leaving)
-        coming = [p for p in new.params if p not in old.offsets and p not in self._placeholders.values()]
+        coming = [p for p in new.params if p not in old.offsets and p is not self._placeholders.get(index)]
         stay = plan_moves(old, new, new.params)
         back = {id(k): k for k in (self._kept[p] for p in coming if p in self._kept)}
         returns = [(k, plan_moves(k.layout, new, [p for p in coming if self._kept.get(p) is k])) for k in back.values()]
