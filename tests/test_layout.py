@@ -1,0 +1,98 @@
+"""Flat layouts and moves, against a slow obvious reference: one dictionary from (parameter, element) to (rank, offset)."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import Parameter
+
+from smartfrz_ds.backends.layout import FlatLayout, Move, PackedLayout, _rounds, bytes_sent, move, plan_moves
+
+
+def places(layout: FlatLayout) -> dict[tuple[int, int], tuple[int, int]]:
+    """(parameter, element) -> (rank, offset), element by element."""
+    out = {}
+    for param in layout.params:
+        for element in range(param.numel()):
+            position = layout.offsets[param] + element
+            out[id(param), element] = (position // layout.partition_size, position % layout.partition_size)
+    return out
+
+
+def carry_out(moves: list[Move], sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
+    for m in moves:
+        targets[m.target][m.target_offset : m.target_offset + m.numel] = sources[m.source][m.source_offset : m.source_offset + m.numel]
+
+
+sizes = st.lists(st.integers(1, 40), min_size=1, max_size=8)
+
+
+@given(sizes=sizes, world=st.integers(1, 5), kept=st.data(), alignment=st.integers(1, 4), pad=st.integers(0, 3))
+@settings(max_examples=150, deadline=None)
+def test_moves_bring_every_kept_element_to_its_new_place(
+    sizes: list[int], world: int, kept: st.DataObject, alignment: int, pad: int
+) -> None:
+    params = [Parameter(torch.zeros(n)) for n in sizes]
+    old = FlatLayout(tuple(params), world, alignment * world, (pad,) * len(params))
+    chosen = kept.draw(st.lists(st.sampled_from(params), min_size=1, unique_by=id))
+    order = kept.draw(st.permutations(chosen))
+    new = FlatLayout(tuple(order), world, alignment * world)
+    before, after = places(old), places(new)
+    sources = [torch.arange(old.partition_size, dtype=torch.float64) + 1000 * r for r in range(world)]
+    targets = [torch.full((new.partition_size,), -1.0, dtype=torch.float64) for _ in range(world)]
+    carry_out(plan_moves(old, new, new.params), sources, targets)
+    for key, (rank, offset) in after.items():
+        was_rank, was_offset = before[key]
+        assert targets[rank][offset] == sources[was_rank][was_offset]
+    assert sum((t >= 0).sum().item() for t in targets) == len(after)  # padding stays as it was
+
+
+@given(sizes=sizes, world=st.integers(1, 5), kept=st.data())
+@settings(max_examples=100, deadline=None)
+def test_packed_state_comes_back_to_any_layout(sizes: list[int], world: int, kept: st.DataObject) -> None:
+    params = [Parameter(torch.zeros(n)) for n in sizes]
+    old = FlatLayout(tuple(params), world, 2 * world)
+    gone = kept.draw(st.lists(st.sampled_from(params), min_size=1, unique_by=id))
+    packed = PackedLayout.of(old, gone)
+    assert sum(packed.sizes) == sum(p.numel() for p in gone)
+    sources = [torch.arange(old.partition_size, dtype=torch.float64) + 1000 * r for r in range(world)]
+    waiting = [torch.zeros(n, dtype=torch.float64) for n in packed.sizes]
+    to_host = plan_moves(old, packed, gone)
+    assert all(m.source == m.target for m in to_host)  # nothing is sent to be kept
+    carry_out(to_host, sources, waiting)
+    back = FlatLayout(tuple(gone[::-1]), world, world)
+    targets = [torch.zeros(back.partition_size, dtype=torch.float64) for _ in range(world)]
+    carry_out(plan_moves(packed, back, gone), waiting, targets)
+    before = places(old)
+    for key, (rank, offset) in places(back).items():
+        was_rank, was_offset = before[key]
+        assert targets[rank][offset] == sources[was_rank][was_offset]
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(1, 50)), max_size=12), st.integers(1, 30))
+def test_rounds_stay_under_the_limit_and_lose_nothing(raw: list[tuple[int, int, int]], limit: int) -> None:
+    moves = [Move(s, 100 * k, t, 200 * k, n) for k, (s, t, n) in enumerate(raw)]
+    rounds = list(_rounds(moves, 4, limit))
+    for batch in rounds:
+        for rank in range(4):
+            assert sum(m.numel for m in batch if m.source == rank) <= limit
+            assert sum(m.numel for m in batch if m.target == rank) <= limit
+    flat = [(m.source, m.source_offset + i, m.target, m.target_offset + i) for b in rounds for m in b for i in range(m.numel)]
+    assert flat == [(m.source, m.source_offset + i, m.target, m.target_offset + i) for m in moves for i in range(m.numel)]
+
+
+def test_a_group_that_only_shifts_costs_one_move_a_pair_of_ranks() -> None:
+    params = tuple(Parameter(torch.zeros(10)) for _ in range(20))
+    old, new = FlatLayout(params, 2), FlatLayout(params[10:], 2)
+    moves = plan_moves(old, new, new.params)
+    assert moves == [Move(1, 0, 0, 0, 50), Move(1, 50, 1, 0, 50)]
+    assert bytes_sent(moves, 4) == 200
+
+
+def test_local_moves_need_no_process_group() -> None:
+    params = tuple(Parameter(torch.zeros(3)) for _ in range(3))
+    old, new = FlatLayout(params, 1), FlatLayout((params[2], params[0]), 1)
+    target = torch.zeros(6)
+    move(plan_moves(old, new, new.params), torch.arange(9.0), target, rank=0, world=1, group=None)
+    assert target.tolist() == [6, 7, 8, 0, 1, 2]
