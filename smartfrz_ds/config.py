@@ -85,6 +85,17 @@ class ManualSettings(_Section):
     """`smartfrz.manual`: nothing freezes by itself, only `engine.smartfrz.freeze(names)` does; no keys."""
 
 
+class Zero3Settings(_Section):
+    """`smartfrz.zero3`: what ZeRO stage 3 does with frozen layers."""
+
+    frozen: Literal["sharded", "replicated", "auto"] = _key(
+        "sharded",
+        "'sharded', 'replicated' or 'auto'",
+        "Weights of frozen layers: sharded: as before, gathered for each forward; replicated: whole on every rank, never gathered again; "
+        "auto: replicated as long as the memory that the freezes have released on a rank pays for it.",
+    )
+
+
 class FreezeConfig(_Section):
     """The settings of a run. Made with `FreezeConfig.load`; immutable, and the same on every rank (`digest`)."""
 
@@ -139,6 +150,7 @@ class FreezeConfig(_Section):
     attention: AttentionSettings = _key(AttentionSettings(), "an object", "Settings of the policy `attention`.")
     linear: LinearSettings = _key(LinearSettings(), "an object", "Settings of the policy `linear`.")
     manual: ManualSettings = _key(ManualSettings(), "an object", "Settings of the policy `manual`: none.")
+    zero3: Zero3Settings = _key(Zero3Settings(), "an object", "What ZeRO stage 3 does with frozen layers.")
 
     @model_validator(mode="after")
     def _stage_holds_a_snapshot(self) -> FreezeConfig:

@@ -77,7 +77,7 @@ def attach(engine: EngineT, config: ConfigSource = None) -> EngineT:
     settings = FreezeConfig.load(engine.config if config is None else config)
     if not settings.enabled:
         return engine
-    backend = make_backend(engine, allow_untested_versions=settings.allow_untested_versions)
+    backend = make_backend(engine, zero3_frozen=settings.zero3.frozen, allow_untested_versions=settings.allow_untested_versions)
     engine.smartfrz = Controller(
         engine.module, backend, settings, scheduler=engine.lr_scheduler, monitor=engine.monitor, version=__version__
     )

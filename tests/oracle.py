@@ -1,7 +1,7 @@
 """The small net that the exactness tests train, and the single process with plain torch that every engine is compared with.
 
-The oracle computes each rank's gradients one after the other, averages them as the engine does (per micro-batch in stage 2, at the
-accumulation boundary in stages 0 and 1; in the dtype of the weights) and steps torch's AdamW on fp32 masters, one tensor a parameter.
+The oracle computes each rank's gradients one after the other, averages them as the engine does (per micro-batch in stages 2 and 3, at
+the accumulation boundary in stages 0 and 1; in the dtype of the weights) and steps torch's AdamW on fp32 masters, one tensor a parameter.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _freeze_or_thaw(action: str, p: nn.Parameter, m: Tensor, optimizer: Any, kep
 
 
 def _gradients(model: nn.Module, live: list[Any], cell: Cell, step: int, world: int) -> dict[Any, Tensor]:
-    per_micro = cell.stage == 2
+    per_micro = cell.stage >= 2
     total = {p: torch.zeros_like(p) for p in live}
     local = [{p: torch.zeros_like(p) for p in live} for _ in range(world)]
     for micro in range(cell.accumulation):

@@ -41,6 +41,12 @@ def engine_for(cell: oracle.Cell, model: torch.nn.Module) -> Any:
     return smartfrz_ds.initialize(model=model, optimizer=optimizer, lr_scheduler=oracle.schedule(optimizer), config=config)
 
 
+def full(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all weights, gathered where ZeRO-3 has cut them."""
+    with deepspeed.zero.GatheredParameters([p for p in model.parameters() if hasattr(p, "ds_id")]):
+        return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
 def run(cell: oracle.Cell) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     rank, model = dist.get_rank(), oracle.Net()
     engine, optimizer, _, scheduler = engine_for(cell, model)
@@ -49,11 +55,12 @@ def run(cell: oracle.Cell) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     held: dict[str, torch.Tensor] = {}
     for step in range(cell.steps):
         if event := cell.at(step):
-            before = {n: p.detach().clone() for n, p in model.named_parameters()}
+            before = full(model)
             getattr(engine.smartfrz, event[0])(event[1])
-            assert all(torch.equal(before[n], p) for n, p in model.named_parameters()), "a change of the layout moved weights"
+            after = full(model)
+            assert all(torch.equal(before[n], after[n]) for n in before), "a change of the layout moved weights"
             byte_counts.append(engine.smartfrz.report().optimizer_bytes)
-            held = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+            held = {n: after[n] for n, p in model.named_parameters() if not p.requires_grad}
         for micro in range(cell.accumulation):
             x, y = oracle.data(step, micro, rank)
             loss = oracle.loss_of(engine, x, y, cell.dtype)
@@ -61,9 +68,9 @@ def run(cell: oracle.Cell) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             # without managed accumulation the caller steps once
             if cell.managed or micro == cell.accumulation - 1:
                 engine.step()
-        now = dict(model.named_parameters())
+        now = full(model)
         drift = max([drift, *((held[n] - now[n]).abs().max().item() for n in held)])
-        weights.append(torch.cat([p.detach().float().view(-1) for p in model.parameters()]))
+        weights.append(torch.cat([p.float().view(-1) for p in now.values()]))
     assert handles == (optimizer, optimizer.param_groups, engine.basic_optimizer, scheduler.optimizer) or cell.stage == 0
     assert engine.optimizer is optimizer and isinstance(engine, deepspeed.DeepSpeedEngine)
     tensors = {"weights": torch.stack(weights)}
@@ -75,7 +82,7 @@ def run(cell: oracle.Cell) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         "groups": len(optimizer.param_groups),
         "step": engine.smartfrz.step,
         "lr": engine.get_lr()[0],
-        "active": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "active": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad),
     }
     engine.destroy()
     return tensors, facts
@@ -92,7 +99,7 @@ def end_state(engine: Any, model: torch.nn.Module, cell: oracle.Cell) -> dict[st
             out[f"master.{name}"] = safe_get_full_fp32_param(p).clone()
             for key in ("exp_avg", "exp_avg_sq"):
                 out[f"moment.{name}.{key}"] = safe_get_full_optimizer_state(p, key).clone()
-        else:
+        elif cell.stage < 3:  # of a frozen ZeRO-3 parameter DeepSpeed's accessor raises, as for one frozen before initialize
             assert safe_get_full_fp32_param(p) is None
     return out
 

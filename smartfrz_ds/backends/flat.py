@@ -78,6 +78,23 @@ class FlatBackend(Backend):
     def gradients_pending(self) -> bool:
         """Whether the wrapper holds gradients that no step has used yet."""
 
+    def detach(self, param: Parameter) -> None:
+        """Make a parameter that has left the optimizer a plain constant of the model."""
+        detach_from_training(param)
+        for name in ("_hp_mapping", "_dp_group", "_hp_grad", "grad_accum", "param_idx_in_group"):
+            # tensor_fragment.py and mixed_precision_linkage.py: without these DeepSpeed treats it as never optimized.
+            if hasattr(param, name):
+                delattr(param, name)
+
+    def low_precision(self, param: Parameter, start: int, numel: int) -> Tensor:
+        """Elements [start, start + numel) of what this rank holds of the weights themselves, flat."""
+        return param.data.view(-1)[start : start + numel]
+
+    #: whether the wrapper can't do with an empty group
+    needs_placeholder = True
+    #: whether the master partition and the weights' own buffer are one tensor
+    master_is_weight = False
+
     # --- Backend ------------------------------------------------------------------------------------------------------------
 
     @property
@@ -143,11 +160,7 @@ class FlatBackend(Backend):
         for param in thaw:
             self._kept.pop(param, None)
         for param in freeze:
-            detach_from_training(param)
-            for name in ("_hp_mapping", "_dp_group", "_hp_grad", "grad_accum", "param_idx_in_group"):
-                # tensor_fragment.py and mixed_precision_linkage.py: without these DeepSpeed treats it as never optimized.
-                if hasattr(param, name):
-                    delattr(param, name)
+            self.detach(param)
         for param in thaw:
             param.requires_grad_(True)
         self._layouts = new
@@ -169,12 +182,17 @@ class FlatBackend(Backend):
             master = self.master(i)
             if master.numel() != layout.partition_size:
                 raise FreezeError(f"group {i}: the master partition has {master.numel()} elements, the layout {layout.partition_size}")
-            stepped = self.base_optimizer().param_groups[i]["params"]
-            if len(stepped) != 1 or stepped[0] is not master:
-                raise FreezeError(f"group {i}: the optimizer does not step the master partition")
             for key, value in self.base_optimizer().state.get(master, {}).items():
                 if isinstance(value, Tensor) and value.ndim > 0 and value.shape != master.shape:
                     raise FreezeError(f"group {i}: state {key} has shape {tuple(value.shape)}, its master {tuple(master.shape)}")
+        self.verify_weights()
+
+    def verify_weights(self) -> None:
+        """The part of `verify` that concerns the weights' own buffers."""
+        for i, layout in enumerate(self._layouts):
+            stepped = self.base_optimizer().param_groups[i]["params"]
+            if len(stepped) != 1 or stepped[0] is not self.master(i):
+                raise FreezeError(f"group {i}: the optimizer does not step the master partition")
             storages = {p.untyped_storage().data_ptr() for p in layout.params}
             if len(storages) > 1:
                 raise FreezeError(f"group {i}: its parameters no longer share one flat buffer")
@@ -185,7 +203,7 @@ class FlatBackend(Backend):
 
     def _new_layout(self, index: int) -> FlatLayout:
         params = self.active(index)
-        if not params:
+        if not params and self.needs_placeholder:
             # A group that the user made never disappears: schedulers and checkpoints count groups, and the wrappers read the
             # first parameter of each. The placeholder is zeros, gets no gradient, and so stays zeros.
             if index not in self._placeholders:
@@ -215,7 +233,7 @@ class FlatBackend(Backend):
         back = {id(k): k for k in (self._kept[p] for p in coming if p in self._kept)}
         returns = [(k, plan_moves(k.layout, new, [p for p in coming if self._kept.get(p) is k])) for k in back.values()]
         moved = 0
-        for key in [MASTER, *flat_keys]:
+        for key in flat_keys if self.master_is_weight else [MASTER, *flat_keys]:
             source = master.detach() if key == MASTER else entries[key]
             host = source.cpu()
             if keep:
@@ -245,7 +263,7 @@ class FlatBackend(Backend):
         for param in params:
             for s in layout.segments(param):
                 if s.rank == rank:
-                    target[s.offset : s.offset + s.numel].copy_(param.data.view(-1)[s.start : s.start + s.numel])
+                    target[s.offset : s.offset + s.numel].copy_(self.low_precision(param, s.start, s.numel))
 
     def _step_of(self, param: Parameter, entries: dict[str, Any]) -> Any:
         return copy_step(self._own_steps.count.get(param, entries.get("step")))

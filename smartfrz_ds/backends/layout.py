@@ -46,26 +46,31 @@ class FlatLayout:
     """One parameter group, concatenated in this order and cut into `world` equal partitions.
 
     params: the group's parameters in buffer order.
-    world: number of partitions, >= 1.
+    world: number of partitions, >= 1; 1 also where each rank has a buffer of its own (ZeRO-3).
     alignment: the buffer is padded at its end to a multiple of this many elements, >= 1.
     padding: elements of padding behind each parameter (`parameter_alignment` of ZeRO-1/2); zeros where empty.
+    sizes: elements of each parameter in the buffer, where they are not its own (ZeRO-3: of its partition).
     """
 
     params: tuple[Parameter, ...]
     world: int
     alignment: int = 1
     padding: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
     offsets: dict[Parameter, int] = field(init=False, compare=False)
     numel: int = field(init=False, compare=False)
+    _size_of: dict[Parameter, int] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         padding = self.padding or (0,) * len(self.params)
-        assert len(padding) == len(self.params)
+        sizes = self.sizes or tuple(p.numel() for p in self.params)
         offsets, end = {}, 0
-        for param, pad in zip(self.params, padding, strict=True):
+        for param, size, pad in zip(self.params, sizes, padding, strict=True):
             offsets[param] = end
-            end += param.numel() + pad
+            end += size + pad
         object.__setattr__(self, "offsets", offsets)
+        object.__setattr__(self, "sizes", sizes)
+        object.__setattr__(self, "_size_of", dict(zip(self.params, sizes, strict=True)))
         object.__setattr__(self, "numel", -(-end // self.alignment) * self.alignment)
         assert self.numel % self.world == 0
 
@@ -79,7 +84,7 @@ class FlatLayout:
         if param not in self.offsets:
             return []
         size, begin = self.partition_size, self.offsets[param]
-        end, position, pieces = begin + param.numel(), begin, []
+        end, position, pieces = begin + self._size_of[param], begin, []
         while position < end:
             rank = position // size
             stop = min(end, (rank + 1) * size)

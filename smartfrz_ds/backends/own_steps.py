@@ -59,9 +59,9 @@ class OwnSteps:
 
     def _before_step(self) -> None:
         by_master = {id(part[0]): part for part in self._partitions()}
-        # ZeRO-1/2 step one group at a time by swapping optimizer.param_groups (stage_1_and_2.py, _optimizer_step).
+        # ZeRO steps one group at a time: 1 and 2 by swapping optimizer.param_groups, 3 by filling one group (both in _optimizer_step).
         for group in self.optimizer.param_groups:
-            part = by_master.get(id(group["params"][0]))
+            part = by_master.get(id(group["params"][0])) if group["params"] else None
             if part is None or not any(p in self.count for p in part[1].params):
                 continue
             master, layout, rank = part
@@ -80,7 +80,7 @@ class OwnSteps:
             self._split.append((part, views))
 
     def _after_step(self) -> None:
-        groups = {id(g["params"][0]): g for g in self.optimizer.param_groups}
+        groups = {id(g["params"][0]): g for g in self.optimizer.param_groups if g["params"]}
         for (master, layout, _), views in self._split:
             # The group's own count advances also where this rank holds nothing else of the group, and so does that of a parameter
             # of which this rank holds no piece: all ranks count alike.

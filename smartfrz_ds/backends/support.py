@@ -8,7 +8,7 @@ import deepspeed
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.hybrid_engine import DeepSpeedHybridEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from deepspeed.utils import groups
+from deepspeed.utils import groups, z3_leaf_module
 from packaging.specifiers import SpecifierSet
 
 # The backends touch private attributes; each release is looked at and tested before it is added here.
@@ -36,7 +36,10 @@ def unsupported(engine: DeepSpeedEngine) -> list[str]:
     uses = {
         "pipeline parallelism (PipelineModule)": isinstance(engine, PipelineEngine),
         "the hybrid engine (hybrid_engine.enabled)": isinstance(engine, DeepSpeedHybridEngine),
-        "ZeRO stage 3 (zero_optimization.stage: 3)": engine.zero_optimization_stage() == 3,
+        "ZeRO-3 leaf modules (set_z3_leaf_modules)": any(z3_leaf_module(m) for m in engine.module.modules()),
+        "partial optimizer offload (zero_optimization.offload_optimizer.ratio below 1)": zero.offload_optimizer is not None
+        and engine.zero_optimization_stage() == 3
+        and zero.offload_optimizer.ratio < 1.0,
         "NVMe offload (zero_optimization.offload_optimizer.device: nvme)": _device(zero.offload_optimizer) == "nvme"
         or _device(zero.offload_param) == "nvme",
         "mixture of experts (MoE layers)": bool(engine.has_moe_layers),
