@@ -17,25 +17,25 @@ LR, DECAY = 1e-2, 0.1
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, 3 * WIDTH)
-        self.down = nn.Linear(3 * WIDTH, WIDTH)
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 3 * width)
+        self.down = nn.Linear(3 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(torch.tanh(self.up(self.norm(x))))
 
 
 class Net(nn.Module):
-    """Layers by smartfrz's names: embeddings, blocks.0 .. blocks.4, head."""
+    """Layers by smartfrz's names: embeddings, blocks.0 .. blocks.4 (or as many as are asked for), head."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH, blocks: int = BLOCKS) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.inp = nn.Linear(INPUTS, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
-        self.head = nn.Linear(WIDTH, CLASSES)
+        self.inp = nn.Linear(INPUTS, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
+        self.head = nn.Linear(width, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.inp(x)
@@ -59,6 +59,11 @@ class Cell:
     plan: dict[str, list[Any]] = field(default_factory=dict)  # step -> ["freeze" | "thaw", layer names]
     config: dict[str, Any] = field(default_factory=dict)  # merged into the DeepSpeed config
     managed: bool = True
+    width: int = WIDTH
+    blocks: int = BLOCKS
+
+    def net(self) -> Net:
+        return Net(self.width, self.blocks)
 
     def at(self, step: int) -> tuple[str, list[str]] | None:
         found = self.plan.get(str(step))
@@ -111,7 +116,7 @@ class Outcome:
 def reference(cell: Cell, *, world: int = 2, freezes: bool = True) -> Outcome:
     """Train `cell` in this process. freezes=False is the negative control: the same run with nothing frozen."""
     torch.set_num_threads(1)  # as the ranks: a gradient summed by two threads differs in its last bits
-    model: nn.Module = Net()
+    model: nn.Module = cell.net()
     if cell.dtype == "bf16":
         model = model.bfloat16()
     names = [n for n, _ in model.named_parameters()]

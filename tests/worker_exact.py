@@ -48,7 +48,7 @@ def full(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def run(cell: oracle.Cell) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    rank, model = dist.get_rank(), oracle.Net()
+    rank, model = dist.get_rank(), cell.net()
     engine, optimizer, _, scheduler = engine_for(cell, model)
     handles = (optimizer, optimizer.param_groups, engine.basic_optimizer, scheduler.optimizer)
     weights, byte_counts, drift = [], [engine.smartfrz.report().optimizer_bytes], 0.0

@@ -92,8 +92,6 @@ class FlatBackend(Backend):
 
     #: whether the wrapper can't do with an empty group
     needs_placeholder = True
-    #: whether the master partition and the weights' own buffer are one tensor
-    master_is_weight = False
 
     # --- Backend ------------------------------------------------------------------------------------------------------------
 
@@ -233,7 +231,7 @@ class FlatBackend(Backend):
         back = {id(k): k for k in (self._kept[p] for p in coming if p in self._kept)}
         returns = [(k, plan_moves(k.layout, new, [p for p in coming if self._kept.get(p) is k])) for k in back.values()]
         moved = 0
-        for key in flat_keys if self.master_is_weight else [MASTER, *flat_keys]:
+        for key in [MASTER, *flat_keys]:
             source = master.detach() if key == MASTER else entries[key]
             host = source.cpu()
             if keep:

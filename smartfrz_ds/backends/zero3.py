@@ -52,8 +52,9 @@ class Zero3Backend(FlatBackend):
         self._group_ids: list[int] = [zero.sub_group_to_group_id[i] for i in range(len(zero.fp16_groups))]
         self._process_groups = list(zero.sub_group_process_groups)
         self._devices = [getattr(zero, "subgroup_to_device", {}).get(i) for i in range(len(zero.fp16_groups))]
-        # In fp32 training without offload the master partition is the buffer of the weights (_create_fp32_partitions).
-        self.master_is_weight = zero.fp32_partitioned_groups_flat[0] is zero.fp16_partitioned_groups_flat[0]
+        if zero.fp32_partitioned_groups_flat[0] is zero.fp16_partitioned_groups_flat[0]:
+            # _create_fp32_partitions has such a branch; with string devices, as in this version, it is never taken.
+            raise ValueError("smartfrz_ds does not work with ZeRO-3 masters that are the weights' own buffer")
         super().__init__(engine)
         offloads = [name for name in ("optimizer", "param") if getattr(zero, f"offload_{name}")]
         self.name = "ZeRO-3" + (f" with offloaded {' and '.join(offloads)}" if offloads else "")
@@ -73,9 +74,6 @@ class Zero3Backend(FlatBackend):
 
     def master(self, index: int) -> Tensor:
         return self._masters[index]
-
-    def masters(self) -> list[Tensor]:
-        return [] if self.master_is_weight else self._masters
 
     def process_group(self, index: int) -> dist.ProcessGroup | None:
         return None
@@ -154,9 +152,6 @@ class Zero3Backend(FlatBackend):
     def _lay_out_weights(self, live: list[int]) -> None:
         """New buffers for the shards of the active parameters; shards that were there already keep their values."""
         zero = self.wrapper
-        if self.master_is_weight:
-            for i in set(range(len(self._masters))) - set(live):
-                self._masters[i].data = self._masters[i].data.new_empty(0)
         zero.fp16_partitioned_groups_flat = []
         if zero.offload_param:
             # One host buffer for each parameter group of the optimizer (_create_param_groups_fp16_flat_cpu_memory).
@@ -184,9 +179,6 @@ class Zero3Backend(FlatBackend):
                 part = flat.narrow(0, layout.offsets[param], size)
                 part.copy_(param.ds_tensor.data.view(-1))
                 param.ds_tensor.data = part
-            if self.master_is_weight:
-                self._masters[i].data = flat
-                flat = self._masters[i]
             zero.fp16_partitioned_groups_flat.append(flat)
             begin += layout.numel
 
@@ -253,8 +245,7 @@ class Zero3Backend(FlatBackend):
 
     def _optimizer_bytes_of(self, param: ZeroParam) -> int:
         """Optimizer bytes that freezing `param` released on this rank: its master and moments, gradients not counted."""
-        per_element = 4 * (2 if self.master_is_weight else 3)
-        return int(param.partition_numel()) * per_element
+        return int(param.partition_numel()) * 4 * 3
 
     def verify_weights(self) -> None:
         zero = self.wrapper
