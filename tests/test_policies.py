@@ -104,7 +104,8 @@ def test_attention_names_what_came_to_rest_and_nothing_else() -> None:
     assert made[50].freeze == ()
     assert made[1450].freeze == ("s0", "s1")
     assert all("m2" not in decision.freeze for decision in made.values())
-    last = made[1450]
+    last = made[900]
+    assert last.freeze == ("s0", "s1")
     assert last.probabilities.keys() == last.reasons.keys() == {"s0", "s1", "m2"}
     assert last.probabilities["m2"] < 0.5 < last.probabilities["s0"] <= 1.0
     assert last.reasons["s0"].startswith("converged: ")
@@ -127,10 +128,10 @@ def test_attention_waits_for_stages_in_a_row() -> None:
     assert not any(d.freeze for d in decisions(AttentionPolicy(threshold=1 - 1e-9), range(100, 1500, STAGE), weights("m0")).values())
     policy = AttentionPolicy(threshold=0.5, patience=2)
     rest, run = weights("s0"), {"s0": moving(150, 0)}
-    assert policy.decide(view(1400, rest)).freeze == ()
-    assert policy.decide(view(1400, run)).freeze == ()
-    assert policy.decide(view(1450, rest)).freeze == ()
-    assert policy.decide(view(1450, rest)).freeze == ("s0",)
+    assert policy.decide(view(900, rest)).freeze == ()
+    assert policy.decide(view(900, run)).freeze == ()
+    assert policy.decide(view(950, rest)).freeze == ()
+    assert policy.decide(view(950, rest)).freeze == ("s0",)
 
 
 def test_attention_judges_an_embedding_by_the_block_behind_it() -> None:
@@ -167,7 +168,7 @@ def test_attention_counts_a_frozen_layer_with_its_last_drift() -> None:
     decisions(both, range(100, 1400, STAGE), layers)
     assert behind == pytest.approx(both.decide(view(1400, layers)).probabilities["s1"], abs=0.02)
     alone = decisions(AttentionPolicy(), range(100, 1450, STAGE), {"s1": layers["s1"]})[1400].probabilities["s1"]
-    assert alone > behind + 0.2
+    assert 1 - behind > 10 * (1 - alone)
 
 
 def test_attention_repeats_and_goes_on_from_its_state() -> None:

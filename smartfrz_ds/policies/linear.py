@@ -1,0 +1,80 @@
+"""The `linear` policy: front layers freeze one after the other, evenly between two steps. The baseline to beat.
+
+The rule of Composer's layer freezing (mosaicml/composer, algorithms/layer_freezing), with whole layers and steps instead of parameters
+and time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .base import Decision, LayerInfo, Need, View
+
+_DEFAULT_START, _DEFAULT_END = 0.2, 0.8  # shares of the run
+
+
+class LinearPolicy:
+    """Freezes the first layer at start_step and the last of its share at end_step, blind to what the layers do."""
+
+    name = "linear"
+    needs: frozenset[Need] = frozenset()
+
+    def __init__(self, start_step: int | None = None, end_step: int | None = None, max_frozen_fraction: float = 0.75) -> None:
+        """start_step >= 0, end_step > start_step; None: 20 % and 80 % of the run.
+
+        max_frozen_fraction: in (0, 1], share of all layers, the head counted. Raises ValueError for anything else.
+        """
+        if not 0.0 < max_frozen_fraction <= 1.0:
+            raise ValueError(f"smartfrz.max_frozen_fraction: got {max_frozen_fraction}; allowed: a number in (0, 1]")
+        if start_step is not None and start_step < 0:
+            raise ValueError(f"smartfrz.linear.start_step: got {start_step}; allowed: an integer >= 0, or null")
+        self.start_step, self.end_step, self.max_frozen_fraction = start_step, end_step, max_frozen_fraction
+        if start_step is not None and end_step is not None:
+            self._steps(None)
+
+    def check_start(self, total_steps: int | None, layers: tuple[LayerInfo, ...]) -> None:
+        """Raises ValueError when a step isn't given and can't be made from the length of the run (steps, None when unknown)."""
+        self._steps(total_steps)
+
+    def decide(self, view: View) -> Decision:
+        start, end = self._steps(view.total_steps)
+        front = [layer.name for layer in view.layers if layer.kind != "head" and layer.numel > 0]
+        most = min(len(front), int(self.max_frozen_fraction * len(view.layers) + 1e-9))
+        due = linear_count(view.step, start, end, most)
+        candidates = set(view.candidates)
+        chosen = tuple(name for name in front[:due] if name in candidates)
+        return Decision(freeze=chosen, reasons={name: f"layer {front.index(name) + 1} of {due} due at step {view.step}" for name in chosen})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass  # the step alone decides
+
+    def _steps(self, total_steps: int | None) -> tuple[int, int]:
+        start, end = self.start_step, self.end_step
+        for key, value in (("start_step", start), ("end_step", end)):
+            if value is None and total_steps is None:
+                raise ValueError(
+                    f"smartfrz.linear.{key}: got null, and the length of the run is unknown; "
+                    "allowed: an integer here, or one at smartfrz.total_steps"
+                )
+        if start is None:
+            assert total_steps is not None
+            start = int(_DEFAULT_START * total_steps)
+        if end is None:
+            assert total_steps is not None
+            end = int(_DEFAULT_END * total_steps)
+        if end <= start:
+            key, value = ("end_step", end) if self.end_step is not None else ("start_step", start)
+            allowed = f"> start_step ({start})" if key == "end_step" else f"< end_step ({end})"
+            raise ValueError(f"smartfrz.linear.{key}: got {value}; allowed: an integer {allowed}")
+        return start, end
+
+
+def linear_count(step: int, start: int, end: int, most: int) -> int:
+    """How many front layers are to be frozen at a step: none before `start`, 1 at it, `most` from `end` on. start < end, most >= 0."""
+    if step < start or most == 0:
+        return 0
+    return min(most, 1 + (step - start) * (most - 1) // (end - start))

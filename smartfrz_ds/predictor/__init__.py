@@ -1,0 +1,16 @@
+"""SmartFRZ's core: reads how a layer's weights moved and says whether it has converged. Needs torch only, never DeepSpeed."""
+
+from .features import MIN_SNAPSHOTS, FeatureBatch, FeatureExtractor
+from .model import DEFAULT_PREDICTOR, FreezePredictor, load_predictor, save_predictor
+from .similarity import linear_cka
+
+__all__ = [
+    "DEFAULT_PREDICTOR",
+    "MIN_SNAPSHOTS",
+    "FeatureBatch",
+    "FeatureExtractor",
+    "FreezePredictor",
+    "linear_cka",
+    "load_predictor",
+    "save_predictor",
+]

@@ -1,0 +1,188 @@
+"""The predictor: a small attention network over a layer's snapshots, and its file.
+
+After SmartFRZ (Li et al., ICLR 2023): the newest snapshot asks, the window answers. What stands in a token is not the weights but
+their scale-free movement (features.py), and the layer's scalars join before the verdict.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .features import MIN_SNAPSHOTS, SCALAR_FEATURES, TOKEN_FEATURES, FeatureBatch
+
+FORMAT = "smartfrz-predictor"
+FORMAT_VERSION = 1
+DEFAULT_PREDICTOR = Path(__file__).with_name("default.safetensors")
+
+_CLIP = 4.0  # standard deviations; a run unlike every training run must not drive the network where it was never fitted
+_DROPOUT = 0.2  # in training only
+_SETTING = "smartfrz.attention.predictor"
+_ALLOWED = f"allowed is a safetensors file written by `smartfrz train-predictor`, format version {FORMAT_VERSION}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictorConfig:
+    """Hyper-parameters: token width and number of heads (a divisor of it), hidden width of the verdict, snapshots of a full window."""
+
+    dim: int = 16
+    heads: int = 2
+    hidden: int = 24
+    window: int = 30
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not int or not 1 <= value <= 4096:
+                raise ValueError(f"{field.name} must be a whole number in 1..4096, got {value!r}")
+        if self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} must be divisible by heads {self.heads}")
+
+
+class FreezePredictor(nn.Module):
+    """Says how likely a layer and all before it have converged. About 2,000 parameters at the default size.
+
+    threshold: the probability, in (0, 1), from which a layer counts as converged; chosen in training, stored in the file.
+    """
+
+    token_mean: Tensor
+    token_std: Tensor
+    scalar_mean: Tensor
+    scalar_std: Tensor
+
+    def __init__(self, config: PredictorConfig | None = None, *, threshold: float = 0.5) -> None:
+        super().__init__()
+        self.config = config or PredictorConfig()
+        self.threshold = threshold
+        dim, hidden = self.config.dim, self.config.hidden
+        for name, size in (("token", len(TOKEN_FEATURES)), ("scalar", len(SCALAR_FEATURES))):
+            self.register_buffer(f"{name}_mean", torch.zeros(size))
+            self.register_buffer(f"{name}_std", torch.ones(size))
+        self.embed = nn.Sequential(nn.Linear(len(TOKEN_FEATURES), dim), nn.GELU())
+        self.query, self.key, self.value = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        # What the scalars say on their own, linearly, carries over to what was never seen; the rest corrects it.
+        self.linear = nn.Linear(len(SCALAR_FEATURES), 1)
+        self.verdict = nn.Sequential(
+            nn.Dropout(_DROPOUT), nn.Linear(2 * dim + len(SCALAR_FEATURES), hidden), nn.GELU(), nn.Dropout(_DROPOUT), nn.Linear(hidden, 1)
+        )
+
+    def forward(self, tokens: Tensor, mask: Tensor, scalars: Tensor) -> Tensor:
+        """tokens (b, n, TOKEN_FEATURES) fp32, mask (b, n) bool, its last column true, scalars (b, SCALAR_FEATURES) fp32: logits (b,)."""
+        x = self.embed(((tokens - self.token_mean) / self.token_std).clamp(-_CLIP, _CLIP))  # (b, n, dim)
+        newest = x[:, -1:]  # (b, 1, dim)
+        q, k, v = (self._split(part) for part in (self.query(newest), self.key(x), self.value(x)))  # (b, heads, 1 or n, dim / heads)
+        read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+        scaled = self.scale(scalars)
+        return (self.linear(scaled) + self.verdict(torch.cat([newest[:, 0], read.flatten(1), scaled], 1)))[:, 0]
+
+    def scale(self, scalars: Tensor) -> Tensor:
+        """Scalars (b, SCALAR_FEATURES) in standard deviations of the training set, clipped."""
+        return ((scalars - self.scalar_mean) / self.scalar_std).clamp(-_CLIP, _CLIP)
+
+    @torch.no_grad()
+    def probabilities(self, batch: FeatureBatch) -> Tensor:
+        """The probability that each layer of the batch, and all before it, have converged: (layers,) fp32 in [0, 1], falling.
+
+        What it says of a prefix can't be more than what it says of a shorter one: the lowest value so far counts.
+        """
+        if not batch.names:
+            return torch.zeros(0)
+        return self(batch.tokens, batch.mask, batch.scalars).sigmoid().cummin(0).values
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.config.heads, -1)).transpose(1, 2)
+
+
+def save_predictor(model: FreezePredictor, path: Path, notes: dict[str, Any] | None = None) -> None:
+    """Writes weights, feature statistics, names and threshold to a safetensors file, whole or not at all.
+
+    notes: JSON-able, how it was made.
+    """
+    header = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "token_features": TOKEN_FEATURES,
+        "scalar_features": SCALAR_FEATURES,
+        "min_snapshots": MIN_SNAPSHOTS,
+        "config": asdict(model.config),
+        "threshold": model.threshold,
+        "notes": notes or {},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    # One metadata entry: safetensors writes several in an order that changes from run to run.
+    partial.write_bytes(save({k: v.contiguous() for k, v in model.state_dict().items()}, metadata={"smartfrz": json.dumps(header)}))
+    os.replace(partial, path)
+
+
+def load_predictor(path: str | Path | None = None) -> FreezePredictor:
+    """Reads a predictor; None is the one that is shipped.
+
+    Raises ValueError, naming the setting, the path and what is allowed, when the file is missing, truncated, no safetensors file (a
+    pickle is never opened), of another format version, of other features, of another shape, or holds values that aren't finite.
+    """
+    path = DEFAULT_PREDICTOR if path is None else Path(path)
+    if not path.is_file():
+        raise _refuse(path, "there is no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _refuse(path, f"it isn't a whole safetensors file ({error})") from error
+    try:
+        header = json.loads(metadata.get("smartfrz", "{}"))
+        if header.get("format") != FORMAT or header.get("format_version") != FORMAT_VERSION:
+            raise ValueError(f"its format is {header.get('format')!r}, version {header.get('format_version')!r}")
+        for key, ours in (("token_features", TOKEN_FEATURES), ("scalar_features", SCALAR_FEATURES)):
+            if header[key] != list(ours):
+                raise ValueError(f"its {key} are {header[key]}, this version computes {list(ours)}")
+        threshold = header["threshold"]
+        if type(threshold) is not float or not 0.0 < threshold < 1.0:
+            raise ValueError(f"its threshold is {threshold!r}, not in (0, 1)")
+        model = FreezePredictor(PredictorConfig(**header["config"]), threshold=threshold)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _refuse(path, str(error)) from error
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if expected != found:
+        name = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))[0]
+        raise _refuse(path, f"its tensor {name} has the shape {found.get(name)}, expected {expected.get(name)}")
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32 or not bool(tensor.isfinite().all()):
+            raise _refuse(path, f"its tensor {name} isn't finite fp32")
+    model.load_state_dict(tensors)
+    return model.eval().requires_grad_(False)
+
+
+def predictor_notes(path: str | Path) -> dict[str, Any]:
+    """How the predictor in this file was made: the notes that train_predictor wrote. Raises ValueError as load_predictor does."""
+    load_predictor(path)
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["smartfrz"])["notes"]
+
+
+def standardize(model: FreezePredictor, tokens: Tensor, mask: Tensor, scalars: Tensor) -> None:
+    """Sets the model's feature statistics to those of a training set, shapes as in forward."""
+    for name, values in (("token", tokens[mask]), ("scalar", scalars)):
+        std = values.double().std(0)
+        getattr(model, f"{name}_mean").copy_(values.double().mean(0))
+        getattr(model, f"{name}_std").copy_(std.where(std > 1e-6, torch.ones_like(std)))
+
+
+def _refuse(path: Path, why: str) -> ValueError:
+    return ValueError(f"{_SETTING}: {path}: {why}; {_ALLOWED}")
+
+
+def parameter_count(model: nn.Module) -> int:
+    return sum(math.prod(p.shape) for p in model.parameters())
