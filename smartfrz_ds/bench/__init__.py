@@ -1,0 +1,1 @@
+"""What `smartfrz bench` offers, usable from Python: real engines, measured."""
