@@ -61,6 +61,7 @@ class Cell:
     managed: bool = True
     width: int = WIDTH
     blocks: int = BLOCKS
+    optimizer: str = "torch"  # or "fused" (FusedAdam), "cpu" (DeepSpeedCPUAdam): the engine's; the oracle's is always torch's
 
     def net(self) -> Net:
         return Net(self.width, self.blocks)
@@ -170,7 +171,7 @@ def _construction_step(optimizer: Any, master: dict[Any, Tensor]) -> None:
 def _freeze_or_thaw(action: str, p: nn.Parameter, m: Tensor, optimizer: Any, kept: dict[Any, Any] | None) -> None:
     if action == "freeze":
         p.requires_grad_(False)
-        state = optimizer.state.pop(m, None)
+        state = optimizer.state.pop(m, {})
         m.grad = None
         if kept is not None:
             kept[p] = state

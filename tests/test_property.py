@@ -40,7 +40,7 @@ def cells(draw: st.DrawFn) -> Cell:
         config["data_types"] = {"grad_accum_dtype": "fp32"}  # BF16_Optimizer
     if stage == 3:
         config["smartfrz"] = {"zero3": {"frozen": draw(st.sampled_from(["sharded", "replicated", "auto"]))}}
-    blocks = draw(st.integers(1, 5))
+    blocks = draw(st.integers(2, 5))
     return Cell(
         name="drawn",
         stage=stage,

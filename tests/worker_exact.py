@@ -13,6 +13,7 @@ import deepspeed
 import oracle
 import torch
 import torch.distributed as dist
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.utils import logger, safe_get_full_fp32_param, safe_get_full_optimizer_state
 from safetensors.torch import save_file
 
@@ -37,7 +38,8 @@ def engine_for(cell: oracle.Cell, model: torch.nn.Module) -> Any:
     for key, value in cell.config.items():
         config[key] = {**config[key], **value} if isinstance(config.get(key), dict) else value
     params = list(model.parameters())
-    optimizer = torch.optim.AdamW(oracle.groups_of(params, params, cell.groups), lr=oracle.LR, weight_decay=oracle.DECAY)
+    adam = {"torch": torch.optim.AdamW, "fused": FusedAdam, "cpu": DeepSpeedCPUAdam}[cell.optimizer]
+    optimizer = adam(oracle.groups_of(params, params, cell.groups), lr=oracle.LR, weight_decay=oracle.DECAY)
     return smartfrz_ds.initialize(model=model, optimizer=optimizer, lr_scheduler=oracle.schedule(optimizer), config=config)
 
 
@@ -97,7 +99,8 @@ def end_state(engine: Any, model: torch.nn.Module, cell: oracle.Cell) -> dict[st
     for name, p in model.named_parameters():
         if p.requires_grad:
             out[f"master.{name}"] = safe_get_full_fp32_param(p).clone()
-            for key in ("exp_avg", "exp_avg_sq"):
+            # DeepSpeed links only the first group's states by itself (a fault); a change of the layout links all.
+            for key in ("exp_avg", "exp_avg_sq") if cell.groups == 1 or cell.plan else ():
                 out[f"moment.{name}.{key}"] = safe_get_full_optimizer_state(p, key).clone()
         elif cell.stage < 3:  # of a frozen ZeRO-3 parameter DeepSpeed's accessor raises, as for one frozen before initialize
             assert safe_get_full_fp32_param(p) is None

@@ -4,6 +4,7 @@ Touched in DeepSpeed 0.19.8:
   runtime/engine.py            engine.optimizer, engine.basic_optimizer, micro_steps
   runtime/fp16/unfused_optimizer.py   fp16_groups, fp32_groups, overflow_checker
   runtime/utils.py             CheckOverflow.params
+  ops/adam/fused_adam.py       one step count a group, kept in the state of its last parameter
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from deepspeed.ops.adam import FusedAdam
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor
 from torch.nn import Parameter
 
 from .base import Backend, FreezeError, Released, Sampler, SampleRequest, detach_from_training
+from .own_steps import GroupCounts
 
 
 class PlainBackend(Backend):
@@ -37,6 +40,7 @@ class PlainBackend(Backend):
         if self.wrapper:
             for low, high in zip(self.wrapper.fp16_groups, self.wrapper.fp32_groups, strict=True):
                 self._master.update(zip(low, high, strict=True))
+        self._counts = GroupCounts(self._optimizer) if isinstance(self._optimizer, FusedAdam) else None
         self._kept: dict[Parameter, tuple[Tensor | None, dict[str, Any]]] = {}  # host: master, state
 
     @property
@@ -64,6 +68,8 @@ class PlainBackend(Backend):
 
     def change(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool) -> Released:
         before = self.optimizer_bytes()
+        if self._counts:
+            self._counts.level()
         for param in freeze:
             self._release(param, keep)
         for param in thaw:
