@@ -271,8 +271,10 @@ class FlatBackend(Backend):
         if "step" not in entries:
             return
         for param in coming:
-            step = self._kept[param].step[param] if param in self._kept else zero_step(entries["step"])
-            if step is not None and float(step) != float(entries["step"]):
+            step = self._kept[param].step[param] if param in self._kept else None
+            if step is None:  # nothing was kept, or the group had not stepped yet when the parameter left it
+                step = zero_step(entries["step"])
+            if float(step) != float(entries["step"]):
                 self._own_steps.set(param, step)
 
 
