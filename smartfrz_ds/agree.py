@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,6 +59,23 @@ class Ranks:
         dist.broadcast(tensor, src=0)
         return tensor.tolist()
 
+    def broadcast_bytes(self, data: bytes) -> bytes:
+        """Rank 0's bytes, on every rank; what the others pass is ignored."""
+        if self.alone:
+            return data
+        count = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
+        dist.broadcast(count, src=0)
+        buffer = torch.empty(int(count.item()), dtype=torch.uint8)
+        if self.rank == 0 and data:
+            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        buffer = buffer.to(self.device)
+        dist.broadcast(buffer, src=0)
+        return buffer.cpu().numpy().tobytes()
+
+    def gather_bytes(self, own: bytes) -> list[bytes]:
+        """What each rank passed, by rank; the same length everywhere."""
+        return self._gather(torch.frombuffer(bytearray(own), dtype=torch.uint8))
+
     def sum(self, number: int) -> int:
         """The sum over all ranks."""
         if self.alone:
@@ -65,6 +83,21 @@ class Ranks:
         tensor = torch.tensor([number], dtype=torch.int64, device=self.device)
         dist.all_reduce(tensor)
         return int(tensor.item())
+
+    def least(self, numbers: Sequence[float]) -> list[float]:
+        """The smallest of all ranks' values, number by number; the same count everywhere."""
+        return self._reduced(numbers, dist.ReduceOp.MIN)
+
+    def sums(self, numbers: Sequence[float]) -> list[float]:
+        """The sums over all ranks, number by number, in float64; the same count everywhere."""
+        return self._reduced(numbers, dist.ReduceOp.SUM)
+
+    def _reduced(self, numbers: Sequence[float], how: Any) -> list[float]:
+        if self.alone:
+            return list(numbers)
+        tensor = torch.tensor(list(numbers), dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=how)
+        return tensor.tolist()
 
     def _gather(self, own: torch.Tensor) -> list[bytes]:
         if self.alone:

@@ -95,3 +95,34 @@ def check_config(file: Annotated[Path, typer.Argument(metavar="FILE", help="A De
         shown = json.dumps(value, ensure_ascii=False)
         typer.echo(f"smartfrz.{key:<{width}}  {shown}" + ("  (default)" if value == default else ""))
     typer.echo(f"{file}: ok" + ("" if config.enabled else ", freezing is switched off"))
+
+
+bench = typer.Typer(no_args_is_help=True, help="Measure what freezing saves, on real engines on this machine.", rich_markup_mode=None)
+app.add_typer(bench, name="bench")
+
+
+@bench.command("zero")
+def bench_zero(
+    stages: Annotated[str, typer.Option(help="ZeRO stages, by commas.")] = "0,1,2,3",
+    engine: Annotated[list[str] | None, typer.Option(help="Only this engine (z2-bf16, ...); may be given again.")] = None,
+    params: Annotated[float, typer.Option(help="Size of the net, in millions of weights.")] = 38.0,
+    rounds: Annotated[int, typer.Option(help="Rounds; figures are medians over them.")] = 5,
+    steps: Annotated[int, typer.Option(help="Timed steps a round of each copy.")] = 3,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the results; what is there is not measured again.")] = Path(
+        "bench-zero"
+    ),
+) -> None:
+    """Freeze half of a net on each ZeRO engine.
+
+    Two ranks on CPU. Step time, bytes, memory and the pause, beside the ideal and beside requires_grad_(False).
+    """
+    with _plain_errors():
+        from smartfrz_ds.bench.zero import bench_zero as measure
+        from smartfrz_ds.bench.zero import engines_of
+
+        try:
+            wanted = [int(stage) for stage in stages.split(",")]
+        except ValueError:
+            raise ValueError(f"--stages: got {stages!r}; allowed: some of 0, 1, 2, 3, by commas") from None
+        text = measure(engine or engines_of(wanted), out, params=params, rounds=rounds, steps=steps)
+    typer.echo(text)

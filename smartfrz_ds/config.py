@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import hjson  # type: ignore[import-untyped]
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 SECTION = "smartfrz"
 # A mapping without "smartfrz" that has one of these is a whole DeepSpeed config: none of them is a key of ours.
@@ -96,6 +97,39 @@ class Zero3Settings(_Section):
     )
 
 
+class GuardSettings(_Section):
+    """`smartfrz.guard`: takes a freeze back that made a metric worse; null: no guard."""
+
+    metric: str = _key(
+        "loss",
+        "a name",
+        "What is watched; lower is better. loss: the mean of what goes into `engine.backward`, over micro-batches and ranks. Any metric "
+        "(loss too, in its place) can be told with `engine.smartfrz.observe(name=value)`, on every rank; the ranks' values are averaged.",
+        min_length=1,
+    )
+    tolerance: float = _key(
+        0.02,
+        "a number in (0, 1]",
+        "Relative worsening of the smoothed metric since the freeze from which on it is taken back (0.02: 2 %).",
+        gt=0,
+        le=1,
+    )
+    window: int = _key(
+        50,
+        "an integer >= 1",
+        "Steps after a freeze in which the guard watches; no policy freezes anything more meanwhile. Released optimizer state is kept at "
+        "least as long.",
+        ge=1,
+    )
+    smoothing: float = _key(
+        0.9,
+        "a number in [0, 1)",
+        "Weight of the past in the exponential mean, for each step: 0: each step's value as it is, 0.9: about the last 10 steps.",
+        ge=0,
+        lt=1,
+    )
+
+
 class FreezeConfig(_Section):
     """The settings of a run. Made with `FreezeConfig.load`; immutable, and the same on every rank (`digest`)."""
 
@@ -151,6 +185,7 @@ class FreezeConfig(_Section):
     linear: LinearSettings = _key(LinearSettings(), "an object", "Settings of the policy `linear`.")
     manual: ManualSettings = _key(ManualSettings(), "an object", "Settings of the policy `manual`: none.")
     zero3: Zero3Settings = _key(Zero3Settings(), "an object", "What ZeRO stage 3 does with frozen layers.")
+    guard: GuardSettings | None = _key(None, "an object, or null", "Takes a freeze back that made a metric worse; null: no guard.")
 
     @model_validator(mode="after")
     def _stage_holds_a_snapshot(self) -> FreezeConfig:
@@ -200,12 +235,12 @@ def to_markdown() -> str:
     """The table of all keys, one row each, sub-sections dotted."""
     rows = ["| key | default | allowed | meaning |", "| --- | --- | --- | --- |"]
     for name, field in FreezeConfig.model_fields.items():
-        if isinstance(field.default, _Section):
+        if _section_of(field) is not None and field.default is not None:
             continue
         rows.append(_row(name, FreezeConfig))
     for name, field in FreezeConfig.model_fields.items():
-        if isinstance(field.default, _Section):
-            rows += [_row(key, type(field.default), prefix=f"{name}.") for key in type(field.default).model_fields]
+        if (section := _section_of(field)) is not None:
+            rows += [_row(key, section, prefix=f"{name}.") for key in section.model_fields]
     return "\n".join(rows) + "\n"
 
 
@@ -222,6 +257,12 @@ def _row(key: str, section: type[_Section], prefix: str = "") -> str:
     default = json.dumps(section.model_fields[key].get_default())
     cells = (f"`{prefix}{key}`", f"`{default}`", _allowed(key, section), section.model_fields[key].description or "")
     return "| " + " | ".join(cells) + " |"
+
+
+def _section_of(field: FieldInfo) -> type[_Section] | None:
+    """The sub-section that a key holds, also where it may be null; None for a plain value."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, _Section)), None)
 
 
 def _allowed(key: str, section: type[_Section]) -> str:
@@ -307,11 +348,12 @@ def _problems(error: ValidationError, section: object) -> list[str]:
             key = str(part)
             assert isinstance(value, Mapping), path
             path, value, field = f"{path}.{key}", value[key], model.model_fields[key]
-            if not isinstance(field.default, _Section):
+            inner = _section_of(field)
+            if inner is None:
                 allowed, hint = _allowed(key, model), _did_you_mean(value, _choices(field.annotation))
                 break  # what follows names a union's member or a list's index
-            model = type(field.default)
-            allowed = _keys(model)
+            model = inner
+            allowed = _keys(model) + (", or null" if field.default is None else "")
         if unknown is not None:
             hint = _did_you_mean(unknown, model.model_fields) or _elsewhere(unknown)
             shown = unknown if unknown.isprintable() else _show(unknown)
@@ -342,7 +384,8 @@ def _elsewhere(key: str) -> str:
     if key in FreezeConfig.model_fields:
         return f"did you mean '{SECTION}.{key}'? "
     for name, field in FreezeConfig.model_fields.items():
-        if isinstance(field.default, _Section) and key in type(field.default).model_fields:
+        section = _section_of(field)
+        if section is not None and key in section.model_fields:
             return f"did you mean '{SECTION}.{name}.{key}'? "
     return ""
 

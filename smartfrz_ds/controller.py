@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.utils import logger
 from torch.nn import Parameter
 
 from .agree import Ranks, RanksDisagree
@@ -23,11 +24,15 @@ from .config import FreezeConfig, digest
 from .events import EventLog, FreezeEvent
 from .flops import FlopMeter, chain_profile, step_flops
 from .freezing import check_tied, freeze_modules, leaving_params, thaw_modules
+from .gradient_check import GradientCheck
+from .guard import Guard, GuardedRun
 from .history import History
 from .layers import Layer, find_layers, match_layers
 from .order_check import OrderCheck
+from .pause import Bandwidths, PausePrediction, measure_bandwidths, predict_pause
 from .policies import make_policy
 from .policies.base import Decision, LayerInfo, Policy, View
+from .recompute import RecomputeBoundary
 from .schedule import RemainingLr, current_lr, total_steps_of
 from .snapshots import Snapshots
 
@@ -43,6 +48,7 @@ class Report:
     plugin_seconds: time spent in this package's hooks on this rank, the freezes themselves included.
     freeze_seconds: the part of it that went into freezes and thaws.
     saved_flops_fraction: share of the training FLOPs (forward and backward, all steps so far) that freezing has saved.
+    predicted_pause: what was predicted just before the last freeze, None before the first one.
     """
 
     step: int
@@ -53,6 +59,7 @@ class Report:
     plugin_seconds: float
     freeze_seconds: float
     saved_flops_fraction: float
+    predicted_pause: PausePrediction | None = None
 
 
 class Controller:
@@ -95,6 +102,9 @@ class Controller:
         OrderCheck(model, self._layers)  # compares in the first forward, then takes its hooks away
 
         self._flops = FlopMeter(model, self._layers, config.tied)
+        self._gradients = GradientCheck({p: name for name, p in model.named_parameters()}, self._ranks)
+        self._recompute = RecomputeBoundary(self._layers, on_late=self._check_gradients)
+        self._guard = self._make_guard()
 
         self.step = 0
         self._frozen: set[str] = set()
@@ -102,14 +112,17 @@ class Controller:
         self._lr = current_lr(backend.base_optimizer())
         self._lr_spent = 0.0
         self._cooldown = 0
-        self._warned_once = False
+        self._warned_once = self._warned_blind = False
         self._metrics: dict[str, float] = {}
         self._seconds = self._freeze_seconds = 0.0
         self._flops_full = self._flops_done = 0.0
         self.last_checkpoint: str | None = None
+        self._bandwidths: Bandwidths | None = None
+        self._predicted: PausePrediction | None = None
         for text in backend.warnings:
             self._warn(text)
         self._after_layout_change()
+        self._gradients.record_start(self._active, stage_follows=False)
 
     # --- what a user sees -----------------------------------------------------------------------------------------------------
 
@@ -152,9 +165,39 @@ class Controller:
         self._check_known(wanted, "thaw")
         self._change(self._frozen - wanted, kind="thaw")
 
+    def predict_pause(self, names: Iterable[str]) -> PausePrediction:
+        """What freezing these layers now, on top of the frozen ones, would cost. Nothing is changed.
+
+        Collective: the first call measures the cluster's bandwidths. The bytes are exact, the time is an estimate.
+
+        Raises:
+            ValueError: a name that is no layer.
+        """
+        wanted = {names} if isinstance(names, str) else set(names)
+        self._check_known(wanted, "predict_pause")
+        return self._predict(self.leaving(self._frozen | wanted))
+
+    @property
+    def backend(self) -> Backend:
+        """The engine's inside; for checkpoints."""
+        return self._backend
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether released state is held back for a thaw."""
+        return self._keep_steps > 0
+
+    @property
+    def ranks(self) -> Ranks:
+        """All processes of the run; for checkpoints."""
+        return self._ranks
+
     def observe(self, **metrics: float) -> None:
         """Tell the controller a metric of the run (`observe(loss=0.3)`); the newest value of each goes into the report of the log."""
-        self._metrics.update({name: float(value) for name, value in metrics.items()})
+        values = {name: float(value) for name, value in metrics.items()}
+        self._metrics.update(values)
+        if self._guard is not None:
+            self._guard.feed.tell(values)
 
     @property
     def metrics(self) -> Mapping[str, float]:
@@ -172,6 +215,7 @@ class Controller:
             plugin_seconds=self._seconds,
             freeze_seconds=self._freeze_seconds,
             saved_flops_fraction=1 - self._flops_done / self._flops_full if self._flops_full else 0.0,
+            predicted_pause=self._predicted,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -179,6 +223,7 @@ class Controller:
         return {
             "step": self.step,
             "layers": list(self._names),
+            "sizes": [layer.numel for layer in self._layers],
             "frozen": list(self.frozen),
             "frozen_at": dict(self._frozen_at),
             "lr_spent": self._lr_spent,
@@ -187,6 +232,9 @@ class Controller:
             "policy": {"name": self._policy.name, "state": self._policy.state_dict()},
             "history": self._history.state_dict(),
             "log_position": self._log.position,
+            # decisions are many, and in the log
+            "events": [event.to_json() for event in self._events if event.kind != "decision"],
+            "guard": None if self._guard is None else self._guard.guard.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -195,11 +243,28 @@ class Controller:
         Raises:
             ValueError: the state is of another model; nothing is changed.
         """
+        self.check_state(state)
+        self.restore_layout(state["frozen"])
+        self.take_up(state)
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError where a freeze state is of another model; collective."""
         if tuple(state["layers"]) != self._names:
             raise ValueError(f"the freeze state is of another model: its layers are {state['layers']}, this model's {list(self._names)}")
+        own = [layer.numel for layer in self._layers]
+        for name, theirs, ours in zip(self._names, state.get("sizes", own), own, strict=True):
+            if theirs != ours:
+                raise ValueError(f"the freeze state is of another model: its layer {name!r} has {theirs} weights, this model's {ours}")
         self._ranks.agree(f"load frozen {state['frozen']} at step {state['step']}", "freeze states to load")
+
+    def restore_layout(self, frozen: Iterable[str]) -> None:
+        """Bring the layout to this frozen set, whatever `order` says, before tensors are loaded: moments of layers that come back are
+        zero. Collective, at a step boundary where the set is another than now, else RuntimeError."""
+        self._change(set(frozen), kind="restore")
+
+    def take_up(self, state: Mapping[str, Any]) -> None:
+        """All of a freeze state but the layout, after the tensors: counts, the policy's state, history, the log's position."""
         self.step = int(state["step"])
-        self._change(set(state["frozen"]), kind="restore")
         self._frozen_at = dict(state["frozen_at"])
         self._lr_spent, self._cooldown = float(state["lr_spent"]), int(state["cooldown"])
         self._flops_full, self._flops_done = state["flops"]
@@ -207,6 +272,21 @@ class Controller:
         if state["policy"]["name"] == self._policy.name:
             self._policy.load_state_dict(state["policy"]["state"])
         self._history.load_state_dict(state["history"])
+        if self._guard is not None and state.get("guard") is not None:
+            self._guard.guard.load_state_dict(state["guard"])
+        self._events = [FreezeEvent.from_json(event) for event in state["events"]]
+        if self._log.position:  # a new log is no mistake
+            self._log.truncate_to(int(state["log_position"]))
+
+    def start_over(self, step: int) -> None:
+        """Begin to watch anew at `step`, with nothing known: after loading a checkpoint that has no freeze state."""
+        self.step, self._lr_spent, self._cooldown = step, 0.0, 0
+        self._frozen_at.clear()
+        self._flops_full = self._flops_done = 0.0
+        self._lr = current_lr(self._backend.base_optimizer())
+        self._policy = self._make_policy()
+        self._history.load_state_dict({})
+        self._guard = self._make_guard()
 
     # --- the loop -------------------------------------------------------------------------------------------------------------
 
@@ -220,13 +300,41 @@ class Controller:
             self._count_flops()
         self._flops_full += self._flops_a_step[0]
         self._flops_done += self._flops_a_step[1]
-        if self.config.keep_state:
+        if self._guard is not None and (verdict := self._guard.after_step(self.step)):
+            about = {"reasons": dict.fromkeys(verdict.layers, verdict.reason)}
+            self._change(self._frozen - set(verdict.layers), kind="thaw", about=about)
+        if self._keep_steps:
             self._forget_old_state()
         if self._watches and self.step % self.config.snapshot_interval == 0:
             self._take_snapshot()
-        if self._watches and self.step % self.config.freeze_interval == 0 and self.step >= self.config.warmup_steps:
+        if self._stage_at(self.step):
             self._freezing_stage(began)
+            if self._guard is not None:
+                self._guard.guard.stage_passed()
+        self._gradients.record_start(self._active, stage_follows=self._stage_at(self.step + 1))
         self._seconds += time.perf_counter() - began
+
+    def before_step(self) -> None:
+        """To be called when all micro-batches of a step are through, before the optimizer, on every rank.
+
+        Raises:
+            MissingGradients: the first time after a freeze, where it cut off an active layer's gradients.
+        """
+        self._gradients.before_step(self._active(), str(list(self.frozen)))
+
+    def step_skipped(self) -> None:
+        """To be called where the optimizer skipped a step (overflow): it is no step, and its loss does not count."""
+        if self._guard is not None:
+            self._guard.feed.end_step(applied=False)
+
+    def saw_loss(self, loss: Any) -> None:
+        """A micro-batch's loss, as it goes into backward."""
+        if self._guard is not None:
+            self._guard.feed.loss(loss)
+
+    def _stage_at(self, step: int) -> bool:
+        """Whether a step ends in a freezing stage."""
+        return self._watches and step % self.config.freeze_interval == 0 and step >= self.config.warmup_steps
 
     @property
     def _watches(self) -> bool:
@@ -240,9 +348,13 @@ class Controller:
             self._history.record(self.step, self._lr_spent, recorded)
 
     def _freezing_stage(self, began: float) -> None:
+        if self._guard is not None and self._guard.was_blind():
+            self._warn_blind("since the last freezing stage")
         if self._cooldown > 0:
             self._cooldown -= 1
             return
+        if self._guard is not None and self._guard.guard.watching:
+            return  # one freeze at a time, so that the guard knows which one it was
         decision, chosen, failure = self._decide() if self._ranks.rank == 0 else (Decision(), frozenset(), "")
         flags = [float(bool(failure))] + [float(name in chosen) for name in self._names]
         probabilities = [decision.probabilities.get(name, float("nan")) for name in self._names]
@@ -267,7 +379,7 @@ class Controller:
         """What the policy wants and what of it the rules allow; a policy that fails freezes nothing."""
         try:
             decision = self._policy.decide(self._view())
-            unknown = set(decision.freeze) - set(self._candidates())
+            unknown = set(decision.freeze) - set(self._ready())
             if unknown:
                 raise ValueError(f"it named {sorted(unknown)}, which are not candidates")
             return decision, self._allowed(decision.freeze), ""
@@ -282,7 +394,7 @@ class Controller:
             lr_remaining=self._remaining_lr.after(self.step),
             layers=self._infos(),
             frozen=self.frozen,
-            candidates=self._candidates(),
+            candidates=self._ready(),
             windows=self._history.windows(),
             window_size=self.config.window,
         )
@@ -296,6 +408,11 @@ class Controller:
             for layer in self._layers
             if layer.kind != "head" and layer.params and layer.name not in self._frozen and layer.name not in self._kept_active
         )
+
+    def _ready(self) -> tuple[str, ...]:
+        """The candidates that don't have to wait after a freeze that was taken back."""
+        waiting = frozenset() if self._guard is None else self._guard.guard.waiting
+        return tuple(name for name in self._candidates() if name not in waiting)
 
     def _allowed(self, names: Sequence[str]) -> frozenset[str]:
         """The part of a policy's wish that `order` and `max_frozen_fraction` allow."""
@@ -320,8 +437,9 @@ class Controller:
             return
         problem = ""
         try:
-            self._check_order(frozen)
-            target = leaving_params([x for x in self._layers if x.name in frozen], self._layers, self.config.tied)
+            if kind != "restore":  # what a checkpoint holds was allowed when it was saved
+                self._check_order(frozen)
+            target = self.leaving(frozen)
             freeze = [p for p in target if p not in self._backend.frozen]
             thaw = [p for p in self._backend.frozen if p not in set(target)]
             thaw.sort(key=self._position_of)
@@ -331,8 +449,14 @@ class Controller:
             self._ranks.all_ready(problem, type(error))
             raise
         self._ranks.all_ready("", ValueError)
+        if kind == "freeze":
+            self._predicted = self._predict(freeze)
+            if self._ranks.rank == 0:
+                logger.info(f"smartfrz: step {self.step}, freezing {', '.join(self._sorted(gone))}: {self._predicted}")
         try:
-            released = self._backend.change(freeze, thaw, keep=self.config.keep_state > 0)
+            if kind == "restore":  # what was kept belongs to the run as it was before
+                self._backend.forget([p for layer in self._layers for p in layer.params])
+            released = self._backend.change(freeze, thaw, keep=self._keep_steps > 0 and kind != "restore")
             self._change_modules(frozen, gone, back)
             self._backend.verify()
             total = self._ranks.sum(released.bytes)
@@ -351,7 +475,14 @@ class Controller:
         for name in back:
             self._frozen_at.pop(name, None)
         self._history.forget(back)
+        self._gradients.forget(thaw)
         self._after_layout_change()
+        if kind == "freeze":
+            self._check_gradients()
+        if self._guard is not None:
+            self._guard.guard.thawed(back)
+            if kind == "freeze" and not self._guard.froze(self._sorted(gone), self.step):
+                self._warn_blind(f"before the freeze of step {self.step}, which is not watched therefore")
         seconds = time.perf_counter() - start
         self._freeze_seconds += seconds
         if began is None:
@@ -365,9 +496,21 @@ class Controller:
                 bytes_released=released.bytes,
                 bytes_released_total=total,
                 seconds=seconds,
+                predicted_seconds=self._predicted.seconds if self._predicted and kind == "freeze" else 0.0,
+                moved_bytes=released.moved_bytes,
                 **(about or {}),
             )
             self._record(event)
+
+    def leaving(self, frozen: set[str]) -> tuple[Parameter, ...]:
+        """The parameters that are out of the optimizer when exactly these layers are frozen."""
+        return leaving_params([x for x in self._layers if x.name in frozen], self._layers, self.config.tied)
+
+    def _predict(self, leaving: Sequence[Parameter]) -> PausePrediction:
+        if self._bandwidths is None:
+            self._bandwidths = measure_bandwidths(self._backend.device)
+        freeze = [p for p in leaving if p not in self._backend.frozen]
+        return predict_pause(self._backend, freeze, self._bandwidths, keep=self._keep_steps > 0)
 
     def _change_modules(self, frozen: set[str], gone: set[str], back: set[str]) -> None:
         for layer in self._layers:
@@ -390,17 +533,42 @@ class Controller:
                 )
 
     def _after_layout_change(self) -> None:
+        self._recompute.update(self._frozen)
         self._recorded = {layer.name for layer in self._layers if layer.name not in self._frozen and layer.params and layer.kind != "head"}
         self._count_flops()
         self._snapshots.compile([layer.position for layer in self._layers if layer.name in self._recorded])
 
+    @property
+    def _keep_steps(self) -> int:
+        """Steps for which released state is kept: what the user asked for, or what the guard needs to take a freeze back."""
+        return max(self.config.keep_state, self.config.guard.window if self.config.guard else 0)
+
     def _forget_old_state(self) -> None:
-        old = [name for name, step in self._frozen_at.items() if self.step - step > self.config.keep_state]
+        old = [name for name, step in self._frozen_at.items() if self.step - step > self._keep_steps]
         for layer in self._layers:
             if layer.name in old:
                 self._backend.forget(layer.params)
 
     # --- small things ---------------------------------------------------------------------------------------------------------
+
+    def _active(self) -> list[Parameter]:
+        return [p for i in range(len(self._backend.groups)) for p in self._backend.active(i)]
+
+    def _check_gradients(self) -> None:
+        self._gradients.arm(self._active(), check=True)
+
+    def _make_guard(self) -> GuardedRun | None:
+        settings = self.config.guard
+        if settings is None:
+            return None
+        guard = Guard(tolerance=settings.tolerance, window=settings.window, smoothing=settings.smoothing, wait=self.config.cooldown)
+        return GuardedRun(guard, settings.metric, self._ranks)
+
+    def _warn_blind(self, when: str) -> None:
+        if not self._warned_blind and self.config.guard is not None:
+            self._warned_blind = True
+            metric = self.config.guard.metric
+            self._warn(f"the guard has seen no {metric!r} {when}: it takes engine.backward(loss) and engine.smartfrz.observe({metric}=…)")
 
     def _make_policy(self) -> Policy:
         settings = dict(self.config.policy_settings)

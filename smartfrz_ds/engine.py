@@ -14,31 +14,129 @@ import deepspeed
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from ._version import __version__
+from .agree import Ranks
 from .backends import make_backend
+from .backends.checkpoint_layout import CompleteCheckpoints
+from .checkpoint import MARKER
 from .config import FreezeConfig
 from .controller import Controller
+from .resume import Checkpoints, find_together, hide_marker
 
 EngineT = TypeVar("EngineT", bound=DeepSpeedEngine)
 ConfigSource = FreezeConfig | Mapping[str, Any] | str | Path | None
 
 
-class FreezingMixin:
+class FreezingMixin(CompleteCheckpoints):
     """What a freezing engine does beyond its DeepSpeed class. Signatures are DeepSpeed's."""
 
     smartfrz: Controller
 
+    def backward(self, loss: Any, *args: Any, **kwargs: Any) -> Any:
+        """DeepSpeedEngine.backward; the guard sees the loss."""
+        self.smartfrz.saw_loss(loss)
+        return super().backward(loss, *args, **kwargs)  # type: ignore[misc]
+
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """DeepSpeedEngine.step, then the controller if that was a successful optimizer update (not a micro-batch, not a skipped one)."""
+        # Without managed accumulation every step() is a boundary (runtime/engine.py).
+        boundary = not self.managed_gradient_accumulation() or self.is_gradient_accumulation_boundary()  # type: ignore[attr-defined]
+        if boundary:
+            self.smartfrz.before_step()
         result = super().step(*args, **kwargs)  # type: ignore[misc]
         if self.was_step_applied():  # type: ignore[attr-defined]
             self.smartfrz.after_step()
+        elif boundary:
+            self.smartfrz.step_skipped()
         return result
 
-    def save_checkpoint(self, save_dir: str, *args: Any, **kwargs: Any) -> Any:
-        """DeepSpeedEngine.save_checkpoint; remembers where, for error messages."""
-        result = super().save_checkpoint(save_dir, *args, **kwargs)  # type: ignore[misc]
-        self.smartfrz.last_checkpoint = str(save_dir)
-        return result
+    def save_checkpoint(
+        self,
+        save_dir: str,
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> Any:
+        """DeepSpeedEngine.save_checkpoint with the freeze state beside it (checkpoint.py, resume.py). Collective.
+
+        Raises:
+            ValueError: client_state has the key "smartfrz_ds", which is this package's.
+            OSError or RuntimeError: a file of the freeze state can't be written, on every rank.
+        """
+        client_state = dict(client_state or {})
+        if MARKER in client_state:
+            raise ValueError(f"client_state: got the key {MARKER!r}, which smartfrz_ds uses itself; allowed: any other key")
+        # DeepSpeed's own default, runtime/engine.py
+        tag = str(tag) if tag is not None else f"global_step{self.global_steps}"  # type: ignore[attr-defined]
+        with self._checkpoints.saved(save_dir, tag, save_latest=save_latest) as marker:
+            # `latest` is written by us, in one piece: DeepSpeed truncates and rewrites it.
+            return super().save_checkpoint(  # type: ignore[misc]
+                save_dir,
+                tag=tag,
+                client_state=client_state | {MARKER: marker},
+                save_latest=False,
+                exclude_frozen_parameters=exclude_frozen_parameters,
+            )
+
+    def load_checkpoint(
+        self,
+        load_dir: str,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Any = None,
+    ) -> tuple[str | None, Any]:
+        """DeepSpeedEngine.load_checkpoint; before it the frozen set becomes the checkpoint's, after it the freeze state does. Collective.
+
+        A checkpoint without a freeze state (made without this package) thaws everything. With load_module_only the frozen set and the
+        freeze state stay as they are, and only weights are loaded.
+
+        Raises:
+            ValueError: the tag is incomplete, its freeze state is missing, damaged or of another model, or it is of another number of
+                ranks; nothing was changed.
+            RuntimeError: not at a step boundary, and the frozen set would have to change; nothing was changed.
+        """
+        settings = {
+            "load_module_strict": load_module_strict,
+            "load_optimizer_states": load_optimizer_states,
+            "load_lr_scheduler_states": load_lr_scheduler_states,
+            "load_module_only": load_module_only,
+            "custom_load_fn": custom_load_fn,
+        }
+        universal = bool(self.load_universal_checkpoint())  # type: ignore[attr-defined]
+        found = find_together(self._checkpoints.ranks, load_dir, tag, universal=universal)
+        if found is None:
+            return super().load_checkpoint(load_dir, tag=None, **settings)  # type: ignore[misc]
+        with self._checkpoints.loaded(load_dir, found, universal=universal, module_only=load_module_only, optimizer=load_optimizer_states):
+            path, client_state = super().load_checkpoint(load_dir, tag=found.tag, **settings)  # type: ignore[misc]
+        return path, hide_marker(client_state)
+
+    @property
+    def _checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.smartfrz)
+
+
+class RestoringMixin:
+    """What is left with `enabled: false`: nothing is watched and nothing decided, but the checkpoint of a run that froze still loads."""
+
+    _smartfrz_settings: FreezeConfig
+
+    def load_checkpoint(self, load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> tuple[str | None, Any]:
+        """DeepSpeedEngine.load_checkpoint; a checkpoint with frozen layers turns the engine into a freezing one without a policy.
+
+        Raises: as FreezingMixin.load_checkpoint.
+        """
+        if isinstance(self, FreezingMixin):
+            return super().load_checkpoint(load_dir, tag, *args, **kwargs)  # type: ignore[misc]
+        universal = bool(self.load_universal_checkpoint())  # type: ignore[attr-defined]
+        found = find_together(Ranks(self.device), load_dir, tag, universal=universal)  # type: ignore[attr-defined]
+        if found is not None and found.state is not None and found.state["frozen"]:
+            _turn_on(self, self._smartfrz_settings.model_copy(update={"policy": "manual"}))
+            return self.load_checkpoint(load_dir, found.tag, *args, **kwargs)
+        path, client_state = super().load_checkpoint(load_dir, found.tag if found else tag, *args, **kwargs)  # type: ignore[misc]
+        return path, hide_marker(client_state)
 
 
 def initialize(
@@ -64,6 +162,7 @@ def attach(engine: EngineT, config: ConfigSource = None) -> EngineT:
     """Turn freezing on for an engine that exists. Collective; the engine itself is changed and returned.
 
     config: the settings; None takes the "smartfrz" section of the engine's own JSON.
+    With `enabled: false` the engine stays a plain one, but for this: it still loads the checkpoint of a run that froze.
 
     Raises:
         ValueError: wrong settings; a model or an engine that freezing does not work with, by name.
@@ -75,14 +174,20 @@ def attach(engine: EngineT, config: ConfigSource = None) -> EngineT:
         raise ValueError(f"attach takes a DeepSpeed engine, got {type(engine).__name__}")
     # engine.config: the dict that DeepSpeed parsed (runtime/engine.py)
     settings = FreezeConfig.load(engine.config if config is None else config)
-    if not settings.enabled:
-        return engine
+    if settings.enabled:
+        _turn_on(engine, settings)
+    elif not isinstance(engine, RestoringMixin):
+        engine._smartfrz_settings = settings
+        engine.__class__ = type(f"Restoring{type(engine).__name__}", (RestoringMixin, type(engine)), {})
+    return engine
+
+
+def _turn_on(engine: Any, settings: FreezeConfig) -> None:
     backend = make_backend(engine, zero3_frozen=settings.zero3.frozen, allow_untested_versions=settings.allow_untested_versions)
     engine.smartfrz = Controller(
         engine.module, backend, settings, scheduler=engine.lr_scheduler, monitor=engine.monitor, version=__version__
     )
     engine.__class__ = type(f"Freezing{type(engine).__name__}", (FreezingMixin, type(engine)), {})
-    return engine
 
 
 def _config_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ConfigSource:

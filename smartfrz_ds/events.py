@@ -41,6 +41,8 @@ class FreezeEvent:
     bytes_released: bytes of optimizer state, master weights included, that this rank let go; negative where it took them back (thaw).
     bytes_released_total: the same, summed over all ranks.
     seconds: wall time that training stood still for it.
+    predicted_seconds: what was predicted just before a freeze (pause.py); 0 where nothing was.
+    moved_bytes: bytes that crossed ranks for it, over all ranks.
     dry_run: whether the run only decides.
     message: the text of a warning.
     """
@@ -54,6 +56,8 @@ class FreezeEvent:
     bytes_released: int = 0
     bytes_released_total: int = 0
     seconds: float = 0.0
+    predicted_seconds: float = 0.0
+    moved_bytes: int = 0
     dry_run: bool = False
     message: str = ""
 

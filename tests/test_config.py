@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smartfrz_ds.config import FreezeConfig, _Section, digest, to_markdown, update_docs
+from smartfrz_ds.config import FreezeConfig, _section_of, digest, to_markdown, update_docs
 
 DOC = Path(__file__).parent.parent / "docs" / "configuration.md"
 EXAMPLES = re.findall(r"```json\n(.*?)```", DOC.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -153,7 +153,9 @@ def test_section_must_be_an_object(section: object) -> None:
 def keys() -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
     for name, field in FreezeConfig.model_fields.items():
-        found += [(name, key) for key in type(field.default).model_fields] if isinstance(field.default, _Section) else [(name,)]
+        section = _section_of(field)
+        found += [(name,)] if field.default is None or section is None else []  # a section that may be null has a row of its own
+        found += [(name, key) for key in section.model_fields] if section else []
     return found
 
 
@@ -164,7 +166,8 @@ def nested(key: tuple[str, ...], value: object) -> dict[str, object]:
 @pytest.mark.parametrize("key", keys(), ids=".".join)
 def test_words_of_the_range_are_the_range(key: tuple[str, ...]) -> None:
     """Each key's `allowed` text is read as a program and compared with what is accepted, type by type and at the ends of the range."""
-    model = FreezeConfig if len(key) == 1 else type(FreezeConfig.model_fields[key[0]].default)
+    model = FreezeConfig if len(key) == 1 else _section_of(FreezeConfig.model_fields[key[0]])
+    assert model is not None
     extra = model.model_fields[key[-1]].json_schema_extra
     assert isinstance(extra, dict)
     allowed = str(extra["allowed"])
@@ -173,22 +176,22 @@ def test_words_of_the_range_are_the_range(key: tuple[str, ...]) -> None:
     candidates: dict[str, tuple[Any, bool]] = {
         "null": (None, "null" in allowed),
         "true": (True, allowed == "true or false"),
-        "text": ("some text", "a path" in allowed),
+        "text": ("some text", "a path" in allowed or allowed == "a name"),
         "empty text": ("", False),
-        "auto": ("auto", "'auto'" in allowed or "a path" in allowed),
+        "auto": ("auto", "'auto'" in allowed or "a path" in allowed or allowed == "a name"),
         "list": (["a"], "list" in allowed),
         "tuple": (("a",), "list" in allowed),
         "empty list": ([], "list" in allowed and "one or more" not in allowed),
         "list with empty text": ([""], False),
-        "object": ({}, False),
+        "object": ({}, "object" in allowed),
         "nan": (float("nan"), False),
         "infinity": (float("inf"), False),
-        "text of a number": ("50", "a path" in allowed),
+        "text of a number": ("50", "a path" in allowed or allowed == "a name"),
         "whole float": (50.0, False),
         "large": (2**40, "integer" in allowed and "<= freeze_interval" not in allowed),
         "half": (0.5, "number in" in allowed),
         "below": (int(low) - 1, False),
-        "zero": (0, "integer" in allowed and low == 0 and "start_step" not in allowed),
+        "zero": (0, ("integer" in allowed and low == 0 and "start_step" not in allowed) or "[0, " in allowed),
         "one as float": (1.0, "(0, 1]" in allowed),
     }
     if "integer" in allowed and "start_step" not in allowed and ">= snapshot_interval" not in allowed:
@@ -247,6 +250,8 @@ def test_digest_sees_every_setting_but_the_log_path() -> None:
         {"cooldown": 2}, {"snapshot_interval": 5}, {"window": 3}, {"sample_size": 2}, {"total_steps": 4}, {"keep_state": 1}, {"seed": 1},
         {"allow_untested_versions": True}, {"attention": {"predictor": "p"}}, {"attention": {"threshold": 0.5}},
         {"attention": {"patience": 3}}, {"linear": {"start_step": 1}}, {"linear": {"end_step": 2}},
+        {"zero3": {"frozen": "auto"}}, {"guard": {}}, {"guard": {"metric": "x"}}, {"guard": {"tolerance": 0.5}}, {"guard": {"window": 3}},
+        {"guard": {"smoothing": 0.5}},
     ]  # fmt: skip
     assert len(changed) == len(keys()) - 1  # all but log_path
     digests = {digest(FreezeConfig.load(section)) for section in [{}, *changed]}

@@ -153,6 +153,6 @@ def test_state_round_trip(saw: Saw) -> None:
 
 def test_what_does_not_work_is_refused_at_start_by_name(saw: Saw) -> None:
     seen = saw("refused_engines")
-    assert "ZeRO stage 3" in seen["stage 3"]["message"] and seen["stage 3"]["type"] == "ValueError"
+    assert "DeepCompile" in seen["deepcompile"]["message"] and seen["deepcompile"]["type"] == "ValueError"
     assert "smartfrz.tied" in seen["tied, not an embedding"]["message"]
-    assert seen["disabled"]["type"] == "DeepSpeedEngine"
+    assert seen["disabled"]["type"] == "RestoringDeepSpeedEngine"

@@ -7,9 +7,7 @@ import json
 import logging
 import sys
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import smartfrz_ds
+from smartfrz_ds.bench.memory import reset_peak, resident_bytes
+from smartfrz_ds.bench.wire import CollectiveBytes
 from smartfrz_ds.policies.base import Decision, View
 from smartfrz_ds.snapshots import sample_indices, sampled_params
 
@@ -82,47 +82,6 @@ def caught(action: Callable[[], Any]) -> dict[str, str]:
     return {}
 
 
-class WireCounter:
-    """Counts the bytes that this rank hands to each collective of torch.distributed, by name: the only way to the wire here.
-
-    Installed before DeepSpeed is initialised, which keeps some of these functions.
-    """
-
-    NAMES = ("all_reduce", "reduce", "reduce_scatter_tensor", "all_gather_into_tensor", "all_gather", "broadcast", "all_to_all_single")
-
-    def __init__(self) -> None:
-        self.seen: Counter[str] = Counter()
-        for name in self.NAMES:
-            setattr(dist, name, self._counting(name, getattr(dist, name)))
-
-    def _counting(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def counting(*args: Any, **kwargs: Any) -> Any:
-            # the first tensor is what is reduced, or where the gathered lands
-            first = args[0] if args else next(v for v in kwargs.values() if isinstance(v, torch.Tensor | list))
-            self.seen[name] += sum(t.numel() * t.element_size() for t in (first if isinstance(first, list) else [first]))
-            return original(*args, **kwargs)
-
-        return counting
-
-    @contextmanager
-    def counted(self) -> Iterator[Counter[str]]:
-        self.seen.clear()
-        seen: Counter[str] = Counter()
-        yield seen
-        seen.update(self.seen)
-
-
-def resident(peak: bool = False) -> int:
-    """Bytes of resident memory of this process, now or at its peak since `reset_peak`."""
-    key = "VmHWM:" if peak else "VmRSS:"
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
-    return int(line.split()[1]) * 1024
-
-
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 # --- scenarios -------------------------------------------------------------------------------------------------------------------
 
 
@@ -154,11 +113,11 @@ def memory_of_a_freeze() -> dict[str, Any]:
             train(engine, step)
         gc.collect()
         low = sum(p.numel() * p.element_size() for p in model.parameters())
-        before, state_before = resident(), engine.smartfrz.report().optimizer_bytes
+        before, state_before = resident_bytes(), engine.smartfrz.report().optimizer_bytes
         reset_peak()
         engine.smartfrz.freeze(HALF)
         gc.collect()
-        peak, after, report = resident(peak=True), resident(), engine.smartfrz.report()
+        peak, after, report = resident_bytes(peak=True), resident_bytes(), engine.smartfrz.report()
         kept = sum(p.numel() for p in model.parameters() if p.requires_grad) * 4 // 2
         out[name] = {
             "rise": peak - before,
@@ -423,8 +382,8 @@ def failing_policy() -> dict[str, Any]:
 
 
 def nan_weights() -> dict[str, Any]:
-    """Weights that turned NaN: the predictor must not judge them."""
-    engine = make(oracle.Net(), smartfrz=QUICK | {"policy": "attention"})
+    """Weights that turned NaN (stage 0 in fp32: the others skip such a step): the predictor must not judge them."""
+    engine = make(oracle.Net(), "z0-fp32", smartfrz=QUICK | {"policy": "attention"})
     with warnings.catch_warnings(record=True) as caught_warnings:
         warnings.simplefilter("always")
         for step in range(30):
@@ -460,7 +419,7 @@ def state_round_trip() -> dict[str, Any]:
 def refused_engines() -> dict[str, Any]:
     out = {}
     for name, config in {
-        "stage 3": {"zero_optimization": {"stage": 3}},
+        "deepcompile": {"compile": {"deepcompile": True}},
         "tied, not an embedding": {},
     }.items():
         model: nn.Module = oracle.Net()
@@ -499,7 +458,7 @@ def main() -> None:
     logger.setLevel(logging.ERROR)
     names, folder = json.loads(Path(sys.argv[-2]).read_text()), Path(sys.argv[-1])
     global WIRE
-    WIRE = WireCounter()
+    WIRE = CollectiveBytes()
     deepspeed.init_distributed(dist_backend="gloo")
     for name in names or SCENARIOS:
         result = SCENARIOS[name]()

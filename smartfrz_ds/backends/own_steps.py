@@ -143,11 +143,26 @@ class GroupCounts(_SplitSteps):
     def level(self) -> None:
         """Write a group's count, which FusedAdam advances in the last parameter's state alone, to all of the group; before a change."""
         if not self._hooked:
-            for group in self.optimizer.param_groups:
-                states = [self.optimizer.state[p] for p in group["params"] if self.optimizer.state.get(p)]
-                for state in states:
-                    state["step"] = max(s["step"] for s in states)
+            self._level()
         self.hook()
+
+    @property
+    def levelled(self) -> bool:
+        """Whether each parameter's state has that parameter's own count."""
+        return self._hooked
+
+    def loaded(self, *, levelled: bool) -> None:
+        """The optimizer's state was replaced by another one; levelled: whether each parameter has its own count in it."""
+        if levelled:
+            self.hook()
+        elif self._hooked:
+            self._level()
+
+    def _level(self) -> None:
+        for group in self.optimizer.param_groups:
+            states = [self.optimizer.state[p] for p in group["params"] if self.optimizer.state.get(p)]
+            for state in states:
+                state["step"] = max(s["step"] for s in states)
 
     def split(self, group: Group) -> list[Group]:
         by_count: dict[int, list[Tensor]] = {}

@@ -52,6 +52,7 @@ def unsupported(engine: DeepSpeedEngine) -> list[str]:
         ),
         "ZenFlow (zero_optimization.zenflow)": bool(getattr(engine, "zenflow", False)),
         "DeepCompile (compile.deepcompile)": bool(engine.is_deepcompile_enabled()),
+        "a checkpoint engine that writes in the background (checkpoint.writer, datastates)": bool(engine.checkpoint_engine.is_decoupled()),
         "low-precision master weights (fp16_master_weights_and_grads / bf16_master_weights_and_grads)": bool(
             engine.fp16_master_weights_and_gradients() or engine.bf16_master_weights_and_gradients()
         ),

@@ -1,0 +1,299 @@
+"""What DeepSpeed's checkpoints need to be told about frozen layers, and what they leave out.
+
+Touched in DeepSpeed 0.19.8:
+  runtime/engine.py              _common_checkpoint_state (stage 1 leaves frozen parameters out of the file), _get_zero_param_shapes,
+                                 param_names, FreezingMixin's super() calls in ../engine.py
+  runtime/zero/stage_1_and_2.py  groups_padding, round_robin_bit16_padding, _param_slice_mappings (of a placeholder, while saving),
+                                 _link_all_hp_params, _hp_optimizer_states_linked,
+                                 _lazy_init_hp_params_optimizer_state (bf16_optimizer.py too)
+  runtime/zero/partition_parameters.py   ds_status, ds_tensor, ds_numel, partition_numel
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import Tensor
+from torch.nn import Parameter
+
+from smartfrz_ds.checkpoint import read_model_states
+
+from .base import Backend, ZeroParam
+from .flat import FlatBackend, _Kept
+from .layout import PackedLayout, Segment
+from .own_steps import copy_step
+from .plain import PlainBackend
+from .wrapped16 import Bf16Backend
+from .zero3 import Zero3Backend
+from .zero12 import Zero12Backend
+
+_PLACEHOLDER = "smartfrz_placeholder_"
+
+
+class CompleteCheckpoints:
+    """Mixed into a freezing engine: what DeepSpeed writes holds every weight, so that zero_to_fp32.py finds the whole model."""
+
+    def _common_checkpoint_state(self, module_state_dict: Any, zero_optimizer_state: Any, save_frozen_param: bool) -> Any:
+        # _save_checkpoint asks for the frozen parameters in stages 2 and 3 only, unless the user excludes them.
+        if zero_optimizer_state and not save_frozen_param and isinstance(module_state_dict, Mapping):
+            names = [n for n, p in self.module.named_parameters() if not p.requires_grad]  # type: ignore[attr-defined]
+            save_frozen_param = bool(names) and all(n in module_state_dict for n in names)
+        return super()._common_checkpoint_state(module_state_dict, zero_optimizer_state, save_frozen_param)  # type: ignore[misc]
+
+    def _get_zero_param_shapes(self) -> Any:
+        shapes = super()._get_zero_param_shapes()  # type: ignore[misc]
+        for group in shapes:
+            for name in [n for n in group if n.startswith(_PLACEHOLDER)]:
+                del group[name]
+        return shapes
+
+
+# --- while DeepSpeed saves or loads ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def saving(backend: Backend) -> Iterator[None]:
+    """For the time of DeepSpeed's save, this package's own things look like DeepSpeed's."""
+    with _placeholders_empty(backend), _replicas_hidden(backend), _sleeping_hidden(backend):
+        yield
+
+
+@contextmanager
+def loading(backend: Backend) -> Iterator[None]:
+    """For the time of DeepSpeed's load. Collective: replicas under ZeRO-3 are let go and gathered anew, with the loaded values."""
+    if isinstance(backend, Zero3Backend):
+        backend._replicas.update(set(), {})
+    try:
+        with _placeholders_empty(backend):
+            yield
+    finally:
+        if isinstance(backend, Zero3Backend):
+            backend._replicas.update(backend.frozen, {p: backend._optimizer_bytes_of(p) for p in backend.frozen})
+        elif isinstance(backend, Zero12Backend | Bf16Backend):
+            _relink(backend)
+
+
+@contextmanager
+def _placeholders_empty(backend: Backend) -> Iterator[None]:
+    """An emptied group of ZeRO-1/2 is written, and compared, as one without elements: zero_to_fp32.py would report a weight too many."""
+    if not isinstance(backend, Zero12Backend):
+        yield
+        return
+    zero = backend.wrapper
+    emptied = [i for i in range(len(backend.groups)) if not backend.active(i)]
+    old = [(zero.groups_padding[i], zero.round_robin_bit16_padding[i], zero._param_slice_mappings[i]) for i in emptied]
+    for i in emptied:
+        zero.groups_padding[i], zero.round_robin_bit16_padding[i] = backend.master(i).numel(), []
+        zero._param_slice_mappings[i] = {}
+    try:
+        yield
+    finally:
+        for i, (padding, between, mapping) in zip(emptied, old, strict=True):
+            zero.groups_padding[i], zero.round_robin_bit16_padding[i], zero._param_slice_mappings[i] = padding, between, mapping
+
+
+@contextmanager
+def _replicas_hidden(backend: Backend) -> Iterator[None]:
+    """Frozen ZeRO-3 parameters that stay gathered are written as their shards only, like all others; without communication."""
+    whole: dict[ZeroParam, Tensor] = {}
+    if isinstance(backend, Zero3Backend):
+        whole = {p: p.data for p in backend._replicas.params if p.ds_status == ZeroParamStatus.AVAILABLE}
+    for param in whole:
+        param.data = torch.empty(0, dtype=param.dtype, device=param.device)  # as free_param does
+        param.ds_status = ZeroParamStatus.NOT_AVAILABLE
+    try:
+        yield
+    finally:
+        for param, data in whole.items():
+            param.data, param.ds_status = data, ZeroParamStatus.AVAILABLE
+
+
+@contextmanager
+def _sleeping_hidden(backend: Backend) -> Iterator[None]:
+    """The state of sub-groups that are frozen whole: torch's state_dict refuses state of a tensor that is in no group."""
+    state = backend.base_optimizer().state
+    sleeping = {m: state.pop(m) for _, m in _sleeping(backend) if m in state}
+    try:
+        yield
+    finally:
+        state.update(sleeping)
+
+
+def _sleeping(backend: Backend) -> list[tuple[int, Tensor]]:
+    if not isinstance(backend, Zero3Backend):
+        return []
+    return [(i, backend.master(i)) for i in range(len(backend.groups)) if not backend.active(i)]
+
+
+def _relink(backend: Zero12Backend | Bf16Backend) -> None:
+    """After a load DeepSpeed's accessors still show the optimizer state of before, and keep it alive."""
+    wrapper = backend.wrapper
+    wrapper._link_all_hp_params()
+    wrapper._hp_optimizer_states_linked = False
+    if all(wrapper.optimizer.state.get(m) for m in backend.masters()):
+        wrapper._lazy_init_hp_params_optimizer_state()
+
+
+# --- what DeepSpeed doesn't know of -------------------------------------------------------------------------------------------------
+
+
+def weights_are_cut(backend: Backend) -> bool:
+    """Whether the weights themselves are in the files of all ranks, so that even they alone need the same number of ranks."""
+    return isinstance(backend, Zero3Backend)
+
+
+def private_state(backend: Backend) -> dict[str, Any]:
+    """JSON-able, the same on all ranks: step counts of thawed parameters, and the entries of sub-groups that are frozen as a whole."""
+    if isinstance(backend, PlainBackend):
+        return {"levelled": backend._counts is not None and backend._counts.levelled}
+    if not isinstance(backend, FlatBackend):
+        return {}
+    names, state = _names(backend), backend.base_optimizer().state
+    asleep = {}
+    for i, master in _sleeping(backend):
+        entries = state.get(master, {})
+        if "step" in entries:
+            asleep[str(i)] = {"step": _step_to_json(entries["step"]), "keys": [k for k, v in entries.items() if _is_flat(v)]}
+    saved: dict[str, Any] = {"steps": {names[p]: _step_to_json(s) for p, s in backend._own_steps.count.items()}, "asleep": asleep}
+    live = [(state[backend.master(i)]["step"], backend.active(i)) for i in range(len(backend.groups)) if _counts(backend, i)]
+    if isinstance(backend, Zero3Backend) and len({float(step) for step, _ in live}) > 1:
+        saved["groups"] = [{"step": _step_to_json(step), "params": [names[p] for p in params]} for step, params in live]
+    return saved
+
+
+def load_private_state(backend: Backend, saved: Mapping[str, Any], *, universal: bool) -> None:
+    """The inverse, after DeepSpeed has loaded. universal: it has loaded a checkpoint of maybe another number of ranks."""
+    if isinstance(backend, PlainBackend) and backend._counts is not None:
+        backend._counts.loaded(levelled=saved.get("levelled", False))
+    if not isinstance(backend, FlatBackend):
+        return
+    params, state = {n: p for p, n in _names(backend).items()}, backend.base_optimizer().state
+    backend._own_steps.count.clear()
+    for name, step in saved.get("steps", {}).items():
+        backend._own_steps.set(params[name], _step_from_json(step))
+    if universal and "groups" in saved:
+        # stage3.py gives every sub-group the step of the first; one that was frozen as a whole for a while has another. Another number of
+        # ranks makes other sub-groups besides.
+        steps = {params[n]: _step_from_json(g["step"]) for g in saved["groups"] for n in g["params"]}
+        for i in range(len(backend.groups)):
+            if not _counts(backend, i):
+                continue
+            base = state[backend.master(i)]["step"] = copy_step(steps[backend.active(i)[0]])
+            for param in backend.active(i):
+                if float(steps[param]) != float(base) and param not in backend._own_steps.count:
+                    backend._own_steps.set(param, steps[param])
+    for i, master in _sleeping(backend):
+        state.pop(master, None)
+        if str(i) in saved.get("asleep", {}):
+            entries = saved["asleep"][str(i)]
+            state[master] = {"step": _step_from_json(entries["step"])} | {k: torch.empty_like(master.detach()) for k in entries["keys"]}
+
+
+def kept_state(backend: Backend) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """What this rank holds back for a thaw, as JSON and tensors; None where there is nothing."""
+    names = _names(backend)
+    about: list[dict[str, Any]] = []
+    tensors: dict[str, Tensor] = {}
+    if isinstance(backend, PlainBackend):
+        for k, (param, (master, state)) in enumerate(backend._kept.items()):
+            numbers = {key: v for key, v in state.items() if not isinstance(v, Tensor)}
+            about.append({"param": names[param], "numbers": numbers})
+            tensors |= {f"{k}/state/{key}": v for key, v in state.items() if isinstance(v, Tensor)}
+            if master is not None:
+                tensors[f"{k}/master"] = master
+    elif isinstance(backend, FlatBackend):
+        for k, kept in enumerate({id(v): v for v in backend._kept.values()}.values()):
+            waiting = [p for p, v in backend._kept.items() if v is kept]
+            pieces = {names[p]: [[s.start, s.numel, s.rank, s.offset] for s in kept.layout.segments(p)] for p in waiting}
+            steps = {names[p]: _step_to_json(kept.step[p]) for p in waiting if kept.step.get(p) is not None}
+            about.append({"pieces": pieces, "sizes": list(kept.layout.sizes), "steps": steps})
+            tensors |= {f"{k}/{key}": v for key, v in kept.tensors.items()}
+    return ({"kept": about}, tensors) if about else None
+
+
+def load_kept_state(backend: Backend, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """The inverse, on the same number of ranks. The layout has the checkpoint's frozen set already."""
+    params = {n: p for p, n in _names(backend).items()}
+    for k, item in enumerate(about["kept"]):
+        mine = {name.removeprefix(f"{k}/"): t for name, t in tensors.items() if name.startswith(f"{k}/")}
+        if isinstance(backend, PlainBackend):
+            state = {key.removeprefix("state/"): t for key, t in mine.items() if key.startswith("state/")}
+            backend._kept[params[item["param"]]] = (mine.get("master"), state | item["numbers"])
+        elif isinstance(backend, FlatBackend):
+            pieces = {params[name]: [Segment(*s) for s in segments] for name, segments in item["pieces"].items()}
+            kept = _Kept(PackedLayout(pieces, tuple(item["sizes"])))
+            kept.tensors = mine
+            kept.step = dict.fromkeys(pieces) | {params[n]: _step_from_json(s) for n, s in item["steps"].items()}
+            backend._kept.update(dict.fromkeys(pieces, kept))
+
+
+def _counts(backend: FlatBackend, index: int) -> bool:
+    """Whether this group is stepped and has been."""
+    return bool(backend.active(index)) and "step" in backend.base_optimizer().state.get(backend.master(index), {})
+
+
+def _names(backend: Backend) -> dict[Parameter, str]:
+    return {p: n for n, p in backend.engine.module.named_parameters()}
+
+
+def _is_flat(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+def _step_to_json(step: Any) -> dict[str, Any]:
+    """torch's optimizers count in a scalar tensor, DeepSpeed's in a number."""
+    if isinstance(step, Tensor):
+        return {"value": step.item(), "dtype": str(step.dtype).removeprefix("torch."), "device": step.device.type}
+    return {"value": step}
+
+
+def _step_from_json(saved: Mapping[str, Any]) -> Any:
+    if "dtype" not in saved:
+        return saved["value"]
+    # A count beside the weights (fused, capturable) goes to this rank's own device.
+    return torch.tensor(saved["value"], dtype=getattr(torch, saved["dtype"]), device=saved["device"])
+
+
+# --- universal checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def emptied_groups(backend: Backend, frozen: Sequence[Parameter]) -> list[int]:
+    """Parameter groups of which nothing is active with these parameters frozen and which DeepSpeed still steps (the placeholder)."""
+    gone = set(frozen)
+    return [] if isinstance(backend, Zero3Backend) else [i for i, group in enumerate(backend.groups) if gone.issuperset(group)]
+
+
+@torch.no_grad()
+def load_frozen_weights(backend: Backend, folder: Path) -> None:
+    """Frozen weights and buffers out of the model files that ds_to_universal has copied.
+
+    A universal load (runtime/engine.py, _load_checkpoint) reads zero/<name>/ for what the optimizer holds and skips the module's own
+    state, so that everything else silently stays as it was initialised.
+    """
+    module = backend.engine.module
+    pattern = "zero_pp_rank_*_mp_rank_00_model_states.pt" if isinstance(backend, Zero3Backend) else "mp_rank_00_model_states.pt"
+    states = read_model_states(folder, pattern)
+    for name, buffer in module.named_buffers():
+        if name in states[0]["module"]:
+            buffer.copy_(states[0]["module"][name])
+    for name, param in module.named_parameters():
+        if param.requires_grad:
+            continue
+        if not isinstance(backend, Zero3Backend):
+            param.copy_(states[0]["module"][name])
+            continue
+        shard = _shard_of(torch.cat([s["frozen_param_fragments"][name].view(-1) for s in states]), param)
+        param.ds_tensor.data.copy_(shard.view_as(param.ds_tensor))
+
+
+def _shard_of(full: Tensor, param: ZeroParam) -> Tensor:
+    """This rank's part of a flat parameter; the padding of another number of ranks is cut off, that of this one put on."""
+    size, rank = param.partition_numel(), dist.get_rank()
+    part = full[: param.ds_numel][rank * size : (rank + 1) * size]
+    return torch.cat([part, part.new_zeros(size - part.numel())])

@@ -1,0 +1,91 @@
+"""The pause of a freeze on a cluster that is not at hand: the table of docs/cost-of-a-freeze.md, from the layouts themselves.
+
+`python -m smartfrz_ds.bench.paper docs/cost-of-a-freeze.md` writes it anew. The tensors are on torch's meta device: only shapes exist.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch.nn import Parameter
+
+from ..backends.layout import STAGING_BYTES, FlatLayout
+from ..pause import Bandwidths, Cost, layout_cost
+
+BEGIN = "<!-- table: begin (made by smartfrz_ds/bench/paper.py) -->"
+END = "<!-- table: end -->"
+RANKS = 64
+# 200 Gbit/s a rank, a device memory of 1.5 TB/s, PCIe 4 x16, 50 microseconds an exchange.
+CLUSTER = Bandwidths(network=25e9, memory=1.5e12, host_link=25e9, latency=50e-6)
+STATE = (4, 4, 4)  # bytes an element: fp32 master, exp_avg, exp_avg_sq
+WEIGHT = 2  # bf16
+
+
+def llama_7b() -> list[list[Parameter]]:
+    """The shapes of a Llama of 6.74 billion weights: embeddings, 32 blocks, norm and head."""
+    hidden, inner, vocabulary = 4096, 11008, 32000
+    block: list[tuple[int, ...]] = [(hidden, hidden)] * 4 + [(inner, hidden)] * 2 + [(hidden, inner)] + [(hidden,)] * 2
+    layers: list[list[tuple[int, ...]]] = [[(vocabulary, hidden)], *[block] * 32, [(hidden,), (vocabulary, hidden)]]
+    return [[Parameter(torch.empty(shape, device="meta")) for shape in layer] for layer in layers]
+
+
+def cost_of(layers: Sequence[Sequence[Parameter]], frozen: int, more: int, ranks: int = RANKS) -> Cost:
+    """ZeRO-1/2: `more` front layers freeze on top of `frozen` ones, in one parameter group."""
+
+    def layout(first: int) -> FlatLayout:
+        return FlatLayout(tuple(p for layer in layers[first:] for p in layer), ranks, alignment=2 * ranks)
+
+    old, new = layout(frozen), layout(frozen + more)
+    return layout_cost(old, new, STATE, weight_bytes=WEIGHT * (2 * new.numel + old.numel - new.numel), on_host=False)
+
+
+def table() -> str:
+    """One row a freeze: what moves, and the pause."""
+    layers = llama_7b()
+    lines = [
+        "| freeze of | moved, GB | busiest link at least, GB | exchanges | one after the other, GB | pause, s (all links at once) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, frozen, more in (
+        ("the embeddings", 0, 1),
+        ("block 0, after the embeddings", 1, 1),
+        ("block 8, after those before", 9, 1),
+        ("block 16, after those before", 17, 1),
+        ("half at once (embeddings and 16 blocks)", 0, 17),
+    ):
+        c = cost_of(layers, frozen, more)
+        numbers = f"{c.moved_bytes / 1e9:.1f} | {c.least_busiest_bytes / 1e9:.2f} | {c.exchanges} | {c.busiest_bytes / 1e9:.1f}"
+        lines.append(f"| {name} | {numbers} | {c.seconds(CLUSTER):.2f} ({_at_best(c).seconds(CLUSTER):.2f}) |")
+    return "\n".join(lines) + "\n"
+
+
+def _at_best(cost: Cost) -> Cost:
+    """The cost if no exchange waited for another, and what is sent was staged in each of them at once."""
+    waits = cost.busiest_bytes - cost.least_busiest_bytes
+    exchanges = len(STATE) * -(-cost.least_busiest_bytes // len(STATE) // STAGING_BYTES)
+    return dataclasses.replace(
+        cost,
+        busiest_bytes=cost.least_busiest_bytes,
+        exchanges=exchanges,
+        copied_bytes=cost.copied_bytes - 2 * waits,
+        linked_bytes=cost.linked_bytes - waits,
+    )
+
+
+def updated(text: str) -> str:
+    """`text` with the table between the marks made anew. ValueError where the marks are missing."""
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"the marks {BEGIN!r} and {END!r} are missing")
+    head, rest = text.split(BEGIN, 1)
+    return f"{head}{BEGIN}\n{table()}{END}{rest.split(END, 1)[1]}"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m smartfrz_ds.bench.paper docs/cost-of-a-freeze.md")
+    target = Path(sys.argv[1])
+    target.write_text(updated(target.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,231 @@
+"""One engine of `smartfrz bench zero`, on every rank. Launched by zero.py with the deepspeed launcher: ENGINE FILE SETTINGS."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import json
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import logger
+from torch import Tensor, nn
+
+import smartfrz_ds
+
+from .memory import reset_peak, resident_bytes
+from .wire import CollectiveBytes
+from .zero import ENGINES, KINDS, Settings
+
+BLOCKS, FEATURES = 8, 64
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
+
+
+class Net(nn.Module):
+    """Equal blocks that hold nearly all weights; layers: embeddings, blocks.0 .. blocks.7, head.
+
+    params: number of weights wanted, >= 10**4; 37.8 million at width 768.
+    """
+
+    def __init__(self, params: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        width = max(16, round(math.sqrt(params / (8 * BLOCKS)) / 16) * 16)
+        self.inp = nn.Linear(FEATURES, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(BLOCKS))
+        self.head = nn.Linear(width, FEATURES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inp(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Copy:
+    """One of the engines side by side: a net, its DeepSpeed engine, and steps of it that are timed and counted."""
+
+    def __init__(self, kind: str, config: Settings, settings: Settings, wire: CollectiveBytes) -> None:
+        self.wire = wire
+        self.model = Net(settings["params"] * 1e6)
+        if kind == "fresh":
+            freeze_naively(self.model)
+        full: Settings = {
+            "train_micro_batch_size_per_gpu": settings["batch"],
+            "gradient_clipping": 1.0,
+            "steps_per_print": 10**9,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.01, "torch_adam": True}},
+            **config,
+        }
+        make = smartfrz_ds.initialize if kind == "ours" else deepspeed.initialize
+        params = [p for p in self.model.parameters() if p.requires_grad]
+        self.engine: Any = make(model=self.model, model_parameters=params, config=full)[0]
+        generator = torch.Generator().manual_seed(dist.get_rank())
+        dtype = torch.bfloat16 if "bf16" in config else torch.float32
+        self.x = torch.randn(settings["batch"], FEATURES, generator=generator).to(dtype)
+        self.y = torch.randint(0, FEATURES, (settings["batch"],), generator=generator)
+
+    def step(self) -> tuple[list[float], dict[str, dict[str, int]]]:
+        """Seconds (of the slowest rank) and bytes (of this rank) of forward, backward and step."""
+        dist.barrier()
+        counts = {}
+        self.wire.take()
+        times = [time.perf_counter()]
+        loss = nn.functional.cross_entropy(self.engine(self.x).float(), self.y)
+        times.append(time.perf_counter())
+        counts["forward"] = self.wire.take()
+        self.engine.backward(loss)
+        times.append(time.perf_counter())
+        counts["backward"] = self.wire.take()
+        self.engine.step()
+        times.append(time.perf_counter())
+        counts["step"] = self.wire.take()
+        taken = torch.tensor([b - a for a, b in itertools.pairwise(times)], dtype=torch.float64)
+        dist.all_reduce(taken, op=dist.ReduceOp.MAX)
+        return taken.tolist(), counts
+
+    def warm_up(self, steps: int = 3) -> dict[str, dict[str, int]]:
+        """A few steps; the bytes of the last."""
+        return [self.step() for _ in range(steps)][-1][1]
+
+
+def first_freeze(ours: Copy, layers: list[str]) -> dict[str, Any]:
+    """Freeze for the first time and see what it does to memory, and what had been predicted."""
+    controller, world = ours.engine.smartfrz, dist.get_world_size()
+    predicted = controller.predict_pause(layers)
+    gc.collect()
+    before = resident_bytes()
+    reset_peak()
+    controller.freeze(layers)
+    gc.collect()
+    peak, after = resident_bytes(peak=True), resident_bytes()
+    active = sum(_numel(p) for p in ours.model.parameters() if p.requires_grad)
+    everything = sum(_numel(p) * p.element_size() for p in ours.model.parameters())
+    sharded = ours.engine.zero_optimization_stage() == 3
+    event = controller.report().events[-1]
+    seen = torch.tensor([peak - before, before - after])
+    dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+    return {
+        "rise": int(seen[0]),
+        "fall": int(seen[1]),
+        # one kept state tensor plus the low-precision copy (design.md: memory at a freeze)
+        "allowed": active * 4 // max(1, world) + everything // (world if sharded else 1),
+        "seconds": event.seconds,
+        "moved_bytes": event.moved_bytes,
+        "predicted_bytes": predicted.moved_bytes,
+        "predicted_seconds": predicted.seconds,
+        "cost": vars(predicted.cost),
+    }
+
+
+def snapshot_and_gather(ours: Copy) -> dict[str, Any]:
+    """Bytes and time of a snapshot and of gathering all parameters, alternating."""
+    snapshot: list[float] = []
+    gather: list[float] = []
+    out: dict[str, Any] = {}
+    for _ in range(7):
+        for name, times in (("snapshot", snapshot), ("gather", gather)):
+            dist.barrier()
+            ours.wire.take()
+            began = time.perf_counter()
+            if name == "snapshot":
+                ours.engine.smartfrz._snapshots.take()
+            else:
+                with deepspeed.zero.GatheredParameters(list(ours.model.parameters())):
+                    pass
+            times.append(time.perf_counter() - began)
+            out[name] = {"bytes": sum(ours.wire.take().values()), "seconds": median(times)}
+    return out
+
+
+def freeze_naively(model: nn.Module) -> None:
+    assert isinstance(model, Net)
+    for module in (model.inp, *model.blocks[: BLOCKS // 2]):
+        module.requires_grad_(False)
+
+
+def measure(name: str, settings: Settings, wire: CollectiveBytes) -> dict[str, Any]:
+    config = {k: v for k, v in ENGINES[name].items() if k != "smartfrz"}
+    ours = Copy("ours", ENGINES[name], settings, wire)
+    controller = ours.engine.smartfrz
+    layers = list(controller.layers[: 1 + BLOCKS // 2])
+    result: dict[str, Any] = {"engine": name, "settings": settings, "bytes": {"unfrozen": ours.warm_up()}}
+    optimizer_bytes = {"unfrozen": controller.report().optimizer_bytes}
+    if config["zero_optimization"]["stage"] == 3:
+        result |= snapshot_and_gather(ours)
+    result["freeze"] = first_freeze(ours, layers)
+    optimizer_bytes["ours"] = controller.report().optimizer_bytes
+    result["share"] = 1 - sum(_numel(p) for p in ours.model.parameters() if p.requires_grad) / sum(
+        _numel(p) for p in ours.model.parameters()
+    )
+    result["bytes"]["ours"] = ours.warm_up()
+
+    copies = {"ours": ours} | {kind: Copy(kind, config, settings, wire) for kind in KINDS if kind != "ours"}
+    for kind in ("unfrozen", "naive", "fresh"):
+        copies[kind].warm_up()
+    freeze_naively(copies["naive"].model)
+    result["bytes"]["naive"] = copies["naive"].warm_up()
+
+    result["rounds"] = []
+    for number in range(settings["rounds"]):
+        seconds = result["freeze"]["seconds"]
+        if number:
+            controller.thaw(layers)
+            ours.warm_up(1)
+            controller.freeze(layers)
+            seconds = controller.report().events[-1].seconds
+            ours.warm_up(1)
+        times: dict[str, list[list[float]]] = {kind: [] for kind in KINDS}
+        for turn in range(settings["steps"]):
+            for shift in range(len(KINDS)):  # another one first each time
+                kind = KINDS[(turn + shift) % len(KINDS)]
+                times[kind].append(copies[kind].step()[0])
+        # The least disturbed of each phase.
+        result["rounds"].append({kind: [min(t[k] for t in seen) for k in range(3)] for kind, seen in times.items()} | {"freeze": seconds})
+    # Only now: attaching to the naive engine is the way to count its bytes alike. Controllers start on what is trainable.
+    copies["naive"].model.requires_grad_(True)
+    attached: Any = smartfrz_ds.attach(copies["naive"].engine, {"policy": "manual"})
+    optimizer_bytes["naive"] = attached.smartfrz.report().optimizer_bytes
+    return result | {"optimizer_bytes": optimizer_bytes}
+
+
+def _numel(p: nn.Parameter) -> int:
+    return int(getattr(p, "ds_numel", p.numel()))
+
+
+def main() -> None:
+    name, file, settings = sys.argv[-3], Path(sys.argv[-2]), json.loads(sys.argv[-1])
+    logger.setLevel(logging.ERROR)
+    wire = CollectiveBytes()
+    deepspeed.init_distributed(dist_backend="gloo")
+    result = measure(name, settings, wire)
+    if dist.get_rank() == 0:
+        new = file.with_suffix(".new")
+        new.write_text(json.dumps(result, indent=1))
+        new.replace(file)
+    dist.barrier()
+    with contextlib.suppress(Exception):
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

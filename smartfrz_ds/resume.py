@@ -1,0 +1,214 @@
+"""Checkpoints of a freezing engine: what happens around DeepSpeed's own save and load, in which order.
+
+Saving: the old list of the folder goes, the freeze state is written, DeepSpeed writes, the new list is written, `latest` is replaced. A
+process that dies in between leaves a tag that does not count as complete, and the one before untouched. Loading: everything that can be
+wrong is found out before anything is changed; then the layout, DeepSpeed's load, and the freeze state.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from .agree import Ranks
+from .backends import checkpoint_layout as layout
+from .checkpoint import (
+    COMPLETE_FILE,
+    MARKER,
+    SIDE_FILE,
+    Found,
+    digest_of,
+    find,
+    pack,
+    pack_tensors,
+    unpack_tensors,
+    write_atomically,
+    write_complete,
+)
+from .controller import Controller
+
+
+def find_together(ranks: Ranks, load_dir: str | Path, tag: str | None, *, universal: bool) -> Found | None:
+    """`find` on rank 0, for all ranks; `history` is filled on rank 0 only.
+
+    Raises:
+        ValueError: as `find`, on every rank.
+    """
+    ranks.agree(f"load tag {tag}", "tags to load")
+    found, told = None, b""
+    if ranks.rank == 0:
+        try:
+            found = find(load_dir, tag, universal=universal)
+            state = None if found is None or found.state is None else found.state | {"history": {}}
+            told = json.dumps(None if found is None else {"tag": found.tag, "state": state, "warning": found.warning}).encode()
+        except Exception as error:  # the others wait for an answer
+            told = json.dumps({"error": str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"}).encode()
+    answer = json.loads(ranks.broadcast_bytes(told))
+    if answer is not None and "error" in answer:
+        raise ValueError(answer["error"])
+    if ranks.rank == 0 and found is not None and found.warning:
+        warnings.warn(f"smartfrz: {found.warning}", RuntimeWarning, stacklevel=4)
+    return found if ranks.rank == 0 or answer is None else Found(**answer)
+
+
+def hide_marker(client_state: Any) -> Any:
+    """What the user saved, without what this package put beside it."""
+    return {k: v for k, v in client_state.items() if k != MARKER} if isinstance(client_state, dict) else client_state
+
+
+class Checkpoints:
+    """The two sequences, for one engine."""
+
+    def __init__(self, controller: Controller) -> None:
+        self.controller, self.backend, self.ranks = controller, controller.backend, controller.ranks
+
+    # --- saving ---------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def saved(self, save_dir: str | Path, tag: str, *, save_latest: bool) -> Iterator[dict[str, Any]]:
+        """Around DeepSpeed's save (without its own `latest`); gives the marker for client_state. Collective.
+
+        Raises:
+            OSError or RuntimeError: a file can't be written, on every rank.
+        """
+        folder = Path(save_dir) / tag
+        digest = self._write_state(folder, tag)
+        with layout.saving(self.backend):
+            yield {"format": 1, "tag": tag, "digest": digest}
+        self._barrier()  # DeepSpeed has one of its own at its end; not to depend on it
+
+        def declare() -> None:
+            if self.ranks.rank == 0:
+                write_complete(folder, self.controller.step)
+                if save_latest:
+                    write_atomically(Path(save_dir) / "latest", tag.encode())
+
+        self._together(declare)
+        self.controller.last_checkpoint = str(folder)
+
+    def _write_state(self, folder: Path, tag: str) -> str:
+        kept = layout.kept_state(self.backend)
+        writes = kept is not None and (self.ranks.rank == 0 or self.backend.sharded)
+        data = pack_tensors(*kept) if kept is not None and writes else b""
+
+        def write_kept() -> None:
+            if self.ranks.rank == 0:
+                (folder / COMPLETE_FILE).unlink(missing_ok=True)  # a tag that is written again is incomplete from here on
+            if writes:
+                write_atomically(folder / _kept_file(self.ranks.rank), data)
+
+        self._together(write_kept)
+        digests = [d.decode() for d in self.ranks.gather_bytes((digest_of(data) if writes else "-" * 64).encode())]
+        told = b""
+
+        def write_side() -> None:
+            nonlocal told
+            if self.ranks.rank == 0:
+                state = self.controller.state_dict() | {
+                    "world": len(digests),
+                    "sharded": self.backend.sharded,
+                    "private": layout.private_state(self.backend),
+                    "kept": {str(rank): d for rank, d in enumerate(digests) if d[0] != "-"},
+                }
+                side = pack(state)
+                write_atomically(folder / SIDE_FILE, side)
+                told = digest_of(side).encode()
+
+        self._together(write_side)
+        return self.ranks.broadcast_bytes(told).decode()
+
+    # --- loading --------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def loaded(self, load_dir: str | Path, found: Found, *, universal: bool, module_only: bool, optimizer: bool) -> Iterator[None]:
+        """Around DeepSpeed's load of `found`. Collective, at a step boundary where the frozen set is another than now.
+
+        Raises:
+            ValueError: the freeze state does not fit this model or this run; nothing was changed.
+            RuntimeError: not at a step boundary; nothing was changed.
+        """
+        state, before, folder = found.state, self.controller.frozen, Path(load_dir) / found.tag
+        moments = optimizer and not module_only
+        if state is not None:
+            self.controller.check_state(state)
+            needs_same = state["sharded"] and not universal and (moments or layout.weights_are_cut(self.backend))
+            if needs_same and state["world"] != len(self.ranks.gather_bytes(b"0")):
+                raise ValueError(
+                    f"{folder} was saved by {state['world']} ranks: with another number convert it first (ds_to_universal "
+                    "--inject_missing_state) and set checkpoint.load_universal to true"
+                )
+        kept = self._read_kept(folder, state) if state is not None and moments and not universal else None
+        frozen = set(state["frozen"]) if state is not None else set()
+        if universal and (emptied := layout.emptied_groups(self.backend, self.controller.leaving(frozen))):
+            raise ValueError(f"{folder}: a universal checkpoint can't be loaded where parameter groups {emptied} are frozen as a whole")
+        self.controller.restore_layout(frozen)
+        with layout.loading(self.backend):
+            yield
+            if universal:
+                layout.load_frozen_weights(self.backend, folder)
+        if module_only:
+            # Only weights were asked for: the run stays what it is.
+            if set(before) != set(self.controller.frozen):
+                self.controller.restore_layout(before)
+            return
+        if state is None:
+            self.controller.start_over(_applied_steps(self.backend.engine))
+        else:
+            self.controller.take_up(state)
+        if moments:
+            self.backend.forget([p for group in self.backend.groups for p in group])  # it belongs to the run as it was before
+            layout.load_private_state(self.backend, state["private"] if state is not None else {}, universal=universal)
+        if kept is not None:
+            layout.load_kept_state(self.backend, *kept)
+        self.controller.last_checkpoint = str(folder)
+
+    def _read_kept(self, folder: Path, state: Mapping[str, Any]) -> Any:
+        """This rank's file of kept state, checked; None where there is none or nobody wants it."""
+        if not state["kept"] or not self.controller.keeps_state:
+            return None
+        rank = self.ranks.rank if state["sharded"] else 0
+        read: Any = None
+
+        def look() -> None:
+            nonlocal read
+            path = folder / _kept_file(rank)
+            if str(rank) not in state["kept"]:
+                return
+            if not path.is_file():
+                raise ValueError(f"{path} is missing")
+            data = path.read_bytes()
+            if digest_of(data) != state["kept"][str(rank)]:
+                raise ValueError(f"{path} is damaged: its digest is not the one in {SIDE_FILE}")
+            read = unpack_tensors(data)
+
+        self._together(look)
+        return read
+
+    # --- together -------------------------------------------------------------------------------------------------------------
+
+    def _together(self, action: Any) -> None:
+        """Run something local that can fail; where it fails on one rank, every rank raises."""
+        try:
+            action()
+        except (OSError, ValueError) as error:
+            self.ranks.all_ready(str(error), type(error))
+            raise
+        self.ranks.all_ready("", ValueError)
+
+    def _barrier(self) -> None:
+        if not self.ranks.alone:
+            dist.barrier()
+
+
+def _kept_file(rank: int) -> str:
+    return f"smartfrz_kept_{rank}.safetensors"
+
+
+def _applied_steps(engine: Any) -> int:
+    return int(engine.global_steps) - int(engine.skipped_steps)  # runtime/engine.py; global_steps counts skipped ones too
