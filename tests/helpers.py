@@ -52,7 +52,8 @@ def launch(
     _drop_stale_build_locks()
     deepspeed = Path(sys.executable).with_name("deepspeed")
     for _ in range(3):
-        command = [str(deepspeed), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+        port = free_port()
+        command = [str(deepspeed), "--num_accelerators", str(ranks), "--master_port", str(port)]
         command += (["--module"] if module else []) + [str(script), *arguments]
         process = subprocess.Popen(
             command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -67,6 +68,10 @@ def launch(
                 os.killpg(process.pid, 9)
                 output, _ = process.communicate()
             raise RanksFailed(f"{script} {arguments}: no end after {timeout} s\n{output[-8000:]}") from None
+        finally:
+            # DeepSpeed's CPU communication op leaves 69 MB a rank in shared memory (ops/csrc cpu/comm/shm.cpp) under the port's name.
+            for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+                left.unlink(missing_ok=True)
         if process.returncode and "EADDRINUSE" in output:
             continue
         break
