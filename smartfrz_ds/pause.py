@@ -87,6 +87,7 @@ def predict_pause(backend: Backend, freeze: Collection[Parameter], speed: Bandwi
     """The pause of freezing `freeze` now, on top of what is frozen already. Changes nothing, communicates nothing; the same on every rank.
 
     keep: the released state is held on the host (`keep_state`).
+    Left out: the one gather of weights that ZeRO-3 is to keep replicated.
     """
     cost, leaving = Cost(), set(freeze)
     if isinstance(backend, FlatBackend):
