@@ -76,7 +76,7 @@ CASES: list[tuple[str, list[int]]] = [
 ]
 STAGED = ("without_plugin", "disabled", "parts")
 
-pytestmark = [pytest.mark.slow, pytest.mark.world_size(2)]
+pytestmark = pytest.mark.world_size(2)
 
 
 def launched(

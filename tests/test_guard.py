@@ -212,7 +212,6 @@ def plan_of(events: list[Any]) -> dict[str, list[Any]]:
     return {str(step): [kind, layers] for kind, step, layers, *_ in events if kind in ("freeze", "thaw")}
 
 
-@pytest.mark.slow
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_mistake_is_taken_back_exactly(folder: Path, saw: Saw, stage: int) -> None:
@@ -225,20 +224,17 @@ def test_a_mistake_is_taken_back_exactly(folder: Path, saw: Saw, stage: int) -> 
     compare(folder, name, Cell(name, stage, keep_state=100, plan=plan_of(saw(name)["events"])))
 
 
-@pytest.mark.slow
 @pytest.mark.world_size(2)
 def test_nan_after_a_freeze_is_worse(folder: Path, saw: Saw) -> None:
     assert plan_of(saw("nan")["events"]) == {"3": ["freeze", FRONT], "5": ["thaw", FRONT]}
     compare(folder, "nan", Cell("nan", 2, keep_state=100, plan=plan_of(saw("nan")["events"])))
 
 
-@pytest.mark.slow
 @pytest.mark.world_size(2)
 def test_after_the_window_nothing_is_taken_back(saw: Saw) -> None:
     assert plan_of(saw("window-over")["events"]) == {"3": ["freeze", FRONT]}
 
 
-@pytest.mark.slow
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("stage", [2, 3])
 def test_the_loss_of_backward_is_the_metric(folder: Path, saw: Saw, stage: int) -> None:
@@ -259,7 +255,6 @@ def test_the_loss_of_backward_is_the_metric(folder: Path, saw: Saw, stage: int) 
     compare(folder, name, Cell(name, stage, accumulation=2, keep_state=100, plan=plan_of(saw(name)["events"])))
 
 
-@pytest.mark.slow
 @pytest.mark.world_size(2)
 def test_a_guard_that_sees_nothing_says_so_once(saw: Saw) -> None:
     seen, other = saw("blind"), saw("blind", 1)
@@ -268,7 +263,6 @@ def test_a_guard_that_sees_nothing_says_so_once(saw: Saw) -> None:
     assert plan_of(seen["events"]) == {"3": ["freeze", FRONT]}
 
 
-@pytest.mark.slow
 @pytest.mark.world_size(2)
 def test_a_policy_waits_for_the_guard_and_for_layers_taken_back(saw: Saw) -> None:
     """linear would freeze the embeddings at step 2 and more at each of the next steps. Step 3 is the bad one: they come back after it
@@ -329,7 +323,6 @@ def fp16_reference(stage: int, plan: dict[str, list[Any]], keep: bool, scales: l
 FP16_CASES = [case["name"] for case in CASES if case.get("function") == "fp16"]
 
 
-@pytest.mark.slow
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("name", FP16_CASES)
 def test_fp16_skipped_steps_are_no_steps(saw: Saw, name: str) -> None:
@@ -347,7 +340,6 @@ def test_fp16_skipped_steps_are_no_steps(saw: Saw, name: str) -> None:
         assert rows[11]["scale"] == rows[10]["scale"] / 2
 
 
-@pytest.mark.slow
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("name", FP16_CASES)
 def test_fp16_equals_single_process(folder: Path, saw: Saw, name: str) -> None:
