@@ -10,6 +10,7 @@ import binascii
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -17,8 +18,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import hjson  # type: ignore[import-untyped]
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from .sections import (
     AttentionSettings,
@@ -54,6 +56,58 @@ class Zero3Settings(Section):
         "'sharded', 'replicated' or 'auto'",
         "Weights of frozen layers: sharded: as before, gathered for each forward; replicated: whole on every rank, never gathered again; "
         "auto: replicated as long as the memory that the freezes have released on a rank pays for it.",
+    )
+
+
+class PipelineSettings(Section):
+    """`smartfrz.pipeline`: what a pipeline does with the time that its frozen stages no longer need."""
+
+    rebalance: Literal["off", "on_freeze"] = setting(
+        "off",
+        "'off' or 'on_freeze'",
+        "on_freeze: after a freeze or a thaw, layers move to other stages, with their optimizer state, where that makes a step faster.",
+    )
+    min_gain: float = setting(
+        1.05, "a number >= 1", "Layers move only where a step is predicted to be faster by this factor (1.05: 5 %).", ge=1
+    )
+    memory_limit: float | str | None = setting(
+        None,
+        "bytes (a number > 0, or a text such as '12GiB' or '900MB'), or null",
+        "Bytes of weights, gradients, optimizer state and activations that a rank may hold after layers have moved; null: no limit.",
+    )
+
+    @field_validator("memory_limit")
+    @classmethod
+    def _is_a_size(cls, value: float | str | None) -> float | str | None:
+        if value is not None and not (_bytes_of(value) or 0) > 0:
+            raise PydanticCustomError("size", "not a size")
+        return value
+
+    @property
+    def memory_bytes(self) -> float | None:
+        """`memory_limit` as a number of bytes."""
+        return None if self.memory_limit is None else _bytes_of(self.memory_limit)
+
+
+def _bytes_of(size: float | str) -> float | None:
+    """Bytes of a number or of a text such as '12GiB'; None for anything else."""
+    if isinstance(size, float | int):
+        return float(size)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", size, re.IGNORECASE)
+    if match is None:
+        return None
+    number, prefix, binary = match.groups()
+    return float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " ")
+
+
+class FsdpSettings(Section):
+    """`smartfrz.fsdp`: what FSDP2 does with frozen layers."""
+
+    frozen: Literal["sharded", "unsharded"] = setting(
+        "sharded",
+        "'sharded' or 'unsharded'",
+        "Weights of units of which everything is frozen: sharded: as before, gathered for each forward; unsharded: whole on every rank, "
+        "not gathered again.",
     )
 
 
@@ -147,7 +201,13 @@ class FreezeConfig(Section):
     )
     seed: int = setting(0, "an integer from 0 to 2^63 - 1", "Chooses the sampled weights.", ge=0, le=2**63 - 1)
     log_path: str | None = setting(
-        None, "a path, or null", "JSONL file to which rank 0 appends one line an event; null: no file.", min_length=1
+        None, "a path, or null", "JSONL file to which rank 0 appends one line an event and a status; null: no file.", min_length=1
+    )
+    status_interval: int | None = setting(
+        None,
+        "an integer >= 1, or null",
+        "Steps from one status (loss, step time, bytes, savings) to the next, in the log and the monitor; null: as `freeze_interval`.",
+        ge=1,
     )
     allow_untested_versions: bool = setting(False, "true or false", "Try with a DeepSpeed version outside the tested range.")
     attention: AttentionSettings = setting(AttentionSettings(), "an object", "Settings of the policy `attention`.")
@@ -161,6 +221,8 @@ class FreezeConfig(Section):
     weight_drift: WeightDriftSettings = setting(WeightDriftSettings(), "an object", "Settings of the policy `weight_drift`.")
     manual: ManualSettings = setting(ManualSettings(), "an object", "Settings of the policy `manual`: none.")
     zero3: Zero3Settings = setting(Zero3Settings(), "an object", "What ZeRO stage 3 does with frozen layers.")
+    pipeline: PipelineSettings = setting(PipelineSettings(), "an object", "Pipelines: whether layers move to other stages after a freeze.")
+    fsdp: FsdpSettings = setting(FsdpSettings(), "an object", "What FSDP2 does with frozen layers.")
     guard: GuardSettings | None = setting(None, "an object, or null", "Takes a freeze back that made a metric worse; null: no guard.")
 
     @model_validator(mode="after")
@@ -199,6 +261,14 @@ class FreezeConfig(Section):
             return cls.model_validate(section)
         except ValidationError as error:
             raise ValueError("\n".join(_problems(error, section))) from None
+
+
+def with_settings(source: FreezeConfig | Mapping[str, Any] | str | Path | None, settings: Mapping[str, Any]) -> FreezeConfig:
+    """The settings out of `source` (as of `FreezeConfig.load`) with single ones put over them; ValueError for wrong ones."""
+    if not settings:
+        return FreezeConfig.load(source)
+    section = source.model_dump(exclude_unset=True) if isinstance(source, FreezeConfig) else _find_section(source)
+    return FreezeConfig.load({SECTION: {**section, **settings} if isinstance(section, Mapping) else section})
 
 
 def digest(config: FreezeConfig) -> str:

@@ -19,11 +19,12 @@ from torch.nn import Parameter
 
 from .agree import Ranks
 from .backends.base import Backend, FreezeError
+from .backends.pipeline import PipelineStage
 from .config import FreezeConfig, digest
 from .deciding import decide, infos, policy_of, tell
 from .events import EventLog, FreezeEvent
 from .flops import FlopMeter, FlopTally, chain_profile
-from .freezing import check_tied, leaving_params
+from .freezing import check_tied, freeze_modules, leaving_params, thaw_modules
 from .gradient_check import GradientCheck
 from .guard import Guard, GuardedRun
 from .history import History
@@ -32,10 +33,12 @@ from .layout_change import carry_out, plan_change
 from .order_check import OrderCheck
 from .pause import Bandwidths, PausePrediction, measure_bandwidths, predict_pause
 from .policies.base import Decision, View
+from .rebalancing import Rebalancer
 from .recompute import RecomputeBoundary
 from .rules import allowed, candidates, check_known, check_order
 from .schedule import RemainingLr, current_lr, total_steps_of
 from .snapshots import Snapshots
+from .status import RunStatus
 from .supplies import RunFacts, Supplies
 
 
@@ -83,6 +86,7 @@ class Controller:
         monitor: Any = None,
         probe_batch: Any = None,
         version: str = "",
+        later: bool = False,
     ) -> None:
         self.config = config
         self._model = model
@@ -95,14 +99,10 @@ class Controller:
         total = config.total_steps
         self.total_steps: int | None = total_steps_of(scheduler) if total == "auto" else total
         self._snapshots = Snapshots(self._layers, backend, sample_size=config.sample_size, seed=config.seed)
-        run = RunFacts(total_steps=self.total_steps, keep_active=frozenset(self._kept_active), probe_batch=probe_batch)
-        try:  # a file or a batch may be missing on one rank alone
-            self._policy = policy_of(config, self._layers, self.total_steps)
-            self._supplies = Supplies(self._policy, config, model, self._layers, backend, self._snapshots, run)
-        except (ValueError, OSError) as error:
-            self._ranks.all_ready(str(error), type(error))
-            raise
-        self._ranks.all_ready("", ValueError)
+        self._probe_batch = probe_batch
+        self._early_state: Mapping[str, Any] | None = None
+        self._awaits = later
+        self._hire(manual=later)
         self._ranks.agree(f"settings {digest(config)}, package {version}, layers {self._names}", "settings, package versions or layers")
 
         self._supplies.try_probe()
@@ -110,8 +110,11 @@ class Controller:
         self._history = History(config.window)
         self._remaining_lr = RemainingLr(scheduler, self.total_steps)
         self._log = EventLog(
-            Path(config.log_path) if config.log_path and backend.rank == 0 else None, monitor if backend.rank == 0 else None
+            Path(config.log_path) if config.log_path and backend.rank == 0 else None,
+            monitor if backend.rank == 0 else None,
+            samples=lambda: int(getattr(backend.engine, "global_samples", 0)),
         )
+        self._status = RunStatus(self._log, backend, self._ranks, self._layers, config.status_interval or config.freeze_interval)
         self._events: list[FreezeEvent] = []
         if not backend.staged:  # a pipeline, whose order is its list of layers
             OrderCheck(model, self._layers)  # compares in the first forward, then takes its hooks away
@@ -122,6 +125,9 @@ class Controller:
         # In a pipeline the schedule keeps the boundary open, and reentrant checkpointing is refused.
         self._recompute = RecomputeBoundary(() if backend.staged else self._layers, on_late=self._check_gradients)
         self._guard = self._make_guard()
+        self._rebalancer: Rebalancer | None = None
+        if isinstance(backend, PipelineStage):
+            self._rebalancer = Rebalancer(backend, self._ranks, config.pipeline)
 
         self.step = 0
         self._frozen: set[str] = set()
@@ -141,6 +147,18 @@ class Controller:
             self._warn(text)
         self._after_layout_change()
         self._gradients.record_start(self._active, stage_follows=False)
+
+    def _hire(self, *, manual: bool = False) -> None:
+        """Make the policy and what it needs. manual: a stand-in that decides nothing, until `learn` was called. Collective."""
+        run = RunFacts(total_steps=self.total_steps, keep_active=frozenset(self._kept_active), probe_batch=self._probe_batch)
+        config = self.config.model_copy(update={"policy": "manual"}) if manual else self.config
+        try:  # a file or a batch may be missing on one rank alone
+            self._policy = policy_of(config, self._layers, self.total_steps)
+            self._supplies = Supplies(self._policy, config, self._model, self._layers, self._backend, self._snapshots, run)
+        except (ValueError, OSError) as error:
+            self._ranks.all_ready(str(error), type(error))
+            raise
+        self._ranks.all_ready("", ValueError)
 
     # --- what a user sees -----------------------------------------------------------------------------------------------------
 
@@ -195,6 +213,62 @@ class Controller:
         check_known(self._layers, wanted, "predict_pause")
         return self._predict(self._frozen | wanted if action == "freeze" else self._frozen - wanted)
 
+    def learn(self, *, scheduler: Any = None, total_steps: int | None = None) -> None:
+        """What `attach(…, later=True)` could not know: the scheduler, and the length of the run (steps; None: the scheduler's).
+
+        Collective, before the first step; once. A number at `smartfrz.total_steps` wins. What a checkpoint that was loaded meanwhile says
+        of the policy is taken up now.
+
+        Raises ValueError for what the policy refuses.
+        """
+        if not self._awaits:
+            return
+        self._awaits = False
+        if self.config.total_steps == "auto":
+            self.total_steps = total_steps or total_steps_of(scheduler) or self.total_steps
+        self._hire()
+        self._supplies.try_probe()
+        self._remaining_lr = RemainingLr(scheduler if scheduler is not None else self._remaining_lr.scheduler, self.total_steps)
+        if self._early_state is not None:
+            self._take_up_policy(self._early_state)
+            self._early_state = None
+        self._gradients.record_start(self._active, stage_follows=self._stage_at(self.step + 1))
+
+    def release(self) -> None:
+        """Give the model back as it was: every layer trains, no hook is left. The engine must not be trained any further."""
+        for layer in self._layers:
+            if layer.name in self._frozen:
+                thaw_modules(layer, self._model.training)
+        for param in self._backend.frozen:
+            param.requires_grad_(True)
+        self._recompute.update(())
+        self._gradients.disarm()
+        self._flops.remove()
+        self._supplies.remove()
+        if self._rebalancer is not None:
+            self._rebalancer.remove()
+
+    def rebalance(self, bounds: Sequence[int] | None = None) -> tuple[int, ...]:
+        """Move layers of a pipeline to other stages now, with weights and optimizer state. Collective, at a step boundary.
+
+        bounds: of the stages in the pipeline's list of layers, (stages + 1,), as `PipelineModule.parts`; None: those with which a step is
+            fastest by the costs measured so far, where `pipeline.min_gain` is reached.
+        Returns the bounds that hold then.
+
+        Raises:
+            ValueError: bounds that can't be, or no pipeline; nothing was changed.
+            RuntimeError: not at a step boundary; nothing was changed.
+            RanksDisagree: the ranks gave different bounds.
+        """
+        if self._rebalancer is None:
+            raise ValueError("rebalance: this engine is no pipeline: it has no stages between which layers could move")
+        self._ranks.agree(f"bounds {bounds} at step {self.step}", "bounds")
+        if bounds is None:
+            self._rebalance()
+        elif tuple(bounds) != self._rebalancer.bounds:
+            self._move(bounds)
+        return self._rebalancer.bounds
+
     def settle(self) -> None:
         """Bring what the ranks hold apart from each other together, before rank 0's state is saved for all. Collective."""
         self._supplies.settle()
@@ -220,6 +294,7 @@ class Controller:
         """Tell the controller a metric of the run (`observe(loss=0.3)`); the newest value of each goes into the report of the log."""
         values = {name: float(value) for name, value in metrics.items()}
         self._metrics.update(values)
+        self._status.tell(values)
         if self._guard is not None:
             self._guard.feed.tell(values)
 
@@ -263,6 +338,7 @@ class Controller:
             "guard": None if self._guard is None else self._guard.state_dict(),
             "recompute": self._recompute.state_dict(),
             "supplies": self._supplies.state_dict(),
+            "status": self._status.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -285,6 +361,16 @@ class Controller:
                 raise ValueError(f"the freeze state is of another model: its layer {name!r} has {theirs} weights, this model's {ours}")
         self._ranks.agree(f"load frozen {state['frozen']} at step {state['step']}", "freeze states to load")
 
+    def restore_bounds(self, bounds: Sequence[int] | None) -> None:
+        """Bring a pipeline's stages to these bounds before a checkpoint is loaded; None: to those with which the run began. Collective.
+
+        Raises ValueError or RuntimeError where that can't be, on every rank; nothing was changed.
+        """
+        assert self._rebalancer is not None
+        wanted = self._rebalancer.first_bounds if bounds is None else tuple(bounds)
+        if wanted != self._rebalancer.bounds:
+            self._move(wanted, quiet=True)
+
     def restore_layout(self, frozen: Iterable[str]) -> None:
         """Bring the layout to this frozen set, whatever `order` says, before tensors are loaded: moments of layers that come back are
         zero. Collective, at a step boundary where the set is another than now, else RuntimeError."""
@@ -297,20 +383,27 @@ class Controller:
         self._lr_spent, self._cooldown = float(state["lr_spent"]), int(state["cooldown"])
         self._tally.whole, self._tally.done = state["flops"]
         self._lr = current_lr(self._backend.base_optimizer())
-        if state["policy"]["name"] == self._policy.name:
-            self._policy.load_state_dict(state["policy"]["state"])
-        else:
-            self._renew_policy()
         # Other weights are no continuation of these.
         same = state.get("sample", [self.config.sample_size, self.config.seed]) == [self.config.sample_size, self.config.seed]
         self._history.load_state_dict(state["history"] if same else {})
         if self._guard is not None and state.get("guard") is not None:
             self._guard.load_state_dict(state["guard"])
         self._recompute.load_state_dict(state.get("recompute", {}))
-        self._supplies.load_state_dict(state.get("supplies", {}))
+        self._status.restart(state.get("status"))
+        if self._awaits:
+            self._early_state = state
+        else:
+            self._take_up_policy(state)
         self._events = [FreezeEvent.from_json(event) for event in state["events"]]
         if self._log.position:  # a new log is no mistake
             self._log.truncate_to(int(state["log_position"]))
+
+    def _take_up_policy(self, state: Mapping[str, Any]) -> None:
+        if state["policy"]["name"] == self._policy.name:
+            self._policy.load_state_dict(state["policy"]["state"])
+        else:
+            self._renew_policy()
+        self._supplies.load_state_dict(state.get("supplies", {}))
 
     def start_over(self, step: int) -> None:
         """Begin to watch anew at `step`, with nothing known: after loading a checkpoint that has no freeze state."""
@@ -321,8 +414,12 @@ class Controller:
         self._renew_policy()
         self._history.load_state_dict({})
         self._guard = self._make_guard()
+        self._status.restart()
 
     def _renew_policy(self) -> None:
+        if self._awaits:
+            self._early_state = None
+            return
         self._policy = policy_of(self.config, self._layers, self.total_steps)
         self._supplies.restart(self._policy)
 
@@ -331,6 +428,8 @@ class Controller:
     def after_step(self) -> None:
         """To be called after every successful optimizer step, on every rank."""
         began = time.perf_counter()
+        self.learn()  # nobody did
+        self._status.begin(self)
         self.step += 1
         self._lr_spent += self._lr
         self._lr = current_lr(self._backend.base_optimizer())
@@ -352,8 +451,10 @@ class Controller:
             self._freezing_stage(began)
             if self._guard is not None:
                 self._guard.guard.stage_passed()
+        self._rebalance_if_due()
         self._gradients.record_start(self._active, stage_follows=self._stage_at(self.step + 1))
         self._seconds += time.perf_counter() - began
+        self._status.end(self, own_seconds=self._seconds, lr=self._lr, saved=self._tally.saved_fraction)
 
     def before_step(self) -> None:
         """To be called when all micro-batches of a step are through, before the optimizer, on every rank.
@@ -361,17 +462,22 @@ class Controller:
         Raises:
             MissingGradients: the first time after a freeze, where it cut off an active layer's gradients.
         """
+        self.learn()
+        self._lr = current_lr(self._backend.base_optimizer())  # a scheduler of the user's steps after `after_step`
+        self._gradients.saw(self._backend.gradients_now())
         self._gradients.before_step(self._active, self.frozen)
         self._supplies.before_step(self.step)
 
     def step_skipped(self) -> None:
         """To be called where the optimizer skipped a step (overflow): it is no step, its loss and gradients don't count."""
         self._supplies.end_step(applied=False)
+        self._status.skipped()
         if self._guard is not None:
             self._guard.feed.end_step(applied=False)
 
     def saw_loss(self, loss: Any) -> None:
         """A micro-batch's loss, as it goes into backward."""
+        self._status.loss(loss)
         if self._guard is not None:
             self._guard.feed.loss(loss)
 
@@ -488,11 +594,7 @@ class Controller:
             keep = self._keep_steps > 0 and kind != "restore"
             released, total = carry_out(change, self._backend, self._ranks, self._model, self._layers, self.config, keep=keep)
         except BaseException as error:
-            last = self.last_checkpoint
-            way = f"go on from the last complete checkpoint, {last}" if last else "no checkpoint was saved yet"
-            raise FreezeError(
-                f"a {kind} at step {self.step} broke off half-way and this run can't be trusted any more; {way}: {error}"
-            ) from error
+            raise self._broke_off(kind, error) from error
         gone, back = change.gone, change.back
         self._frozen = frozen
         for name in gone:
@@ -515,6 +617,8 @@ class Controller:
         if began is None:
             self._seconds += seconds
         if kind != "restore":
+            if self._rebalancer is not None:
+                self._rebalancer.due = self.config.pipeline.rebalance == "on_freeze"
             event = FreezeEvent(
                 kind="freeze" if kind == "freeze" else "thaw",
                 step=self.step,
@@ -528,6 +632,63 @@ class Controller:
                 **(about or {}),
             )
             self._record(event)
+            if began is None:
+                self._rebalance_if_due()
+
+    def _rebalance_if_due(self) -> None:
+        if self._rebalancer is not None and self._rebalancer.due:
+            self._rebalance()
+
+    def _rebalance(self) -> None:
+        assert self._rebalancer is not None
+        move = self._rebalancer.decide()
+        if move is not None and move.problem:
+            self._warn(move.problem)
+        elif move is not None:
+            self._move(move.bounds)
+
+    def _move(self, bounds: Sequence[int], *, quiet: bool = False) -> None:
+        """Move layers to these bounds. quiet: before a checkpoint is loaded, which is no event."""
+        assert self._rebalancer is not None
+        start, old = time.perf_counter(), self._rebalancer.bounds
+        self._rebalancer.check(bounds)
+        try:
+            move = self._rebalancer.move(bounds)
+        except BaseException as error:
+            raise self._broke_off("re-balance", error) from error
+        for layer in self._layers:
+            if layer.name in self._frozen:
+                freeze_modules(layer, self.config.frozen_mode, self.config.tied)
+        names = {p: name for name, p in self._model.named_parameters()}
+        self._gradients.moved(names)
+        if not self._profiled_together:
+            self._flops.remove()
+            self._flops = FlopMeter(self._model, self._layers, self.config.tied)
+        self._snapshots.plan(self._layers)
+        self._after_layout_change()
+        self._gradients.record_start(self._active, stage_follows=True)
+        seconds = time.perf_counter() - start
+        self._freeze_seconds += seconds
+        if quiet:
+            return
+        event = FreezeEvent(
+            kind="rebalance",
+            step=self.step,
+            frozen=self.frozen,
+            seconds=seconds,
+            moved_bytes=move.moved_bytes,
+            bounds=move.bounds,
+            gain=move.gain,
+            message=f"stages {list(old)} became {list(move.bounds)}",
+        )
+        self._record(event)
+        if self._ranks.rank == 0:
+            logger.info(f"smartfrz: step {self.step}, {event.message}: a step is predicted to be {move.gain:.2f} times as fast")
+
+    def _broke_off(self, kind: str, error: BaseException) -> FreezeError:
+        last = self.last_checkpoint
+        way = f"go on from the last complete checkpoint, {last}" if last else "no checkpoint was saved yet"
+        return FreezeError(f"a {kind} at step {self.step} broke off half-way and this run can't be trusted any more; {way}: {error}")
 
     def leaving(self, frozen: set[str]) -> tuple[Parameter, ...]:
         """The parameters that are out of the optimizer when exactly these layers are frozen."""

@@ -6,6 +6,7 @@ handle that somebody else has stays valid.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,6 +58,15 @@ class FreezingMixin(CompleteCheckpoints):
             self.smartfrz.step_skipped()
         return result
 
+    def destroy(self) -> Any:
+        """DeepSpeedEngine.destroy; the model is the user's again, all of it trainable, so that another engine can take it."""
+        self.smartfrz.release()
+        return super().destroy()  # type: ignore[misc]
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            super().destroy()  # type: ignore[misc] # another engine may have the model by now
+
     def save_checkpoint(
         self,
         save_dir: str,
@@ -76,14 +86,15 @@ class FreezingMixin(CompleteCheckpoints):
             raise ValueError(f"client_state: got the key {MARKER!r}, which smartfrz_ds uses itself; allowed: any other key")
         # DeepSpeed's own default, runtime/engine.py
         tag = str(tag) if tag is not None else f"global_step{self.global_steps}"  # type: ignore[attr-defined]
-        with self._checkpoints.saved(save_dir, tag, save_latest=save_latest) as marker:
+        leaving_out = self._leaving_out(exclude_frozen_parameters)
+        with self._checkpoints.saved(save_dir, tag, save_latest=save_latest) as marker, leaving_out as exclude:
             # `latest` is written by us, in one piece: DeepSpeed truncates and rewrites it.
             return super().save_checkpoint(  # type: ignore[misc]
                 save_dir,
                 tag=tag,
                 client_state=client_state | {MARKER: marker},
                 save_latest=False,
-                exclude_frozen_parameters=exclude_frozen_parameters,
+                exclude_frozen_parameters=exclude,
             )
 
     def load_checkpoint(
@@ -141,7 +152,7 @@ class FreezingPipelineMixin(PrunedPipeline, FreezingMixin):
 
 
 class RestoringMixin:
-    """What is left with `enabled: false`: nothing is watched and nothing decided, but the checkpoint of a run that froze still loads."""
+    """What is left with `enabled: false`: nothing is watched and nothing decided, but checkpoints of runs that froze load."""
 
     _smartfrz_settings: FreezeConfig
 
@@ -154,7 +165,8 @@ class RestoringMixin:
             return super().load_checkpoint(load_dir, tag, *args, **kwargs)  # type: ignore[misc]
         universal = bool(self.load_universal_checkpoint())  # type: ignore[attr-defined]
         found = find_together(Ranks(self.device), load_dir, tag, universal=universal)  # type: ignore[attr-defined]
-        if found is not None and found.state is not None and found.state["frozen"]:
+        parts = list(getattr(self.module, "parts", []))  # type: ignore[attr-defined]
+        if found is not None and found.state is not None and (found.state["frozen"] or (found.state.get("parts") or parts) != parts):
             _turn_on(self, self._smartfrz_settings.model_copy(update={"policy": "manual"}))
             return self.load_checkpoint(load_dir, found.tag, *args, **kwargs)
         path, client_state = super().load_checkpoint(load_dir, found.tag if found else tag, *args, **kwargs)  # type: ignore[misc]
@@ -183,13 +195,14 @@ def initialize(
     return attach(engine, settings, probe_batch=probe_batch), optimizer, loader, scheduler
 
 
-def attach(engine: EngineT, config: ConfigSource = None, *, probe_batch: Any = None) -> EngineT:
+def attach(engine: EngineT, config: ConfigSource = None, *, probe_batch: Any = None, later: bool = False) -> EngineT:
     """Turn freezing on for an engine that exists. Collective; the engine itself is changed and returned.
 
     config: the settings; None takes the "smartfrz" section of the engine's own JSON.
     probe_batch: inputs on which the layers' outputs are compared (`smartfrz.probe` of them): what the model's forward takes, a tensor, a
         tuple of positional arguments or a dict of keyword arguments, in the dtype that the model wants. On every rank, of
         the same shapes; rank 0's counts.
+    later: the scheduler and the length of the run are told with `engine.smartfrz.learn(…)`, before the first step.
     With `enabled: false` the engine stays a plain one, but for this: it still loads the checkpoint of a run that froze.
 
     Raises:
@@ -203,14 +216,14 @@ def attach(engine: EngineT, config: ConfigSource = None, *, probe_batch: Any = N
     # engine.config: the dict that DeepSpeed parsed (runtime/engine.py)
     settings = FreezeConfig.load(engine.config if config is None else config)
     if settings.enabled:
-        _turn_on(engine, settings, probe_batch)
+        _turn_on(engine, settings, probe_batch, later=later)
     elif not isinstance(engine, RestoringMixin):
         engine._smartfrz_settings = settings
         engine.__class__ = type(f"Restoring{type(engine).__name__}", (RestoringMixin, type(engine)), {})
     return engine
 
 
-def _turn_on(engine: Any, settings: FreezeConfig, probe_batch: Any = None) -> None:
+def _turn_on(engine: Any, settings: FreezeConfig, probe_batch: Any = None, *, later: bool = False) -> None:
     backend = make_backend(engine, zero3_frozen=settings.zero3.frozen, allow_untested_versions=settings.allow_untested_versions)
     engine.smartfrz = Controller(
         engine.module,
@@ -220,6 +233,7 @@ def _turn_on(engine: Any, settings: FreezeConfig, probe_batch: Any = None) -> No
         monitor=engine.monitor,
         probe_batch=probe_batch,
         version=__version__,
+        later=later,
     )
     mixin: type = FreezingPipelineMixin if isinstance(engine, PipelineEngine) else FreezingMixin
     engine.__class__ = type(f"Freezing{type(engine).__name__}", (mixin, type(engine)), {})

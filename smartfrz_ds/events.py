@@ -1,4 +1,4 @@
-"""What happened: one typed record an event, to a JSONL file and to DeepSpeed's monitor.
+"""What happened and how the run stands: one typed record a line, to a JSONL file and to DeepSpeed's monitor.
 
 A line counts once its newline is there. It is written whole, by one write, and synced; a crash can only leave a torn last line, which
 readers skip and the next writer cuts off.
@@ -11,13 +11,13 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
-_FIRST_BYTES = b'{"kind": "'  # of every line: `kind` is the first field of FreezeEvent
-EventKind = Literal["freeze", "thaw", "decision", "warning"]
+_FIRST_BYTES = b'{"kind": "'  # of every line
+EventKind = Literal["freeze", "thaw", "decision", "warning", "rebalance"]
 
 
 class Monitor(Protocol):
@@ -32,7 +32,8 @@ class Monitor(Protocol):
 class FreezeEvent:
     """One thing that happened at a step boundary.
 
-    kind: "freeze" and "thaw" (done), "decision" (what a policy wants, not done: dry run), "warning".
+    kind: "freeze" and "thaw" (done), "decision" (what a policy wants, not done: dry run), "warning", "rebalance" (layers of a pipeline have
+        moved to other stages).
     step: successful optimizer steps so far, >= 0.
     layers: the layers that it is about, in order.
     frozen: all frozen layers after it, in order.
@@ -45,6 +46,8 @@ class FreezeEvent:
     moved_bytes: bytes that crossed ranks for it, over all ranks.
     dry_run: whether the run only decides.
     message: the text of a warning.
+    bounds: of the stages in the pipeline's list of layers after a re-balance.
+    gain: how many times faster a step was predicted to be after it; 1 where no costs were known.
     """
 
     kind: EventKind
@@ -60,6 +63,8 @@ class FreezeEvent:
     moved_bytes: int = 0
     dry_run: bool = False
     message: str = ""
+    bounds: tuple[int, ...] = ()
+    gain: float = 1.0
 
     def __post_init__(self) -> None:
         assert self.kind in get_args(EventKind), self.kind
@@ -69,6 +74,7 @@ class FreezeEvent:
         """JSON-able: lists, strings, numbers; a probability that is NaN or infinite becomes null."""
         data = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         data["layers"], data["frozen"], data["reasons"] = list(self.layers), list(self.frozen), dict(self.reasons)
+        data["bounds"] = list(self.bounds)
         data["probabilities"] = {name: float(p) if math.isfinite(p) else None for name, p in self.probabilities.items()}
         return data
 
@@ -76,21 +82,101 @@ class FreezeEvent:
     def from_json(cls, data: Mapping[str, Any]) -> FreezeEvent:
         """The inverse of `to_json`. TypeError, KeyError or AttributeError where `data` is not such a record."""
         probabilities = {name: math.nan if p is None else p for name, p in data["probabilities"].items()}
-        return cls(**{**data, "layers": tuple(data["layers"]), "frozen": tuple(data["frozen"]), "probabilities": probabilities})
+        tuples = {key: tuple(data.get(key, ())) for key in ("layers", "frozen", "bounds")}
+        return cls(**{**data, **tuples, "probabilities": probabilities})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStart:
+    """A process begins to train: the first line of a run in the log, and one more each time a checkpoint was loaded.
+
+    step: 0, or that of the checkpoint. time: seconds since 1970.
+    layers, kinds, weights: names of all layers, front to back; "embedding", "block" or "head"; number of weights, 0: the user froze them.
+    frozen: frozen layers at that moment. policy, engine, version: names, and this package's version. ranks: how many.
+    total_steps: of the whole run, None: unknown. dry_run: whether the run only decides.
+    """
+
+    step: int
+    time: float
+    layers: tuple[str, ...]
+    kinds: tuple[str, ...]
+    weights: tuple[int, ...]
+    frozen: tuple[str, ...] = ()
+    policy: str = ""
+    engine: str = ""
+    version: str = ""
+    ranks: int = 1
+    total_steps: int | None = None
+    dry_run: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able, `kind` first."""
+        return {"kind": "start"} | _plain(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> RunStart:
+        """The inverse of `to_json`. TypeError or KeyError where `data` is not such a record."""
+        lists = {name: tuple(data[name]) for name in ("layers", "kinds", "weights", "frozen")}
+        return cls(**{key: value for key, value in data.items() if key != "kind"} | lists)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """How the run stands after a step, every `status_interval` steps. None: not known.
+
+    time: seconds since 1970.
+    loss: mean of what went into backward since the last status, over micro-batches and ranks; else the newest `observe(loss=…)`.
+    step_seconds: median since the last status, from the end of one step to the end of the next, without this package's hooks.
+    frozen: the frozen layers after this step.
+    optimizer_bytes: of optimizer state and separate master weights, over all ranks.
+    gradient_bytes: of the gradients that all ranks together hand to reductions in a step.
+    saved_flops_fraction: share of the training FLOPs so far, forward and backward, that freezing has saved.
+    hours_saved: steps with frozen layers × what they are faster by than the median step without, minus this package's own time.
+    lr: the highest learning rate of the parameter groups, of the step after this one.
+    metrics: the newest observed values.
+    """
+
+    step: int
+    time: float
+    loss: float | None = None
+    step_seconds: float | None = None
+    frozen: tuple[str, ...] = ()
+    optimizer_bytes: int = 0
+    gradient_bytes: int | None = None
+    saved_flops_fraction: float = 0.0
+    hours_saved: float | None = None
+    lr: float = 0.0
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able, `kind` first; what is no finite number becomes null."""
+        data = {"kind": "status"} | _plain(self) | {"metrics": {name: _finite(value) for name, value in self.metrics.items()}}
+        return {key: _finite(value) if isinstance(value, float) else value for key, value in data.items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Status:
+        """The inverse of `to_json`. TypeError or KeyError where `data` is not such a record."""
+        return cls(**{key: value for key, value in data.items() if key != "kind"} | {"frozen": tuple(data["frozen"])})
+
+
+Record = FreezeEvent | RunStart | Status
 
 
 class EventLog:
-    """Appends events to a file and hands them to a monitor.
+    """Appends records to a file and hands their numbers to a monitor.
 
     path: the JSONL file, on rank 0; None on all other ranks, or where none is wanted. Folders are made, an existing file is continued.
     monitor: DeepSpeed's `MonitorMaster` (`engine.monitor`) or None.
+    samples: how many samples the run has seen: where Weights & Biases puts the numbers, because DeepSpeed counts its own there so and
+        W&B drops whatever comes with a smaller count. The other monitors get steps.
 
     Raises ValueError naming `smartfrz.log_path` where the file can't be written or is something else. Later, a full disk or the like only
     warns: rank 0 must not leave the others alone in a collective because of a log.
     """
 
-    def __init__(self, path: Path | None, monitor: Monitor | None = None) -> None:
+    def __init__(self, path: Path | None, monitor: Monitor | None = None, samples: Callable[[], int] | None = None) -> None:
         self.path = path
+        self._samples = samples
         self.monitor = monitor if monitor is not None and monitor.enabled else None
         if path is None:
             return
@@ -107,7 +193,12 @@ class EventLog:
                 f'smartfrz.log_path: got "{path}"; allowed: a path that can be written to, new or a log of an earlier run ({error})'
             ) from error
 
-    def write(self, event: FreezeEvent) -> None:
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody sees what is written here."""
+        return self.path is not None or self.monitor is not None
+
+    def write(self, event: Record) -> None:
         """One line, on disk when this returns; the monitor's scalars after it."""
         if self.path is not None:
             try:
@@ -116,7 +207,17 @@ class EventLog:
                 text = f"smartfrz: an event of step {event.step} is not in the log {self.path}: {error}"
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
         if self.monitor is not None and (scalars := _scalars(event)):
-            self.monitor.write_events(scalars)
+            self._hand_over(self.monitor, scalars)
+
+    def _hand_over(self, monitor: Any, scalars: list[tuple[str, float, int]]) -> None:
+        wandb = getattr(monitor, "wandb_monitor", None)  # monitor/monitor.py: MonitorMaster keeps one of each kind
+        if wandb is None or self._samples is None:
+            monitor.write_events(scalars)
+            return
+        for each in (monitor.tb_monitor, monitor.csv_monitor, monitor.comet_monitor):
+            if each is not None:
+                each.write_events(scalars)
+        wandb.write_events([(name, value, self._samples()) for name, value, _ in scalars])
 
     @property
     def position(self) -> int:
@@ -142,7 +243,15 @@ class EventLog:
 
 
 def read_events(path: str | Path) -> list[FreezeEvent]:
-    """All events of a log, oldest first.
+    """All events of a log, oldest first, without the lines that say how the run stands.
+
+    Warns and raises as `read_log`.
+    """
+    return [record for record in read_log(path) if isinstance(record, FreezeEvent)]
+
+
+def read_log(path: str | Path) -> list[Record]:
+    """All records of a log, oldest first.
 
     A torn last line is skipped with a warning; a broken line before it is a ValueError that says which.
     """
@@ -150,13 +259,20 @@ def read_events(path: str | Path) -> list[FreezeEvent]:
     whole = _whole_lines(data)
     if whole < len(data):
         warnings.warn(f"{path}: skipped the torn last line ({len(data) - whole} bytes)", RuntimeWarning, stacklevel=2)
-    events = []
+    records: list[Record] = []
     for number, line in enumerate(data[:whole].splitlines(), start=1):
-        event = _parse(line)
-        if event is None:
+        record = _parse(line)
+        if record is None:
             raise ValueError(f"{path}, line {number}: not a freeze event: {line[:80]!r}")
-        events.append(event)
-    return events
+        records.append(record)
+    return records
+
+
+def is_log(path: Path) -> bool:
+    """Whether a file begins like a log, or is one. Cheap."""
+    with path.open("rb") as file:
+        first = file.readline()
+    return (_parse(first) is not None) if first.endswith(b"\n") else first.startswith(_FIRST_BYTES)
 
 
 def _append(path: Path, line: bytes) -> None:
@@ -188,21 +304,36 @@ def _is_log(data: bytes) -> bool:
     return all(_parse(line) is not None for line in data[:whole].splitlines())
 
 
-def _parse(line: bytes) -> FreezeEvent | None:
+def _parse(line: bytes) -> Record | None:
     try:
-        return FreezeEvent.from_json(json.loads(line))
+        data = json.loads(line)
+        kinds: dict[str, type[RunStart] | type[Status]] = {"start": RunStart, "status": Status}
+        return kinds.get(data["kind"], FreezeEvent).from_json(data)
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError):
         return None
 
 
-def _scalars(event: FreezeEvent) -> list[tuple[str, float, int]]:
+def _plain(record: Any) -> dict[str, Any]:
+    values = {item.name: getattr(record, item.name) for item in dataclasses.fields(record)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _scalars(record: Record) -> list[tuple[str, float, int]]:
     """(name, value, step) as DeepSpeed's monitors take them; bytes are those of all ranks."""
-    values: dict[str, float] = {}
-    if event.kind in ("freeze", "thaw"):
-        values["smartfrz/frozen_layers"] = len(event.frozen)
-        values["smartfrz/bytes_released"] = event.bytes_released_total
-        values["smartfrz/freeze_seconds"] = event.seconds
-    if event.kind == "decision":
-        values["smartfrz/frozen_layers"] = len(event.frozen)
-    values |= {f"smartfrz/probability/{name}": float(p) for name, p in event.probabilities.items() if math.isfinite(p)}
-    return [(name, value, event.step) for name, value in values.items()]
+    values: dict[str, float | None] = {}
+    if isinstance(record, Status):
+        values["smartfrz/frozen_layers"] = len(record.frozen)
+        names = ("step_seconds", "optimizer_bytes", "gradient_bytes", "saved_flops_fraction", "hours_saved")
+        values |= {f"smartfrz/{name}": getattr(record, name) for name in names}
+    elif isinstance(record, FreezeEvent):
+        if record.kind in ("freeze", "thaw"):
+            values["smartfrz/bytes_released"] = record.bytes_released_total
+            values["smartfrz/freeze_seconds"] = record.seconds
+        if record.kind in ("freeze", "thaw", "decision"):
+            values["smartfrz/frozen_layers"] = len(record.frozen)
+        values |= {f"smartfrz/probability/{name}": float(p) for name, p in record.probabilities.items()}
+    return [(name, value, record.step) for name, value in values.items() if _finite(value) is not None and value is not None]

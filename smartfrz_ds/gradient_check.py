@@ -6,7 +6,7 @@ weights. So the first step after each freeze is looked at before the optimizer t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
 from torch.nn import Parameter
@@ -49,7 +49,7 @@ class GradientCheck:
 
     def arm(self, active: Sequence[Parameter], *, check: bool) -> None:
         """Watch the coming step; at a step boundary. check: compare it, else only record it."""
-        self._disarm()
+        self.disarm()
         self._checking = check
         if check and self._records == 0:
             return  # frozen before the first step: there is nothing to compare with
@@ -61,10 +61,21 @@ class GradientCheck:
         if not self._armed and (stage_follows or self._records < RECORDED):
             self.arm(active(), check=False)
 
+    def moved(self, names: Mapping[Parameter, str]) -> None:
+        """Other parameters live on this rank now: nothing is known yet of those that came."""
+        self.disarm()
+        self._names = names
+        self._seen = {p: n for p, n in self._seen.items() if p in names}
+
     def forget(self, params: Sequence[Parameter]) -> None:
         """Parameters that train again after a thaw: what is known of them is old."""
         for param in params:
             self._seen.pop(param, None)
+
+    def saw(self, params: Iterable[Parameter]) -> None:
+        """These have a gradient, whose hooks don't say so."""
+        if self._armed:
+            self._got.update(params)
 
     def before_step(self, active_now: Callable[[], Sequence[Parameter]], layers: Sequence[str]) -> None:
         """To be called when all micro-batches of a step are through, before the optimizer. Collective while a check is on.
@@ -77,7 +88,7 @@ class GradientCheck:
         if not self._armed:
             return
         active, got, checking = active_now(), set(self._got), self._checking
-        self._disarm()
+        self.disarm()
         if not checking:
             self._record(got, active)
             return
@@ -112,7 +123,8 @@ class GradientCheck:
     def _note(self, param: Tensor) -> None:
         self._got.add(param)  # type: ignore[arg-type]
 
-    def _disarm(self) -> None:
+    def disarm(self) -> None:
+        """Watch no more."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

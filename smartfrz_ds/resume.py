@@ -142,6 +142,8 @@ class Checkpoints:
         moments = optimizer and not module_only
         if state is not None:
             self.controller.check_state(state)
+            if moments and self.backend.staged and not universal:
+                self._check_width(state, folder)
             needs_same = state["sharded"] and not universal and (moments or layout.weights_are_cut(self.backend))
             if needs_same and state["world"] != len(self.ranks.gather_bytes(b"0")):
                 raise ValueError(
@@ -152,16 +154,14 @@ class Checkpoints:
                 raise ValueError(
                     f"{folder}: a pipeline can't load a universal checkpoint with a freeze state; allowed: the same ranks and stages"
                 )
-            parts = state.get("parts")
-            if moments and parts != self.backend.partition():
-                raise ValueError(
-                    f"{folder} was saved by a pipeline with the stages {parts}, this one has {self.backend.partition()}: each stage's "
-                    "optimizer state lies in a file of its own. Allowed: the same stages, or load_module_only=True"
-                )
         kept = self._read_kept(folder, state) if state is not None and moments and not universal else None
         frozen = set(state["frozen"]) if state is not None else set()
         if universal and (emptied := layout.emptied_groups(self.backend, self.controller.leaving(frozen))):
             raise ValueError(f"{folder}: a universal checkpoint can't be loaded where parameter groups {emptied} are frozen as a whole")
+        if moments and self.backend.staged and not universal:
+            self.controller.restore_bounds(None if state is None else state.get("parts"))
+            if state is not None:
+                self._together(lambda: layout.check_groups(self.backend, state["privates"][self.ranks.rank]))
         self.controller.restore_layout(frozen)
         with layout.loading(self.backend):
             yield
@@ -183,6 +183,18 @@ class Checkpoints:
         if kept is not None:
             layout.load_kept_state(self.backend, *kept)
         self.controller.last_checkpoint = str(folder)
+
+    def _check_width(self, state: Mapping[str, Any], folder: Path) -> None:
+        """Raise ValueError where a pipeline of other numbers of stages or replicas saved this. Collective."""
+        parts, world = self.backend.partition() or [], len(self.ranks.gather_bytes(b"0"))
+        theirs = state.get("parts") or parts
+        stages, replicas = len(parts) - 1, world // (len(parts) - 1)
+        if (len(theirs), state["world"]) != (len(parts), world):
+            old = f"{len(theirs) - 1} x {state['world'] // (len(theirs) - 1)}"
+            raise ValueError(
+                f"{folder} was saved by a pipeline of {old} (stages x replicas), this one has {stages} x {replicas}: write it anew with "
+                f"`smartfrz reshape {folder.parent} --tag {folder.name} --pp {stages} --dp {replicas}`"
+            )
 
     def _read_kept(self, folder: Path, state: Mapping[str, Any]) -> Any:
         """This rank's file of kept state, checked; None where there is none or nobody wants it."""

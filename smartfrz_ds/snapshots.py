@@ -7,13 +7,14 @@ The indices are drawn once, from the seed and the layer's position, and are the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .backends.base import Backend, Sampler, SampleRequest
-from .layers import Layer
+from .layers import Layer, shape_of
 from .sampling import sample_indices, sampled_params
 
 
@@ -24,12 +25,17 @@ class Snapshots:
         self.backend = backend
         self.sample_size = sample_size
         self.rows = len(layers)
-        self.requests = [self._plan(layer, row, seed) for row, layer in enumerate(layers)]  # of each layer
+        self._seed = seed
+        self.plan(layers)
         self._sampler: Sampler | None = None
+
+    def plan(self, layers: Sequence[Layer]) -> None:
+        """Choose the weights; again after layers have moved between ranks: the same ones, wherever they are now."""
+        self.requests = [self._plan(layer, row, self._seed) for row, layer in enumerate(layers)]  # of each layer
 
     def _plan(self, layer: Layer, row: int, seed: int) -> list[SampleRequest]:
         params = sampled_params(layer)
-        sizes = [getattr(p, "ds_numel", p.numel()) for p in params]
+        sizes = [prod(shape_of(p)) for p in params]
         if not sum(sizes):
             return []
         generator = torch.Generator().manual_seed((seed * 1_000_003 + layer.position) % 2**63)

@@ -66,9 +66,10 @@ class Supplies:
                     f"smartfrz.probe: got {config.probe}, but no batch was given; allowed: null, or give probe_batch=… to "
                     "smartfrz_ds.initialize or attach"
                 )
-            self._probe = Probe(model, layers, run.probe_batch, config.probe, backend.device)
+            self._probe = Probe(backend.caller(model), layers, run.probe_batch, config.probe, backend.device)
         given: set[Need] = {"weights"} if pipelined else {"weights", "gradients", "lr_scale"}
-        why: dict[Need, str] = {}
+        given -= set(backend.missing)
+        why: dict[Need, str] = dict(backend.missing)
         if pipelined:
             why = {
                 "gradients": "gradients, which a pipeline does not give yet",
@@ -135,6 +136,11 @@ class Supplies:
             self.seen["gradients"] = self._sums.take(active)
         if self._probe is not None:
             self.seen["grams"] = self._probe.grams(keep=self._backend.rank == 0)
+
+    def remove(self) -> None:
+        """Take all hooks away."""
+        if self._sums is not None:
+            self._sums.remove()
 
     def thawed(self, names: Collection[str]) -> None:
         """These layers train again."""

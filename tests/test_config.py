@@ -188,12 +188,12 @@ def test_words_of_the_range_are_the_range(key: tuple[str, ...]) -> None:
         "nan": (float("nan"), False),
         "infinity": (float("inf"), False),
         "text of a number": ("50", "a path" in allowed or allowed == "a name"),
-        "whole float": (50.0, False),
-        "large": (2**40, "integer" in allowed and "<= freeze_interval" not in allowed),
-        "half": (0.5, "number in" in allowed),
+        "whole float": (50.0, "a number >" in allowed),
+        "large": (2**40, ("integer" in allowed and "<= freeze_interval" not in allowed) or "a number >" in allowed),
+        "half": (0.5, "number in" in allowed or "a number > 0" in allowed),
         "below": (int(low) - 1, False),
         "zero": (0, ("integer" in allowed and low == 0 and "start_step" not in allowed) or "[0, " in allowed),
-        "one as float": (1.0, "(0, 1]" in allowed),
+        "one as float": (1.0, "(0, 1]" in allowed or "a number >" in allowed),
     }
     if "integer" in allowed and "start_step" not in allowed and ">= snapshot_interval" not in allowed:
         candidates["lowest"] = (int(low), True)
@@ -239,6 +239,13 @@ def test_any_section_loads_or_is_one_value_error(section: dict[str, object]) -> 
 # ---- what holds afterwards
 
 
+@pytest.mark.parametrize(
+    ("written", "size"), [("12GiB", 12 * 2**30), ("900MB", 9e8), ("1.5 kib", 1536), ("7B", 7), (10**9, 1e9), (None, None)]
+)
+def test_sizes_of_memory(written: Any, size: float | None) -> None:
+    assert FreezeConfig.load({"pipeline": {"memory_limit": written}}).pipeline.memory_bytes == size
+
+
 def test_settings_are_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
         FreezeConfig().window = 3
@@ -258,7 +265,9 @@ def test_digest_sees_every_setting_but_the_log_path() -> None:
         {"freezeout": {"growth": "linear"}}, {"freezeout": {"scale_lr": False}}, {"autofreeze": {"quantile": 0.25}},
         {"egeria": {"window": 2}}, {"egeria": {"tolerance": 0.5}}, {"egeria": {"refresh": 1}}, {"pipetransformer": {"alpha": 0.5}},
         {"pipetransformer": {"interval": 5}}, {"pipetransformer": {"gradients": False}}, {"weight_drift": {"threshold": 0.5}},
-        {"weight_drift": {"start_step": 1}}, {"weight_drift": {"share": 0.25}},
+        {"weight_drift": {"start_step": 1}}, {"weight_drift": {"share": 0.25}}, {"pipeline": {"rebalance": "on_freeze"}},
+        {"pipeline": {"min_gain": 1.5}}, {"pipeline": {"memory_limit": "1GB"}}, {"status_interval": 5},
+        {"fsdp": {"frozen": "unsharded"}},
     ]  # fmt: skip
     assert len(changed) == len(keys()) - 1  # all but log_path
     digests = {digest(FreezeConfig.load(section)) for section in [{}, *changed]}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import oracle
 import pytest
 import torch
 import worker_pipeline
@@ -114,6 +115,16 @@ def test_a_frozen_stage_runs_no_backward_and_sends_no_gradient(two: Path, name: 
         assert second[step]["BackwardPass"] == second[step]["RecvConstant"] == micro and "SendGrad" not in second[step]
     for step in (6, 7):  # the thaw brings a layer of stage 0 back
         assert first[step]["BackwardPass"] == first[step]["RecvGrad"] == second[step]["SendGrad"] == micro
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("name", ["z0", "z1"])
+def test_no_gradient_crosses_to_a_frozen_stage(two: Path, name: str) -> None:
+    first, second = (saw(two, name, rank)["sent"] for rank in (0, 1))
+    micro = CASES[name]["micro"]
+    crossing = micro * oracle.BATCH * oracle.WIDTH * 4  # fp32 activations of a step, and as much of their gradients
+    assert first[1:] == [crossing] * 7  # the first step tells shapes, too
+    assert second[1:] == [crossing] * 3 + [0, 0] + [crossing] * 2
 
 
 @pytest.mark.world_size(2)

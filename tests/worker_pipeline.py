@@ -6,7 +6,10 @@ On two ranks "pp": 2 is one pipeline of two stages, on four ranks "pp": 4 is one
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import ranks
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.pipe import p2p
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -55,7 +59,7 @@ def engine_for(case: dict[str, Any]) -> Any:
     }
     if case.get("dtype") == "bf16":
         config["bf16"] = {"enabled": True}
-    module = PipelineModule(entries(), num_stages=case["pp"], loss_fn=loss_of, partition_method="uniform")
+    module = PipelineModule(entries(), num_stages=case["pp"], loss_fn=loss_of, partition_method=case.get("partition", "uniform"))
     params = [p for p in module.parameters() if p.requires_grad]
     return smartfrz_ds.initialize(model=module, model_parameters=params, config=config)[0]
 
@@ -90,16 +94,41 @@ def count_instructions(engine: Any) -> Counter[str]:
     return seen
 
 
+def digest(history: dict[str, Any]) -> str:
+    told = hashlib.sha256()
+    for name, item in history.items():
+        told.update(name.encode() + item["steps"].numpy().tobytes() + item["weights"].numpy().tobytes())
+    return told.hexdigest() if history else ""
+
+
+@contextmanager
+def counting_bytes() -> Iterator[list[int]]:
+    """What this stage sends to its neighbours, in bytes, added up in the one element of the list."""
+    total, send = [0], p2p.send
+
+    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        total[0] += tensor.nbytes
+        return send(tensor, *args, **kwargs)
+
+    p2p.send = counted
+    try:
+        yield total
+    finally:
+        p2p.send = send
+
+
 def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     engine = engine_for(case)
     seen = count_instructions(engine)
     controller, replica = engine.smartfrz, engine.grid.get_data_parallel_id()
-    history, losses, counts, byte_counts = [], [], [], []
+    history, losses, counts, byte_counts, sent_bytes = [], [], [], [], []
     for step in range(case["steps"]):
         if action := case["plan"].get(str(step)):
             getattr(controller, action[0])(action[1])
         seen.clear()
-        loss = engine.train_batch(iter(batches(step, case["micro"], replica, case.get("dtype", "fp32"))))
+        with counting_bytes() as sent:
+            loss = engine.train_batch(iter(batches(step, case["micro"], replica, case.get("dtype", "fp32"))))
+        sent_bytes.append(sent[0])
         losses.append(float(loss))
         counts.append(dict(seen))
         byte_counts.append(controller.report().optimizer_bytes)
@@ -117,9 +146,13 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         "bytes": byte_counts,
         "stage": engine.stage_id,
         "parts": list(engine.module.parts),
+        "held": [i for i in range(len(entries())) if module_at(engine.module, i) is not None],
         "layers": list(controller.layers),
         "frozen": list(controller.frozen),
         "events": [[e.kind, e.step, list(e.layers), e.bytes_released_total] for e in report.events],
+        "moves": [[e.step, list(e.bounds), e.moved_bytes, e.gain] for e in report.events if e.kind == "rebalance"],
+        "history": digest(controller.state_dict()["history"]),
+        "sent": sent_bytes,
         "saved": report.saved_flops_fraction,
     }
     engine.destroy()
@@ -165,7 +198,8 @@ def reference(case: dict[str, Any], replicas: int) -> dict[str, Any]:
     of = {name: list(net[i].parameters()) for i, name in enumerate(names[:-1])}
     out: dict[str, Any] = {"weights": [], "losses": []}
     for step in range(case["steps"]):
-        if action := case["plan"].get(str(step)):
+        action = case["plan"].get(str(step))
+        if action and action[0] != "rebalance":  # where a layer is makes no difference
             for name in action[1]:
                 for p in of[name]:
                     p.requires_grad_(action[0] == "thaw")

@@ -2,7 +2,7 @@
 
 Touched in DeepSpeed 0.19.8:
   runtime/engine.py              _common_checkpoint_state (stage 1 leaves frozen parameters out of the file), _get_zero_param_shapes,
-                                 param_names, FreezingMixin's super() calls in ../engine.py
+                                 param_names, module_state_dict, load_module_state_dict, FreezingMixin's super() calls in ../engine.py
   runtime/zero/stage_1_and_2.py  groups_padding, round_robin_bit16_padding, _param_slice_mappings (of a placeholder, while saving); the
                                  links are made anew by flat.link
   runtime/zero/partition_parameters.py   ds_status, ds_tensor, ds_numel, partition_numel
@@ -10,7 +10,7 @@ Touched in DeepSpeed 0.19.8:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,52 @@ _PLACEHOLDER = "smartfrz_placeholder_"
 
 
 class CompleteCheckpoints:
-    """Mixed into a freezing engine: what DeepSpeed writes holds every weight, so that zero_to_fp32.py finds the whole model."""
+    """Mixed into a freezing engine: what DeepSpeed writes holds every weight, so that zero_to_fp32.py finds the whole model.
+
+    With `exclude_frozen_parameters` (the Trainer's choice for PEFT models) what the user froze is left out, what this package froze is not.
+    """
+
+    _left_out: Collection[str] = ()  # names, for the time of a save
+
+    @contextmanager
+    def _leaving_out(self, wanted: bool) -> Iterator[bool]:
+        """For the time of a save; gives what DeepSpeed is to be told instead of `exclude_frozen_parameters`."""
+        ours: Collection[Parameter] = self.smartfrz.backend.frozen  # type: ignore[attr-defined]
+        if not wanted or not ours:
+            yield wanted
+            return
+        named = self.module.named_parameters()  # type: ignore[attr-defined]
+        self._left_out = {n for n, p in named if not p.requires_grad and p not in ours}
+        try:
+            yield False
+        finally:
+            self._left_out = ()
+
+    def module_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        state = super().module_state_dict(*args, **kwargs)  # type: ignore[misc]
+        for name in self._left_out:
+            state.pop(name, None)
+        return state
+
+    def _get_zero_frozen_param_attributes(self, attr_func: Any) -> Any:
+        found = super()._get_zero_frozen_param_attributes(attr_func)  # type: ignore[misc]
+        for name in self._left_out:
+            found.pop(name, None)
+        return found
+
+    def load_module_state_dict(self, checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
+        fragments = checkpoint.get("frozen_param_fragments")
+        if fragments is not None:  # of what was left out, what is there now: DeepSpeed looks for all
+            for param, name in self.param_names.items():  # type: ignore[attr-defined]
+                if not param.requires_grad and name not in fragments:
+                    fragments[name] = self._get_param_fragment_func(param)  # type: ignore[attr-defined]
+        return super().load_module_state_dict(checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def _common_checkpoint_state(self, module_state_dict: Any, zero_optimizer_state: Any, save_frozen_param: bool) -> Any:
         # _save_checkpoint asks for the frozen parameters in stages 2 and 3 only, unless the user excludes them.
         if zero_optimizer_state and not save_frozen_param and isinstance(module_state_dict, Mapping):
-            names = [n for n, p in self.module.named_parameters() if not p.requires_grad]  # type: ignore[attr-defined]
+            named = self.module.named_parameters()  # type: ignore[attr-defined]
+            names = [n for n, p in named if not p.requires_grad and n not in self._left_out]
             save_frozen_param = bool(names) and all(n in module_state_dict for n in names)
         return super()._common_checkpoint_state(module_state_dict, zero_optimizer_state, save_frozen_param)  # type: ignore[misc]
 
@@ -140,7 +180,12 @@ def weights_are_cut(backend: Backend) -> bool:
 
 
 def private_state(backend: Backend) -> dict[str, Any]:
-    """JSON-able, the same on all ranks: step counts of thawed parameters, and the entries of sub-groups that are frozen as a whole."""
+    """JSON-able: step counts of thawed parameters, and the entries of sub-groups that are frozen as a whole. The same on all ranks but in a
+    pipeline, where it says whose stage it is, too."""
+    return _private(backend) | (_of_stage(backend) if backend.staged else {})
+
+
+def _private(backend: Backend) -> dict[str, Any]:
     if isinstance(backend, PlainBackend):
         return {"levelled": backend._counts is not None and backend._counts.levelled}
     if not isinstance(backend, FlatBackend):
@@ -156,6 +201,36 @@ def private_state(backend: Backend) -> dict[str, Any]:
     if isinstance(backend, Zero3Backend) and len({float(step) for step, _ in live}) > 1:
         saved["groups"] = [{"step": _step_to_json(step), "params": [names[p] for p in params]} for step, params in live]
     return saved
+
+
+def _of_stage(backend: Backend) -> dict[str, Any]:
+    """place: [stage, replica]. groups: names of each parameter group in the optimizer's order, frozen ones too; frozen: those."""
+    grid, names = backend.engine.grid, _names(backend)
+    shared = isinstance(backend, PlainBackend) and backend._counts is not None
+    return {
+        "place": [grid.get_pipe_parallel_rank(), grid.get_data_parallel_rank()],
+        "groups": _group_names(backend, names),
+        "frozen": [name for p, name in names.items() if p in backend.frozen],
+        "shared_count": shared,  # one step count a group, in the state of its last parameter (FusedAdam)
+    }
+
+
+def _group_names(backend: Backend, names: Mapping[Parameter, str]) -> list[list[str]]:
+    groups = backend._order if isinstance(backend, PlainBackend) else backend.groups
+    return [[names.get(p, "?") for p in group] for group in groups]
+
+
+def check_groups(backend: Backend, saved: Mapping[str, Any]) -> None:
+    """Raise ValueError where this rank's optimizer holds other parameters, or in another order, than the checkpoint's: DeepSpeed goes by
+    position. saved: `private_state` of this rank."""
+    own, theirs = _group_names(backend, _names(backend)), saved.get("groups")
+    if theirs is not None and own != theirs:
+        index = next((i for i, (a, b) in enumerate(zip(own, theirs, strict=False)) if a != b), min(len(own), len(theirs)))
+        held, wanted = (f"{g[index][:4]}…" if index < len(g) else "nothing" for g in (own, theirs))
+        raise ValueError(
+            f"parameter group {index} of pipeline stage {saved['place'][0]} holds {held}, in the checkpoint {wanted}; allowed: the "
+            "same parameters of a stage in the same groups and order (the model's own order, where the stages are others than before)"
+        )
 
 
 def load_private_state(backend: Backend, saved: Mapping[str, Any], *, universal: bool) -> None:
@@ -186,21 +261,24 @@ def load_private_state(backend: Backend, saved: Mapping[str, Any], *, universal:
             state[master] = {"step": _step_from_json(entries["step"])} | {k: torch.empty_like(master.detach()) for k in entries["keys"]}
 
 
-def kept_state(backend: Backend) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """What this rank holds back for a thaw, as JSON and tensors; None where there is nothing."""
-    names = _names(backend)
+def kept_state(backend: Backend, only: Collection[Parameter] | None = None) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """What this rank holds back for a thaw, as JSON and tensors; None where there is nothing. only: of these parameters, where given."""
+    names = {p: n for p, n in _names(backend).items() if only is None or p in only}
     about: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     if isinstance(backend, PlainBackend):
-        for k, (param, (master, state)) in enumerate(backend._kept.items()):
+        held = [(p, kept) for p, kept in backend._kept.items() if p in names]
+        for k, (param, (master, state)) in enumerate(held):
             numbers = {key: v for key, v in state.items() if not isinstance(v, Tensor)}
             about.append({"param": names[param], "numbers": numbers})
             tensors |= {f"{k}/state/{key}": v for key, v in state.items() if isinstance(v, Tensor)}
             if master is not None:
                 tensors[f"{k}/master"] = master
     elif isinstance(backend, FlatBackend):
-        for k, kept in enumerate({id(v): v for v in backend._kept.values()}.values()):
-            waiting = [p for p, v in backend._kept.items() if v is kept]
+        for k, kept in enumerate({id(v): v for p, v in backend._kept.items() if p in names}.values()):
+            waiting = [p for p, v in backend._kept.items() if v is kept and p in names]
+            if only is not None:
+                kept = kept.part(waiting, backend.group_rank(next(i for i, g in enumerate(backend.groups) if waiting[0] in set(g))))
             pieces = {names[p]: [[s.start, s.numel, s.rank, s.offset] for s in kept.layout.segments(p)] for p in waiting}
             steps = {names[p]: _step_to_json(kept.step[p]) for p in waiting if kept.step.get(p) is not None}
             about.append({"pieces": pieces, "sizes": list(kept.layout.sizes), "steps": steps})

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,9 @@ from .pipe_schedule import (
     frozen_forward_pass,
     recv_constant,
 )
-from .pipeline_layers import PipelineLayer, pipeline_layers
+from .pipeline_layers import PipelineLayer, module_at, pipeline_layers
+from .rebalance import check_bounds, rebalance
+from .stage_clock import StageClock
 from .wrapped16 import Bf16Backend
 
 if TYPE_CHECKING:
@@ -48,6 +51,27 @@ def _optimizer_step(engine: Any, **kwargs: Any) -> None:
     engine.smartfrz.before_step()
     engine.smartfrz.backend.before_optimizer()
     engine._exec_optimizer_step(**kwargs)
+    if (clock := engine.smartfrz.backend.clock) is not None:
+        clock.end_step()
+
+
+def _forward_pass(engine: Any, buffer_id: int) -> None:
+    clock = engine.smartfrz.backend.clock
+    # without gradients: an evaluation
+    with nullcontext() if clock is None or not torch.is_grad_enabled() else clock.forward():
+        engine._exec_forward_pass(buffer_id)
+
+
+def _frozen_forward_pass(engine: Any, buffer_id: int) -> None:
+    clock = engine.smartfrz.backend.clock
+    with nullcontext() if clock is None else clock.forward():
+        frozen_forward_pass(engine, buffer_id)
+
+
+def _backward_pass(engine: Any, buffer_id: int) -> None:
+    backend = engine.smartfrz.backend
+    with nullcontext() if backend.clock is None else backend.clock.backward(*backend.computed):
+        engine._exec_backward_pass(buffer_id)
 
 
 class PrunedPipeline:
@@ -57,7 +81,9 @@ class PrunedPipeline:
     _INSTRUCTION_MAP = MappingProxyType(
         {
             **PipelineEngine._INSTRUCTION_MAP,
-            FrozenForwardPass: frozen_forward_pass,
+            schedule.ForwardPass: _forward_pass,
+            schedule.BackwardPass: _backward_pass,
+            FrozenForwardPass: _frozen_forward_pass,
             FreeBuffer: free_buffer,
             FreeInput: free_input,
             RecvConstant: recv_constant,
@@ -89,11 +115,16 @@ class PrunedPipeline:
 class PipelineStage(_Base):
     """Mixed in before the backend of the stage's optimizer wrapper.
 
-    first_active: the stage that holds the first active layer; all in front of it are wholly frozen.
+    first_active: the stage that holds the first active layer; all in front of it are wholly frozen. first_entry: where in the pipeline's
+        list that layer begins.
     """
 
     first_active = 0
+    first_entry = 0
     staged = True
+    clock: StageClock | None = None
+    #: what a backward of this stage computes: the entries with weights that train, and whether the gradient of its input is wanted
+    computed: tuple[frozenset[int], bool] = (frozenset(), True)
 
     def find_layers(self, model: nn.Module, patterns: str | Sequence[str]) -> tuple[Layer, ...]:
         """Collective; the same on every rank. Raises ValueError for patterns: a pipeline's layers are its list's entries."""
@@ -103,6 +134,44 @@ class PipelineStage(_Base):
 
     def partition(self) -> list[int] | None:
         return [int(bound) for bound in self.engine.module.parts]
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.engine.device)  # a stage can be left without any parameter
+
+    def time_entries(self) -> None:
+        """Begin to time what each entry of the list costs (`clock`)."""
+        if self.clock is None:
+            self.clock = StageClock(self.engine.module, self.base_optimizer(), self.device)
+
+    def entry_weights(self) -> dict[int, tuple[int, int]]:
+        """Of each entry that this rank holds and that has a module: its weights that the optimizer knows, and the bytes of all of it."""
+        known, pipe, out = {p for group in self.groups for p in group}, self.engine.module, {}
+        for index in range(pipe._local_start, pipe._local_stop):
+            if (module := module_at(pipe, index)) is not None:
+                held = [*module.parameters(), *module.buffers()]
+                out[index] = sum(p.numel() for p in module.parameters() if p in known), sum(t.nbytes for t in held)
+        return out
+
+    def gradient_bytes(self) -> int:
+        """Of the gradients that this stage holds before a step, in the dtype of its weights."""
+        return sum(p.nbytes for index in range(len(self.groups)) for p in self.active(index))
+
+    def check_bounds(self, bounds: Sequence[int]) -> None:
+        """Raise ValueError where the stages can't get these borders, RuntimeError where nothing can be moved now."""
+        check_bounds(self.engine.module, bounds, ())
+        if not self.is_boundary():
+            raise RuntimeError("layers move only at a step boundary: not within train_batch")
+        if self.engine.is_compiled:
+            raise RuntimeError("layers of a compiled pipeline (engine.compile) can't move: the new stage would run them uncompiled")
+
+    def rebalance(self, bounds: Sequence[int]) -> int:
+        """Move layers to these borders. Collective, after `check_bounds`. Returns the bytes that this rank sent."""
+        sent = rebalance(self, bounds)
+        self.verify()
+        if self.clock is not None:
+            self.clock.watch()
+        return sent
 
     @property
     def sharded(self) -> bool:
@@ -121,7 +190,9 @@ class PipelineStage(_Base):
         """Leave out of the schedule what the frozen front no longer needs. layers: of `pipeline_layers`."""
         engine = self.engine
         first = next(x.first for x in layers if isinstance(x, PipelineLayer) and x.numel and x.name not in frozen)
-        self.first_active = bisect_right(engine.module.parts, first) - 1
+        self.first_entry, self.first_active = first, bisect_right(engine.module.parts, first) - 1
+        active = frozenset(i for x in layers if isinstance(x, PipelineLayer) and x.name not in frozen for i in range(x.first, x.last + 1))
+        self.computed = active, engine.stage_id > self.first_active
         for held in engine.pipe_buffers.values():
             held.clear()  # what an old schedule left; the next one takes as many as it needs
         engine.num_pipe_buffers = 0

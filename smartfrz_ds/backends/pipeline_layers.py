@@ -25,7 +25,9 @@ class PipelineLayer(Layer):
         fields = {"pipe": pipe, "name": name, "kind": kind, "position": position, "first": first, "last": last, "total": numel}
         for key, value in fields.items():
             object.__setattr__(self, key, value)  # Layer is a frozen dataclass
-        object.__setattr__(self, "user_frozen", frozenset(id(p) for p in self._held() if not p.requires_grad))
+        for p in self._held():
+            if not p.requires_grad:
+                p.smartfrz_user_frozen = True  # type: ignore[attr-defined] # on the parameter: a layer can move
 
     pipe: PipelineModule
     first: int
@@ -43,7 +45,7 @@ class PipelineLayer(Layer):
 
     @property
     def params(self) -> tuple[nn.Parameter, ...]:
-        return tuple(p for p in self._held() if id(p) not in self.user_frozen)  # type: ignore[attr-defined]
+        return tuple(p for p in self._held() if not getattr(p, "smartfrz_user_frozen", False))
 
     @property
     def representative(self) -> tuple[nn.Parameter, ...]:

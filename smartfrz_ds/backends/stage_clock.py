@@ -1,0 +1,200 @@
+"""What each entry of a pipeline's list costs, taken from the training itself: forward, backward and optimizer, as they happen.
+
+Forwards are timed by hooks on the entries' modules. A backward is cut at the moments at which the gradient of each entry's output
+arrives: between two of them lies the work of one entry. Nothing is run for it, and a step that is timed is the step that is trained.
+
+Touched in DeepSpeed 0.19.8: runtime/pipe/module.py  forward_funcs, _local_start
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .pipeline_layers import module_at
+
+# What a backward computed in an entry: gradients of weights and of the input, or of one of them.
+Computed = Literal["both", "weight", "input"]
+Moment: TypeAlias = Any  # seconds, or a torch.cuda.Event
+KEPT = 64  # newest micro-batches of which the median counts
+ENOUGH = 2  # micro-batches that make a median
+
+
+@dataclass
+class EntryTimes:
+    """Of one entry and one micro-batch. forward: seconds; backward: seconds, by what was computed; kept_bytes: what it keeps for its
+    backward; output_bytes: what it hands on. None and missing: not seen yet."""
+
+    forward: float | None = None
+    backward: dict[Computed, float] = field(default_factory=dict)
+    kept_bytes: int | None = None
+    output_bytes: int | None = None
+
+
+class StageClock:
+    """Of the stage that this rank has now.
+
+    device: where the stage computes; on a GPU its own events are read, at the end of a step. That path has not been run.
+    The first step of a layout, which is slower than the others, does not count.
+    """
+
+    def __init__(self, pipe: Any, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        self._pipe, self._cuda = pipe, device.type == "cuda"
+        self._handles: list[Any] = []
+        self._optimizer = [optimizer.register_step_pre_hook(self._update_begins), optimizer.register_step_post_hook(self._update_ends)]
+        self._updates: deque[float] = deque(maxlen=KEPT)
+        self._update: list[tuple[Moment, Moment]] = []
+        self._began: Moment = None
+        self.watch()
+
+    def watch(self) -> None:
+        """Begin anew with the entries that this rank holds now; what was seen of others is forgotten."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._forward: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
+        self._backward: dict[tuple[int, Computed], deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
+        self._kept: dict[int, int] = {}
+        self._output: dict[int, int] = {}
+        self._updates.clear()
+        self._spans: list[tuple[deque[float], Moment, Moment]] = []  # of the step that is running
+        self._marks: list[tuple[int, Moment]] = []
+        self._phase = ""
+        self._warm = False
+        self._entries: dict[nn.Module, list[int]] = defaultdict(list)
+        for index in range(self._pipe._local_start, self._pipe._local_stop):
+            if (module := module_at(self._pipe, index)) is not None:
+                self._entries[module].append(index)
+        for module in self._entries:
+            self._handles.append(module.register_forward_pre_hook(self._enters))
+            self._handles.append(module.register_forward_hook(self._leaves))
+
+    def remove(self) -> None:
+        """Take all hooks away."""
+        for handle in (*self._handles, *self._optimizer):
+            handle.remove()
+        self._handles.clear()
+
+    @property
+    def held(self) -> list[int]:
+        """The entries of this rank that have a module, and so a cost."""
+        return sorted(index for entries in self._entries.values() for index in entries)
+
+    # --- around what the engine executes ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around a forward of one micro-batch."""
+        self._phase, self._turn, self._at = "forward", dict.fromkeys(self._entries, 0), -1
+        measures = torch.is_grad_enabled() and len(self._kept) < len(self.held) and self._warm
+        try:
+            if measures:
+                seen: dict[int, dict[int, int]] = defaultdict(dict)
+                own = {p.untyped_storage().data_ptr() for p in self._pipe.parameters()}
+
+                def keep(tensor: Tensor) -> Tensor:
+                    storage = tensor.untyped_storage()
+                    if storage.data_ptr() not in own:
+                        seen[self._at][storage.data_ptr()] = storage.nbytes()
+                    return tensor
+
+                with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                    yield
+                self._kept |= {index: sum(seen[index].values()) for index in self.held if index not in self._kept or seen[index]}
+            else:
+                yield
+        finally:
+            self._phase = ""
+
+    @contextmanager
+    def backward(self, active: Collection[int], input_wanted: bool) -> Iterator[None]:
+        """Around a backward of one micro-batch. active: entries with weights that train; input_wanted: whether the gradient of this
+        stage's input is computed."""
+        self._marks.clear()
+        began = self._now()
+        yield
+        ended = self._now()
+        # The rearmost entry's mark comes after the loss, which is counted as its work.
+        starts = [began, *(moment for _, moment in self._marks[1:])]
+        ends = [*(moment for _, moment in self._marks[1:]), ended]
+        for k, ((index, _), start, end) in enumerate(zip(self._marks, starts, ends, strict=True)):
+            front = k == len(self._marks) - 1 and not input_wanted
+            kind: Computed = "weight" if front else "both" if index in active else "input"
+            self._spans.append((self._backward[index, kind], start, end))
+
+    def end_step(self) -> None:
+        """After a step: what it took counts now."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        if self._warm:
+            for values, start, end in self._spans:
+                values.append(self._seconds(start, end))
+            if self._update:
+                self._updates.append(sum(self._seconds(start, end) for start, end in self._update))
+        self._warm = True
+        self._spans.clear()
+        self._update.clear()
+
+    # --- what was seen --------------------------------------------------------------------------------------------------------------
+
+    def times(self) -> dict[int, EntryTimes]:
+        """Medians of the newest micro-batches of each entry that this rank holds."""
+        told = {index: EntryTimes(kept_bytes=self._kept.get(index), output_bytes=self._output.get(index)) for index in self.held}
+        for index, values in self._forward.items():
+            if len(values) >= ENOUGH:
+                told[index].forward = median(values)
+        for (index, kind), values in self._backward.items():
+            if len(values) >= ENOUGH:
+                told[index].backward[kind] = median(values)
+        return told
+
+    @property
+    def update_seconds(self) -> float | None:
+        """Of the torch optimizer's step; None: not seen yet."""
+        return median(self._updates) if self._updates else None
+
+    # --- hooks ----------------------------------------------------------------------------------------------------------------------
+
+    def _enters(self, module: nn.Module, args: Any) -> None:
+        if self._phase:
+            entries = self._entries[module]
+            self._at = entries[min(self._turn[module], len(entries) - 1)]
+            self._entered = self._now()
+
+    def _leaves(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._phase:  # a recomputation, inside of the backward
+            return
+        index = self._at
+        self._turn[module] += 1
+        self._spans.append((self._forward[index], self._entered, self._now()))
+        first = output[0] if isinstance(output, tuple | list) else output
+        if isinstance(first, Tensor):
+            self._output[index] = sum(
+                x.nbytes for x in (output if isinstance(output, tuple | list) else (output,)) if isinstance(x, Tensor)
+            )
+            if first.requires_grad:
+                first.register_hook(lambda gradient: self._marks.append((index, self._now())))
+
+    def _update_begins(self, *_: Any) -> None:
+        self._began = self._now()
+
+    def _update_ends(self, *_: Any) -> None:
+        self._update.append((self._began, self._now()))
+
+    def _now(self) -> Moment:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self, start: Moment, end: Moment) -> float:
+        return start.elapsed_time(end) / 1000 if self._cuda else end - start
