@@ -15,7 +15,9 @@ from .agree import Ranks
 from .backends.pipeline import PipelineStage
 from .backends.stage_clock import EntryTimes
 from .config import PipelineSettings
-from .planner import DoesNotFit, LayerCost, best_cut, simulate
+from .pause import Bandwidths
+from .planner import Cluster, DoesNotFit, LayerCost, Link, best_cut, simulate
+from .planner.width import Width, better_width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +57,19 @@ class Rebalancer:
         if self._backend.clock is not None:
             self._backend.clock.remove()
 
-    def decide(self) -> Move | None:
-        """The move that is worth it; None: none is, or some costs are not measured yet (then it stays due)."""
+    def decide(self, bandwidths: Bandwidths, *, moves: bool) -> tuple[Move | None, Width | None]:
+        """The move that is worth it (if any may be), and the width that would be worth more: None where none is, or where some costs are
+        not measured yet (then it stays due)."""
         costs = self.costs()
-        told = self._ranks.broadcast_bytes(_pack(self._choose(costs)) if self._ranks.rank == 0 and costs is not None else b"")
-        self.due = costs is None
-        return _unpack(told)
+        told = b""
+        if self._ranks.rank == 0 and costs is not None:
+            move = self._choose(costs) if moves else None
+            width = self._wider(costs, move.bounds if move else self.bounds, bandwidths)
+            told = json.dumps([move and asdict(move), width and asdict(width)]).encode()
+        told = self._ranks.broadcast_bytes(told)
+        self.due = not told
+        move, width = json.loads(told) if told else (None, None)
+        return move and Move(**_tuple_of(move, "bounds")), width and Width(**_tuple_of(width, "parts"))
 
     def check(self, bounds: Sequence[int]) -> None:
         """Raise ValueError or RuntimeError, on every rank, where the stages can't get these bounds now; nothing is changed."""
@@ -176,6 +185,32 @@ class Rebalancer:
             return Move(bounds=now, gain=gain, problem=f"the layers stay where they are: {error}")
         return Move(bounds=tuple(best), gain=gain)
 
+    def _wider(self, costs: Sequence[LayerCost], bounds: Sequence[int], bandwidths: Bandwidths) -> Width | None:
+        """On rank 0: fewer stages with more replicas, where that is worth it. Links are as fast as the exchanges that were measured."""
+        engine, first = self._backend.engine, self._backend.first_entry
+        width = next((p.element_size() for p in engine.module.parameters()), 4)
+        link = Link(latency=bandwidths.latency, bandwidth=bandwidths.network)
+        cluster = Cluster(
+            zero=engine.zero_optimization_stage(),
+            between_stages=link,
+            between_replicas=link,
+            gradient_bytes=width,
+            weight_bytes=width,
+            state_bytes=12 if width < 4 else 8,  # fp32 has no master weights of its own
+        )
+        return better_width(
+            self._thinned(costs),
+            len(self.bounds) - 1,
+            engine.grid.get_data_parallel_world_size(),
+            engine.micro_batches,
+            first,
+            current=bounds,
+            start=self.first_bounds,
+            cluster=cluster,
+            memory_limit=self._settings.memory_bytes,
+            min_gain=self._settings.min_gain,
+        )
+
     def _seconds(self, costs: Sequence[LayerCost], bounds: Sequence[int]) -> float:
         backend = self._backend
         return simulate(self._thinned(costs), bounds, backend.engine.micro_batches, backend.first_entry).makespan
@@ -187,12 +222,5 @@ class Rebalancer:
         return [c if i in active else LayerCost(**(asdict(c) | none)) for i, c in enumerate(costs)]
 
 
-def _pack(move: Move | None) -> bytes:
-    return b"" if move is None else json.dumps(asdict(move)).encode()
-
-
-def _unpack(told: bytes) -> Move | None:
-    if not told:
-        return None
-    fields: dict[str, Any] = json.loads(told)
-    return Move(**(fields | {"bounds": tuple(fields["bounds"])}))
+def _tuple_of(fields: dict[str, Any], key: str) -> dict[str, Any]:
+    return fields | {key: tuple(fields[key])}  # JSON knows lists only

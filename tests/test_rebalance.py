@@ -37,6 +37,7 @@ WATCHED = {"policy": "attention", "snapshot_interval": 1, "freeze_interval": 1, 
 TWO = [
     case("z0", saves=[4, 6, 8], evaluate=[3, 5]),
     case("z1", stage=1, saves=[6]),
+    case("groups", stage=1, groups=True, saves=[6]),
     case("bf16-z1", dtype="bf16", stage=1),
     case("kept", stage=1, smartfrz={"keep_state": 100}, keep=True, saves=[6]),
     case("kept-z0", smartfrz={"keep_state": 100}, keep=True),
@@ -145,6 +146,9 @@ def test_layers_move_by_measured_costs(sleepers: Path) -> None:
         for forward, of_input, of_weight, _ in seen["costs"]:
             # A nap is never shorter. What computes both is cut in halves.
             assert forward >= NAP and of_input + of_weight >= NAP
+        # six active layers fit one rank, whatever the stages are: said while they are frozen, not before or after
+        assert [bool(note) for note in seen["notes"]] == [False] * 4 + [True] * 3 + [False] * 2
+        assert "the active part fits 1 stage: 1 x 2 (stages x replicas)" in seen["notes"][5] and "smartfrz reshape" in seen["notes"][5]
     assert test_pipeline.saw(sleepers, "moves", 0)["costs"] == test_pipeline.saw(sleepers, "moves", 1)["costs"]
 
 

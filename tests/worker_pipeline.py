@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import oracle
 import ranks
 import torch
@@ -45,7 +46,13 @@ def batches(step: int, micro: int, replica: int, dtype: str) -> list[tuple[Tenso
     return [(x.to(DTYPES[dtype]), y) for x, y in (oracle.data(step, m, replica) for m in range(micro))]
 
 
-def engine_for(case: dict[str, Any]) -> Any:
+def groups_of(params: list[Any]) -> list[Any]:
+    """As people do: no decay of biases and norms."""
+    thin = [p for p in params if p.ndim < 2]
+    return [{"params": [p for p in params if p.ndim > 1]}, {"params": thin, "weight_decay": 0.0}]
+
+
+def engine_for(case: dict[str, Any], *, plain: bool = False) -> Any:
     config = {
         "train_micro_batch_size_per_gpu": oracle.BATCH,
         "gradient_accumulation_steps": case["micro"],
@@ -61,7 +68,10 @@ def engine_for(case: dict[str, Any]) -> Any:
         config["bf16"] = {"enabled": True}
     module = PipelineModule(entries(), num_stages=case["pp"], loss_fn=loss_of, partition_method=case.get("partition", "uniform"))
     params = [p for p in module.parameters() if p.requires_grad]
-    return smartfrz_ds.initialize(model=module, model_parameters=params, config=config)[0]
+    if case.get("groups"):
+        params = groups_of(params)
+    initialize = deepspeed.initialize if plain else smartfrz_ds.initialize
+    return initialize(model=module, model_parameters=params, config=config)[0]
 
 
 def weights(engine: Any) -> Tensor:
@@ -156,8 +166,22 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         "saved": report.saved_flops_fraction,
     }
     engine.destroy()
+    if case.get("plain"):
+        out["plain"] = plain_load(case, folder / f"{case['name']}-plain")
     out["resumed"] = {k: resume(case, folder / case["name"], k, history) for k in case.get("saves", [])}
     return out
+
+
+def plain_load(case: dict[str, Any], folder: Path) -> str:
+    """What DeepSpeed alone says to its own checkpoint."""
+    engine = engine_for(case, plain=True)
+    engine.train_batch(iter(batches(0, case["micro"], engine.grid.get_data_parallel_id(), case["dtype"])))
+    engine.save_checkpoint(str(folder))
+    try:
+        engine.load_checkpoint(str(folder))
+    except Exception as error:
+        return repr(error)
+    return "loaded"
 
 
 def resume(case: dict[str, Any], folder: Path, k: int, history: list[Tensor]) -> dict[str, Any]:
@@ -193,7 +217,8 @@ def reference(case: dict[str, Any], replicas: int) -> dict[str, Any]:
     params = list(net.parameters())
     masters = {p: p.detach().float().clone().requires_grad_(True) for p in params}
     live = list(params)
-    optimizer = torch.optim.AdamW(list(masters.values()), lr=oracle.LR, weight_decay=oracle.DECAY)
+    held = list(masters.values())
+    optimizer = torch.optim.AdamW(groups_of(held) if case.get("groups") else held, lr=oracle.LR, weight_decay=oracle.DECAY)
     names = ["embeddings", *(f"layers.{i}" for i in range(1, BLOCKS + 1)), "head"]
     of = {name: list(net[i].parameters()) for i, name in enumerate(names[:-1])}
     out: dict[str, Any] = {"weights": [], "losses": []}

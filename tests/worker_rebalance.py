@@ -23,15 +23,17 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     }
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.001)
     engine = smartfrz_ds.initialize(model=module, optimizer=optimizer, config=config)[0]
-    controller, bounds = engine.smartfrz, []
+    controller, bounds, notes = engine.smartfrz, [], []
     for step in range(case["steps"]):
         for kind, names in case["plan"].get(str(step), []):
             getattr(controller, kind)(names)
         engine.train_batch(iter([(torch.ones(1, WIDTH), torch.ones(1))] * case["micro"]))
         bounds.append(list(module.parts))
+        notes.append(controller.report().width_note)
     costs = controller._rebalancer.costs()
     return {
         "bounds": bounds,
+        "notes": notes,
         "costs": None if costs is None else [[c.forward, c.backward_input, c.backward_weight, c.activation_bytes] for c in costs],
         "moves": [[e.step, list(e.bounds), e.gain] for e in controller.report().events if e.kind == "rebalance"],
         "warnings": [e.message for e in controller.report().events if e.kind == "warning"],

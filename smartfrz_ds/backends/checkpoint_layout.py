@@ -1,8 +1,9 @@
 """What DeepSpeed's checkpoints need to be told about frozen layers, and what they leave out.
 
 Touched in DeepSpeed 0.19.8:
-  runtime/engine.py              _common_checkpoint_state (stage 1 leaves frozen parameters out of the file), _get_zero_param_shapes,
-                                 param_names, module_state_dict, load_module_state_dict, FreezingMixin's super() calls in ../engine.py
+  runtime/engine.py              _load_checkpoint, _load_zero_checkpoint (bf16 without ZeRO), _common_checkpoint_state (stage 1 leaves
+                                 frozen parameters out of the file), _get_zero_param_shapes, param_names, module_state_dict,
+                                 load_module_state_dict, FreezingMixin's super() calls in ../engine.py
   runtime/zero/stage_1_and_2.py  groups_padding, round_robin_bit16_padding, _param_slice_mappings (of a placeholder, while saving); the
                                  links are made anew by flat.link
   runtime/zero/partition_parameters.py   ds_status, ds_tensor, ds_numel, partition_numel
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 from torch.nn import Parameter
@@ -84,6 +86,20 @@ class CompleteCheckpoints:
             names = [n for n, p in named if not p.requires_grad and n not in self._left_out]
             save_frozen_param = bool(names) and all(n in module_state_dict for n in names)
         return super()._common_checkpoint_state(module_state_dict, zero_optimizer_state, save_frozen_param)  # type: ignore[misc]
+
+    def _load_checkpoint(self, load_dir: str, tag: str, *args: Any, **kwargs: Any) -> Any:
+        """With bf16 and without ZeRO a pipeline has a BF16_Optimizer: DeepSpeed 0.19.8 writes its partitions as ZeRO's, and then hands it
+        the model file's copy, which it can't take (KeyError: 0). Its own files are loaded here, as for ZeRO-1."""
+        engine: Any = self
+        if not isinstance(engine.optimizer, BF16_Optimizer) or engine.zero_optimization():
+            return super()._load_checkpoint(load_dir, tag, *args, **kwargs)  # type: ignore[misc]
+        wanted = kwargs.get("load_optimizer_states", True) and not kwargs.get("load_module_only", False)
+        path, client_state = super()._load_checkpoint(load_dir, tag, *args, **{**kwargs, "load_optimizer_states": False})  # type: ignore[misc]
+        if path is not None:
+            client_state.pop("optimizer", None)
+            if not wanted or not engine._load_zero_checkpoint(load_dir, tag):
+                engine.optimizer._restore_from_bit16_weights()
+        return path, client_state
 
     def _get_zero_param_shapes(self) -> Any:
         shapes = super()._get_zero_param_shapes()  # type: ignore[misc]

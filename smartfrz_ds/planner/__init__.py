@@ -7,6 +7,7 @@ from .costs import Cluster, LayerCost, Link, Tied, Traffic, estimate_costs, load
 from .cut import DoesNotFit, best_cut
 from .plan import Phase, PhasePlan, Plan, Step, freeze_plan
 from .simulate import Deadlock, Instruction, Timeline, instructions, replay, simulate, stage_times
+from .width import Width, better_width
 
 __all__ = [
     "Cluster",
@@ -22,7 +23,9 @@ __all__ = [
     "Tied",
     "Timeline",
     "Traffic",
+    "Width",
     "best_cut",
+    "better_width",
     "estimate_costs",
     "freeze_plan",
     "instructions",
