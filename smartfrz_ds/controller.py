@@ -32,6 +32,7 @@ from .layers import match_layers
 from .layout_change import carry_out, plan_change
 from .order_check import OrderCheck
 from .pause import Bandwidths, PausePrediction, measure_bandwidths, predict_pause
+from .planner.width import Width
 from .policies.base import Decision, View
 from .rebalancing import Rebalancer
 from .recompute import RecomputeBoundary
@@ -55,6 +56,8 @@ class Report:
     saved_flops_fraction: share of the training FLOPs (forward and backward, all steps so far) that freezing has saved.
     predicted_pause: what was predicted just before the last freeze, None before the first one.
     policy_note: what the policy says of its plan as a whole (rank 0), empty where it has none.
+    width_note: in a pipeline whose active part fits fewer stages: how much faster fewer stages with more replicas would be, and how to get
+        there; else empty.
     """
 
     step: int
@@ -67,6 +70,7 @@ class Report:
     saved_flops_fraction: float
     predicted_pause: PausePrediction | None = None
     policy_note: str = ""
+    width_note: str = ""
 
 
 class Controller:
@@ -101,6 +105,7 @@ class Controller:
         self._snapshots = Snapshots(self._layers, backend, sample_size=config.sample_size, seed=config.seed)
         self._probe_batch = probe_batch
         self._early_state: Mapping[str, Any] | None = None
+        self.released = False
         self._awaits = later
         self._hire(manual=later)
         self._ranks.agree(f"settings {digest(config)}, package {version}, layers {self._names}", "settings, package versions or layers")
@@ -143,6 +148,7 @@ class Controller:
         self.last_checkpoint: str | None = None
         self._bandwidths: Bandwidths | None = None
         self._predicted: PausePrediction | None = None
+        self._width: Width | None = None
         for text in backend.warnings:
             self._warn(text)
         self._after_layout_change()
@@ -235,7 +241,11 @@ class Controller:
         self._gradients.record_start(self._active, stage_follows=self._stage_at(self.step + 1))
 
     def release(self) -> None:
-        """Give the model back as it was: every layer trains, no hook is left. The engine must not be trained any further."""
+        """Give the model back as it was: every layer trains, no hook is left. The engine must not be trained any further, but it can be
+        saved. A second call changes nothing: somebody else may have the model by then."""
+        if self.released:
+            return
+        self.released = True
         for layer in self._layers:
             if layer.name in self._frozen:
                 thaw_modules(layer, self._model.training)
@@ -264,8 +274,9 @@ class Controller:
             raise ValueError("rebalance: this engine is no pipeline: it has no stages between which layers could move")
         self._ranks.agree(f"bounds {bounds} at step {self.step}", "bounds")
         if bounds is None:
-            self._rebalance()
+            self._rebalance(moves=True)
         elif tuple(bounds) != self._rebalancer.bounds:
+            self._rebalancer.check(bounds)
             self._move(bounds)
         return self._rebalancer.bounds
 
@@ -316,6 +327,7 @@ class Controller:
             saved_flops_fraction=self._tally.saved_fraction,
             predicted_pause=self._predicted,
             policy_note=self._note,
+            width_note="" if self._width is None else self._width.advice(self._checkpoint_folder),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -369,6 +381,7 @@ class Controller:
         assert self._rebalancer is not None
         wanted = self._rebalancer.first_bounds if bounds is None else tuple(bounds)
         if wanted != self._rebalancer.bounds:
+            self._rebalancer.check(wanted)
             self._move(wanted, quiet=True)
 
     def restore_layout(self, frozen: Iterable[str]) -> None:
@@ -618,7 +631,7 @@ class Controller:
             self._seconds += seconds
         if kind != "restore":
             if self._rebalancer is not None:
-                self._rebalancer.due = self.config.pipeline.rebalance == "on_freeze"
+                self._rebalancer.due = True
             event = FreezeEvent(
                 kind="freeze" if kind == "freeze" else "thaw",
                 step=self.step,
@@ -637,21 +650,28 @@ class Controller:
 
     def _rebalance_if_due(self) -> None:
         if self._rebalancer is not None and self._rebalancer.due:
-            self._rebalance()
+            self._rebalance(moves=self.config.pipeline.rebalance == "on_freeze")
 
-    def _rebalance(self) -> None:
+    def _rebalance(self, *, moves: bool) -> None:
+        """Look at the stages with what is frozen now. moves: whether layers may move."""
         assert self._rebalancer is not None
-        move = self._rebalancer.decide()
+        move, self._width = self._rebalancer.decide(self._measured_bandwidths(), moves=moves)
+        if self._width is not None and self._ranks.rank == 0:
+            logger.info(f"smartfrz: step {self.step}, {self._width.advice(self._checkpoint_folder)}")
         if move is not None and move.problem:
             self._warn(move.problem)
         elif move is not None:
-            self._move(move.bounds)
+            try:
+                self._rebalancer.check(move.bounds)
+            except Exception as error:  # a layer's constructor, for example: the run goes on as it is
+                self._warn(f"the layers stay where they are: {error}")
+            else:
+                self._move(move.bounds)
 
     def _move(self, bounds: Sequence[int], *, quiet: bool = False) -> None:
-        """Move layers to these bounds. quiet: before a checkpoint is loaded, which is no event."""
+        """Move layers to these bounds, after `Rebalancer.check`. quiet: before a checkpoint is loaded, which is no event."""
         assert self._rebalancer is not None
         start, old = time.perf_counter(), self._rebalancer.bounds
-        self._rebalancer.check(bounds)
         try:
             move = self._rebalancer.move(bounds)
         except BaseException as error:
@@ -694,10 +714,17 @@ class Controller:
         """The parameters that are out of the optimizer when exactly these layers are frozen."""
         return leaving_params([x for x in self._layers if x.name in frozen], self._layers, self.config.tied)
 
-    def _predict(self, frozen: set[str]) -> PausePrediction:
+    def _measured_bandwidths(self) -> Bandwidths:
         if self._bandwidths is None:
             self._bandwidths = measure_bandwidths(self._backend.device)
-        own = predict_pause(self._backend, self.leaving(frozen), self._bandwidths, keep=self._keep_steps > 0)
+        return self._bandwidths
+
+    @property
+    def _checkpoint_folder(self) -> str:
+        return str(Path(self.last_checkpoint).parent) if self.last_checkpoint else "CHECKPOINT"
+
+    def _predict(self, frozen: set[str]) -> PausePrediction:
+        own = predict_pause(self._backend, self.leaving(frozen), self._measured_bandwidths(), keep=self._keep_steps > 0)
         if not self._backend.staged:
             return own
         # Each stage has its own: all wait for the slowest.

@@ -74,9 +74,9 @@ class Rebalancer:
     def check(self, bounds: Sequence[int]) -> None:
         """Raise ValueError or RuntimeError, on every rank, where the stages can't get these bounds now; nothing is changed."""
         try:
-            self._backend.check_bounds(bounds)
-        except (ValueError, RuntimeError) as error:
-            self._ranks.all_ready(str(error), type(error))
+            self._backend.prepare(bounds)
+        except Exception as error:
+            self._ranks.all_ready(str(error) or repr(error), type(error))
             raise
         self._ranks.all_ready("", ValueError)
 

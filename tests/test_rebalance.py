@@ -125,6 +125,7 @@ BY_ITSELF = [
     SLEEPERS | {"name": "gain", "pipeline": {"rebalance": "on_freeze", "min_gain": 9.0}, "plan": {"4": [["freeze", FRONT]]}, "steps": 6},
     # nothing was measured when the layers freeze: they move as soon as it was
     SLEEPERS | {"name": "early", "pipeline": {"rebalance": "on_freeze"}, "plan": {"0": [["freeze", FRONT]]}, "steps": 5},
+    SLEEPERS | {"name": "picky", "pipeline": {"rebalance": "on_freeze"}, "plan": {"4": [["freeze", FRONT]]}, "steps": 6, "picky": 6},
     SLEEPERS | {"name": "room", "pipeline": {"rebalance": "on_freeze", "memory_limit": 10}, "plan": {"4": [["freeze", FRONT]]}, "steps": 6},
 ]
 
@@ -175,3 +176,11 @@ def test_a_limit_that_nothing_fits_into_is_told(sleepers: Path) -> None:
 def test_bounds_that_cannot_be_are_refused(sleepers: Path) -> None:
     for text in test_pipeline.saw(sleepers, "off", 1)["refused"]:
         assert text.startswith("bounds: got [0, ") and "allowed: 3 rising integers from 0 to 12" in text
+
+
+@pytest.mark.world_size(2)
+def test_a_layer_that_cannot_be_built_elsewhere_stays_and_the_run_goes_on(sleepers: Path) -> None:
+    for rank in (0, 1):
+        seen = test_pipeline.saw(sleepers, "picky", rank)
+        assert len(seen["bounds"]) == 6 and seen["bounds"][-1] == [0, 6, 12] and not seen["moves"]
+        assert any("the layers stay where they are" in text and "no room here" in text for text in seen["warnings"])

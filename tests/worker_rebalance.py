@@ -6,14 +6,25 @@ from typing import Any
 
 import ranks
 import torch
+import torch.distributed as dist
 from deepspeed.pipe import LayerSpec
 from worker_planner import WIDTH, CutModule, Sleeper
 
 import smartfrz_ds
 
 
+class Picky(Sleeper):
+    """Can be built on the stage where it begins, nowhere else."""
+
+    def __init__(self, seconds: tuple[float, float, float]) -> None:
+        if dist.get_rank() != 1:
+            raise MemoryError("no room here")
+        super().__init__(seconds)
+
+
 def run(case: dict[str, Any]) -> dict[str, Any]:
-    module = CutModule([LayerSpec(Sleeper, tuple(c)) for c in case["costs"]], case["parts"])
+    picky = case.get("picky", -1)
+    module = CutModule([LayerSpec(Picky if i == picky else Sleeper, tuple(c)) for i, c in enumerate(case["costs"])], case["parts"])
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": case["micro"],

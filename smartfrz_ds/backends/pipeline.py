@@ -10,7 +10,7 @@ Touched in DeepSpeed 0.19.8:
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ from .pipe_schedule import (
     recv_constant,
 )
 from .pipeline_layers import PipelineLayer, module_at, pipeline_layers
-from .rebalance import check_bounds, rebalance
+from .rebalance import build, check_bounds, rebalance
 from .stage_clock import StageClock
 from .wrapped16 import Bf16Backend
 
@@ -122,6 +122,7 @@ class PipelineStage(_Base):
     first_active = 0
     first_entry = 0
     staged = True
+    _built: Mapping[int, nn.Module] = MappingProxyType({})
     clock: StageClock | None = None
     #: what a backward of this stage computes: the entries with weights that train, and whether the gradient of its input is wanted
     computed: tuple[frozenset[int], bool] = (frozenset(), True)
@@ -165,9 +166,16 @@ class PipelineStage(_Base):
         if self.engine.is_compiled:
             raise RuntimeError("layers of a compiled pipeline (engine.compile) can't move: the new stage would run them uncompiled")
 
+    def prepare(self, bounds: Sequence[int]) -> None:
+        """Check, and build what comes to this stage: what can go wrong on one rank goes wrong here. Raises as `check_bounds`, and whatever
+        a layer's constructor raises."""
+        self.check_bounds(bounds)
+        self._built = build(self.engine, bounds)
+
     def rebalance(self, bounds: Sequence[int]) -> int:
-        """Move layers to these borders. Collective, after `check_bounds`. Returns the bytes that this rank sent."""
-        sent = rebalance(self, bounds)
+        """Move layers to these borders. Collective, after `prepare`. Returns the bytes that this rank sent."""
+        sent = rebalance(self, bounds, self._built)
+        self._built = {}
         self.verify()
         if self.clock is not None:
             self.clock.watch()

@@ -49,10 +49,26 @@ def owner(bounds: Sequence[int], entry: int) -> int:
     return next(stage for stage, (a, b) in enumerate(pairwise(bounds)) if a <= entry < b)
 
 
-def rebalance(backend: Any, bounds: Sequence[int]) -> int:
+def build(engine: Any, bounds: Sequence[int]) -> dict[int, nn.Module]:
+    """The modules of the entries that come to this stage, with whatever weights. It is the user's code that runs, so before anything else."""
+    pipe, me = engine.module, engine.stage_id
+    built: dict[int, nn.Module] = {}
+    for index in range(bounds[me], bounds[me + 1]):
+        spec = pipe._layer_specs[index]
+        if pipe._local_start <= index < pipe._local_stop:
+            continue
+        if isinstance(spec, nn.Module):
+            built[index] = spec
+        elif isinstance(spec, LayerSpec):
+            with torch.random.fork_rng():  # its weights are thrown away, and so are the random numbers that they took
+                built[index] = spec.build()
+    return built
+
+
+def rebalance(backend: Any, bounds: Sequence[int], built: Mapping[int, nn.Module]) -> int:
     """Bring the pipeline to these bounds, checked before. Collective, at a step boundary. Returns the bytes that this rank sent.
 
-    backend: of this stage (pipeline.PipelineStage).
+    backend: of this stage (pipeline.PipelineStage). built: by `build`.
     """
     engine, pipe = backend.engine, backend.engine.module
     old, new, me = list(pipe.parts), [int(b) for b in bounds], engine.stage_id
@@ -101,7 +117,7 @@ def rebalance(backend: Any, bounds: Sequence[int]) -> int:
             functions[index] = pipe._layer_specs[index]  # a plain function; modules follow
     returning: list[Parameter] = []
     for about, tensors in arriving:
-        module = functions[about["entry"]] = _build(pipe._layer_specs[about["entry"]], about, tensors)
+        module = functions[about["entry"]] = _fill(built[about["entry"]], about, tensors)
         returning += _take_in(backend, about, module)
     _rewire(engine, new, functions)
     for about, named in held:
@@ -175,13 +191,8 @@ def _describe(backend: Any, entry: int, module: nn.Module, trained: set[Paramete
     return about, tensors
 
 
-def _build(spec: Any, about: dict[str, Any], tensors: Sequence[Tensor]) -> nn.Module:
+def _fill(module: nn.Module, about: dict[str, Any], tensors: Sequence[Tensor]) -> nn.Module:
     """The entry's module with the weights and buffers that came."""
-    if isinstance(spec, LayerSpec):
-        with torch.random.fork_rng():  # its initial weights are thrown away, and so are the random numbers that they took
-            module = spec.build()
-    else:
-        module = spec
     targets = [*module.parameters(), *module.buffers()]
     if len(targets) != len(tensors):
         raise RuntimeError(f"entry {about['entry']} of the pipeline has {len(targets)} parameters and buffers here, {len(tensors)} there")
@@ -190,7 +201,7 @@ def _build(spec: Any, about: dict[str, Any], tensors: Sequence[Tensor]) -> nn.Mo
     for part, training in zip(module.modules(), about["training"], strict=True):
         part.training = training
     for p in module.parameters():
-        p.ds_pipe_replicated = False
+        p.ds_pipe_replicated = False  # type: ignore[attr-defined]
     return module
 
 
