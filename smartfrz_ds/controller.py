@@ -132,6 +132,7 @@ class Controller:
         self._guard = self._make_guard()
         self._rebalancer: Rebalancer | None = None
         if isinstance(backend, PipelineStage):
+            backend.tied_mode = config.tied
             self._rebalancer = Rebalancer(backend, self._ranks, config.pipeline)
 
         self.step = 0
@@ -560,7 +561,7 @@ class Controller:
         self._profiled_together = True
         none = [0.0] * len(self._layers)
         own = none if self._flops.profile is None else list(self._flops.profile.forward)
-        mine = none if self._flops.profile is None else [float(bool(x.modules)) for x in self._layers]
+        mine = none if self._flops.profile is None else [float(bool(x.modules or x.borrowed)) for x in self._layers]
         forward, measured = self._ranks.sums(own), self._ranks.sums(mine)
         # A stage that was frozen from the first step on (a resume) has measured nothing: its weights stand for it. An embedding that was
         # looked at costs nothing.
@@ -587,7 +588,8 @@ class Controller:
             return
 
         def check() -> None:
-            if not any(x.numel and x.name not in frozen for x in self._layers):
+            lent = self.config.tied == "train"  # a head without weights of its own trains what it borrows
+            if not any((x.numel or (lent and (x.borrowed or getattr(x, "borrows", ())))) and x.name not in frozen for x in self._layers):
                 raise ValueError("nothing would be left to train: keep at least one layer active")
             if kind != "restore":  # what a checkpoint holds was allowed when it was saved
                 check_order(self._layers, frozen, self.config.order)
@@ -603,7 +605,7 @@ class Controller:
                 logger.info(f"smartfrz: step {self.step}, {doing} {', '.join(self._sorted(change.gone or change.back))}: {predicted}")
         try:
             if kind == "restore":  # what was kept belongs to the run as it was before
-                self._backend.forget([p for layer in self._layers for p in layer.params])
+                self._backend.forget([p for layer in self._layers for p in (*layer.params, *layer.copies)])
             keep = self._keep_steps > 0 and kind != "restore"
             released, total = carry_out(change, self._backend, self._ranks, self._model, self._layers, self.config, keep=keep)
         except BaseException as error:
@@ -753,7 +755,7 @@ class Controller:
         old = [name for name, step in self._frozen_at.items() if self.step - step > self._keep_steps]
         for layer in self._layers:
             if layer.name in old:
-                self._backend.forget(layer.params)
+                self._backend.forget([*layer.params, *layer.copies])
 
     # --- small things ---------------------------------------------------------------------------------------------------------
 
@@ -774,7 +776,7 @@ class Controller:
         if not self._warned_blind and self.config.guard is not None:
             self._warned_blind = True
             metric = self.config.guard.metric
-            self._warn(f"the guard has seen no {metric!r} {when}: it takes engine.backward(loss) and engine.smartfrz.observe({metric}=…)")
+            self._warn(f"the guard has seen no {metric!r} {when}: it takes engine.backward(loss), or the controller's observe({metric}=…)")
 
     def _sorted(self, names: Iterable[str]) -> tuple[str, ...]:
         return tuple(sorted(names, key=self._names.index))

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .freezing import TiedMode
-from .layers import Layer
+from .layers import Layer, shape_of
 
 aten = torch.ops.aten
 _OPERANDS = {aten.mm: (0, 1), aten.bmm: (0, 1), aten.addmm: (1, 2), aten.baddbmm: (1, 2), aten.convolution: (0, 1)}
@@ -110,8 +110,7 @@ def estimate_profile(layers: Sequence[Layer], tokens: int) -> FlopProfile:
     for layer in layers:
         tables = [p for top in layer.modules for m in top.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)]
         looked_up = {id(p) for p in tables}
-        # ds_shape: the whole shape of a parameter that ZeRO-3 has partitioned
-        shapes = [torch.Size(getattr(p, "ds_shape", p.shape)) for p in (*layer.params, *layer.borrowed) if id(p) not in looked_up]
+        shapes = [torch.Size(shape_of(p)) for p in (*layer.params, *layer.borrowed) if id(p) not in looked_up]
         forward.append(2.0 * tokens * sum(shape.numel() for shape in shapes if len(shape) > 1))
     return chain_profile(forward)
 
@@ -134,7 +133,9 @@ class FlopTally:
 
     def set_frozen(self, frozen: Collection[str]) -> None:
         """Count with these layers frozen from now on; those without weights of their own to train are so anyway."""
-        self._frozen = tuple(x.position for x in self._layers if x.name in frozen or not (x.numel or x.borrowed))
+        # borrows: of a pipeline's layer, whose weights may be on another stage
+        trains = [bool(x.numel or x.borrowed or getattr(x, "borrows", ())) for x in self._layers]
+        self._frozen = tuple(x.position for x, can in zip(self._layers, trains, strict=True) if x.name in frozen or not can)
         self._price()
 
     def step(self) -> None:
@@ -169,6 +170,8 @@ class FlopMeter:
             model.register_forward_hook(self._seal),
             model.register_forward_hook(self._leave, always_call=True),
         ]
+        # Under FSDP the forward does not use the model's parameters but whole ones that stand in their places then.
+        self._handles += [module.register_forward_pre_hook(self._meet) for module in self._mode.places]
 
     def remove(self) -> None:
         """Take the hooks away; `profile` stays what it is."""
@@ -181,6 +184,10 @@ class FlopMeter:
             self._mode.reset()
             self._mode.__enter__()
             self._entered = True
+
+    def _meet(self, module: nn.Module, args: Any) -> None:
+        if self._entered:
+            self._mode.meet(module)
 
     def _seal(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._entered:  # reached only when the forward ended well
@@ -216,14 +223,21 @@ class _Count(TorchDispatchMode):
         super().__init__()
         self._layers = len(layers)
         self._weights: list[tuple[Tensor, _Origin]] = []
-        self._looked_up: dict[int, int] = {}  # id of a parameter -> mask of its use in an embedding, which alone is cut when frozen
+        # mask of a parameter's use in an embedding, which alone is cut when frozen
+        self._looked_up = WeakTensorKeyDictionary()
+        self.places: dict[nn.Module, dict[str, nn.Parameter]] = {}  # the parameters of each module, by name
         for layer in reversed(layers):  # so that the front layer has the last word on a shared weight
             for p in (p for top in layer.modules for p in top.parameters() if not p.requires_grad):
                 self._weights.append((p, _Origin(0, layer.position, True)))
             for p in layer.params:
                 users = [layer, *(other for other in layers if tied == "train" and any(p is q for q in other.borrowed))]
                 self._weights.append((p, _Origin(sum(1 << user.position for user in users), layer.position, True)))
-                self._looked_up[id(p)] = 1 << layer.position
+                self._looked_up[p] = 1 << layer.position
+            for p in layer.borrowed:  # of a layer in front, or in another process; the former comes later and has the last word
+                self._weights.append((p, _Origin(1 << layer.position, layer.position, True)))
+            for module in (m for top in layer.modules for m in top.modules()):
+                if held := dict(module.named_parameters(recurse=False)):
+                    self.places[module] = held
         self.reset()
 
     def reset(self) -> None:
@@ -232,6 +246,15 @@ class _Count(TorchDispatchMode):
             self._origin[p] = origin
         self._forward = [0.0] * self._layers
         self._gradients: dict[tuple[bool, int], float] = defaultdict(float)
+
+    def meet(self, module: nn.Module) -> None:
+        """What stands in the places of this module's parameters now is them."""
+        for name, p in self.places[module].items():
+            now = getattr(module, name, None)
+            if isinstance(now, Tensor) and now is not p and p in self._origin:
+                self._origin[now] = self._origin[p]
+                if p in self._looked_up:
+                    self._looked_up[now] = self._looked_up[p]
 
     def profile(self) -> FlopProfile:
         gradients = [
@@ -248,7 +271,7 @@ class _Count(TorchDispatchMode):
         origins = [self._origin.get(x, _NOWHERE) for x in operands]
         if packet is aten.embedding:
             # the lookup, not the weight: with a tied weight this use alone is cut when its layer freezes
-            origins[0] = origins[0]._replace(layers=self._looked_up.get(id(operands[0]), origins[0].layers))
+            origins[0] = origins[0]._replace(layers=self._looked_up.get(operands[0], origins[0].layers))
         mask = 0
         for origin in origins:
             mask |= origin.layers

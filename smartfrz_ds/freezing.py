@@ -66,7 +66,7 @@ def leaving_params(frozen: Collection[Layer], layers: Sequence[Layer], tied: Tie
     tied == "train": a shared weight stays while one of the layers that use it is active. tied == "freeze": it goes with its front layer.
     """
     still_used = {id(p) for layer in layers if layer not in frozen for p in layer.borrowed} if tied == "train" else set()
-    return tuple(p for layer in layers if layer in frozen for p in layer.params if id(p) not in still_used)
+    return tuple(p for layer in layers if layer in frozen for p in (*layer.params, *layer.copies) if id(p) not in still_used)
 
 
 class _StayEval:

@@ -47,6 +47,11 @@ class Layer:
         return sum(_numel(p) for p in self.params)
 
     @property
+    def copies(self) -> tuple[nn.Parameter, ...]:
+        """This process's copies of weights of `tied`, where the layer itself is in another process (a pipeline's stage)."""
+        return ()
+
+    @property
     def representative(self) -> tuple[nn.Parameter, ...]:
         """The parameters among which weights are sampled to stand for the layer."""
         return self.params
@@ -209,13 +214,13 @@ def _stacked(model: nn.Module) -> list[_Group]:
 def _find_blocks(model: nn.Module) -> list[list[str]]:
     """Names of the repeated blocks in order, each with the weightless neighbours (Sequential only) that run behind it."""
     lists = [m for m in model.modules() if isinstance(m, _LISTS)]
-    repeated = {c for c, n in Counter(type(item) for m in lists for item in m.children() if _is_composite(item)).items() if n > 1}
+    repeated = {c for c, n in Counter(_class(item) for m in lists for item in m.children() if _is_composite(item)).items() if n > 1}
     blocks: list[list[str]] = []
     seen: set[nn.Module] = set()
 
     def walk(path: str, module: nn.Module) -> None:
         items = list(module.named_children())
-        hits = [i for i, (_, item) in enumerate(items) if isinstance(module, _LISTS) and type(item) in repeated and _is_composite(item)]
+        hits = [i for i, (_, item) in enumerate(items) if isinstance(module, _LISTS) and _class(item) in repeated and _is_composite(item)]
         if not hits:
             for name, child in items:
                 if child not in seen:
@@ -243,12 +248,12 @@ def _open_stage(path: str, item: nn.Module, mixed: bool) -> list[str]:
 
     mixed: the item's siblings differ in shape, as stages do (a transformer's blocks don't).
     """
-    held = [(path, item)] if type(item) in _LISTS else [(_join(path, n), c) for n, c in item.named_children() if isinstance(c, _LISTS)]
-    for inner_path, inner in held if mixed or type(item) in _LISTS else ():
+    held = [(path, item)] if _class(item) in _LISTS else [(_join(path, n), c) for n, c in item.named_children() if isinstance(c, _LISTS)]
+    for inner_path, inner in held if mixed or _class(item) in _LISTS else ():
         kids = [(_join(inner_path, name), kid) for name, kid in inner.named_children() if _has_state(kid)]
-        alike = len({type(kid) for _, kid in kids}) == 1 and all(_is_composite(kid) for _, kid in kids)
+        alike = len({_class(kid) for _, kid in kids}) == 1 and all(_is_composite(kid) for _, kid in kids)
         # a ModuleList is never called itself
-        if kids and (type(item) is nn.ModuleList or (alike and 2 * sum(_weight(k) for _, k in kids) > _weight(item))):
+        if kids and (_class(item) is nn.ModuleList or (alike and 2 * sum(_weight(k) for _, k in kids) > _weight(item))):
             return [kid_path for kid_path, _ in kids]
     return [path]
 
@@ -327,7 +332,7 @@ def _listed(model: nn.Module, patterns: Sequence[str]) -> list[_Group]:
     for group in groups:
         module = named[group.name]
         leading = leading and (module is None or _looks_like_embedding(group.name, module))
-        if leading or isinstance(module, nn.Embedding):
+        if leading or (module is not None and issubclass(_class(module), nn.Embedding)):
             group.kind = "embedding"
     # What nobody listed: the largest modules with no listed name in them, and single parameters.
     rest: list[str] = []
@@ -356,10 +361,20 @@ def _listed(model: nn.Module, patterns: Sequence[str]) -> list[_Group]:
 # ---- small questions about modules and names -------------------------------------------------------------------------------------
 
 
+def _class(module: nn.Module) -> type:
+    """What a module is without what wraps it: activation checkpointing, FSDP1, or FSDP2, which swaps the class for one of its own."""
+    for name in ("_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
+        if isinstance(inner := module._modules.get(name), nn.Module):
+            return _class(inner)
+    line = type(module).__mro__  # torch/distributed/fsdp/_fully_shard: FSDPBlock, FSDPModule, Block, ...
+    return line[2] if line[1].__name__ == "FSDPModule" else line[0]
+
+
 def shape_of(p: Tensor) -> tuple[int, ...]:
     """The whole shape, partitioned by ZeRO-3 or not."""
-    # ds_shape: the whole shape of a parameter that ZeRO-3 has partitioned (deepspeed/runtime/zero/partition_parameters.py)
-    return tuple(getattr(p, "ds_shape", p.shape))
+    # ds_shape: the whole shape of a parameter that ZeRO-3 has partitioned (deepspeed/runtime/zero/partition_parameters.py);
+    # whole_shape: of one that FSDP1 has cut (backends/fsdp1.py)
+    return tuple(getattr(p, "ds_shape", getattr(p, "whole_shape", p.shape)))
 
 
 def _numel(p: Tensor) -> int:
@@ -385,7 +400,7 @@ def _is_vectors(module: nn.Module) -> bool:
 
 
 def _looks_like_embedding(path: str, module: nn.Module) -> bool:
-    if isinstance(module, nn.Embedding):
+    if issubclass(_class(module), nn.Embedding):
         return True
     if "embed" not in path.rsplit(".", 1)[-1].lower():
         return False

@@ -47,7 +47,7 @@ def plan_change(
         check()
         target = dict.fromkeys(leaving)
         freeze = [p for p in target if p not in backend.frozen]
-        thaw = [p for layer in layers for p in layer.params if p in backend.frozen and p not in target]
+        thaw = [p for layer in layers for p in (*layer.params, *layer.copies) if p in backend.frozen and p not in target]
         backend.check(freeze, thaw)
     except (ValueError, RuntimeError) as error:
         ranks.all_ready(str(error), type(error))

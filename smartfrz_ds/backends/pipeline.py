@@ -2,7 +2,7 @@
 
 Touched in DeepSpeed 0.19.8:
   runtime/pipe/engine.py   stage_id, num_stages, micro_batches, grid, pipe_buffers, num_pipe_buffers, _INSTRUCTION_MAP, _train_schedule,
-                           _exec_optimizer_step
+                           _exec_optimizer_step, _exec_forward_pass, _exec_backward_pass
   runtime/engine.py        clip_fp32_gradients
   runtime/pipe/module.py   parts
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import nn
 from torch.nn import Parameter
 
+from ..freezing import TiedMode
 from ..layers import Layer
 from .base import Backend
 from .flat import FlatBackend
@@ -37,6 +39,7 @@ from .pipe_schedule import (
     recv_constant,
 )
 from .pipeline_layers import PipelineLayer, module_at, pipeline_layers
+from .pipeline_tied import TiedWeights, pinned_entries
 from .rebalance import build, check_bounds, rebalance
 from .stage_clock import StageClock
 from .wrapped16 import Bf16Backend
@@ -51,8 +54,13 @@ def _optimizer_step(engine: Any, **kwargs: Any) -> None:
     engine.smartfrz.before_step()
     engine.smartfrz.backend.before_optimizer()
     engine._exec_optimizer_step(**kwargs)
+    engine.smartfrz.backend.tied.after_step()
     if (clock := engine.smartfrz.backend.clock) is not None:
         clock.end_step()
+
+
+def _reduce_tied_grads(engine: Any) -> None:
+    engine.smartfrz.backend.tied.reduce()
 
 
 def _forward_pass(engine: Any, buffer_id: int) -> None:
@@ -81,6 +89,7 @@ class PrunedPipeline:
     _INSTRUCTION_MAP = MappingProxyType(
         {
             **PipelineEngine._INSTRUCTION_MAP,
+            schedule.ReduceTiedGrads: _reduce_tied_grads,
             schedule.ForwardPass: _forward_pass,
             schedule.BackwardPass: _backward_pass,
             FrozenForwardPass: _frozen_forward_pass,
@@ -103,8 +112,10 @@ class PrunedPipeline:
         """
         engine: Any = self
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        # one of two copies of a tied weight
+        counted = [p.grad for p in engine.module.parameters() if p.grad is not None and not getattr(p, "ds_pipe_replicated", False)]
         square = torch.zeros((), dtype=torch.float32, device=engine.device)
-        for gradient in gradients:
+        for gradient in counted:
             square += gradient.float().norm() ** 2
         dist.all_reduce(square, group=engine.grid.get_pipe_parallel_group())
         factor = torch.clamp(engine.gradient_clipping() / (square.sqrt() + 1e-6), max=1.0)
@@ -122,10 +133,16 @@ class PipelineStage(_Base):
     first_active = 0
     first_entry = 0
     staged = True
+    #: the setting `smartfrz.tied`
+    tied_mode: TiedMode = "train"
     _built: Mapping[int, nn.Module] = MappingProxyType({})
     clock: StageClock | None = None
     #: what a backward of this stage computes: the entries with weights that train, and whether the gradient of its input is wanted
     computed: tuple[frozenset[int], bool] = (frozenset(), True)
+
+    @cached_property
+    def tied(self) -> TiedWeights:
+        return TiedWeights(self, self.tied_mode)
 
     def find_layers(self, model: nn.Module, patterns: str | Sequence[str]) -> tuple[Layer, ...]:
         """Collective; the same on every rank. Raises ValueError for patterns: a pipeline's layers are its list's entries."""
@@ -160,7 +177,7 @@ class PipelineStage(_Base):
 
     def check_bounds(self, bounds: Sequence[int]) -> None:
         """Raise ValueError where the stages can't get these borders, RuntimeError where nothing can be moved now."""
-        check_bounds(self.engine.module, bounds, ())
+        check_bounds(self.engine.module, bounds, pinned_entries(self.engine.module))
         if not self.is_boundary():
             raise RuntimeError("layers move only at a step boundary: not within train_batch")
         if self.engine.is_compiled:
@@ -197,10 +214,11 @@ class PipelineStage(_Base):
     def arrange(self, layers: Sequence[Layer], frozen: Collection[str]) -> None:
         """Leave out of the schedule what the frozen front no longer needs. layers: of `pipeline_layers`."""
         engine = self.engine
-        first = next(x.first for x in layers if isinstance(x, PipelineLayer) and x.numel and x.name not in frozen)
+        first = next(x.first for x in layers if isinstance(x, PipelineLayer) and (x.numel or x.borrows) and x.name not in frozen)
         self.first_entry, self.first_active = first, bisect_right(engine.module.parts, first) - 1
         active = frozenset(i for x in layers if isinstance(x, PipelineLayer) and x.name not in frozen for i in range(x.first, x.last + 1))
         self.computed = active, engine.stage_id > self.first_active
+        self.tied.arrange(layers, frozen)
         for held in engine.pipe_buffers.values():
             held.clear()  # what an old schedule left; the next one takes as many as it needs
         engine.num_pipe_buffers = 0

@@ -1,7 +1,7 @@
 """What each entry of a pipeline's list costs, taken from the training itself: forward, backward and optimizer, as they happen.
 
-Forwards are timed by hooks on the entries' modules. A backward is cut at the moments at which the gradient of each entry's output
-arrives: between two of them lies the work of one entry. Nothing is run for it, and a step that is timed is the step that is trained.
+Forwards are timed by hooks on the entries' modules, and around entries that are functions. A backward is cut at the moments at which the
+gradient of each entry's output arrives: between two of them lies the work of one entry. Nothing is run for it, and a step that is timed is the step that is trained.
 
 Touched in DeepSpeed 0.19.8: runtime/pipe/module.py  forward_funcs, _local_start
 """
@@ -13,19 +13,32 @@ from collections import defaultdict, deque
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from .pipeline_layers import module_at
-
 # What a backward computed in an entry: gradients of weights and of the input, or of one of them.
 Computed = Literal["both", "weight", "input"]
 Moment: TypeAlias = Any  # seconds, or a torch.cuda.Event
 KEPT = 64  # newest micro-batches of which the median counts
 ENOUGH = 2  # micro-batches that make a median
+
+
+class TimedEntry(partial[Any]):
+    """An entry that is no module (a function, or a tied module under a function of the user's), with a clock around it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        clock, index = self.timed
+        if clock._phase:
+            clock._at, clock._entered = index, clock._now()
+        out = super().__call__(*args, **kwargs)
+        clock._ran(index, out)
+        return out
+
+    timed: tuple[StageClock, int]
 
 
 @dataclass
@@ -70,9 +83,15 @@ class StageClock:
         self._phase = ""
         self._warm = False
         self._entries: dict[nn.Module, list[int]] = defaultdict(list)
-        for index in range(self._pipe._local_start, self._pipe._local_stop):
-            if (module := module_at(self._pipe, index)) is not None:
-                self._entries[module].append(index)
+        functions = self._pipe.forward_funcs
+        for k, function in enumerate(functions):
+            index = self._pipe._local_start + k
+            if isinstance(function, nn.Module):
+                self._entries[function].append(index)
+            else:
+                given = function.args if isinstance(function, partial) else ()
+                functions[k] = TimedEntry(function.func if isinstance(function, partial) else function, *given)
+                functions[k].timed = self, index
         for module in self._entries:
             self._handles.append(module.register_forward_pre_hook(self._enters))
             self._handles.append(module.register_forward_hook(self._leaves))
@@ -82,11 +101,15 @@ class StageClock:
         for handle in (*self._handles, *self._optimizer):
             handle.remove()
         self._handles.clear()
+        functions = self._pipe.forward_funcs
+        for k, f in enumerate(functions):
+            if isinstance(f, TimedEntry):
+                functions[k] = partial(f.func, *f.args) if f.args else f.func
 
     @property
     def held(self) -> list[int]:
-        """The entries of this rank that have a module, and so a cost."""
-        return sorted(index for entries in self._entries.values() for index in entries)
+        """The entries of this rank."""
+        return list(range(self._pipe._local_start, self._pipe._local_stop))
 
     # --- around what the engine executes ------------------------------------------------------------------------------------------
 
@@ -172,8 +195,12 @@ class StageClock:
     def _leaves(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self._phase:  # a recomputation, inside of the backward
             return
-        index = self._at
         self._turn[module] += 1
+        self._ran(self._at, output)
+
+    def _ran(self, index: int, output: Any) -> None:
+        if not self._phase:
+            return
         self._spans.append((self._forward[index], self._entered, self._now()))
         first = output[0] if isinstance(output, tuple | list) else output
         if isinstance(first, Tensor):
