@@ -217,9 +217,9 @@ class Rebalancer:
 
     def _thinned(self, costs: Sequence[LayerCost]) -> list[LayerCost]:
         """As the simulator wants them: a frozen entry behind the first active one has no gradients of weights."""
-        active = self._backend.computed[0]
+        active, first = self._backend.computed[0], self._backend.first_entry
         none = {"backward_weight": 0.0, "optimizer": 0.0, "weights": 0, "activation_bytes": 0}
-        return [c if i in active else LayerCost(**(asdict(c) | none)) for i, c in enumerate(costs)]
+        return [c if i in active or i < first else LayerCost(**(asdict(c) | none)) for i, c in enumerate(costs)]
 
 
 def _tuple_of(fields: dict[str, Any], key: str) -> dict[str, Any]:
