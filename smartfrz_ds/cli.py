@@ -133,6 +133,73 @@ def plan(
     typer.echo(json.dumps(made.as_dict(), indent=2) if as_json else command.render(made, of_run=schedule is not None))
 
 
+@app.command()
+def reshape(
+    checkpoint: Annotated[Path, typer.Argument(file_okay=False, help="Folder as load_checkpoint takes it.")],
+    pp: Annotated[int, typer.Option(help="Pipeline stages of the new run.")],
+    dp: Annotated[int, typer.Option(help="Data-parallel replicas of the new run.")],
+    output: Annotated[Path | None, typer.Option(file_okay=False, help="New folder (default: CHECKPOINT-ppP-dpD).")] = None,
+    tag: Annotated[str | None, typer.Option(help="Which checkpoint of the folder (default: the one that `latest` names).")] = None,
+    bounds: Annotated[str | None, typer.Option(help="Bounds of the stages, e.g. 0,9,18 (default: even, frozen layers a third).")] = None,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Unpickle objects of yours (client_state): runs code that the files name.")
+    ] = False,
+) -> None:
+    """Give a pipeline's checkpoint fewer stages and more replicas.
+
+    Or any others: writes a checkpoint of a freezing PipelineEngine anew, so that a run of P stages and D replicas goes on from it.
+    The checkpoint itself is only read.
+    """
+    with _plain_errors():
+        from smartfrz_ds.backends.reshape import reshape as write
+
+        try:
+            cut = None if bounds is None else [int(bound) for bound in bounds.split(",")]
+        except ValueError:
+            raise ValueError(f"--bounds: got {bounds!r}; allowed: rising integers, by commas") from None
+        made = write(checkpoint, pp, dp, output=output, tag=tag, bounds=cut, trust=trust, progress=True)
+    typer.echo(made.text())
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder with the run's log (smartfrz.log_path), or the log itself.")],
+    output: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder of the page and its charts (default: RUN_DIR/report).")
+    ] = None,
+) -> None:
+    """Make a page of what a run's log says.
+
+    One HTML file that needs nothing else, and its charts as PNGs: frozen layers, probabilities, loss, times, bytes, savings, events.
+    """
+    with _plain_errors("report"):
+        from smartfrz_ds.report import write_report
+
+        page = write_report(run_dir, output)
+    typer.echo(str(page))
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.json]", help="A DeepSpeed JSON to look at too.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="MODULE:CALLABLE that returns a model, or a Hugging Face model's name or folder.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: findings, and the model's layers.")] = False,
+) -> None:
+    """Look for what would stop a run.
+
+    Versions, compiler, stale build locks, MPI, host name, ports, shared memory; the settings; which layers of a model can freeze, and why
+    not. Every problem with what to do. Exit code 1 if there is one, 0 with none but warnings.
+    """
+    with _plain_errors("demo"):
+        from smartfrz_ds.doctor import examine, render
+
+        examined = examine(config, model)
+    typer.echo(json.dumps(examined.to_json(), indent=2) if as_json else render(examined))
+    raise typer.Exit(examined.exit_code)
+
+
 bench = typer.Typer(no_args_is_help=True, help="Measure what freezing saves, on real engines on this machine.", rich_markup_mode=None)
 app.add_typer(bench, name="bench")
 
@@ -161,6 +228,30 @@ def bench_zero(
         except ValueError:
             raise ValueError(f"--stages: got {stages!r}; allowed: some of 0, 1, 2, 3, by commas") from None
         text = measure(engine or engines_of(wanted), out, params=params, rounds=rounds, steps=steps)
+    typer.echo(text)
+
+
+@bench.command("pipeline")
+def bench_pipeline(
+    case: Annotated[list[str] | None, typer.Option(help="Only this case: sleep-pp2, sleep-pp4 or gpt-pp2; may be given again.")] = None,
+    rounds: Annotated[int, typer.Option(help="Timed steps of each copy.")] = 7,
+    nap: Annotated[float, typer.Option(help="Milliseconds that a sleeping layer takes for its forward, and for each gradient.")] = 10.0,
+    micro_batches: Annotated[int, typer.Option(help="Micro-batches of a step.")] = 8,
+    blocks: Annotated[int, typer.Option(help="Blocks of the GPT, a multiple of 4.")] = 16,
+    width: Annotated[int, typer.Option(help="Its width.")] = 256,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the results; what is there is not measured again.")] = Path(
+        "bench-pipeline"
+    ),
+) -> None:
+    """Freeze the front of a pipeline, move layers, and compare with what was predicted.
+
+    Layers that sleep for a known time on 2 and 4 stages, and a GPT on 2, on CPU. Step times, bytes between stages, optimizer memory.
+    """
+    with _plain_errors():
+        from smartfrz_ds.bench.pipeline import CASES
+        from smartfrz_ds.bench.pipeline import bench_pipeline as measure
+
+        text = measure(case or CASES, out, rounds=rounds, nap=nap / 1000, micro_batches=micro_batches, blocks=blocks, width=width)
     typer.echo(text)
 
 

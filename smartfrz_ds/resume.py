@@ -32,6 +32,7 @@ from .checkpoint import (
     write_complete,
 )
 from .controller import Controller
+from .faults import Writes
 
 
 def find_together(ranks: Ranks, load_dir: str | Path, tag: str | None, *, universal: bool) -> Found | None:
@@ -80,8 +81,10 @@ class Checkpoints:
         folder = Path(save_dir) / tag
         self.controller.settle()
         digest = self._write_state(folder, tag)
-        with layout.saving(self.backend):
+        writes = Writes()
+        with layout.saving(self.backend), writes.watched(self.backend.engine.checkpoint_engine):
             yield {"format": 1, "tag": tag, "digest": digest}
+        self._together(writes.check)
         self._barrier()  # DeepSpeed has one of its own at its end; not to depend on it
 
         def declare() -> None:
