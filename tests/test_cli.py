@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from importlib.metadata import version
@@ -7,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from smartfrz_ds.cli import app
+from smartfrz_ds.events import EventLog, FreezeEvent
 
 
 def run(*args: str) -> tuple[int, str, str]:
@@ -73,3 +75,25 @@ def test_train_predictor_refuses_bad_arguments(args: list[str]) -> None:
     code, out, err = run("train-predictor", *args)
     assert (code, out) == (2, "")
     assert "--out" in err or "--seed" in err
+
+
+def test_report_names_its_page_or_what_is_wrong(tmp_path: Path) -> None:
+    EventLog(tmp_path / "log.jsonl").write(FreezeEvent(kind="freeze", step=5, layers=("a",), frozen=("a",)))
+    code, out, _ = run("report", str(tmp_path), "--output", str(tmp_path / "there"))
+    assert (code, out.strip()) == (0, str(tmp_path / "there" / "report.html"))
+    assert (tmp_path / "there" / "frozen.png").exists()
+    code, _, err = run("report", str(tmp_path / "there"))
+    assert code == 2 and "no log of smartfrz in it" in err
+
+
+def test_doctor_exits_with_one_for_a_problem_and_prints_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    file = tmp_path / "ds.json"
+    file.write_text('{"optimizer": {"type": "OneBitAdam"}}')
+    code, out, _ = run("doctor", str(file), "--json")
+    found = json.loads(out)
+    assert code == 1 and found["layers"] == []
+    problem = next(f for f in found["findings"] if f["level"] == "problem" and f["check"] == "config")
+    assert "OneBitAdam" in problem["text"] and problem["answer"]
+    code, out, _ = run("doctor", str(file))
+    assert code == 1 and "PROBLEM config: optimizer.type: OneBitAdam" in out

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -10,8 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import run_worker
 
-from smartfrz_ds.events import EventLog, FreezeEvent, read_events
+from smartfrz_ds.events import EventLog, FreezeEvent, RunStart, Status, is_log, read_events, read_log
 
 FREEZE = FreezeEvent(
     kind="freeze",
@@ -27,6 +29,20 @@ FREEZE = FreezeEvent(
 DECISION = FreezeEvent(kind="decision", step=200, layers=("é",), probabilities={"é": math.nan}, dry_run=True)
 THAW = FreezeEvent(kind="thaw", step=250, layers=("encoder.layer.0",), frozen=("embeddings",), bytes_released=-7, bytes_released_total=-14)
 WARNING = FreezeEvent(kind="warning", step=300, message="the policy raised:\nZeroDivisionError")
+START = RunStart(step=0, time=1.5e9, layers=("embeddings", "head"), kinds=("embedding", "head"), weights=(20, 8), policy="linear", ranks=2)
+STATUS = Status(
+    step=350,
+    time=1.5e9 + 60,
+    loss=0.5,
+    step_seconds=0.25,
+    frozen=("embeddings",),
+    optimizer_bytes=4000,
+    gradient_bytes=1000,
+    saved_flops_fraction=0.125,
+    hours_saved=None,
+    lr=1e-4,
+    metrics={"loss": 0.5, "accuracy": 0.75},
+)
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -62,6 +78,63 @@ def test_another_run_continues_the_file(tmp_path: Path) -> None:
     EventLog(path).write(FREEZE)
     EventLog(path).write(THAW)
     assert read_events(path) == [FREEZE, THAW]
+
+
+def test_status_lines_stand_between_the_events(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    log = EventLog(path)
+    for record in (START, FREEZE, STATUS, THAW):
+        log.write(record)
+    assert read_log(path) == [START, FREEZE, STATUS, THAW]
+    assert read_events(path) == [FREEZE, THAW]
+    assert is_log(path)
+    with path.open("ab") as file:
+        file.write(b'{"kind": "status", "step": 4')
+    EventLog(path).write(WARNING)  # cuts the torn line
+    assert read_log(path)[-2:] == [THAW, WARNING]
+
+
+def test_numbers_that_json_does_not_know_become_null(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    EventLog(path).write(dataclasses.replace(STATUS, loss=math.nan, metrics={"loss": math.inf}))
+    (line,) = path.read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail)["loss"] is None
+    assert read_log(path) == [dataclasses.replace(STATUS, loss=None, metrics={"loss": None})]
+
+
+def test_a_log_of_the_first_version_is_read_and_continued(tmp_path: Path) -> None:
+    """Word for word a line that 0.1.0 wrote before there were status lines."""
+    path = tmp_path / "log.jsonl"
+    path.write_text(
+        '{"kind": "freeze", "step": 150, "layers": ["encoder.layer.0"], "frozen": ["embeddings", "encoder.layer.0"], "probabilities": '
+        '{"encoder.layer.0": 0.97, "encoder.layer.1": 0.25}, "reasons": {"encoder.layer.0": "probability 0.97 >= 0.9, twice"}, '
+        '"bytes_released": 1000, "bytes_released_total": 2000, "seconds": 0.125, "predicted_seconds": 0.0, "moved_bytes": 0, '
+        '"dry_run": false, "message": ""}\n'
+    )
+    assert read_events(path) == [FREEZE]
+    EventLog(path).write(STATUS)
+    assert read_log(path) == [FREEZE, STATUS]
+
+
+def test_weights_and_biases_gets_samples_the_others_steps() -> None:
+    """W&B drops what comes with a smaller count than the last one, and DeepSpeed counts samples there (runtime/engine.py)."""
+
+    class Master:
+        enabled = True
+
+        def __init__(self) -> None:
+            self.tb_monitor, self.csv_monitor, self.comet_monitor, self.wandb_monitor = Seen(), Seen(), None, Seen()
+
+        def write_events(self, event_list: list[tuple[str, float, int]]) -> None:
+            pytest.fail("each for itself")
+
+    class Seen:
+        def write_events(self, event_list: list[tuple[str, float, int]]) -> None:
+            self.at = {step for _, _, step in event_list}
+
+    master = Master()
+    EventLog(None, master, samples=lambda: 350 * 16).write(STATUS)
+    assert (master.tb_monitor.at, master.csv_monitor.at, master.wandb_monitor.at) == ({350}, {350}, {350 * 16})
 
 
 # ---- crashes
@@ -210,12 +283,12 @@ from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
 from smartfrz_ds.events import EventLog
 sys.path.insert(0, sys.argv[2])
-from test_events import FREEZE, DECISION, THAW, WARNING
+from test_events import FREEZE, DECISION, THAW, WARNING, START, STATUS
 deepspeed.init_distributed("gloo", init_method=f"file://{sys.argv[1]}/store", rank=0, world_size=1, verbose=False, auto_mpi_discovery=False)
 for job, enabled in (("on", True), ("off", False)):
     settings = get_monitor_config({"csv_monitor": {"enabled": enabled, "output_path": sys.argv[1], "job_name": job}})
     log = EventLog(None, MonitorMaster(settings))
-    for event in (FREEZE, DECISION, THAW, WARNING):
+    for event in (FREEZE, DECISION, THAW, WARNING, START, STATUS):
         log.write(event)
 """
 
@@ -232,10 +305,74 @@ def test_deepspeeds_csv_monitor_gets_the_numbers(tmp_path: Path) -> None:
         assert header[0] == "step"
         return [(int(step), float(value)) for step, value in rest]
 
-    assert rows("frozen_layers") == [(150, 2), (200, 0), (250, 1)]
+    assert rows("frozen_layers") == [(150, 2), (200, 0), (250, 1), (350, 1)]
+    assert rows("optimizer_bytes") == [(350, 4000)]
+    assert rows("gradient_bytes") == [(350, 1000)]
+    assert rows("saved_flops_fraction") == [(350, 0.125)]
+    assert rows("step_seconds") == [(350, 0.25)]
     assert rows("bytes_released") == [(150, 2000), (250, -14)]
     assert rows("freeze_seconds") == [(150, 0.125), (250, 0)]
     assert rows("probability_encoder.layer.0") == [(150, 0.97)]
     assert rows("probability_encoder.layer.1") == [(150, 0.25)]
-    assert len(list((tmp_path / "on").iterdir())) == 5  # NaN goes to no monitor
+    assert len(list((tmp_path / "on").iterdir())) == 9  # NaN and what is not known go to no monitor
     assert not (tmp_path / "off").exists()
+
+
+# ---- status lines of real engines: see worker_status.py
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_worker("status", None, tmp_path_factory.mktemp("status"))
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("name", ["z0-fp32", "z1-fp32", "z1-bf16opt", "z2-bf16", "z3-fp32"])
+def test_status_says_what_the_ranks_did(ran: Path, name: str) -> None:
+    truth = json.loads((ran / f"{name}.0.json").read_text())
+    start, *rest = read_log(ran / f"{name}.jsonl")
+    assert isinstance(start, RunStart)
+    assert (start.step, start.ranks, start.policy, start.layers[0], start.layers[-1]) == (0, 2, "manual", "embeddings", "head")
+    assert start.kinds == ("embedding", *["block"] * 5, "head") and sum(start.weights) == 128 + 5 * 1632 + 51
+    statuses = [record for record in rest if isinstance(record, Status)]
+    (freeze,) = (record for record in rest if isinstance(record, FreezeEvent))
+    assert [status.step for status in statuses] == [3, 6, 9]
+    assert [len(status.frozen) for status in statuses] == [0, 3, 3]
+    for status, real in zip(statuses, truth, strict=True):
+        assert status.loss == pytest.approx(real["loss"], rel=1e-6)
+        assert status.optimizer_bytes == real["held"]
+        assert status.gradient_bytes is not None and status.step_seconds is not None
+        # what was handed over has padding in it, at most some elements a parameter
+        assert status.gradient_bytes <= real["reduced"] <= 1.05 * status.gradient_bytes + 2048, name
+        assert 0.02 <= status.step_seconds <= real["seconds"][-1] + 1  # the pause for data is in it, this package's hooks are not
+        assert status.lr == 1e-2
+    before, after = statuses[0], statuses[2]
+    assert before.optimizer_bytes - after.optimizer_bytes == freeze.bytes_released_total
+    assert before.gradient_bytes is not None and after.gradient_bytes is not None and after.gradient_bytes < 0.7 * before.gradient_bytes
+    assert (before.saved_flops_fraction, before.hours_saved is not None) == (0.0, True)
+    assert 0 < statuses[1].saved_flops_fraction < after.saved_flops_fraction < 0.5
+
+
+@pytest.mark.world_size(2)
+def test_csv_monitor_of_a_real_engine_gets_the_status(ran: Path) -> None:
+    with (ran / "csv-z2-bf16" / "smartfrz_optimizer_bytes.csv").open() as file:
+        rows = list(csv.reader(file))[1:]
+    statuses = [record for record in read_log(ran / "z2-bf16.jsonl") if isinstance(record, Status)]
+    assert [(int(step), float(value)) for step, value in rows] == [(status.step, status.optimizer_bytes) for status in statuses]
+    assert (ran / "csv-z2-bf16" / "smartfrz_hours_saved.csv").exists()
+
+
+@pytest.mark.world_size(2)
+def test_resumed_run_writes_a_start_and_goes_on_in_the_log(ran: Path) -> None:
+    records = read_log(ran / "resumed.jsonl")
+    # what the first run did after its checkpoint is gone: it happens again
+    assert [(type(record).__name__, record.step) for record in records] == [
+        ("RunStart", 0), ("Status", 2), ("Status", 4), ("RunStart", 4), ("Status", 6), ("Status", 8)
+    ]  # fmt: skip
+    assert isinstance(records[3], RunStart) and records[3].frozen == ()
+
+
+@pytest.mark.world_size(2)
+def test_nobody_pays_for_a_status_that_nobody_reads(ran: Path) -> None:
+    often, never = json.loads((ran / "quiet.0.json").read_text())
+    assert often == never and sum(often.values()) > 0

@@ -1,0 +1,305 @@
+"""`smartfrz doctor`, second part: what is wrong with a DeepSpeed JSON, and what of a model can freeze."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import SECTION, FreezeConfig, _read
+from .doctor import Finding
+from .flops import FlopMeter, FlopProfile, estimate_profile, saved_fraction
+from .freezing import check_tied
+from .layers import Layer, find_layers, match_layers
+from .rules import allowed, candidates
+
+_TOKENS = 128
+_NEEDS_LENGTH = ("linear", "late", "random", "freezeout", "pipetransformer", "weight_drift")
+
+
+def check_config(file: Path) -> tuple[list[Finding], FreezeConfig | None]:
+    """Findings on a DeepSpeed JSON, and its settings where they can be read."""
+    try:
+        settings = FreezeConfig.load(file)
+        raw = dict(_read(file)[0])
+    except ValueError as error:
+        answer = "docs/configuration.md lists every key; smartfrz check-config FILE shows what a run would use"
+        return [Finding("config", "problem", line, answer) for line in str(error).splitlines()], None
+    if not settings.enabled:
+        return [Finding("config", "warning", f"{SECTION}.enabled is false: nothing will freeze", "set it to true")], settings
+    found = [Finding("config", "problem", *pair) for pair in refused(raw)]
+    found += [Finding("config", "warning", *pair) for pair in traps(raw, settings)]
+    return found or [Finding("config", "ok", f"{file}: policy {settings.policy!r}")], settings
+
+
+def refused(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What is refused at start, as freezing does not work with it yet (backends/support.py), as far as a JSON shows it; and what to do."""
+    zero = _sub(raw, "zero_optimization")
+    optimizer = str(_sub(raw, "optimizer").get("type", "")).lower()
+    pipeline = _sub(raw, "pipeline")
+    offloads = {key: _sub(zero, key) for key in ("offload_optimizer", "offload_param")}
+    ratio = offloads["offload_optimizer"].get("ratio", 1.0)
+    low = [
+        f"{kind}.{kind}_master_weights_and_grads" for kind in ("fp16", "bf16") if _sub(raw, kind).get(f"{kind}_master_weights_and_grads")
+    ]
+    quantized = [key for key in zero if key.startswith("zero_quantized") and zero[key]]
+    checks: list[tuple[object, str, str]] = [
+        *((o.get("device") == "nvme", f"zero_optimization.{key}.device: nvme", "use 'cpu'") for key, o in offloads.items()),
+        (
+            zero.get("stage") == 3 and ratio < 1,
+            f"zero_optimization.offload_optimizer.ratio: {ratio} (Twin-Flow)",
+            "set it to 1.0, or leave it out",
+        ),
+        (_number(zero.get("zero_hpz_partition_size")) > 1, "zero_optimization.zero_hpz_partition_size (hpZ)", "set it to 1"),
+        (_number(zero.get("mics_shard_size")) > 0, "zero_optimization.mics_shard_size (MiCS)", "leave it out"),
+        *((True, f"zero_optimization.{key} (ZeRO++)", "set it to false") for key in quantized),
+        (zero.get("zenflow"), "zero_optimization.zenflow", "leave it out"),
+        (
+            _number(_sub(raw, "tensor_parallel").get("autotp_size")) > 1,
+            "tensor_parallel.autotp_size",
+            "set it to 0, and use ZeRO or a pipeline",
+        ),
+        (_number(raw.get("sequence_parallel_size")) > 1, "sequence_parallel_size (Ulysses)", "set it to 1"),
+        (_sub(raw, "compile").get("deepcompile"), "compile.deepcompile", "set it to false"),
+        (_sub(raw, "hybrid_engine").get("enabled"), "hybrid_engine.enabled", "set it to false"),
+        (_sub(raw, "checkpoint").get("writer"), "checkpoint.writer (written in the background)", "leave it out"),
+        (raw.get("datastates_ckpt"), "datastates_ckpt (written in the background)", "leave it out"),
+        *((True, key, "set it to false: masters stay in fp32") for key in low),
+        (
+            optimizer.startswith(("muon", "onebit", "zeroone", "zerone")) or "lamb" in optimizer,
+            f"optimizer.type: {_sub(raw, 'optimizer').get('type')} (its state or its communication is not element by element)",
+            "use AdamW, Adam, Lion, Adagrad or SGD",
+        ),
+        (
+            _number(pipeline.get("activation_checkpoint_interval")) > 0 and pipeline.get("use_reentrant", True),
+            "reentrant activation checkpointing in a pipeline",
+            'set "pipeline": {"use_reentrant": false}',
+        ),
+    ]
+    return [(f"{what}: freezing does not work with it yet, the run is refused at start", answer) for bad, what, answer in checks if bad]
+
+
+def traps(raw: Mapping[str, Any], settings: FreezeConfig, *, gpus: int | None = None) -> list[tuple[str, str]]:
+    """What works, but not as one would think; with answers. gpus: default: those of this machine."""
+    zero, optimizer, scheduler = _sub(raw, "zero_optimization"), _sub(raw, "optimizer"), _sub(raw, "scheduler")
+    gpus = torch.cuda.device_count() if gpus is None else gpus
+    cpu = gpus == 0 or os.environ.get("DS_ACCELERATOR") == "cpu"
+    found: list[tuple[str, str]] = []
+    if SECTION not in raw:
+        found.append((f'there is no "{SECTION}" section: a run takes all defaults', f'add one, if only "{SECTION}": {{}}'))
+    if "gradient_clipping" not in raw:
+        text = "gradient_clipping is not set: DeepSpeed 0.19.8 clips at 1.0 then, by the norm of the active layers, which a freeze changes"
+        found.append((text, "write what you mean: a number, or 0.0 for no clipping"))
+    params = optimizer.get("params") if isinstance(optimizer.get("params"), Mapping) else {}
+    if str(optimizer.get("type", "")).lower() in ("adam", "adamw") and cpu and not params.get("torch_adam"):  # type: ignore[union-attr]
+        text = (
+            "optimizer.params.torch_adam is not true: on the CPU DeepSpeed compiles its own Adam at the first start; its last bits differ"
+        )
+        found.append((text, '"torch_adam": true'))
+    bucket, stage = zero.get("reduce_bucket_size", 5e8), zero.get("stage", 0)
+    if cpu and stage in (1, 2) and isinstance(bucket, int | float) and bucket >= 1e8:
+        text = f"zero_optimization.reduce_bucket_size is {bucket:.0e} weights: each rank may take {4 * bucket / 1e9:.1f} GB for it (fp32)"
+        found.append((text, "make it a few million on a machine without GPUs"))
+    found += _length(settings, scheduler)
+    if settings.log_path is None:
+        text = f"{SECTION}.log_path is null: there will be no log, and nothing for smartfrz report"
+        found.append((text, '"log_path": "runs/NAME/freezing.jsonl"'))
+    return found
+
+
+def _length(settings: FreezeConfig, scheduler: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if settings.policy == "manual":
+        return []
+    params = scheduler.get("params")
+    total = settings.total_steps
+    if total == "auto":
+        total = params.get("total_num_steps") if isinstance(params, Mapping) else None
+    found = []
+    if not scheduler and settings.policy == "attention":
+        text = "there is no scheduler in the JSON: with a constant learning rate weights never settle, and the predictor may never freeze"
+        found.append((text, "give the run a schedule that decays, here or in the script"))
+    if not isinstance(total, int):
+        if settings.policy in _NEEDS_LENGTH or (settings.policy == "attention" and settings.attention.mode == "budget"):
+            text = f"the JSON does not say how long the run is, and the policy {settings.policy!r} plans by it"
+            found.append(
+                (text, "scheduler.params.total_num_steps, or smartfrz.total_steps; a scheduler or Trainer of the script's says it too")
+            )
+        return found
+    first = -(-max(settings.warmup_steps, settings.freeze_interval) // settings.freeze_interval) * settings.freeze_interval
+    if first >= total:
+        text = f"the first freezing stage is step {first}, and the run ends at {total}: nothing will freeze"
+        found.append((text, "smaller warmup_steps and freeze_interval"))
+    elif settings.policy == "attention" and (span := (settings.window - 1) * settings.snapshot_interval) > total / 2:
+        text = f"a window of snapshots spans {span} steps, more than half of the run's {total}"
+        found.append((text, "a smaller snapshot_interval, or a smaller window"))
+    return found
+
+
+# --- the model -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFacts:
+    """One row of the table. weights: that train. forward: share of the forward's FLOPs. saved: share of a training step's FLOPs that is
+    saved while this layer and all in front of it are frozen. reason: why it can't freeze, or what becomes of shared weights."""
+
+    position: int
+    name: str
+    kind: str
+    weights: int
+    forward: float
+    saved: float
+    freezable: bool
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def load_model(name: str) -> tuple[nn.Module, Any]:
+    """A model, and a batch for it where there is one.
+
+    name: MODULE:CALLABLE (called without arguments; returns a module, or a module and what its forward takes), or a Hugging Face model's
+        name or folder: built without weights, on the meta device.
+    Raises ValueError where that can't be.
+    """
+    module, colon, function = name.rpartition(":")
+    try:
+        if colon and not Path(name).exists():
+            sys.path.insert(0, os.getcwd())
+            made = getattr(importlib.import_module(module), function)()
+            model, batch = made if isinstance(made, tuple) else (made, None)
+            if not isinstance(model, nn.Module):
+                raise ValueError(f"it returned {type(model).__name__}, no torch module")
+            return model, batch
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(name)
+        kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
+        with torch.device("meta"):
+            model = transformers.AutoModel.from_config(config) if kind in (None, transformers.AutoModel) else kind(config)
+        return model, {"input_ids": torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta")}
+    except ModuleNotFoundError as error:
+        if error.name == "transformers":
+            raise
+        raise ValueError(f"--model {name}: {error}") from error
+    except Exception as error:
+        raise ValueError(f"--model {name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+
+
+def check_model(model: nn.Module, batch: Any = None, settings: FreezeConfig | None = None) -> tuple[list[Finding], list[LayerFacts]]:
+    """Which layers a model has, in which order, and what of them can freeze; front to back.
+
+    batch: what its forward takes, to count FLOPs with (a tensor, a tuple or a dict); None, or where that forward fails: estimated.
+    """
+    settings = settings or FreezeConfig()
+    try:
+        layers = find_layers(model, settings.layers)
+    except ValueError as error:
+        answer = "list the layers by hand, front to back: smartfrz.layers (docs/configuration.md)"
+        return [Finding("model", "problem", str(error), answer)], []
+    try:
+        kept = {layer.name for layer in match_layers(settings.keep_active, layers, "smartfrz.keep_active")}
+    except ValueError as error:
+        return [Finding("model", "problem", str(error), f"layers are: {', '.join(layer.name for layer in layers)}")], []
+    found = []
+    try:
+        check_tied(layers, settings.tied)
+    except ValueError as error:
+        found.append(Finding("model", "problem", str(error), 'smartfrz.tied: "freeze", if freezing both uses is right for your model'))
+    profile, measured = _profile(model, layers, batch, settings)
+    facts = _facts(layers, profile, settings, kept)
+    able = [fact for fact in facts if fact.freezable]
+    if not able:
+        text = f"none of the {len(layers)} layers can freeze"
+        found.append(Finding("model", "problem", text, "the table says why for each; look at smartfrz.keep_active and max_frozen_fraction"))
+    else:
+        how = "counted in a forward" if measured else f"estimated from the weights, {_TOKENS} tokens (too low for convolutions)"
+        most = max(fact.saved for fact in able)
+        text = f"{len(layers)} layers, {len(able)} can freeze; with all of them frozen a step needs {100 * most:.0f} % fewer FLOPs ({how})"
+        found.append(Finding("model", "ok", text))
+    hidden = next((fact for fact in facts if fact.weights and not fact.freezable and fact.kind != "head"), None)
+    if hidden and able and settings.order == "front_to_back" and hidden.position < max(fact.position for fact in able):
+        text = f"{hidden.name!r} stays active, so nothing behind it ever freezes (order is front_to_back)"
+        found.append(
+            Finding("model", "warning", text, 'smartfrz.order: "any" (it saves memory and traffic, but little time), or let it freeze')
+        )
+    return found, facts
+
+
+def _facts(layers: Sequence[Layer], profile: FlopProfile, settings: FreezeConfig, kept: set[str]) -> list[LayerFacts]:
+    able = set(candidates(layers, (), kept))
+    fits = allowed(layers, (), able, order=settings.order, max_frozen_fraction=settings.max_frozen_fraction)
+    whole = sum(profile.forward) or 1.0
+    facts = []
+    for layer in layers:
+        if layer.kind == "head":
+            reason = "the head always trains"
+        elif not layer.numel:
+            reason = "nothing to freeze: " + ("you froze its weights" if _has_weights(layer) else "no weights of its own")
+        elif layer.name in kept:
+            reason = "smartfrz.keep_active"
+        elif layer.name not in fits and settings.order == "front_to_back" and _blocked(layer, layers, able):
+            reason = f"{_blocked(layer, layers, able)} in front of it stays active"
+        elif layer.name not in fits:
+            reason = f"max_frozen_fraction {settings.max_frozen_fraction}"
+        else:
+            reason = ""
+        shares = bool(layer.tied) and settings.tied == "train" and not reason
+        facts.append(
+            LayerFacts(
+                position=layer.position,
+                name=layer.name,
+                kind=layer.kind,
+                weights=layer.numel,
+                forward=profile.forward[layer.position] / whole,
+                saved=saved_fraction(profile, range(layer.position + 1)),
+                freezable=not reason,
+                reason="its shared weight goes on training in the layer behind" if shares else reason,
+            )
+        )
+    return facts
+
+
+def _has_weights(layer: Layer) -> bool:
+    return any(next(module.parameters(), None) is not None for module in layer.modules) and not layer.borrowed
+
+
+def _blocked(layer: Layer, layers: Sequence[Layer], able: set[str]) -> str:
+    return next((x.name for x in layers[: layer.position] if x.numel and x.name not in able), "")
+
+
+def _profile(model: nn.Module, layers: Sequence[Layer], batch: Any, settings: FreezeConfig) -> tuple[FlopProfile, bool]:
+    if batch is not None:
+        meter = FlopMeter(model, layers, settings.tied)
+        call: Callable[[], Any] = (
+            (lambda: model(**batch))
+            if isinstance(batch, Mapping)
+            else (lambda: model(*batch))
+            if isinstance(batch, tuple)
+            else lambda: model(batch)
+        )
+        try:
+            call()
+        except Exception:  # a model that can't do it without weights, or wants other inputs: the estimate says so
+            meter.profile = None
+        meter.remove()
+        if meter.profile is not None and any(meter.profile.forward):
+            return meter.profile, True
+    return estimate_profile(layers, _TOKENS), False
+
+
+def _sub(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = raw.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0

@@ -1,0 +1,355 @@
+"""`smartfrz report`: one self-contained HTML page, and PNGs, of what a run's log says.
+
+Words and tables here; the charts are in report_charts.py, the page's frame in report.html.
+"""
+
+from __future__ import annotations
+
+import html
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from statistics import median
+
+from .events import FreezeEvent, Record, RunStart, Status, is_log, read_log
+
+MOST_ROWS = 400  # of the table of events
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One run out of a log, resumed or not, oldest first.
+
+    starts: one for each process that trained; none in logs that were written before there were such lines.
+    notes: what a reader must know of the log itself.
+    """
+
+    starts: list[RunStart] = field(default_factory=list)
+    events: list[FreezeEvent] = field(default_factory=list)
+    statuses: list[Status] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """All layers, front to back; without a start line those that the log names, in the order in which it does."""
+        if self.starts:
+            return self.starts[-1].layers
+        named = {name: None for e in self.events for name in (*e.frozen, *e.layers, *e.probabilities)}
+        return tuple(named)
+
+    @property
+    def last_step(self) -> int:
+        records: list[Record] = [*self.starts, *self.events, *self.statuses]
+        return max((r.step for r in records), default=0)
+
+    @property
+    def dry(self) -> bool:
+        """Whether the run only decided."""
+        return self.starts[-1].dry_run if self.starts else any(e.dry_run for e in self.events)
+
+    def changes(self) -> list[FreezeEvent]:
+        """The freezes and thaws."""
+        return [e for e in self.events if e.kind in ("freeze", "thaw")]
+
+    def _marks(self) -> list[tuple[int, frozenset[str]]]:
+        """What is frozen (in a dry run: would be) from which step on, oldest first."""
+        if self.dry:
+            wanted: set[str] = set()
+            marks = []
+            for e in self.events:
+                wanted |= set(e.layers) if e.kind == "decision" else set()
+                marks.append((e.step, frozenset(wanted)))
+            return marks
+        marks = [(s.step, frozenset(s.frozen)) for s in self.starts]
+        marks += [(e.step, frozenset(e.frozen)) for e in self.changes()]
+        marks += [(s.step, frozenset(s.frozen)) for s in self.statuses]
+        return sorted(marks, key=lambda mark: mark[0])  # stable: of one step the status stands behind the events
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The layers that are (or would be) frozen at the end, in order."""
+        marks = self._marks()
+        return tuple(name for name in self.layers if marks and name in marks[-1][1])
+
+    def frozen_spans(self) -> dict[str, list[tuple[int, int]]]:
+        """For each layer the spans of steps in which it was frozen, or in a dry run would be from the first decision on."""
+        spans: dict[str, list[tuple[int, int]]] = {name: [] for name in self.layers}
+        since: dict[str, int] = {}
+        for step, frozen in self._marks():
+            for name in frozen - since.keys():
+                since[name] = step
+            for name in since.keys() - frozen:
+                if step > (begun := since.pop(name)):
+                    spans.setdefault(name, []).append((begun, step))
+        for name, step in since.items():
+            spans.setdefault(name, []).append((step, self.last_step))
+        return spans
+
+
+def find_log(run_dir: Path) -> Path:
+    """The log of a run: `run_dir` itself where it is a file, else the one log among the *.jsonl files in it, or in the folders in it.
+
+    Raises ValueError: there is none, or there are several.
+    """
+    if run_dir.is_file():
+        return run_dir
+    if not run_dir.is_dir():
+        raise ValueError(f"{run_dir}: no such folder or file")
+    for pattern in ("*.jsonl", "*/*.jsonl"):
+        found = [path for path in sorted(run_dir.glob(pattern)) if path.is_file() and is_log(path)]
+        if len(found) > 1:
+            raise ValueError(f"{run_dir} holds several logs; name one of them: {', '.join(map(str, found))}")
+        if found:
+            return found[0]
+    raise ValueError(
+        f'{run_dir}: no log of smartfrz in it (a *.jsonl file with an event in it). A run writes one where "log_path" is set in the '
+        '"smartfrz" section of its DeepSpeed JSON; a log that lies elsewhere can be named itself'
+    )
+
+
+def load_run(path: Path) -> Run:
+    """The last run of a log. A resumed one is one run, without what was lived through twice.
+
+    Raises ValueError: no line at all, or a broken one that is not the last.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        records = read_log(path)
+    notes = [str(w.message).removeprefix(f"{path}: ") for w in caught]
+    if not records:
+        raise ValueError(f"{path}: the log is empty: the run has written no whole line yet")
+    lines: list[Record] = []
+    earlier = 0
+    for record in records:
+        if lines and record.step < lines[-1].step:
+            if isinstance(record, RunStart) and record.step > 0:  # resumed from a checkpoint
+                lines = [x for x in lines if x.step <= record.step]
+            else:
+                earlier, lines = earlier + 1, []
+        elif isinstance(record, RunStart) and record.step == 0 and any(not _at_the_start(x) for x in lines):
+            earlier, lines = earlier + 1, []
+        lines.append(record)
+    if earlier:
+        notes.append(f"the file also holds {earlier} earlier run{'s' * (earlier > 1)}, which this report leaves out")
+    run = Run(notes=notes)
+    for record in lines:
+        held: list[Record] = run.starts if isinstance(record, RunStart) else run.statuses if isinstance(record, Status) else run.events  # type: ignore[assignment]
+        held.append(record)
+    if not run.statuses:
+        run.notes.append("there are no status lines: no losses, times and bytes over the run (an old log, or one that has just begun)")
+    return run
+
+
+def _at_the_start(record: Record) -> bool:
+    """Whether a line may stand in front of the first start: warnings at attach, changes by hand before the first step."""
+    return isinstance(record, FreezeEvent) and record.step == 0
+
+
+def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
+    """Write report.html and its charts as PNGs; the page needs none of them.
+
+    run_dir: a folder with one log in it, or the log. output: folder, made where it isn't there; None: RUN_DIR/report.
+    Returns the page's path.
+
+    Raises:
+        ValueError: no log, several, an empty or a broken one.
+        ModuleNotFoundError: matplotlib is missing (extra "report").
+    """
+    from .report_charts import charts  # matplotlib
+
+    log = find_log(Path(run_dir))
+    run = load_run(log)
+    folder = Path(output) if output is not None else log.parent / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for chart in charts(run):
+        (folder / f"{chart.name}.png").write_bytes(chart.png)
+        parts.append(
+            f'<section id="{chart.name}"><h2>{_text(chart.title)}</h2><p class="about">{_text(chart.about)}</p>'
+            f'<div class="chart">{chart.svg}</div></section>'
+        )
+    frame = files("smartfrz_ds").joinpath("report.html").read_text(encoding="utf-8")
+    filled = {
+        "TITLE": _text(f"Freezing in {log.parent.resolve().name or log.name}"),
+        "FACTS": _facts(run, log),
+        "SUMMARY": "".join(f"<p>{_text(line)}</p>" for line in summary(run)),
+        "WARNINGS": _warnings(run),
+        "CHARTS": "\n".join(parts),
+        "EVENTS": _table(run),
+    }
+    for key, value in filled.items():
+        frame = frame.replace(f"<!--{key}-->", value)
+    page = folder / "report.html"
+    page.write_text(frame, encoding="utf-8")
+    return page
+
+
+# --- words -----------------------------------------------------------------------------------------------------------------------
+
+
+def summary(run: Run) -> list[str]:
+    """The run in a few sentences."""
+    total = run.starts[-1].total_steps if run.starts else None
+    frozen, count = run.frozen, len(run.layers)
+    at = f"step {run.last_step:,}" + (f" of {total:,}" if total else "")
+    if run.dry:
+        lines = [f"A dry run: nothing was frozen. By {at} the policy would have frozen {_layers(len(frozen), count)}."]
+    elif frozen:
+        lines = [f"At {at}, {_layers(len(frozen), count)} {'is' if len(frozen) == 1 else 'are'} frozen: {_names(frozen, run.layers)}."]
+    else:
+        lines = [f"At {at}, none of {count} layers is frozen." if run.starts else f"At {at}, no layer is frozen."]
+    if run.statuses:
+        lines.append(_savings(run))
+        lines += _before_and_after(run)
+    changes = run.changes()
+    if changes:
+        seconds = sum(e.seconds for e in changes)
+        thaws = sum(e.kind == "thaw" for e in changes)
+        text = f"{_some(len(changes) - thaws, 'freeze')}" + (f" and {_some(thaws, 'thaw')}" if thaws else "")
+        lines.append(f"{text} stopped training for {_seconds(seconds)} in all, {_seconds(max(e.seconds for e in changes))} at most.")
+    guarded = [e for e in changes if e.kind == "thaw" and any(r.startswith("guard:") for r in e.reasons.values())]
+    if guarded:
+        lines.append(f"The guard took {_some(len(guarded), 'freeze')} back: the metric had become worse (see the table).")
+    return lines
+
+
+def _savings(run: Run) -> str:
+    last = run.statuses[-1]
+    text = f"{100 * last.saved_flops_fraction:.1f} % of the training FLOPs so far were saved"
+    if last.hours_saved is None:
+        return text + "; hours can't be told: no step without frozen layers was timed."
+    hours = last.hours_saved
+    return text + f", and an estimated {_hours(hours)} " + ("of time." if hours >= 0 else "of time lost (this package's own work counts).")
+
+
+def _before_and_after(run: Run) -> list[str]:
+    """Sentences on what the frozen layers changed; none where there is no status before or none after the first freeze."""
+    before = [s for s in run.statuses if not s.frozen]
+    after = [s for s in run.statuses if s.frozen]
+    if not before or not after or before[-1].step > after[-1].step:
+        return []
+    first, last = before[-1], after[-1]
+    lines = [f"Optimizer memory over all ranks: {_change(first.optimizer_bytes, last.optimizer_bytes, size)}."]
+    if first.gradient_bytes and last.gradient_bytes is not None:
+        lines[-1] = lines[-1][:-1] + f"; gradients sent per step: {_change(first.gradient_bytes, last.gradient_bytes, size)}."
+    # The first status with frozen layers timed the steps before that freeze.
+    slow = [s.step_seconds for s in before[-5:] if s.step_seconds is not None]
+    fast = [s.step_seconds for s in after[1:][-5:] if s.step_seconds is not None]
+    if slow and fast:
+        lines.append(f"A step took {_change(median(slow), median(fast), _seconds)} (medians, before the first freeze and last).")
+    return lines
+
+
+def _change(before: float, after: float, show: Callable[[float], str]) -> str:
+    share = f" ({100 * (after / before - 1):+.0f} %)".replace("-", "−") if before else ""
+    return f"{show(before)} → {show(after)}{share}"
+
+
+def _layers(some: int, of: int) -> str:
+    return f"{some} of {of} layers"
+
+
+def _some(count: int, word: str) -> str:
+    return f"{count} {word}{'s' * (count != 1)}"
+
+
+def _names(names: Sequence[str], order: Sequence[str]) -> str:
+    """Layers, with runs of neighbours as "first … last (n)"."""
+    place = {name: i for i, name in enumerate(order)}
+    known = sorted(names, key=lambda name: place.get(name, len(place)))
+    groups: list[list[str]] = []
+    for name in known:
+        if groups and name in place and place.get(groups[-1][-1], -9) == place[name] - 1:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return ", ".join(f"{g[0]} … {g[-1]} ({len(g)})" if len(g) > 3 else ", ".join(g) for g in groups)
+
+
+def size(count: float) -> str:
+    """Bytes as people write them."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= scale:
+            return f"{count / scale:.3g} {unit}".replace("-", "−")
+    return f"{count:.0f} B"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if abs(seconds) < 1 else f"{seconds:.3g} s"
+
+
+def _hours(hours: float) -> str:
+    hours = abs(hours)
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min" if hours >= 1 / 60 else f"{3600 * hours:.1f} s"
+
+
+# --- parts of the page -----------------------------------------------------------------------------------------------------------
+
+
+def _text(text: str) -> str:
+    return html.escape(text)
+
+
+def _facts(run: Run, log: Path) -> str:
+    facts = {"log": log.name}
+    if run.starts:
+        last = run.starts[-1]
+        resumed = len(run.starts) - 1
+        facts |= {"policy": last.policy + (", dry run" if last.dry_run else ""), "engine": last.engine, "ranks": str(last.ranks)}
+        facts |= {"layers": str(len(last.layers)), "weights": f"{sum(last.weights):,}", "smartfrz_ds": last.version}
+        facts["began"] = _when(run.starts[0].time)
+        facts |= {"resumed": _some(resumed, "time")} if resumed else {}
+    if run.statuses:
+        facts["last status"] = f"step {run.statuses[-1].step:,}, {_when(run.statuses[-1].time)}"
+    return "".join(f"<div><dt>{_text(key)}</dt><dd>{_text(value)}</dd></div>" for key, value in facts.items())
+
+
+def _when(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _warnings(run: Run) -> str:
+    lines = [f"<li>The log: {_text(note)}.</li>" for note in run.notes]
+    lines += [f"<li>Step {e.step:,}: {_text(e.message)}</li>" for e in run.events if e.kind == "warning"]
+    return f'<section class="warnings"><h2>Warnings</h2><ul>{"".join(lines)}</ul></section>' if lines else ""
+
+
+def _table(run: Run) -> str:
+    shown = [e for e in run.events if e.kind != "warning" and (e.kind != "decision" or e.layers)]
+    silent = sum(e.kind == "decision" and not e.layers for e in run.events)
+    rows = "".join(_row(e, run.layers) for e in shown[:MOST_ROWS])
+    if not rows:
+        rows = '<tr><td colspan="6">none yet</td></tr>'
+    about = f"<p>{_some(silent, 'more decision')} of the policy froze nothing.</p>" if silent else ""
+    if len(shown) > MOST_ROWS:
+        about += f"<p>{len(shown) - MOST_ROWS} later events are only in the log.</p>"
+    heads = "".join(f"<th>{name}</th>" for name in ("step", "what", "layers", "released", "pause", "reason"))
+    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>{about}'
+
+
+def _row(event: FreezeEvent, order: Sequence[str]) -> str:
+    # Layers with one reason share a line.
+    reasons: dict[str, list[str]] = {}
+    for name in event.layers:
+        if event.reasons.get(name):
+            reasons.setdefault(event.reasons[name], []).append(name)
+    several = len(event.layers) > 1 and len(reasons) > 1
+    why = [f"<b>{_text(_names(names, order))}</b>: {_text(r)}" if several else _text(r) for r, names in reasons.items()]
+    if not why:
+        why = [_text(event.message) or "by hand, or not given"]
+    what = {"decision": "would freeze", "rebalance": "stages moved"}.get(event.kind, event.kind)
+    if event.bounds:
+        why = [f"stages begin at {', '.join(map(str, event.bounds[:-1]))}; predicted {event.gain:.2f} × faster"]
+    changed = event.kind in ("freeze", "thaw")
+    cells = [
+        (f"{event.step:,}", "number"),
+        (f'<span class="tag {event.kind}">{what}</span>', ""),
+        (_text(_names(event.layers, order)), ""),
+        (size(event.bytes_released_total) if changed else "", "number"),
+        (_seconds(event.seconds) if changed else "", "number"),
+        ("<br>".join(why), "reason"),
+    ]
+    return "<tr>" + "".join(f'<td class="{kind}">{cell}</td>' for cell, kind in cells) + "</tr>"

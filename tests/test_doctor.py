@@ -1,0 +1,376 @@
+"""Every check of `smartfrz doctor` is made to fail for real: a real lock, a real port that is taken, a real file that is wrong."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from torch import nn
+
+from smartfrz_ds import doctor
+from smartfrz_ds.config import FreezeConfig
+from smartfrz_ds.doctor import Finding, examine, render
+from smartfrz_ds.doctor_config import check_config, check_model, load_model, refused, traps
+
+GOOD: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 8,
+    "gradient_clipping": 1.0,
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
+    "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 5000, "warmup_num_steps": 10}},
+    "zero_optimization": {"stage": 2, "reduce_bucket_size": 5_000_000},
+    "smartfrz": {"log_path": "log.jsonl"},
+}
+
+
+def only(findings: list[Finding], level: str) -> Finding:
+    """The one finding of this level; all that aren't fine have an answer."""
+    (found,) = (f for f in findings if f.level == level)
+    assert all(bool(f.answer) == (f.level != "ok") for f in findings)
+    return found
+
+
+def program(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
+# ---- the machine
+
+
+def test_untested_deepspeed_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not [f for f in doctor.check_versions() if f.level == "problem"]
+    monkeypatch.setattr(deepspeed, "__version__", "0.18.2")
+    found = only(doctor.check_versions(), "problem")
+    assert found.check == "deepspeed" and "0.18.2 is not among the tested versions (==0.19.8)" in found.text
+    assert "pip install 'deepspeed==0.19.8'" in found.answer
+
+
+def test_untested_torch_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cpu")
+    assert "torch 2.6.0+cpu is not among the tested versions" in only(doctor.check_versions(), "warning").text
+
+
+def test_cpu_build_beside_a_gpu_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program(tmp_path, "nvidia-smi", "echo")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    if torch.version.cuda:
+        pytest.skip("torch's CUDA build is installed here")
+    assert "CPU build) on a machine with an NVIDIA driver" in only(doctor.check_versions(), "problem").text
+
+
+def test_packages_of_another_version_and_missing_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = tmp_path / "accelerate-0.20.0.dist-info"
+    old.mkdir()
+    (old / "METADATA").write_text("Metadata-Version: 2.1\nName: accelerate\nVersion: 0.20.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = only(doctor.check_packages(["accelerate"]), "warning")
+    assert found.text == "accelerate 0.20.0 was not tried with this package (tried: >=1.10)"
+    assert "not installed" in only(doctor.check_packages(["no-such-package"]), "ok").text
+
+
+def test_missing_compiler_headers_and_ninja(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    found = doctor.check_compiler()
+    assert [f.level for f in found] == ["problem"] * 3
+    assert "no C++ compiler (c++)" in found[0].text and "Python.h" in found[1].text and "no ninja on PATH" in found[2].text
+    program(tmp_path, "my-c++", "")
+    monkeypatch.setenv("CXX", "my-c++")
+    assert doctor.check_compiler()[0].level == "ok"
+
+
+def test_two_ninja_versions_rebuild_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Path(sys.executable).with_name("ninja")
+    if not own.exists():
+        pytest.skip("no ninja in this environment")
+    monkeypatch.setenv("PATH", f"{own.parent}{os.pathsep}{os.environ['PATH']}")
+    assert doctor.check_compiler()[-1].level == "ok"
+    program(tmp_path, "ninja", "echo 1.5.0")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    found = doctor.check_compiler()[-1]
+    assert (found.check, found.level) == ("ninja", "warning")
+    assert f"{tmp_path / 'ninja'} is 1.5.0" in found.text and found.answer.endswith(f"PATH={own.parent}:$PATH")
+
+
+def test_a_stale_build_lock_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert only(doctor.check_build_locks(), "ok").text == f"no build lock in {tmp_path}"
+    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    assert "something is being built" in only(doctor.check_build_locks(), "warning").text
+    hour_ago = lock.stat().st_mtime - 3600
+    os.utime(lock, (hour_ago, hour_ago))
+    found = only(doctor.check_build_locks(), "problem")
+    assert f"{lock} is 60 minutes old" in found.text and found.answer.endswith(f"rm '{lock}'")
+    subprocess.run(found.answer.split(": ", 1)[1], shell=True, check=True)
+    assert doctor.check_build_locks()[0].level == "ok"
+
+
+def test_mpi_with_half_of_it_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other half is a module of the right name: whatever MPI is installed here, it's not looked at."""
+    (tmp_path / "bin").mkdir()
+    program(tmp_path / "bin", "mpirun", "")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    (tmp_path / "mpi4py").mkdir()
+    (tmp_path / "mpi4py" / "__init__.py").touch()
+    (tmp_path / "mpi4py" / "MPI.py").write_text("raise RuntimeError('cannot load MPI library')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    assert "cannot load MPI library" in only(doctor.check_mpi(), "problem").text
+    (tmp_path / "mpi4py" / "MPI.py").write_text("def Get_library_version():\n    return 'Some MPI 9.9'")
+    assert "Some MPI 9.9" in only(doctor.check_mpi(), "ok").text
+    (tmp_path / "bin" / "mpirun").unlink()
+    assert "no mpirun on PATH" in only(doctor.check_mpi(), "warning").text
+
+
+def test_mpirun_without_mpi4py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [])
+    assert "no MPI" in only(doctor.check_mpi(), "ok").text
+    program(tmp_path, "mpirun", "")
+    assert "mpi4py is not" in only(doctor.check_mpi(), "warning").text
+
+
+def test_a_host_name_that_leads_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    found = only(doctor.check_host("localhost"), "warning")
+    assert "'localhost' means" in found.text and "GLOO_SOCKET_IFNAME" in found.answer
+    found = only(doctor.check_host("no-such-host.invalid"), "problem")
+    assert "can't be resolved" in found.text and "/etc/hosts" in found.answer
+    assert only(doctor.check_host("192.0.2.7"), "ok").text.endswith("means 192.0.2.7")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth77")
+    assert "no such interface" in only(doctor.check_host(), "problem").text
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    assert only(doctor.check_host(), "ok")
+
+
+def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        found = only(doctor.check_port(), "warning")
+    assert f"port {port}, the launcher's, can't be used (Address already in use)" in found.text
+    assert only(doctor.check_port(), "ok").text == f"port {port} is free"
+    monkeypatch.setenv("MASTER_PORT", "eighty")
+    assert only(doctor.check_port(), "problem").text == "MASTER_PORT is 'eighty'"
+
+
+def test_shared_memory_without_room_and_with_leftovers(tmp_path: Path) -> None:
+    assert only(doctor.check_shm(tmp_path), "ok")
+    assert only(doctor.check_shm(tmp_path / "none"), "warning")
+    assert "dies of SIGBUS" in only(doctor.check_shm(tmp_path, needed=2**60), "problem").text
+    for rank in (0, 1):
+        (tmp_path / f"deepspeed_allreduce_buffer_0_127.0.0.1_29500_{rank}").write_bytes(bytes(10**6))
+    found = only(doctor.check_shm(tmp_path), "warning")
+    assert found.text.startswith("2 files of runs that have ended hold 2 MB")
+    with (tmp_path / "deepspeed_allreduce_buffer_0_127.0.0.1_29500_0").open("r+b") as file, mmap.mmap(file.fileno(), 0):
+        assert doctor.check_shm(tmp_path)[0].text.startswith("1 files"), "one is in use"
+    subprocess.run(found.answer.split(": ", 1)[1], shell=True, check=True)
+    assert doctor.check_shm(tmp_path)[0].level == "ok"
+
+
+def test_few_open_files() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
+        found = only(doctor.check_limits(), "warning")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert "may open 512 files" in found.text and found.answer.startswith("ulimit -n")
+
+
+# ---- the settings
+
+
+def test_a_good_config_has_nothing_to_say(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(GOOD))
+    found, settings = check_config(file)
+    assert only(found, "ok").text == f"{file}: policy 'attention'" and settings is not None
+
+
+def test_a_wrong_setting_and_a_missing_file(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(GOOD | {"smartfrz": {"window": 1, "polcy": "linear"}}))
+    found, settings = check_config(file)
+    assert [f.level for f in found] == ["problem"] * 2 and settings is None
+    assert found[0].text == "smartfrz.window: got 1; allowed: an integer >= 2" and "did you mean 'policy'" in found[1].text
+    assert "no such file" in only(check_config(tmp_path / "none.json")[0], "problem").text
+    file.write_text(json.dumps(GOOD | {"smartfrz": {"enabled": False}}))
+    assert "nothing will freeze" in only(check_config(file)[0], "warning").text
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.device: nvme"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device: nvme"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio: 0.5"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, "hpZ"),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 4}}, "MiCS"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights"),
+        ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zenflow"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "autotp_size"),
+        ({"sequence_parallel_size": 2}, "Ulysses"),
+        ({"compile": {"deepcompile": True}}, "deepcompile"),
+        ({"hybrid_engine": {"enabled": True}}, "hybrid_engine"),
+        ({"checkpoint": {"writer": {"type": "fast"}}}, "checkpoint.writer"),
+        ({"datastates_ckpt": {"host_cache_size": 1}}, "datastates"),
+        ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "bf16_master_weights_and_grads"),
+        ({"optimizer": {"type": "OneBitAdam"}}, "OneBitAdam"),
+        ({"optimizer": {"type": "Lamb"}}, "Lamb"),
+        ({"pipeline": {"activation_checkpoint_interval": 1}}, "reentrant"),
+    ],
+)
+def test_what_freezing_refuses(part: dict[str, Any], words: str) -> None:
+    assert refused(GOOD) == []
+    ((text, answer),) = refused(GOOD | part)
+    assert words in text and answer
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"gradient_clipping": None}, "clips at 1.0"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}, "torch_adam is not true"),
+        ({"zero_optimization": {"stage": 1}}, "reduce_bucket_size is 5e+08"),
+        ({"scheduler": None}, "constant learning rate"),
+        ({"scheduler": None, "smartfrz": {"log_path": "x", "policy": "linear"}}, "does not say how long the run is"),
+        ({"smartfrz": {}}, "log_path is null"),
+        ({"smartfrz": {"log_path": "x", "total_steps": 40}}, "first freezing stage is step 100, and the run ends at 40"),
+        ({"smartfrz": {"log_path": "x", "total_steps": 400}}, "window of snapshots spans 290 steps"),
+    ],
+)
+def test_traps(change: dict[str, Any], words: str) -> None:
+    assert traps(GOOD, FreezeConfig.load(GOOD), gpus=0) == []
+    raw = {key: value for key, value in (GOOD | change).items() if value is not None}
+    ((text, answer),) = traps(raw, FreezeConfig.load(raw), gpus=0)
+    assert words in text and answer
+
+
+def test_traps_of_the_cpu_are_none_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    raw = GOOD | {"zero_optimization": {"stage": 1}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}
+    assert len(traps(raw, FreezeConfig.load(raw), gpus=0)) == 2
+    assert traps(raw, FreezeConfig.load(raw), gpus=8) == []
+    assert len(traps({k: v for k, v in raw.items() if k != "smartfrz"}, FreezeConfig(), gpus=8)) == 2  # no section, no log
+
+
+# ---- the model
+
+
+def gpt2(**config: Any) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=4, n_embd=32, n_head=2, vocab_size=96, n_positions=64, **config))
+
+
+def test_the_table_says_what_can_freeze_and_why_not() -> None:
+    model = gpt2()
+    model.get_submodule("transformer.h.1").requires_grad_(False)
+    settings = FreezeConfig.load({"keep_active": ["transformer.h.2"], "max_frozen_fraction": 0.75})
+    found, facts = check_model(model, {"input_ids": torch.zeros(1, 16, dtype=torch.long)}, settings)
+    assert [(x.name.removeprefix("transformer."), x.kind, x.freezable, x.reason) for x in facts] == [
+        ("embeddings", "embedding", True, "its shared weight goes on training in the layer behind"),
+        ("h.0", "block", True, ""),
+        ("h.1", "block", False, "nothing to freeze: you froze its weights"),
+        ("h.2", "block", False, "smartfrz.keep_active"),
+        ("h.3", "block", False, "transformer.h.2 in front of it stays active"),
+        ("head", "head", False, "the head always trains"),
+    ]
+    assert facts[1].weights == sum(p.numel() for p in model.get_submodule("transformer.h.0").parameters())
+    assert sum(x.forward for x in facts) == pytest.approx(1) and facts[0].forward == 0 < facts[1].forward
+    assert [x.saved for x in facts] == sorted(x.saved for x in facts) and 0 < facts[1].saved < 0.5
+    assert only(found, "ok").text.startswith("6 layers, 2 can freeze") and "counted in a forward" in found[0].text
+
+
+def test_a_fraction_too_small_for_all_layers() -> None:
+    found, facts = check_model(gpt2(), None, FreezeConfig.load({"max_frozen_fraction": 0.34, "tied": "freeze"}))
+    assert [x.reason for x in facts] == ["", "", *["max_frozen_fraction 0.34"] * 3, "the head always trains"]
+    assert "estimated" in only(found, "ok").text
+
+
+def test_a_hole_in_front_is_a_warning() -> None:
+    settings = FreezeConfig.load({"keep_active": ["embeddings"]})
+    found, _ = check_model(gpt2(), None, settings)
+    assert "none of the 6 layers can freeze" in only(found, "problem").text
+    found, facts = check_model(gpt2(), None, settings.model_copy(update={"order": "any"}))
+    assert [x.freezable for x in facts] == [False, True, True, True, True, False] and only(found, "ok")
+
+
+def test_models_that_freezing_can_do_nothing_with() -> None:
+    found, facts = check_model(nn.Linear(3, 3))
+    assert "the layers can't be ordered" in only(found, "problem").text and facts == []
+    found, _ = check_model(gpt2(), None, FreezeConfig.load({"keep_active": ["*.nonsense"]}))
+    assert "matches no layer" in only(found, "problem").text and "transformer.h.3" in found[0].answer
+
+    class Shared(nn.Module):
+        """A weight that is shared outside of an embedding."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.c.weight = self.a.weight
+
+    found, _ = check_model(Shared())
+    assert "smartfrz.tied is 'train'" in only(found, "problem").text
+
+
+def test_models_are_found_by_callable_and_by_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "my_nets_for_doctor.py").write_text(
+        "import torch\n"
+        "def small():\n    return torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3))), torch.zeros(1, 4)\n"
+        "def number():\n    return 3\n"
+        "def broken():\n    raise RuntimeError('no such weights')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    found, facts = check_model(*load_model("my_nets_for_doctor:small"))
+    assert [x.forward for x in facts] == pytest.approx([1 / 3] * 3) and "counted" in found[0].text
+    for name, words in (("number", "returned int"), ("broken", "no such weights"), ("nothing", "no attribute 'nothing'")):
+        with pytest.raises(ValueError, match=words):
+            load_model(f"my_nets_for_doctor:{name}")
+    with pytest.raises(ValueError, match="No module named 'my_nats'"):
+        load_model("my_nats:small")
+    transformers.BertConfig(num_hidden_layers=2, architectures=["BertForSequenceClassification"]).save_pretrained(tmp_path / "bert")
+    model, batch = load_model(str(tmp_path / "bert"))
+    assert type(model).__name__ == "BertForSequenceClassification" and next(model.parameters()).is_meta
+    _, facts = check_model(model, batch)
+    assert [x.name for x in facts] == ["embeddings", "bert.encoder.layer.0", "bert.encoder.layer.1", "head"]
+    assert sum(x.weights for x in facts) == sum(p.numel() for p in model.parameters())
+
+
+# ---- all of it
+
+
+def test_examine_and_render(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(GOOD))
+    fine = examine(file)
+    assert [f for f in fine.findings if f.check == "config"] == [Finding("config", "ok", f"{file}: policy 'attention'")]
+    if shutil.which("c++"):
+        assert fine.exit_code == 0, render(fine)
+    (tmp_path / "lock").touch()
+    os.utime(tmp_path / "lock", (1, 1))
+    bad = examine(file, "no_such_module:model")
+    text = render(bad)
+    assert bad.exit_code == 1 and "2 problems" in text.splitlines()[-1]
+    assert "PROBLEM build locks: " in text and f"-> if nothing is being built now: rm '{tmp_path / 'lock'}'" in text
+    assert "No module named 'no_such_module'" in text and max(map(len, text.splitlines())) <= 140
