@@ -101,8 +101,7 @@ def predict_pause(backend: Backend, out: Collection[Parameter], speed: Bandwidth
         if isinstance(backend, Zero3Backend):
             cost += _gather_cost(backend.gathered_by(out))
     else:
-        whole = sum(p.nbytes for p in freeze if p.untyped_storage().nbytes() != p.nbytes)
-        cost = Cost(copied_bytes=whole + 2 * sum(p.nbytes for p in thaw))  # two moments, as large as the weights
+        cost = Cost(copied_bytes=backend.copied_bytes(freeze, thaw))
     return PausePrediction(seconds=cost.seconds(speed), moved_bytes=cost.moved_bytes, cost=cost)
 
 

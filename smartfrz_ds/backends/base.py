@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ..layers import Layer, find_layers
+from ..policies.base import Need
 
 # A torch Parameter with the ds_* attributes that ZeRO-3 hangs on it (runtime/zero/partition_parameters.py).
 ZeroParam: TypeAlias = Any
@@ -104,12 +105,23 @@ class Backend(ABC):
         found = find_layers(model, patterns)
         return tuple(dataclasses.replace(x, params=keep(x.params), tied=keep(x.tied), borrowed=keep(x.borrowed)) for x in found)
 
+    #: what this engine can't give a policy (gradients, activations, lr_scale) -> the words for it
+    missing: Mapping[Need, str] = {}
+
     #: whether the data-parallel ranks are not alike: each process holds a part of the model (a pipeline's stage)
     staged = False
 
     def partition(self) -> list[int] | None:
         """Where the stages of a pipeline begin and end in its list of layers, (stages + 1,); None where there are none."""
         return None
+
+    def caller(self, model: nn.Module) -> nn.Module:
+        """What to call for a forward of `model`, all ranks together."""
+        return model
+
+    def gradients_now(self) -> Iterable[Parameter]:
+        """Parameters that have a gradient before a step and run no hook of their own when they get it."""
+        return ()
 
     def arrange(self, layers: Sequence[Layer], frozen: Collection[str]) -> None:  # noqa: B027 (most engines have nothing to do)
         """Called after every change of the layout, and at the start: what the engine does beyond its optimizer. frozen: names."""
@@ -176,6 +188,11 @@ class Backend(ABC):
     @abstractmethod
     def sampler(self, requests: Sequence[SampleRequest], numel: int) -> Sampler:
         """Compile requests against the layout of now. A sampler is dead after the next `change`."""
+
+    def copied_bytes(self, freeze: Iterable[Parameter], thaw: Iterable[Parameter]) -> int:
+        """Bytes that a change copies on this rank, where nothing is communicated for it: what its pause is predicted from."""
+        whole = sum(p.nbytes for p in freeze if p.untyped_storage().nbytes() != p.nbytes)
+        return whole + 2 * sum(p.nbytes for p in thaw)  # two moments, as large as the weights
 
     def check(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter]) -> None:
         """Raise before anything is changed if this change can't be done.

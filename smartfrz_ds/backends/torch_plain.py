@@ -1,0 +1,182 @@
+"""Plain torch in one process, and what every run without DeepSpeed has in common: one state entry a parameter in a torch optimizer.
+
+DDP, FSDP2 and FSDP1 build on it (ddp.py, fsdp2.py, fsdp1.py). Nothing private of torch is touched here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from .base import Backend, FreezeError, Released, Sampler, SampleRequest, storage_bytes
+
+
+class TorchBackend(Backend):
+    """One process with plain torch (or several that each hold all weights).
+
+    wrapped: the model as the user calls it. module: the model inside of the wrapper, whose structure has the layers.
+    optimizer: the torch optimizer.
+    """
+
+    name = "torch"
+
+    def __init__(self, wrapped: nn.Module, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(wrapped)
+        self.wrapped, self.module, self._optimizer = wrapped, module, optimizer
+        self.scaler: Any = None
+        # What the user froze stays where the user put it.
+        self._groups = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
+        self._order = [list(group["params"]) for group in optimizer.param_groups]
+        self._names = {p: name for name, p in module.named_parameters()}
+        self._kept: dict[Parameter, dict[str, Any]] = {}  # on the host
+        self._forwarded = False  # a forward that builds a graph has begun since the last step
+        self._handles = [m.register_forward_pre_hook(self._note_forward) for m in dict.fromkeys((wrapped, module))]
+
+    def _note_forward(self, module: nn.Module, args: Any) -> None:
+        if torch.is_grad_enabled():
+            self._forwarded = True
+
+    def stepped(self) -> None:
+        """The optimizer has just used the gradients: what is left of them waits for zero_grad only."""
+        self._forwarded = False
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @property
+    def groups(self) -> list[list[Parameter]]:
+        return self._groups
+
+    def base_optimizer(self) -> torch.optim.Optimizer:
+        return self._optimizer
+
+    def masters(self) -> list[Tensor]:
+        return []
+
+    def loss_scale(self) -> float:
+        return float(self.scaler.get_scale()) if self.scaler is not None else 1.0
+
+    def optimizer_bytes(self) -> int:
+        values = (v for state in self._optimizer.state.values() for v in state.values() if isinstance(v, Tensor) and v.ndim > 0)
+        return storage_bytes(local(v) for v in values)
+
+    def is_boundary(self) -> bool:
+        # Gradients that a step has used may still be there: scripts clear them before the next backward.
+        clear = all(p.grad is None for i in range(len(self._groups)) for p in self.active(i)) and not self.gradients_pending()
+        return clear or not self._forwarded
+
+    def check(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter]) -> None:
+        if not self.is_boundary():
+            raise RuntimeError(
+                "freeze and thaw only at a step boundary: after optimizer.step() and before the next forward (or with all gradients "
+                "cleared by zero_grad)"
+            )
+        super().check(freeze, thaw)
+
+    def sampler(self, requests: Sequence[SampleRequest], numel: int) -> Sampler:
+        sampler = Sampler(numel)
+        if self.speaks_for_replicas:  # every rank holds everything; one is enough
+            sampler.parts += [(r.param, r.elements.to(r.param.device), r.slots) for r in requests]
+        return sampler
+
+    def copied_bytes(self, freeze: Iterable[Parameter], thaw: Iterable[Parameter]) -> int:
+        return 2 * sum(local(p).nbytes for p in thaw)  # two moments, as large as the weights
+
+    def change(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool) -> Released:
+        before = self.optimizer_bytes()
+        for param in freeze:
+            state = self._optimizer.state.pop(param, {})
+            if keep:
+                self._kept[param] = {k: _to_host(v) for k, v in state.items()}
+            param.grad = None
+            param.requires_grad_(False)
+        for param in thaw:
+            param.requires_grad_(True)
+            if state := self._kept.pop(param, {}):
+                self._optimizer.state[param] = {k: _to_device(v, param) for k, v in state.items()}
+        self.frozen = (self.frozen | set(freeze)) - set(thaw)
+        for order, group in zip(self._order, self._optimizer.param_groups, strict=True):
+            group["params"][:] = [p for p in order if p not in self.frozen]
+        self.rewire(freeze, thaw)
+        return Released(before - self.optimizer_bytes(), 0)
+
+    def rewire(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter]) -> None:
+        """What the wrapper must do after the optimizer has changed."""
+
+    def forget(self, params: Iterable[Parameter]) -> None:
+        for param in params:
+            self._kept.pop(param, None)
+
+    def verify(self) -> None:
+        super().verify()
+        held = [p for group in self._optimizer.param_groups for p in group["params"]]
+        if self.frozen.intersection(held) or self.frozen.intersection(self._optimizer.state):
+            raise FreezeError("a frozen parameter is still in the torch optimizer")
+        expected = sum(len(order) for order in self._order) - len(self.frozen)
+        if len(held) != expected or len(self._optimizer.param_groups) != len(self._order):
+            raise FreezeError(f"the torch optimizer holds {len(held)} parameters instead of {expected}")
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------------------
+
+    def kept_state(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """What this rank holds back for a thaw, as JSON and tensors (its own shards); None where there is nothing."""
+        about: list[dict[str, Any]] = []
+        tensors: dict[str, Tensor] = {}
+        for k, (param, state) in enumerate(self._kept.items()):
+            about.append({"param": self._names[param], "numbers": {key: v for key, v in state.items() if not isinstance(v, Tensor)}})
+            tensors |= {f"{k}/{key}": v for key, v in state.items() if isinstance(v, Tensor)}
+        return ({"kept": about}, tensors) if about else None
+
+    def load_kept_state(self, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """The inverse, on the same number of ranks."""
+        params = {name: p for p, name in self._names.items()}
+        for k, item in enumerate(about["kept"]):
+            mine = {name.removeprefix(f"{k}/"): t for name, t in tensors.items() if name.startswith(f"{k}/")}
+            self._kept[params[item["param"]]] = mine | item["numbers"]
+
+
+class Unwrapped(TorchBackend):
+    """Several processes that each hold all weights, and no wrapper that says how their gradients meet."""
+
+    name = "torch, no wrapper"
+
+    def __init__(self, wrapped: nn.Module, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(wrapped, module, optimizer)
+        self.warnings.append(
+            f"{dist.get_world_size()} processes, but the model is neither in DDP nor in FSDP: it is taken to be the same on all of them"
+        )
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor: of a DTensor its shard, else the tensor itself."""
+    inside = getattr(tensor, "_local_tensor", None)  # torch/distributed/tensor/_api.py: DTensor; to_local() would record a gradient
+    return inside if isinstance(inside, Tensor) else tensor
+
+
+def _to_host(value: Any) -> Any:
+    """A copy on the host of a state entry; of a sharded one this rank's part."""
+    if not isinstance(value, Tensor):
+        return value
+    part = local(value.detach())
+    return part.to("cpu", copy=part.device.type != "cpu" or part.untyped_storage().nbytes() != part.nbytes)
+
+
+def _to_device(value: Any, param: Parameter) -> Any:
+    """The inverse of `_to_host`, for the state of `param`. torch keeps `step` on the host unless the optimizer is fused or capturable."""
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return value
+    value = value.to(local(param).device)
+    if local(param) is param:
+        return value
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(param, DTensor)
+    return DTensor.from_local(value, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride())

@@ -1,0 +1,186 @@
+"""attach_torch: freezing in a script without DeepSpeed. One process, DDP, FSDP2 or FSDP1.
+
+The controller listens to the torch optimizer (register_step_pre_hook and register_step_post_hook): a step is an `optimizer.step()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._version import __version__
+from .backends.torch_plain import TorchBackend, local
+from .backends.torch_support import bare_optimizer, make_torch_backend
+from .config import FreezeConfig
+from .controller import Controller
+from .schedule import current_lr
+from .torch_checkpoint import restore_from, save_beside
+
+
+class TorchController(Controller):
+    """The controller of a run without DeepSpeed. Made by `attach_torch`."""
+
+    _backend: TorchBackend
+
+    def before_step(self) -> None:
+        self._lr = current_lr(self._backend.base_optimizer())  # a checkpoint may have been loaded after `restore`
+        super().before_step()
+
+    def save(self, folder: str | Path) -> None:
+        """Write the freeze state into the folder of the user's own checkpoint, beside its files. Collective, between steps.
+
+        Raises:
+            OSError or RuntimeError: a file can't be written, on every rank.
+        """
+        save_beside(self, self._backend, folder)
+
+    def restore(self, folder: str | Path) -> None:
+        """Take up what `save` wrote. Collective, at a step boundary, BEFORE the model and the optimizer are loaded: they must have the
+        checkpoint's frozen set then. With FSDP2 the number of ranks may be another.
+
+        Raises:
+            ValueError: there is no freeze state, it is damaged or of another model; nothing was changed.
+        """
+        restore_from(self, self._backend, folder)
+
+    def release(self) -> None:
+        """Give the model and its optimizer's hooks back as they were: every layer trains. The optimizer must not be used any further."""
+        super().release()
+        self._backend.remove()
+        self._hooks.remove()
+        del self._backend.base_optimizer().smartfrz  # type: ignore[attr-defined]
+
+    def learn(self, *, scheduler: Any = None, total_steps: int | None = None) -> None:
+        super().learn(scheduler=scheduler, total_steps=total_steps)
+        self._hooks.come_last()  # behind what a new policy has hooked
+
+    def _listen(self, hooks: _Hooks) -> None:
+        self._hooks = hooks
+
+
+class _Hooks:
+    """Between a torch optimizer and its controller. The one before the step must be there before the controller is made: a policy that
+    scales learning rates hooks the optimizer too, and looks at what this one sets."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.controller: TorchController | None = None
+        self._optimizer, self._counts = optimizer, True
+        self._first = optimizer.register_step_pre_hook(self._before)
+        self._last: Any = None
+        self._load = optimizer.register_load_state_dict_pre_hook(_check_load)
+
+    def listen(self, controller: TorchController) -> None:
+        self.controller = controller
+        self.come_last()
+        controller._listen(self)
+
+    def come_last(self) -> None:
+        """After the step behind all other hooks: learning rates that were scaled for it are back."""
+        if self._last is not None:
+            self._last.remove()
+        self._last = self._optimizer.register_step_post_hook(self._after)
+
+    def remove(self) -> None:
+        for handle in (self._first, self._last, self._load):
+            if handle is not None:
+                handle.remove()
+
+    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self.controller is None:
+            return
+        if any(x is not None for x in (*args[1:], *kwargs.values())):
+            raise ValueError("optimizer.step(closure): smartfrz_ds works with optimizer.step() alone, after backward")
+        self._counts = not _only_makes_state(optimizer, self.controller)
+        if self._counts:
+            self.controller.before_step()
+
+    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self.controller is None or not self._counts:
+            return
+        self.controller._backend.stepped()
+        # torch/amp/grad_scaler.py: a fused optimizer is called in any case, and skips the step itself where this is not zero.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if isinstance(found_inf, Tensor) and found_inf.item():
+            self.controller.step_skipped()
+        else:
+            self.controller.after_step()
+
+
+def _only_makes_state(optimizer: torch.optim.Optimizer, controller: TorchController) -> bool:
+    """Whether this step is torch.distributed.checkpoint's, which makes an optimizer's state with gradients and rates of zero
+    (torch/distributed/checkpoint/state_dict.py, _init_optim_state). Collective where it may be."""
+    if optimizer.state or any(float(group["lr"]) != 0.0 for group in optimizer.param_groups):
+        return False
+    grads = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    moves = any(bool(g.any()) for g in grads)
+    return controller.ranks.sums([float(moves)])[0] == 0.0
+
+
+def _check_load(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Before a checkpoint's state is loaded: torch would say no more than that sizes don't match."""
+    theirs, ours = ([len(group["params"]) for group in groups] for groups in (state["param_groups"], optimizer.param_groups))
+    if len(theirs) == len(ours) and theirs != ours:
+        raise ValueError(
+            f"the checkpoint's optimizer holds {theirs} parameters in its groups, this one {ours}: other layers were frozen when it was "
+            "saved. Call controller.restore(folder) first, with the folder that controller.save wrote to"
+        )
+
+
+def attach_torch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: FreezeConfig | Mapping[str, Any] | str | Path | None = None,
+    *,
+    scheduler: Any = None,
+    probe_batch: Any = None,
+    scaler: Any = None,
+    later: bool = False,
+) -> TorchController:
+    """Turn freezing on for a model and its torch optimizer, without DeepSpeed. Collective; it then acts after each optimizer.step().
+
+    model: the model as the training loop calls it: plain, DistributedDataParallel, `fully_shard`ed (FSDP2) or FullyShardedDataParallel with
+        use_orig_params=True (FSDP1), wrapped before.
+    optimizer: made over the wrapped model's parameters. Its groups stay; one that freezes whole becomes an empty one.
+    config: the settings: a FreezeConfig, a dict (the section itself, or a whole config with a "smartfrz" section), a path to such a
+        JSON file, or None for the defaults.
+    scheduler: of the optimizer; says how long the run is (`total_steps: "auto"`) and what is left of the learning rate.
+    probe_batch: inputs on which the layers' outputs are compared, as of `attach`.
+    scaler: the torch.amp.GradScaler, where there is one and the policy reads gradients.
+    later: the scheduler and the length of the run come with `controller.learn(…)`, before the first step.
+    An optimizer that has a controller keeps it, and that one is returned.
+
+    Raises:
+        ValueError: wrong settings; a model or an optimizer that freezing does not work with, by name.
+        RanksDisagree: the ranks differ in settings, package version or layers.
+    """
+    bare = bare_optimizer(optimizer)
+    there = getattr(bare, "smartfrz", None)
+    if isinstance(there, TorchController):
+        return there
+    settings = FreezeConfig.load(config)
+    if not settings.enabled:
+        settings = settings.model_copy(update={"policy": "manual"})
+    backend = make_torch_backend(model, bare, fsdp_frozen=settings.fsdp.frozen, allow_untested_versions=settings.allow_untested_versions)
+    backend.scaler = scaler
+    own = {p for p in model.parameters() if p.requires_grad}
+    if not any(p in own for group in backend.groups for p in group):
+        raise ValueError(
+            "the optimizer holds none of the model's trainable parameters: make it after the model is wrapped (fully_shard, FSDP), "
+            "over model.parameters()"
+        )
+    hooks = _Hooks(bare)
+    try:
+        controller = TorchController(
+            backend.module, backend, settings, scheduler=scheduler, probe_batch=probe_batch, version=__version__, later=later
+        )
+    except BaseException:
+        backend.remove()
+        hooks.remove()
+        raise
+    hooks.listen(controller)
+    bare.smartfrz = controller  # type: ignore[attr-defined]
+    return controller
