@@ -1,0 +1,207 @@
+"""One case of `smartfrz bench pipeline`, on every rank. Launched by pipeline.py with the deepspeed launcher: CASE FILE SETTINGS."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.pipe import schedule
+from deepspeed.utils import logger
+from torch import Tensor
+
+import smartfrz_ds
+
+from ..planner import LayerCost, simulate
+from .pipeline import CASES, FRACTIONS, KINDS, Settings
+from .pipeline_nets import VOCABULARY, WIDTH, gpt, sleepers
+
+WARM_UP = 3  # steps after each change of a layout: the first one sends shapes and is not timed by the clock
+
+
+class SentBytes:
+    """Counts what this rank sends to other stages: bytes of activations and of gradients since the last `take`.
+
+    Make it before the engines. An engine that is to be counted is given to `watch`.
+    """
+
+    def __init__(self) -> None:
+        self._bytes: Counter[str] = Counter()
+        self._phase = ""
+        send = dist.send
+
+        @functools.wraps(send)
+        def counting(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self._bytes[self._phase] += tensor.nbytes
+            return send(tensor, *args, **kwargs)
+
+        dist.send = counting  # deepspeed/comm/torch.py looks it up there at each call
+
+    def watch(self, engine: Any) -> None:
+        phases = {schedule.SendActivation: "activations", schedule.SendGrad: "gradients"}
+        # runtime/pipe/engine.py: _exec_schedule looks an instruction up in the engine's own table
+        engine._INSTRUCTION_MAP = {
+            kind: self._in_phase(phases[kind], call) if kind in phases else call for kind, call in engine._INSTRUCTION_MAP.items()
+        }
+
+    def _in_phase(self, phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(engine: Any, **kwargs: Any) -> Any:
+            self._phase = phase
+            try:
+                return call(engine, **kwargs)
+            finally:
+                self._phase = ""
+
+        return run
+
+    def take(self) -> dict[str, int]:
+        taken = {phase: self._bytes[phase] for phase in ("activations", "gradients")}
+        self._bytes.clear()
+        return taken
+
+
+class Run:
+    """One of the engines side by side: a freezing PipelineEngine (fp32, ZeRO 0, no clipping), and steps of it that are timed."""
+
+    def __init__(self, case: str, settings: Settings, sent: SentBytes) -> None:
+        self.sent = sent
+        torch.manual_seed(0)
+        if CASES[case].net == "gpt":
+            specs = gpt(settings["blocks"], settings["width"], settings["length"])
+            tokens = torch.randint(0, VOCABULARY, (settings["rows"], settings["length"] + 1))
+            batch = (tokens[:, :-1], tokens[:, 1:])
+        else:
+            specs = sleepers(settings["nap"])
+            batch = (torch.ones(1, WIDTH), torch.ones(1))
+        self.batches = [batch] * settings["micro_batches"]
+        module = PipelineModule(specs, num_stages=CASES[case].stages, loss_fn=_loss, partition_method="uniform")
+        config = {
+            "train_micro_batch_size_per_gpu": len(batch[0]),
+            "gradient_accumulation_steps": settings["micro_batches"],
+            "gradient_clipping": 0.0,
+            "steps_per_print": 10**9,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": True}},
+            "pipeline": {"use_reentrant": False},
+            "smartfrz": {"policy": "manual", "pipeline": {"rebalance": "off", "min_gain": 1.0}},
+        }
+        params = list(module.parameters())
+        self.engine: Any = smartfrz_ds.initialize(model=module, model_parameters=params, config=config)[0]
+        sent.watch(self.engine)
+        self.warm_up()
+
+    @property
+    def bounds(self) -> list[int]:
+        return [int(bound) for bound in self.engine.module.parts]
+
+    def step(self) -> float:
+        """Seconds of the slowest rank."""
+        dist.barrier()
+        began = time.perf_counter()
+        self.engine.train_batch(iter(self.batches))
+        taken = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
+        dist.all_reduce(taken, op=dist.ReduceOp.MAX)
+        return float(taken)
+
+    def warm_up(self, steps: int = WARM_UP) -> None:
+        for _ in range(steps):
+            self.step()
+
+    def rebalance(self) -> dict[str, Any]:
+        """Let the costs of the last steps decide, and move. What that took."""
+        before = len(self.engine.smartfrz.report().events)
+        self.engine.smartfrz.rebalance()
+        events = self.engine.smartfrz.report().events[before:]
+        self.warm_up()
+        moved = [{"seconds": e.seconds, "bytes": e.moved_bytes, "gain": e.gain} for e in events if e.kind == "rebalance"]
+        return {"bounds": self.bounds, "moves": moved}
+
+    def costs(self) -> list[LayerCost]:
+        """Of each layer, as measured in the steps since the last change of the layout."""
+        costs = self.engine.smartfrz._rebalancer.costs()
+        assert costs is not None
+        return list(costs)
+
+    def holds(self) -> dict[str, Any]:
+        """Of each rank: bytes sent in a step, bytes of the optimizer."""
+        self.sent.take()
+        self.step()
+        mine = self.sent.take() | {"optimizer": self.engine.smartfrz.report().optimizer_bytes}
+        every: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(every, mine)
+        return {key: [one[key] for one in every] for key in mine}
+
+
+def _loss(output: Tensor, y: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(output.flatten(0, 1), y.flatten()) if output.dim() == 3 else output.sum()
+
+
+def measure(case: str, settings: Settings) -> dict[str, Any]:
+    sent = SentBytes()
+    runs = {kind: Run(case, settings, sent) for kind in KINDS}
+    start = runs["unfrozen"].bounds
+    result: dict[str, Any] = {"case": case, "settings": settings, "ranks": dist.get_world_size(), "start": start}
+    result["balanced"] = runs["balanced"].rebalance()["bounds"]
+    result["holds"] = {"unfrozen": runs["unfrozen"].holds()}
+    names = runs["unfrozen"].engine.smartfrz.layers  # one for each entry of the list
+    first = 1 if CASES[case].net == "gpt" else 0  # the embeddings freeze with the first block
+    layers = len(names) - 2 * first
+    result["layers"], result["fractions"] = layers, []
+    for fraction in FRACTIONS:
+        frozen = first + round(fraction * layers)
+        for kind in ("pruned", "rebalanced"):
+            runs[kind].engine.smartfrz.freeze(names[:frozen])
+            runs[kind].warm_up()
+        move = runs["rebalanced"].rebalance()
+        seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        for turn in range(settings["rounds"]):
+            for shift in range(len(KINDS)):  # another one first each time
+                kind = KINDS[(turn + shift) % len(KINDS)]
+                seconds[kind].append(runs[kind].step())
+        # The unfrozen engine's, of the steps that have just been timed: what could be known before the freeze.
+        costs = runs["unfrozen"].costs()
+        bounds = {"unfrozen": start, "balanced": result["balanced"], "pruned": start, "rebalanced": move["bounds"]}
+        still = {"unfrozen": 0, "balanced": 0, "pruned": frozen, "rebalanced": frozen}
+        predicted = {kind: simulate(costs, bounds[kind], settings["micro_batches"], still[kind]).makespan for kind in KINDS}
+        result["fractions"].append(
+            {
+                "fraction": fraction,
+                "frozen": frozen,
+                "rebalance": move,
+                "seconds": seconds,
+                "predicted": predicted,
+                "costs": [asdict(cost) for cost in costs],
+                "holds": {kind: runs[kind].holds() for kind in ("pruned", "rebalanced")},
+            }
+        )
+    return result
+
+
+def main() -> None:
+    case, file, settings = sys.argv[-3], Path(sys.argv[-2]), json.loads(sys.argv[-1])
+    logger.setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    deepspeed.init_distributed(dist_backend="gloo")
+    result = measure(case, settings)
+    if dist.get_rank() == 0:
+        new = file.with_suffix(".new")
+        new.write_text(json.dumps(result, indent=1))
+        new.replace(file)
+    dist.barrier()
+    with contextlib.suppress(Exception):
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
