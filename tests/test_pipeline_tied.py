@@ -36,21 +36,35 @@ TWO = [
     {"name": "one-sided", "refused": "one-sided"},
     {"name": "one-sided-later", "refused": "one-sided-later"},
 ]
+MORE_TWO = [
+    case("train-bf16-z0", dtype="bf16"),
+    case("train-clip-z1", stage=1, clip=0.05),
+    case("train-kept-z0", smartfrz={"keep_state": 100}),
+    case("train-kept-z1", stage=1, smartfrz={"keep_state": 100}),
+    case("freeze-kept-z1", stage=1, tied="freeze", smartfrz={"keep_state": 100}),
+]
 FOUR = [
     case("dp2-train-z1", stage=1, save=5),
     case("dp2-train-z0"),
     case("pp4-train", pp=4),
     case("pp4-freeze-z1", pp=4, tied="freeze", stage=1),
 ]
-CASES = {c["name"]: c for c in [*TWO, *FOUR]}
+CASES = {c["name"]: c for c in [*TWO, *MORE_TWO, *FOUR]}
 # Two replicas, and the norm for clipping, add up in another order than one process (test_pipeline.py says why it shows). One module with
 # two uses gets both gradients in each micro-batch, two copies get theirs apart; so does bf16, which rounds each sum.
-BOUNDS = dict.fromkeys(["train-clip", "one-stage-train", "one-stage-freeze", "one-stage-function", "dp2-train-z1", "dp2-train-z0"], 5e-5)
+BOUNDS = dict.fromkeys(
+    ["train-clip", "train-clip-z1", "one-stage-train", "one-stage-freeze", "one-stage-function", "dp2-train-z1", "dp2-train-z0"], 5e-5
+)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_worker("tied", TWO, tmp_path_factory.mktemp("tied"), timeout=300)
+
+
+@pytest.fixture(scope="module")
+def more_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_worker("tied", MORE_TWO, tmp_path_factory.mktemp("tied2"), timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +97,13 @@ def check(folder: Path, name: str, world: int) -> None:
 @pytest.mark.parametrize("name", [c["name"] for c in TWO if "refused" not in c])
 def test_a_tied_weight_is_one_weight(two: Path, name: str) -> None:
     check(two, name, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("name", [c["name"] for c in MORE_TWO])
+def test_a_tied_weight_is_one_weight_in_more_settings(more_two: Path, name: str) -> None:
+    check(more_two, name, 2)
 
 
 @pytest.mark.slow

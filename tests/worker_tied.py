@@ -175,8 +175,9 @@ def reference(case: dict[str, Any], replicas: int) -> tuple[Tensor, list[float]]
                     if p is shared and case["tied"] == "train":
                         continue  # goes on training through the head
                     p.requires_grad_(action[0] == "thaw")
-                    optimizer.state.pop(masters[p], None)
-                    masters[p].copy_(p.detach())
+                    if "keep_state" not in case.get("smartfrz", {}):
+                        optimizer.state.pop(masters[p], None)
+                        masters[p].copy_(p.detach())
         live = [p for p in params if p.requires_grad]
         total, seen = {p: torch.zeros_like(p) for p in live}, []
         for replica in range(replicas):
