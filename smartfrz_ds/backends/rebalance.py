@@ -50,7 +50,7 @@ def owner(bounds: Sequence[int], entry: int) -> int:
 
 
 def build(engine: Any, bounds: Sequence[int]) -> dict[int, nn.Module]:
-    """The modules of the entries that come to this stage, with whatever weights. It is the user's code that runs, so before anything else."""
+    """The modules of the entries that come to this stage, with whatever weights. The user's code runs here, so before anything changes."""
     pipe, me = engine.module, engine.stage_id
     built: dict[int, nn.Module] = {}
     for index in range(bounds[me], bounds[me + 1]):

@@ -1,7 +1,8 @@
 """What each entry of a pipeline's list costs, taken from the training itself: forward, backward and optimizer, as they happen.
 
 Forwards are timed by hooks on the entries' modules, and around entries that are functions. A backward is cut at the moments at which the
-gradient of each entry's output arrives: between two of them lies the work of one entry. Nothing is run for it, and a step that is timed is the step that is trained.
+gradient of each entry's output arrives: between two of them lies the work of one entry. Nothing is run for it, and a step that is timed is
+the step that is trained.
 
 Touched in DeepSpeed 0.19.8: runtime/pipe/module.py  forward_funcs, _local_start
 """

@@ -8,20 +8,14 @@ outnumber cores. The prediction is the planner's, with the layers' costs as the 
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from tqdm import tqdm
+from .launching import Settings, run_cases
 
-Settings = dict[str, Any]
 KINDS = ("unfrozen", "balanced", "pruned", "rebalanced")
 FRACTIONS = (0.25, 0.5, 0.75)
 
@@ -79,38 +73,10 @@ def bench_pipeline(
     for name in ("blocks", "width"):
         if settings[name] % 4:
             raise ValueError(f"{name}: got {settings[name]}; allowed: a multiple of 4")
-    out.mkdir(parents=True, exist_ok=True)
-    results = []
-    for name in tqdm(chosen, desc="cases", unit="case"):
-        file = out / f"{name}.json"
-        if not _measured(file, settings):
-            _launch(name, file, settings)
-        results.append(json.loads(file.read_text()))
+    results = run_cases("smartfrz_ds.bench.pipeline_worker", chosen, out, settings, lambda name: CASES[name].stages, unit="case")
     text = tables(results)
     (out / "pipeline.md").write_text(text)
     return text
-
-
-def _measured(file: Path, settings: Settings) -> bool:
-    try:
-        return bool(json.loads(file.read_text())["settings"] == settings)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _launch(name: str, file: Path, settings: Settings) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(CASES[name].stages)]
-    command += ["--master_port", str(port), "--module", "smartfrz_ds.bench.pipeline_worker", name, str(file), json.dumps(settings)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    # DeepSpeed's CPU communication op leaves 69 MB a rank in shared memory (ops/csrc cpu/comm/shm.cpp) under the port's name.
-    for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-        left.unlink(missing_ok=True)
-    if run.returncode or not file.exists():
-        raise RuntimeError(f"{name}: the run ended with exit code {run.returncode}\n{run.stdout[-4000:]}")
 
 
 # --- what the numbers say --------------------------------------------------------------------------------------------------------

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
-import logging
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe import schedule
-from deepspeed.utils import logger
 from torch import Tensor
 
 import smartfrz_ds
 
 from ..planner import LayerCost, simulate
-from .pipeline import CASES, FRACTIONS, KINDS, Settings
+from .launching import Settings, worker_main
+from .pipeline import CASES, FRACTIONS, KINDS
 from .pipeline_nets import VOCABULARY, WIDTH, gpt, sleepers
 
 WARM_UP = 3  # steps after each change of a layout: the first one sends shapes and is not timed by the clock
@@ -189,18 +183,8 @@ def measure(case: str, settings: Settings) -> dict[str, Any]:
 
 
 def main() -> None:
-    case, file, settings = sys.argv[-3], Path(sys.argv[-2]), json.loads(sys.argv[-1])
-    logger.setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    deepspeed.init_distributed(dist_backend="gloo")
-    result = measure(case, settings)
-    if dist.get_rank() == 0:
-        new = file.with_suffix(".new")
-        new.write_text(json.dumps(result, indent=1))
-        new.replace(file)
-    dist.barrier()
-    with contextlib.suppress(Exception):
-        dist.destroy_process_group()
+    worker_main(measure)
 
 
 if __name__ == "__main__":

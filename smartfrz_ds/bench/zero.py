@@ -8,22 +8,15 @@ be trusted, milliseconds are not.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tqdm import tqdm
-
+from .launching import Settings, run_cases
 from .memory import MMAP_THRESHOLD
 
-Settings = dict[str, Any]
 KINDS = ("unfrozen", "naive", "ours", "fresh")
 _COUNTED = ("unfrozen", "naive", "ours")
 
@@ -101,36 +94,13 @@ def bench_zero(
     ):
         if value < least:
             raise ValueError(f"{name}: got {value}; allowed: at least {least}")
-    out.mkdir(parents=True, exist_ok=True)
     settings = {"params": params, "rounds": rounds, "steps": steps, "batch": batch, "ranks": ranks}
-    results = []
-    for name in tqdm(chosen, desc="engines", unit="engine"):
-        file = out / f"{name}.json"
-        if not _measured(file, settings):
-            _launch(name, file, settings)
-        results.append(json.loads(file.read_text()))
+    memory = {"MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD)}
+    worker = "smartfrz_ds.bench.zero_worker"
+    results = run_cases(worker, chosen, out, settings, lambda _: ranks, unit="engine", environment=memory)
     text = tables(results)
     (out / "zero.md").write_text(text)
     return text
-
-
-def _measured(file: Path, settings: Settings) -> bool:
-    try:
-        return bool(json.loads(file.read_text())["settings"] == settings)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _launch(name: str, file: Path, settings: Settings) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(settings["ranks"]), "--master_port", str(port)]
-    command += ["--module", "smartfrz_ds.bench.zero_worker", name, str(file), json.dumps(settings)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD)}
-    run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    if run.returncode or not file.exists():
-        raise RuntimeError(f"{name}: the run ended with exit code {run.returncode}\n{run.stdout[-4000:]}")
 
 
 # --- what the numbers say --------------------------------------------------------------------------------------------------------

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import itertools
-import json
-import logging
 import math
-import sys
 import time
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import logger
 from torch import Tensor, nn
 
 import smartfrz_ds
 
+from .launching import Settings, worker_main
 from .memory import reset_peak, resident_bytes
 from .wire import CollectiveBytes
-from .zero import ENGINES, KINDS, Settings
+from .zero import ENGINES, KINDS
 
 BLOCKS, FEATURES = 8, 64
 
@@ -213,18 +208,8 @@ def _numel(p: nn.Parameter) -> int:
 
 
 def main() -> None:
-    name, file, settings = sys.argv[-3], Path(sys.argv[-2]), json.loads(sys.argv[-1])
-    logger.setLevel(logging.ERROR)
     wire = CollectiveBytes()
-    deepspeed.init_distributed(dist_backend="gloo")
-    result = measure(name, settings, wire)
-    if dist.get_rank() == 0:
-        new = file.with_suffix(".new")
-        new.write_text(json.dumps(result, indent=1))
-        new.replace(file)
-    dist.barrier()
-    with contextlib.suppress(Exception):
-        dist.destroy_process_group()
+    worker_main(lambda name, settings: measure(name, settings, wire))
 
 
 if __name__ == "__main__":

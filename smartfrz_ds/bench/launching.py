@@ -1,0 +1,84 @@
+"""One launch of a bench's worker on ranks of this host: a case, its settings, and the JSON file that its rank 0 writes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+Settings = dict[str, Any]
+
+
+def run_cases(
+    module: str,
+    cases: Iterable[str],
+    out: Path,
+    settings: Settings,
+    ranks: Callable[[str], int],
+    *,
+    unit: str,
+    environment: Mapping[str, str] | None = None,
+) -> list[Settings]:
+    """Run `python -m module CASE FILE SETTINGS` under the deepspeed launcher for each case. What was measured with the same settings is
+    kept. Returns the cases' JSON.
+
+    RuntimeError with the end of its output where a run fails.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    results = []
+    for name in tqdm(list(cases), desc=f"{unit}s", unit=unit):
+        file = out / f"{name}.json"
+        if not _measured(file, settings):
+            _launch(module, name, file, settings, ranks(name), environment or {})
+        results.append(json.loads(file.read_text()))
+    return results
+
+
+def worker_main(measure: Callable[[str, Settings], Settings]) -> None:
+    """What a worker does: measure its case, on every rank; rank 0 writes the file, in one piece."""
+    import deepspeed  # here: the process that launches does without
+    import torch.distributed as dist
+    from deepspeed.utils import logger
+
+    name, file, settings = sys.argv[-3], Path(sys.argv[-2]), json.loads(sys.argv[-1])
+    logger.setLevel(logging.ERROR)
+    deepspeed.init_distributed(dist_backend="gloo")
+    result = measure(name, settings)
+    if dist.get_rank() == 0:
+        new = file.with_suffix(".new")
+        new.write_text(json.dumps(result, indent=1))
+        new.replace(file)
+    dist.barrier()
+    with contextlib.suppress(Exception):
+        dist.destroy_process_group()
+
+
+def _measured(file: Path, settings: Settings) -> bool:
+    try:
+        return bool(json.loads(file.read_text())["settings"] == settings)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _launch(module: str, name: str, file: Path, settings: Settings, ranks: int, environment: Mapping[str, str]) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks), "--master_port", str(port)]
+    command += ["--module", module, name, str(file), json.dumps(settings)]
+    every = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | dict(environment)
+    run = subprocess.run(command, env=every, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    # DeepSpeed's CPU communication op leaves 69 MB a rank in shared memory (ops/csrc cpu/comm/shm.cpp) under the port's name.
+    for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+        left.unlink(missing_ok=True)
+    if run.returncode or not file.exists():
+        raise RuntimeError(f"{name}: the run ended with exit code {run.returncode}\n{run.stdout[-4000:]}")
