@@ -49,7 +49,7 @@ class Report:
     events: what has happened, oldest first.
     optimizer_bytes: live bytes of optimizer state and separate master weights on this rank.
     plugin_seconds: time spent in this package's hooks on this rank, the freezes themselves included.
-    freeze_seconds: the part of it that went into freezes and thaws.
+    freeze_seconds: the part of it that went into freezes, thaws and moves of layers.
     saved_flops_fraction: share of the training FLOPs (forward and backward, all steps so far) that freezing has saved.
     predicted_pause: what was predicted just before the last freeze, None before the first one.
     policy_note: what the policy says of its plan as a whole (rank 0), empty where it has none.
@@ -143,6 +143,7 @@ class Controller(LayoutControl):
         self._note = ""
         self._profiled_together = False
         self._seconds = self._freeze_seconds = 0.0
+        self._inside = False
         self.last_checkpoint: str | None = None
         self._bandwidths: Bandwidths | None = None
         self._predicted: PausePrediction | None = None
@@ -357,6 +358,9 @@ class Controller(LayoutControl):
         if self._guard is not None and state.get("guard") is not None:
             self._guard.load_state_dict(state["guard"])
         self._recompute.load_state_dict(state.get("recompute", {}))
+        self._width = None
+        if self._rebalancer is not None:
+            self._rebalancer.due = bool(self._frozen)
         self._status.restart(state.get("status"))
         if self._awaits:
             self._early_state = state
@@ -396,6 +400,7 @@ class Controller(LayoutControl):
     def after_step(self) -> None:
         """To be called after every successful optimizer step, on every rank."""
         began = time.perf_counter()
+        self._inside = True
         self.learn()  # nobody did
         self._status.begin(self)
         self.step += 1
@@ -420,6 +425,7 @@ class Controller(LayoutControl):
             if self._guard is not None:
                 self._guard.guard.stage_passed()
         self._rebalance_if_due()
+        self._inside = False
         self._gradients.record_start(self._active, stage_follows=self._stage_at(self.step + 1))
         self._seconds += time.perf_counter() - began
         self._status.end(self, own_seconds=self._seconds, lr=self._lr, saved=self._tally.saved_fraction)
@@ -513,6 +519,7 @@ class Controller(LayoutControl):
     def _profile_together(self) -> None:
         """In a pipeline each rank has measured its own stage, in the step that has just passed. Collective, once."""
         self._profiled_together = True
+        self._flops.remove()
         none = [0.0] * len(self._layers)
         own = none if self._flops.profile is None else list(self._flops.profile.forward)
         mine = none if self._flops.profile is None else [float(bool(x.modules or x.borrowed)) for x in self._layers]

@@ -42,7 +42,7 @@ def freeze_modules(layer: Layer, mode: FrozenMode = "eval", tied: TiedMode = "tr
     `requires_grad`, gradients and the optimizer are the backend's. The hooks are part of the modules: they add no key to state_dict and
     go along with pickle and deepcopy.
     """
-    before = _remove_hooks(layer)
+    before = {module: hook for top in layer.modules for module, hook in _remove_hooks(top).items()}
     for top in layer.modules if mode == "eval" else ():
         was_training = top.training
         for module in top.modules():
@@ -56,7 +56,13 @@ def freeze_modules(layer: Layer, mode: FrozenMode = "eval", tied: TiedMode = "tr
 def thaw_modules(layer: Layer, training: bool = True) -> None:
     """Undo `freeze_modules`. training: the flag of the whole model (`model.training`), which the layer's modules take again;
     modules inside that were in eval on their own before the freeze stay so."""
-    for module, hook in _remove_hooks(layer).items():
+    for top in layer.modules:
+        thaw_module(top, training)
+
+
+def thaw_module(top: nn.Module, training: bool = True) -> None:
+    """The same for one module of a layer and what is inside of it."""
+    for module, hook in _remove_hooks(top).items():
         module.training = training and not hook.own_eval
 
 
@@ -84,10 +90,10 @@ def _cut_use(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return output.detach()
 
 
-def _remove_hooks(layer: Layer) -> dict[nn.Module, _StayEval]:
+def _remove_hooks(top: nn.Module) -> dict[nn.Module, _StayEval]:
     # Handles would not survive a copy of the model; torch/nn/modules/module.py keeps the hooks in these two dicts.
     removed = {}
-    for module in (m for top in layer.modules for m in top.modules()):
+    for module in top.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, _StayEval):
                 removed[module] = hook

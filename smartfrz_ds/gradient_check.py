@@ -61,11 +61,14 @@ class GradientCheck:
         if not self._armed and (stage_follows or self._records < RECORDED):
             self.arm(active(), check=False)
 
-    def moved(self, names: Mapping[Parameter, str]) -> None:
-        """Other parameters live on this rank now: nothing is known yet of those that came."""
+    def moved(self, names: Mapping[Parameter, str], active: Sequence[Parameter]) -> None:
+        """Other parameters live on this rank now: nothing is known yet of those that came. A check that was on goes on."""
+        checks = self._armed and self._checking
         self.disarm()
         self._names = names
         self._seen = {p: n for p, n in self._seen.items() if p in names}
+        if checks:
+            self.arm(active, check=True)
 
     def forget(self, params: Sequence[Parameter]) -> None:
         """Parameters that train again after a thaw: what is known of them is old."""

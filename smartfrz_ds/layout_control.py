@@ -65,6 +65,7 @@ class LayoutControl:
     _width: Width | None
     _profiled_together: bool
     _seconds: float
+    _inside: bool  # within after_step
     _freeze_seconds: float
     _warned_once: bool
     _warned_blind: bool
@@ -89,6 +90,8 @@ class LayoutControl:
         if self._rebalancer is None:
             raise ValueError("rebalance: this engine is no pipeline: it has no stages between which layers could move")
         self._ranks.agree(f"bounds {bounds} at step {self.step}", "bounds")
+        if not self._backend.is_boundary():
+            raise RuntimeError("rebalance only at a step boundary: not within train_batch")
         if bounds is None:
             self._rebalance(moves=True)
         elif tuple(bounds) != self._rebalancer.bounds:
@@ -160,7 +163,7 @@ class LayoutControl:
         moved = self._of_all_stages(released.moved_bytes)
         seconds = time.perf_counter() - start
         self._freeze_seconds += seconds
-        if began is None:
+        if not self._inside:  # else `after_step` counts it
             self._seconds += seconds
         if kind != "restore":
             if self._rebalancer is not None:
@@ -178,7 +181,7 @@ class LayoutControl:
                 **(about or {}),
             )
             self._record(event)
-            if began is None:
+            if not self._inside:
                 self._rebalance_if_due()
 
     def _rebalance_if_due(self) -> None:
@@ -213,7 +216,7 @@ class LayoutControl:
             if layer.name in self._frozen:
                 freeze_modules(layer, self.config.frozen_mode, self.config.tied)
         names = {p: name for name, p in self._model.named_parameters()}
-        self._gradients.moved(names)
+        self._gradients.moved(names, self._active())
         if not self._profiled_together:
             self._flops.remove()
             self._flops = FlopMeter(self._model, self._layers, self.config.tied)
@@ -222,6 +225,8 @@ class LayoutControl:
         self._gradients.record_start(self._active, stage_follows=True)
         seconds = time.perf_counter() - start
         self._freeze_seconds += seconds
+        if not self._inside:
+            self._seconds += seconds
         if quiet:
             return
         event = FreezeEvent(

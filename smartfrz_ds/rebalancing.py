@@ -63,8 +63,13 @@ class Rebalancer:
         costs = self.costs()
         told = b""
         if self._ranks.rank == 0 and costs is not None:
-            move = self._choose(costs) if moves else None
-            width = self._wider(costs, move.bounds if move else self.bounds, bandwidths)
+            width = None
+            try:
+                move = self._choose(costs) if moves else None
+                if self._backend.can_be_reshaped:
+                    width = self._wider(costs, move.bounds if move else self.bounds, bandwidths)
+            except Exception as error:  # the others wait for an answer
+                move = Move(bounds=self.bounds, gain=1.0, problem=f"the layers stay where they are: {type(error).__name__}: {error}")
             told = json.dumps([move and asdict(move), width and asdict(width)]).encode()
         told = self._ranks.broadcast_bytes(told)
         self.due = not told
@@ -73,12 +78,23 @@ class Rebalancer:
 
     def check(self, bounds: Sequence[int]) -> None:
         """Raise ValueError or RuntimeError, on every rank, where the stages can't get these bounds now; nothing is changed."""
+        options = self._ranks.everybodys(self._backend.group_options())
+        structures = {int(i): told for part in self._ranks.everybodys(self._backend.structure()) for i, told in part.items()}
         try:
-            self._backend.prepare(bounds)
+            if any(own != options[0] for own in options):
+                raise ValueError(
+                    "the stages' optimizers have parameter groups of different settings; allowed where layers move: the same everywhere"
+                )
+            self._backend.prepare(bounds, structures)
         except Exception as error:
+            self._backend.unprepare()
             self._ranks.all_ready(str(error) or repr(error), type(error))
             raise
-        self._ranks.all_ready("", ValueError)
+        try:
+            self._ranks.all_ready("", ValueError)
+        except Exception:
+            self._backend.unprepare()
+            raise
 
     def move(self, bounds: Sequence[int]) -> Move:
         """Move layers so that these are the bounds, after `check`."""
@@ -107,7 +123,7 @@ class Rebalancer:
             {
                 "times": {index: asdict(times) for index, times in clock.times().items()},
                 "weights": own,
-                "update": None if clock.update_seconds is None or not active else clock.update_seconds / active,
+                "update": clock.update_seconds,
                 "held": 0.0 if not active else (backend.optimizer_bytes() + backend.gradient_bytes()) / active,
             }
         )
@@ -173,6 +189,7 @@ class Rebalancer:
                 limit,
                 activations_per_layer=kept if limit is not None else None,
                 current=now,
+                pinned=backend.pinned,
             )
             gain = self._seconds(costs, now) / max(self._seconds(costs, best), 1e-12)
         except DoesNotFit as error:

@@ -138,7 +138,7 @@ class Checkpoints:
         """Around DeepSpeed's load of `found`. Collective, at a step boundary where the frozen set is another than now.
 
         Raises:
-            ValueError: the freeze state does not fit this model or this run; nothing was changed.
+            ValueError: the freeze state does not fit this model or this run; nothing was changed, but where a pipeline's layers are.
             RuntimeError: not at a step boundary; nothing was changed.
         """
         state, before, folder = found.state, self.controller.frozen, Path(load_dir) / found.tag

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import test_pipeline
 import torch
+import worker_odd
 import worker_pipeline
 from helpers import run_worker
 from safetensors.torch import load_file
@@ -35,16 +36,19 @@ def case(name: str, pp: int = 2, **more: Any) -> dict[str, Any]:
 # a policy that looks at each step and never freezes by itself
 WATCHED = {"policy": "attention", "snapshot_interval": 1, "freeze_interval": 1, "warmup_steps": 1000}
 TWO = [
-    case("z0", saves=[4, 6, 8], evaluate=[3, 5]),
-    case("z1", stage=1, saves=[6]),
+    case("z0", saves=[6], evaluate=[3, 5]),
     case("groups", stage=1, groups=True, saves=[6]),
-    case("bf16-z1", dtype="bf16", stage=1),
     case("kept", stage=1, smartfrz={"keep_state": 100}, keep=True, saves=[6]),
+    case("watched", smartfrz=WATCHED),
+    case("unmoved", smartfrz=WATCHED) | {"plan": {k: v for k, v in PLAN.items() if v[0] != "rebalance"}},
+]
+MORE_TWO = [
+    case("saved-often", saves=[4, 6, 8]),
+    case("z1", stage=1, saves=[6]),
+    case("bf16-z1", dtype="bf16", stage=1),
     case("kept-z0", smartfrz={"keep_state": 100}, keep=True),
     case("checkpointing", checkpoint=1),
     case("clip", clip=0.05),
-    case("watched", smartfrz=WATCHED),
-    case("unmoved", smartfrz=WATCHED) | {"plan": {k: v for k, v in PLAN.items() if v[0] != "rebalance"}},
 ]
 FOUR = [
     case("pp4", 4),
@@ -53,7 +57,7 @@ FOUR = [
     case("dp2-z0"),
     case("bf16-z0-pp4", 4, dtype="bf16"),
 ]
-CASES = {c["name"]: c for c in [*TWO, *FOUR]}
+CASES = {c["name"]: c for c in [*TWO, *MORE_TWO, *FOUR]}
 # two replicas add gradients in another order than one process; clipping adds the squares of the norm in another order (test_pipeline.py)
 BOUNDS = {"dp2-z0": 5e-5, "dp2-z1": 5e-5, "clip": 5e-5}
 
@@ -61,6 +65,11 @@ BOUNDS = {"dp2-z0": 5e-5, "dp2-z1": 5e-5, "clip": 5e-5}
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_worker("pipeline", TWO, tmp_path_factory.mktemp("rebalance"), timeout=400)
+
+
+@pytest.fixture(scope="module")
+def more_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_worker("pipeline", MORE_TWO, tmp_path_factory.mktemp("rebalance2"), timeout=400)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +107,13 @@ def check(folder: Path, name: str, world: int) -> None:
 @pytest.mark.parametrize("name", [c["name"] for c in TWO if c["name"] != "unmoved"])
 def test_moving_layers_changes_no_bit(two: Path, name: str) -> None:
     check(two, name, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("name", [c["name"] for c in MORE_TWO])
+def test_moving_layers_changes_no_bit_in_more_settings(more_two: Path, name: str) -> None:
+    check(more_two, name, 2)
 
 
 @pytest.mark.world_size(2)
@@ -184,3 +200,24 @@ def test_a_layer_that_cannot_be_built_elsewhere_stays_and_the_run_goes_on(sleepe
         seen = test_pipeline.saw(sleepers, "picky", rank)
         assert len(seen["bounds"]) == 6 and seen["bounds"][-1] == [0, 6, 12] and not seen["moves"]
         assert any("the layers stay where they are" in text and "no room here" in text for text in seen["warnings"])
+
+
+# --- entries as people write them -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.world_size(2)
+def test_buffers_frozen_biases_and_functions_go_along(tmp_path: Path) -> None:
+    """Module entries with running statistics, biases that the user froze and functions with keywords, that freeze, move, thaw elsewhere
+    and come back."""
+    run_worker("odd", {}, tmp_path, timeout=120)
+    expected, losses = worker_odd.reference()
+    seen = [test_pipeline.saw(tmp_path, "odd", rank) for rank in (0, 1)]
+    state = seen[0]["state"] | seen[1]["state"]
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(torch.tensor(state[name], dtype=torch.float64), value), name
+    for rank in (0, 1):
+        assert max(abs(a - b) for a, b in zip(seen[rank]["losses"], losses, strict=True)) <= 1e-6
+        assert seen[rank]["parts"] == [0, 5, 10] and all(seen[rank]["training"].values())
+        groups, changed = seen[rank]["refused"]
+        assert "parameter groups of different settings" in groups and "entry 4 of the pipeline's list was changed" in changed

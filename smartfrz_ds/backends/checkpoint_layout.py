@@ -49,15 +49,18 @@ class CompleteCheckpoints:
     def _leaving_out(self, wanted: bool) -> Iterator[bool]:
         """For the time of a save; gives what DeepSpeed is to be told instead of `exclude_frozen_parameters`."""
         ours: Collection[Parameter] = self.smartfrz.backend.frozen  # type: ignore[attr-defined]
-        if not wanted or not ours:
-            yield wanted
-            return
-        named = self.module.named_parameters()  # type: ignore[attr-defined]
-        self._left_out = {n for n, p in named if not p.requires_grad and p not in ours}
+        trainable = [p for p in ours if p.requires_grad]  # after `release`; DeepSpeed goes by the flag
+        if wanted and ours:
+            named = self.module.named_parameters()  # type: ignore[attr-defined]
+            self._left_out = {n for n, p in named if not p.requires_grad and p not in ours}
+        for param in trainable:
+            param.requires_grad_(False)
         try:
-            yield False
+            yield wanted and not ours
         finally:
             self._left_out = ()
+            for param in trainable:
+                param.requires_grad_(True)
 
     def module_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         state = super().module_state_dict(*args, **kwargs)  # type: ignore[misc]
@@ -220,12 +223,14 @@ def _private(backend: Backend) -> dict[str, Any]:
 
 
 def _of_stage(backend: Backend) -> dict[str, Any]:
-    """place: [stage, replica]. groups: names of each parameter group in the optimizer's order, frozen ones too; frozen: those."""
+    """place: [stage, replica]. options: the settings of each parameter group. groups: names of each parameter group in the optimizer's
+    order, frozen ones too; frozen: those."""
     grid, names = backend.engine.grid, _names(backend)
     shared = isinstance(backend, PlainBackend) and backend._counts is not None
     return {
         "place": [grid.get_pipe_parallel_rank(), grid.get_data_parallel_rank()],
         "groups": _group_names(backend, names),
+        "options": [{k: repr(v) for k, v in g.items() if k != "params"} for g in backend.base_optimizer().param_groups],
         "frozen": [name for p, name in names.items() if p in backend.frozen],
         "shared_count": shared,  # one step count a group, in the state of its last parameter (FusedAdam)
     }

@@ -38,9 +38,9 @@ from .pipe_schedule import (
     frozen_forward_pass,
     recv_constant,
 )
-from .pipeline_layers import PipelineLayer, module_at, pipeline_layers
+from .pipeline_layers import PipelineLayer, module_at, pipeline_layers, tied_uses
 from .pipeline_tied import TiedWeights, pinned_entries
-from .rebalance import build, check_bounds, rebalance
+from .rebalance import build, check_bounds, rebalance, structure_of
 from .stage_clock import StageClock
 from .wrapped16 import Bf16Backend
 
@@ -56,7 +56,7 @@ def _optimizer_step(engine: Any, **kwargs: Any) -> None:
     engine._exec_optimizer_step(**kwargs)
     engine.smartfrz.backend.tied.after_step()
     if (clock := engine.smartfrz.backend.clock) is not None:
-        clock.end_step()
+        clock.end_step(sum(p.numel() for p in engine.smartfrz.backend.trained()))
 
 
 def _reduce_tied_grads(engine: Any) -> None:
@@ -72,7 +72,7 @@ def _forward_pass(engine: Any, buffer_id: int) -> None:
 
 def _frozen_forward_pass(engine: Any, buffer_id: int) -> None:
     clock = engine.smartfrz.backend.clock
-    with nullcontext() if clock is None else clock.forward():
+    with nullcontext() if clock is None else clock.forward(frozen=True):
         frozen_forward_pass(engine, buffer_id)
 
 
@@ -173,7 +173,11 @@ class PipelineStage(_Base):
 
     def gradient_bytes(self) -> int:
         """Of the gradients that this stage holds before a step, in the dtype of its weights."""
-        return sum(p.nbytes for index in range(len(self.groups)) for p in self.active(index))
+        return sum(p.nbytes for p in self.trained())
+
+    def trained(self) -> list[Parameter]:
+        """What the optimizer of this stage updates."""
+        return [p for index in range(len(self.groups)) for p in self.active(index)]
 
     def check_bounds(self, bounds: Sequence[int]) -> None:
         """Raise ValueError where the stages can't get these borders, RuntimeError where nothing can be moved now."""
@@ -183,11 +187,51 @@ class PipelineStage(_Base):
         if self.engine.is_compiled:
             raise RuntimeError("layers of a compiled pipeline (engine.compile) can't move: the new stage would run them uncompiled")
 
-    def prepare(self, bounds: Sequence[int]) -> None:
-        """Check, and build what comes to this stage: what can go wrong on one rank goes wrong here. Raises as `check_bounds`, and whatever
-        a layer's constructor raises."""
+    def prepare(self, bounds: Sequence[int], structures: Mapping[int, Sequence[Any]]) -> None:
+        """Check, and build what comes to this stage: what can go wrong on one rank goes wrong here.
+
+        structures: of each entry, as `structure` gives it on the rank that holds it. Raises as `check_bounds`, ValueError where an entry
+        has become another than its place in the list builds, and whatever a layer's constructor raises.
+        """
         self.check_bounds(bounds)
         self._built = build(self.engine, bounds)
+        for index, module in self._built.items():
+            own = structure_of(module)
+            emptied = [[name, [0]] for name, _ in structures[index]]  # a module of the user's list that was here before (rebalance.py)
+            if own not in (structures[index], emptied):
+                raise ValueError(
+                    f"entry {index} of the pipeline's list was changed after it was built (its parameters or buffers are others); allowed: "
+                    "entries that a new stage can build again"
+                )
+
+    def unprepare(self) -> None:
+        """Let go of what `prepare` built: nothing moves after all."""
+        self._built = {}
+
+    def structure(self) -> dict[int, list[Any]]:
+        """Of each module entry that this rank holds: names and shapes of its parameters and buffers."""
+        pipe = self.engine.module
+        held = {i: module_at(pipe, i) for i in range(pipe._local_start, pipe._local_stop)}
+        return {i: structure_of(module) for i, module in held.items() if module is not None}
+
+    def group_options(self) -> list[dict[str, str]]:
+        """The settings of each parameter group, as text."""
+        return [{k: repr(v) for k, v in g.items() if k != "params"} for g in self.base_optimizer().param_groups]
+
+    @property
+    def pinned(self) -> tuple[int, int] | None:
+        """The last tied entry on the first stage and the first one on the last stage; None: nothing is tied."""
+        module = self.engine.module
+        uses = tied_uses(module).values()
+        return (max(front for front, _ in uses), min(rear for _, rear in uses)) if uses and module.num_stages > 1 else None
+
+    @property
+    def can_be_reshaped(self) -> bool:
+        """Whether `smartfrz reshape` takes this pipeline's checkpoints (reshape_source.py)."""
+        zero, engine = self.engine._config.zero_config, self.engine
+        odd = zero.round_robin_gradients or zero.parameter_alignment
+        plain16 = engine.bfloat16_enabled() and not engine.zero_optimization()
+        return not (pinned_entries(engine.module) or odd or plain16)
 
     def rebalance(self, bounds: Sequence[int]) -> int:
         """Move layers to these borders. Collective, after `prepare`. Returns the bytes that this rank sent."""
@@ -219,6 +263,8 @@ class PipelineStage(_Base):
         active = frozenset(i for x in layers if isinstance(x, PipelineLayer) and x.name not in frozen for i in range(x.first, x.last + 1))
         self.computed = active, engine.stage_id > self.first_active
         self.tied.arrange(layers, frozen)
+        if self.clock is not None:
+            self.clock.weigh()
         for held in engine.pipe_buffers.values():
             held.clear()  # what an old schedule left; the next one takes as many as it needs
         engine.num_pipe_buffers = 0

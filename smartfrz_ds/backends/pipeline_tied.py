@@ -86,7 +86,7 @@ class TiedWeights:
         if not isinstance(entry, partial):
             return  # a module: freezing.py has its hook
         inner = entry.func.inner if isinstance(entry.func, _WithoutGraph) else entry.func
-        new = type(entry)(_WithoutGraph(inner) if cut else inner, *entry.args)
+        new = type(entry)(_WithoutGraph(inner) if cut else inner, *entry.args, **entry.keywords)
         vars(new).update(vars(entry))  # stage_clock.TimedEntry has its clock there
         pipe.forward_funcs[index - pipe._local_start] = new
 

@@ -23,6 +23,7 @@ from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule, TiedLayerSp
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from ..freezing import thaw_module
 from .base import Backend
 from .checkpoint_layout import kept_state, load_kept_state
 from .layout import STAGING_BYTES
@@ -76,6 +77,8 @@ def rebalance(backend: Any, bounds: Sequence[int], built: Mapping[int, nn.Module
     leaving = {i: module_at(pipe, i) for i in range(old[me], old[me + 1]) if not new[me] <= i < new[me + 1]}
     going = {i: m for i, m in leaving.items() if isinstance(m, nn.Module)}
 
+    for module in going.values():
+        thaw_module(module, pipe.training)  # where it goes, it is frozen again
     # Out of the optimizer, as in a freeze. What is frozen already and still has kept state takes that along.
     known = {p for g in backend.groups for p in g} - backend.frozen
     trained = [p for p in dict.fromkeys(p for m in going.values() for p in m.parameters()) if p in known]
@@ -176,15 +179,23 @@ def _rounds(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     return rounds
 
 
+def structure_of(module: nn.Module) -> list[Any]:
+    """Names and shapes of a module's parameters and buffers."""
+    return [[name, list(t.shape)] for name, t in (*module.named_parameters(), *module.named_buffers())]
+
+
 def _describe(backend: Any, entry: int, module: nn.Module, trained: set[Parameter]) -> tuple[dict[str, Any], list[Tensor]]:
     """What the new stage must know of an entry, and its weights and buffers."""
-    where = {p: i for i, group in enumerate(backend.groups) for p in group}
+    groups, *more = _group_lists(backend)
+    where = {p: i for i, group in enumerate(groups) for p in group}
+    # a bare optimizer may hold parameters that the user froze
+    held = {p: i for lists in more for i, group in enumerate(lists) for p in group}
     params, buffers = list(module.parameters()), list(module.buffers())
     tensors = [p.detach() for p in params] + [b.detach() for b in buffers]
     about = {
         "entry": entry,
-        # of each parameter: its group (None: the user's own, frozen), and whether it goes on training
-        "params": [(where.get(p), p in trained) for p in params],
+        # of each parameter: its group (None: the user's own, frozen), whether it goes on training, its group in the optimizer all the same
+        "params": [(where.get(p), p in trained, held.get(p)) for p in params],
         "tensors": [(tuple(t.shape), t.dtype) for t in tensors],
         "training": [m.training for m in module.modules()],
     }
@@ -193,10 +204,7 @@ def _describe(backend: Any, entry: int, module: nn.Module, trained: set[Paramete
 
 def _fill(module: nn.Module, about: dict[str, Any], tensors: Sequence[Tensor]) -> nn.Module:
     """The entry's module with the weights and buffers that came."""
-    targets = [*module.parameters(), *module.buffers()]
-    if len(targets) != len(tensors):
-        raise RuntimeError(f"entry {about['entry']} of the pipeline has {len(targets)} parameters and buffers here, {len(tensors)} there")
-    for target, tensor in zip(targets, tensors, strict=True):
+    for target, tensor in zip((*module.parameters(), *module.buffers()), tensors, strict=True):
         target.data = tensor
     for part, training in zip(module.modules(), about["training"], strict=True):
         part.training = training
@@ -208,11 +216,13 @@ def _fill(module: nn.Module, about: dict[str, Any], tensors: Sequence[Tensor]) -
 def _take_in(backend: Any, about: dict[str, Any], module: nn.Module) -> list[Parameter]:
     """Enter a new module's parameters as frozen ones of their groups. Returns those that go on training."""
     returning = []
-    for param, (index, trains) in zip(module.parameters(), about["params"], strict=True):
+    for param, (index, trains, held) in zip(module.parameters(), about["params"], strict=True):
         param.requires_grad_(False)
         param.grad = None
         if index is None:
             param.smartfrz_user_frozen = True  # type: ignore[attr-defined]
+            for lists in _group_lists(backend)[1:] if held is not None else ():
+                lists[held].append(param)
             continue
         backend.frozen.add(param)
         for groups in _group_lists(backend):

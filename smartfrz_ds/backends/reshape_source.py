@@ -79,6 +79,10 @@ class PipelineCheckpoint:
             raise ValueError(
                 f"{self.folder}: the stages have {[len(s.groups) for s in self.stages]} parameter groups; allowed: as many everywhere"
             )
+        if any(p.get("options") != self.privates[0].get("options") for p in self.privates):
+            raise ValueError(
+                f"{self.folder}: the stages' parameter groups have different settings; allowed: the same groups on every stage"
+            )
         # FusedAdam before the first change of its layout; after it every parameter has its own count (own_steps.py)
         self.shared_count = [bool(p["shared_count"] and not p["levelled"]) for p in self.privates]
         self.layers = {int(m[1]): p for p in self.folder.glob("layer_*") if (m := _LAYER_FILE.fullmatch(p.name))}

@@ -83,6 +83,7 @@ class StageClock:
         self._marks: list[tuple[int, Moment]] = []
         self._phase = ""
         self._warm = False
+        self._to_weigh = True
         self._entries: dict[nn.Module, list[int]] = defaultdict(list)
         functions = self._pipe.forward_funcs
         for k, function in enumerate(functions):
@@ -90,12 +91,16 @@ class StageClock:
             if isinstance(function, nn.Module):
                 self._entries[function].append(index)
             else:
-                given = function.args if isinstance(function, partial) else ()
-                functions[k] = TimedEntry(function.func if isinstance(function, partial) else function, *given)
+                known = function if isinstance(function, partial) else partial(function)
+                functions[k] = TimedEntry(known.func, *known.args, **known.keywords)
                 functions[k].timed = self, index
         for module in self._entries:
             self._handles.append(module.register_forward_pre_hook(self._enters))
             self._handles.append(module.register_forward_hook(self._leaves))
+
+    def weigh(self) -> None:
+        """After a freeze or thaw: look once more at what entries keep for their backward."""
+        self._to_weigh = True
 
     def remove(self) -> None:
         """Take all hooks away."""
@@ -105,7 +110,7 @@ class StageClock:
         functions = self._pipe.forward_funcs
         for k, f in enumerate(functions):
             if isinstance(f, TimedEntry):
-                functions[k] = partial(f.func, *f.args) if f.args else f.func
+                functions[k] = partial(f.func, *f.args, **f.keywords) if f.args or f.keywords else f.func
 
     @property
     def held(self) -> list[int]:
@@ -115,10 +120,10 @@ class StageClock:
     # --- around what the engine executes ------------------------------------------------------------------------------------------
 
     @contextmanager
-    def forward(self) -> Iterator[None]:
-        """Around a forward of one micro-batch."""
+    def forward(self, *, frozen: bool = False) -> Iterator[None]:
+        """Around a forward of one micro-batch. frozen: of a wholly frozen stage, which keeps nothing for a backward."""
         self._phase, self._turn, self._at = "forward", dict.fromkeys(self._entries, 0), -1
-        measures = torch.is_grad_enabled() and len(self._kept) < len(self.held) and self._warm
+        measures = self._to_weigh and self._warm and not frozen
         try:
             if measures:
                 seen: dict[int, dict[int, int]] = defaultdict(dict)
@@ -132,7 +137,8 @@ class StageClock:
 
                 with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                     yield
-                self._kept |= {index: sum(seen[index].values()) for index in self.held if index not in self._kept or seen[index]}
+                self._kept |= {index: sum(storages.values()) for index, storages in seen.items()}
+                self._to_weigh = False
             else:
                 yield
         finally:
@@ -154,15 +160,15 @@ class StageClock:
             kind: Computed = "weight" if front else "both" if index in active else "input"
             self._spans.append((self._backward[index, kind], start, end))
 
-    def end_step(self) -> None:
-        """After a step: what it took counts now."""
+    def end_step(self, trained: int) -> None:
+        """After a step: what it took counts now. trained: weights of this stage that the optimizer has updated in it."""
         if self._cuda:
             torch.cuda.synchronize()
         if self._warm:
             for values, start, end in self._spans:
                 values.append(self._seconds(start, end))
-            if self._update:
-                self._updates.append(sum(self._seconds(start, end) for start, end in self._update))
+            if self._update and trained:
+                self._updates.append(sum(self._seconds(start, end) for start, end in self._update) / trained)
         self._warm = True
         self._spans.clear()
         self._update.clear()
@@ -182,7 +188,7 @@ class StageClock:
 
     @property
     def update_seconds(self) -> float | None:
-        """Of the torch optimizer's step; None: not seen yet."""
+        """Of the torch optimizer's step, for each weight that it updates; None: not seen yet."""
         return median(self._updates) if self._updates else None
 
     # --- hooks ----------------------------------------------------------------------------------------------------------------------

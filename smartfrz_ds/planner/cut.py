@@ -36,6 +36,7 @@ def best_cut(
     *,
     activations_per_layer: Sequence[float] | None = None,
     current: Sequence[int] | None = None,
+    pinned: tuple[int, int] | None = None,
     schedule: Schedule = "1f1b",
     cluster: Cluster | None = None,
 ) -> list[int]:
@@ -48,6 +49,7 @@ def best_cut(
     memory_limit: bytes of a rank, one number or one for each stage. None: no limit.
     current: bounds now. Of equally fast cuts the one that moves the fewest layers is taken; and never one that is slower than `current`,
         unless `current` breaks the limit.
+    pinned: (front, rear): layers up to `front` stay on the first stage, those from `rear` on on the last.
     cluster: links and replicas, as in `simulate`.
     Pure: equal arguments give the same cut, on every rank. Of equal cuts, the first in order of their bounds.
     DoesNotFit if no cut keeps to the limit; another ValueError names the argument and what is allowed.
@@ -57,7 +59,7 @@ def best_cut(
     if not 1 <= stages <= len(costs):
         raise ValueError(f"stages: got {stages!r}; allowed: an integer from 1 to {len(costs)}, one layer a stage at least")
     room = _Room(len(costs), stages, micro_batches, frozen, memory_per_layer, activations_per_layer, memory_limit, schedule)
-    search = _Search(costs, stages, micro_batches, frozen, schedule, cluster or Cluster(), room, current)
+    search = _Search(costs, stages, micro_batches, frozen, schedule, cluster or Cluster(), room, current, pinned)
     if current is not None:
         check_parts(current, len(costs))
         if len(current) != stages + 1:
@@ -121,6 +123,7 @@ class _Search:
     cluster: Cluster
     room: _Room
     current: Sequence[int] | None
+    pinned: tuple[int, int] | None
 
     def __post_init__(self) -> None:
         backward = layer_backward(self.costs, self.frozen)
@@ -144,7 +147,7 @@ class _Search:
 
     def consider(self, parts: tuple[int, ...]) -> None:
         """Simulate a cut that fits, unless it can't be better."""
-        if parts in self.seen:
+        if parts in self.seen or (self.pinned is not None and not (parts[1] > self.pinned[0] and parts[-2] <= self.pinned[1])):
             return
         self.seen.add(parts)
         if self.best is not None and self.at_least(parts) > self.best[0]:
