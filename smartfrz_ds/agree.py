@@ -29,27 +29,33 @@ class Ranks:
         """Compare `what` with all other ranks.
 
         Raises:
-            RanksDisagree: on every rank, with each rank's digest and this rank's own text.
+            RanksDisagree: on every rank, with each rank's digest and the texts that differ, each once.
         """
         own = hashlib.sha256(what.encode()).digest()
         digests = self.gather_bytes(own)
         if any(d != own for d in digests):
             listed = ", ".join(f"rank {r}: {d.hex()[:16]}" for r, d in enumerate(digests))
-            raise RanksDisagree(f"the ranks have different {about} ({listed}). This is rank {self.rank}: {what}")
+            texts = self.everybodys(what)
+            told = "; ".join(f"rank {r}: {text}" for r, text in enumerate(texts) if text not in texts[:r])
+            raise RanksDisagree(f"the ranks have different {about} ({listed}). This is rank {self.rank}. {told}")
 
     def all_ready(self, problem: str, error: type[Exception]) -> None:
         """Say whether this rank can go on.
 
         Raises:
-            RuntimeError or ValueError: on the ranks that could go on, when another can't. A rank with a problem returns, to raise its own.
+            RuntimeError or ValueError: on the ranks that could go on, when another can't, with its text. A rank with a problem returns, to
+                raise its own.
         """
         kind = 0 if not problem else 2 if issubclass(error, ValueError) else 1
         kinds = [k[0] for k in self.gather_bytes(bytes([kind]))]
-        if problem or not any(kinds):
+        if not any(kinds):
             return
-        others = [r for r, k in enumerate(kinds) if k]
+        problems = self.everybodys(problem)
+        if problem:
+            return
+        told = "; ".join(f"rank {r} could not go on: {p}" for r, p in enumerate(problems) if p)
         raised = ValueError if 2 in kinds else RuntimeError
-        raise raised(f"nothing was changed: rank(s) {others} could not go on; their own error says why")
+        raise raised(f"nothing was changed: {told}")
 
     def union(self, names: Iterable[str]) -> list[str]:
         """The names of all ranks, each once, in the order of the ranks; the same on every rank."""

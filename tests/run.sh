@@ -3,15 +3,30 @@
 #
 #   ./tests/run.sh               what runs at every change
 #   ./tests/run.sh --slow        all, the long proofs too
+#   ./tests/run.sh --system      as root: first installs what tests on two hosts and of HTML pages need (iproute2, pdsh, sshd, Chromium)
 #   ./tests/run.sh -k freeze …   everything else goes to pytest
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/launch/_venv.sh"
 
+# Debian's packages that tests need and that no wheel brings. Without them those tests are skipped, with their reason.
+smartfrz_system() {
+    local package missing=()
+    for package in iproute2 pdsh openssh-server openssh-client chromium; do
+        dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
+    done
+    [ ${#missing[@]} -gt 0 ] || return 0
+    [ "$(id -u)" = 0 ] || die "--system installs ${missing[*]} with apt-get, which needs root"
+    if ! { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"; } >&2; then
+        echo "smartfrz_ds: apt-get could not install ${missing[*]}; the tests that need them are skipped" >&2
+    fi
+}
+
 select=(-m "not slow") rest=()
 for argument in "$@"; do
     case $argument in
     --slow) select=() ;;
+    --system) smartfrz_system ;;
     *) rest+=("$argument") ;;
     esac
 done

