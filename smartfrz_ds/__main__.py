@@ -5,11 +5,9 @@ For the length of this process deepspeed.initialize returns freezing engines; se
 
 from __future__ import annotations
 
-import functools
 import runpy
 import sys
 from pathlib import Path
-from typing import Any
 
 USAGE = "usage: deepspeed --module smartfrz_ds [--local_rank=N] SCRIPT.py [the script's arguments]"
 
@@ -34,32 +32,13 @@ def split_arguments(arguments: list[str]) -> tuple[str, list[str]]:
     return script, front + rest
 
 
-def install_hook() -> None:
-    """Make deepspeed.initialize return freezing engines in this process. A second call changes nothing."""
-    import deepspeed
-
-    from .config import FreezeConfig
-    from .engine import _config_of, attach
-
-    plain = deepspeed.initialize
-    if getattr(plain, "freezes", False):
-        return
-
-    @functools.wraps(plain)
-    def initialize(*args: Any, **kwargs: Any) -> Any:
-        settings = FreezeConfig.load(_config_of(args, kwargs))
-        engine, *others = plain(*args, **kwargs)
-        return (attach(engine, settings), *others)
-
-    initialize.freezes = True  # type: ignore[attr-defined]
-    deepspeed.initialize = initialize
-
-
 def main() -> None:
     try:
         script, arguments = split_arguments(sys.argv[1:])
     except ValueError as error:
         sys.exit(f"smartfrz_ds: {error}")
+    from .hook import install_hook  # here: what is wrong with the arguments is said at once
+
     install_hook()
     sys.argv = [script, *arguments]
     sys.path[0] = str(Path(script).resolve().parent)  # as if Python had been started with the script

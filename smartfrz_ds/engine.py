@@ -26,6 +26,7 @@ from .backends.pipeline import PrunedPipeline
 from .checkpoint import MARKER
 from .config import FreezeConfig
 from .controller import Controller
+from .faults import compare_before_start, explained, share_timeout
 from .layers import find_layers
 from .lr_scale import layer_groups
 from .policies import POLICIES, SetsLr
@@ -43,10 +44,20 @@ class FreezingMixin(CompleteCheckpoints):
     def backward(self, loss: Any, *args: Any, **kwargs: Any) -> Any:
         """DeepSpeedEngine.backward; the guard sees the loss."""
         self.smartfrz.saw_loss(loss)
-        return super().backward(loss, *args, **kwargs)  # type: ignore[misc]
+        with explained(self.smartfrz, "backward"):
+            return super().backward(loss, *args, **kwargs)  # type: ignore[misc]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """DeepSpeedEngine.forward."""
+        with explained(self.smartfrz, "forward"):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """DeepSpeedEngine.step, then the controller if that was a successful optimizer update (not a micro-batch, not a skipped one)."""
+        with explained(self.smartfrz, "the optimizer's step"):
+            return self._step_and_watch(*args, **kwargs)
+
+    def _step_and_watch(self, *args: Any, **kwargs: Any) -> Any:
         # Without managed accumulation every step() is a boundary (runtime/engine.py).
         boundary = not self.managed_gradient_accumulation() or self.is_gradient_accumulation_boundary()  # type: ignore[attr-defined]
         if boundary:
@@ -79,7 +90,7 @@ class FreezingMixin(CompleteCheckpoints):
 
         Raises:
             ValueError: client_state has the key "smartfrz_ds", which is this package's.
-            OSError or RuntimeError: a file of the freeze state can't be written, on every rank.
+            OSError or RuntimeError: a rank can't write one of the files, on every rank; the checkpoint before is whole.
         """
         client_state = dict(client_state or {})
         if MARKER in client_state:
@@ -87,7 +98,8 @@ class FreezingMixin(CompleteCheckpoints):
         # DeepSpeed's own default, runtime/engine.py
         tag = str(tag) if tag is not None else f"global_step{self.global_steps}"  # type: ignore[attr-defined]
         leaving_out = self._leaving_out(exclude_frozen_parameters)
-        with self._checkpoints.saved(save_dir, tag, save_latest=save_latest) as marker, leaving_out as exclude:
+        saved = self._checkpoints.saved(save_dir, tag, save_latest=save_latest)
+        with explained(self.smartfrz, "save_checkpoint"), saved as marker, leaving_out as exclude:
             # `latest` is written by us, in one piece: DeepSpeed truncates and rewrites it.
             return super().save_checkpoint(  # type: ignore[misc]
                 save_dir,
@@ -142,13 +154,14 @@ class FreezingPipelineMixin(PrunedPipeline, FreezingMixin):
 
     def train_batch(self, data_iter: Any = None) -> Any:
         """PipelineEngine.train_batch, then the controller if that was a successful optimizer update."""
-        loss = super().train_batch(data_iter)  # type: ignore[misc]
-        self.smartfrz.saw_loss(loss)
-        if self.was_step_applied():  # type: ignore[attr-defined]
-            self.smartfrz.after_step()
-        else:
-            self.smartfrz.step_skipped()
-        return loss
+        with explained(self.smartfrz, "train_batch"):
+            loss = super().train_batch(data_iter)  # type: ignore[misc]
+            self.smartfrz.saw_loss(loss)
+            if self.was_step_applied():  # type: ignore[attr-defined]
+                self.smartfrz.after_step()
+            else:
+                self.smartfrz.step_skipped()
+            return loss
 
 
 class RestoringMixin:
@@ -188,8 +201,11 @@ def initialize(
 
     Raises:
         ValueError: wrong settings, before the engine is built; a model or an engine that freezing does not work with.
+        RanksDisagree: the ranks differ in package versions, settings or models.
     """
-    settings = FreezeConfig.load(smartfrz if smartfrz is not None else _config_of(args, kwargs))
+    source = _config_of(args, kwargs)
+    settings = FreezeConfig.load(smartfrz if smartfrz is not None else source)
+    compare_before_start(kwargs.get("model", args[1] if len(args) > 1 else None), settings, source)
     # Through the module, so that a hook of `python -m smartfrz_ds` is seen as a freezing engine made twice, not as two of them.
     engine, optimizer, loader, scheduler = deepspeed.initialize(*args, **_with_groups(settings, args, kwargs))
     return attach(engine, settings, probe_batch=probe_batch), optimizer, loader, scheduler
@@ -224,6 +240,7 @@ def attach(engine: EngineT, config: ConfigSource = None, *, probe_batch: Any = N
 
 
 def _turn_on(engine: Any, settings: FreezeConfig, probe_batch: Any = None, *, later: bool = False) -> None:
+    share_timeout()
     backend = make_backend(engine, zero3_frozen=settings.zero3.frozen, allow_untested_versions=settings.allow_untested_versions)
     engine.smartfrz = Controller(
         engine.module,

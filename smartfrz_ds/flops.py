@@ -21,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .freezing import TiedMode
 from .layers import Layer, shape_of
+from .module_hook import ModuleHook
 
 aten = torch.ops.aten
 _OPERANDS = {aten.mm: (0, 1), aten.bmm: (0, 1), aten.addmm: (1, 2), aten.baddbmm: (1, 2), aten.convolution: (0, 1)}
@@ -166,12 +167,12 @@ class FlopMeter:
         self._mode = _Count(layers, tied)
         self._entered = False
         self._handles = [
-            model.register_forward_pre_hook(self._enter, prepend=True),
-            model.register_forward_hook(self._seal),
-            model.register_forward_hook(self._leave, always_call=True),
+            model.register_forward_pre_hook(ModuleHook(self._enter), prepend=True),
+            model.register_forward_hook(ModuleHook(self._seal)),
+            model.register_forward_hook(ModuleHook(self._leave), always_call=True),
         ]
         # Under FSDP the forward does not use the model's parameters but whole ones that stand in their places then.
-        self._handles += [module.register_forward_pre_hook(self._meet) for module in self._mode.places]
+        self._handles += [module.register_forward_pre_hook(ModuleHook(self._meet)) for module in self._mode.places]
 
     def remove(self) -> None:
         """Take the hooks away; `profile` stays what it is."""

@@ -32,6 +32,7 @@ class LrScale:
         self.rates: dict[str, float] = {}
         self._factors: dict[int, float] = {}  # of the group dictionaries of now, by identity
         self._before: list[tuple[dict[str, Any], Any]] = []
+        self._handles: list[Any] = []
 
     def start(self) -> None:
         """Hook the optimizer."""
@@ -45,8 +46,14 @@ class LrScale:
             if (alive := this()) is not None:
                 alive._take_off()
 
-        self._optimizer.register_step_pre_hook(put_on)
-        self._optimizer.register_step_post_hook(take_off)
+        self._handles = [self._optimizer.register_step_pre_hook(put_on), self._optimizer.register_step_post_hook(take_off)]
+
+    def remove(self) -> None:
+        """Take the hooks away; every group has its own rate again."""
+        self._take_off()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def set(self, scales: Mapping[str, float]) -> None:
         """Factors for the coming step, by layer; a layer that isn't named keeps its rate. To be called between steps."""

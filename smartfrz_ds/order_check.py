@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from .layers import Layer
+from .module_hook import ModuleHook
 
 
 class OrderCheck:
@@ -30,13 +31,13 @@ class OrderCheck:
         self._used: list[tuple[int, int]] = []  # (position of the layer, number of the module), by first use
         owner = {module: layer.position for layer in reversed(layers) for top in layer.modules for module in top.modules()}
         self._handles = [
-            module.register_forward_pre_hook(partial(self._note, position, number))
+            module.register_forward_pre_hook(ModuleHook(partial(self._note, position, number)))
             for number, (module, position) in enumerate(owner.items())
             if next(module.parameters(recurse=False), None) is not None
         ]
         # first of all pre-hooks of the root, which may be a layer's module itself
-        self._handles.append(model.register_forward_pre_hook(self._start, prepend=True))
-        self._handles.append(model.register_forward_hook(self._compare))
+        self._handles.append(model.register_forward_pre_hook(ModuleHook(self._start), prepend=True))
+        self._handles.append(model.register_forward_hook(ModuleHook(self._compare)))
 
     def remove(self) -> None:
         """Take the hooks away; nothing will be compared any more."""

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from .layers import Layer
+from .module_hook import ModuleHook
 
 
 class RecomputeBoundary:
@@ -78,7 +79,7 @@ class RecomputeBoundary:
     def _mark(self, layer: Layer, function: Callable[..., Any]) -> None:
         for module in layer.modules:
             if next(module.parameters(), None) is not None:
-                self._marks.append(module.register_forward_hook(_Hook(function)))
+                self._marks.append(module.register_forward_hook(ModuleHook(function)))
 
     def _watch_region(self, layer: Layer) -> None:
         """Hooks on the layer itself, for its first forward with nothing frozen."""
@@ -92,7 +93,7 @@ class RecomputeBoundary:
                 handle.remove()
 
         # In front of ZeRO-3's own hooks, whose copies of the inputs require no grad inside a region.
-        mine = [top.register_forward_pre_hook(_Hook(note), with_kwargs=True, prepend=True) for top in layer.modules]
+        mine = [top.register_forward_pre_hook(ModuleHook(note), with_kwargs=True, prepend=True) for top in layer.modules]
 
     def _watch(self, layer: Layer, *, once: bool) -> list[RemovableHandle]:
         """Hooks on the modules of `layer` that hold weights: part of a layer may be a region of its own."""
@@ -110,7 +111,7 @@ class RecomputeBoundary:
                 mine.pop(module).remove()
 
         modules = [m for top in layer.modules for m in top.modules() if next(m.parameters(recurse=False), None) is not None]
-        mine = {m: m.register_forward_pre_hook(_Hook(note)) for m in dict.fromkeys(modules)}
+        mine = {m: m.register_forward_pre_hook(ModuleHook(note)) for m in dict.fromkeys(modules)}
         return list(mine.values())
 
     def _open(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -158,19 +159,6 @@ def _cut_behind_users_hook(module: nn.Module) -> list[RemovableHandle]:
 
 def _cut(module: nn.Module, args: Any, output: Any) -> Any:
     return output.detach() if isinstance(output, Tensor) and output.is_leaf else output
-
-
-class _Hook:
-    """A hook that does nothing in a pickled or copied model: that one is not being frozen."""
-
-    def __init__(self, function: Callable[..., Any] | None) -> None:
-        self._function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return None if self._function is None else self._function(*args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Hook, (None,)
 
 
 class _Stop(torch.autograd.Function):

@@ -18,6 +18,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from ._version import __version__
 from .agree import Ranks
 from .backends.base import Backend
+from .backends.torch_plain import TorchBackend
 from .events import EventLog, RunStart, Status
 from .guard import MetricFeed
 from .layers import Layer, shape_of
@@ -152,7 +153,7 @@ def gradient_bytes(backend: Backend) -> int | None:
     """Bytes of gradients that this rank hands to reductions in a step, without padding; 0 where nobody shares them; None: not known.
 
     DeepSpeed: the active parameters in `communication_data_type`, under ZeRO-2 and 3 once for each micro-batch (runtime/engine.py,
-    allreduce_gradients; runtime/zero/stage_1_and_2.py, stage3.py). Elsewhere one reduction a step, in the parameters' dtype.
+    allreduce_gradients; runtime/zero/stage_1_and_2.py, stage3.py). Elsewhere one reduction a step, under FSDP2 in its `reduce_dtype`.
     """
     active = [p for i in range(len(backend.groups)) for p in backend.active(i)]
     elements = [prod(shape_of(p)) for p in active]
@@ -164,6 +165,6 @@ def gradient_bytes(backend: Backend) -> int | None:
         return reductions * sum(elements) * int(engine.communication_data_type.itemsize)
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return 0
-    if backend.name not in ("DDP", "FSDP2"):  # FSDP1's parameters don't show their whole shapes
+    if not isinstance(backend, TorchBackend) or backend.name not in ("DDP", "FSDP2"):  # FSDP1's parameters don't show their whole shapes
         return None
-    return sum(n * p.element_size() for n, p in zip(elements, active, strict=True))
+    return sum(n * backend.gradient_itemsize(p) for n, p in zip(elements, active, strict=True))

@@ -141,6 +141,8 @@ class Supplies:
         """Take all hooks away."""
         if self._sums is not None:
             self._sums.remove()
+        if self._scale is not None:
+            self._scale.remove()
 
     def thawed(self, names: Collection[str]) -> None:
         """These layers train again."""

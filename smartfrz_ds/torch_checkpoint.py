@@ -106,7 +106,10 @@ def _kept_file(rank: int) -> str:
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / SIDE_FILE
     if not path.is_file():
-        raise ValueError(f"{path} is missing: controller.save({str(folder)!r}) writes it, beside the checkpoint of the same step")
+        raise ValueError(
+            f"{path} is missing: controller.save({str(folder)!r}) writes it, beside the checkpoint of the same step. Where the run was "
+            "killed while it saved, go on from the checkpoint before"
+        )
     try:
         return unpack(path.read_bytes())
     except ValueError as error:

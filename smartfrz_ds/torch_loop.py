@@ -48,7 +48,14 @@ class TorchController(Controller):
         restore_from(self, self._backend, folder)
 
     def release(self) -> None:
-        """Give the model and its optimizer's hooks back as they were: every layer trains. The optimizer must not be used any further."""
+        """Give the model, its wrapper and its optimizer back as they were: every layer trains, no hook is left.
+
+        Collective, at a step boundary. Layers that were frozen begin with fresh moments. A second call changes nothing.
+        """
+        if self.released:
+            return
+        self._backend.give_back()
+        self._backend.arrange(self._layers, ())
         super().release()
         self._backend.remove()
         self._hooks.remove()
@@ -60,6 +67,7 @@ class TorchController(Controller):
 
     def _listen(self, hooks: _Hooks) -> None:
         self._hooks = hooks
+        self._backend.on_skipped = self.step_skipped
 
 
 class _Hooks:
@@ -166,11 +174,17 @@ def attach_torch(
         settings = settings.model_copy(update={"policy": "manual"})
     backend = make_torch_backend(model, bare, fsdp_frozen=settings.fsdp.frozen, allow_untested_versions=settings.allow_untested_versions)
     backend.scaler = scaler
-    own = {p for p in model.parameters() if p.requires_grad}
-    if not any(p in own for group in backend.groups for p in group):
+    own = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    held = {p for group in backend.groups for p in group}
+    if not held.intersection(own):
         raise ValueError(
             "the optimizer holds none of the model's trainable parameters: make it after the model is wrapped (fully_shard, FSDP), "
             "over model.parameters()"
+        )
+    if left := [name for p, name in own.items() if p not in held]:
+        backend.warnings.append(
+            f"this optimizer does not hold all that trains: {', '.join(left[:3])}{', …' if len(left) > 3 else ''} ({len(left)} in all) "
+            "never freeze, not even with their layer. Put all parameters into one optimizer, or freeze those in the others yourself"
         )
     hooks = _Hooks(bare)
     try:

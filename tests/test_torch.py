@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import pickle
 import subprocess
 import sys
 import warnings
@@ -23,6 +24,7 @@ from torch import nn
 import smartfrz_ds
 from smartfrz_ds.layers import find_layers
 from smartfrz_ds.lr_scale import layer_groups
+from smartfrz_ds.module_hook import ModuleHook
 
 PREFIX = {
     "3": ["freeze", ["embeddings", "blocks.0", "blocks.1"]],
@@ -60,7 +62,7 @@ CELLS = {
 FAST = [n for n in CELLS if n.endswith("prefix") and not any(x in n for x in ("unused", "views", "fsdp2-kept", "evaluates", "fsdp1-gas2"))]
 FAST += ["ddp-groups3-middle", "fsdp2-groups3-middle"]
 NAMES = [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in CELLS]
-CASES = ["snapshots", "policies", "probes", "tied", "resume", "mixed_precision", "recomputed", "refusals"]
+CASES = ["snapshots", "policies", "probes", "tied", "resume", "mixed_precision", "recomputed", "refusals", "released", "thawed", "sent"]
 
 
 def launched(names: list[str], cases: list[str], folder: Path) -> Path:
@@ -238,6 +240,7 @@ def test_what_is_refused(folder: Path) -> None:
         "no orig params": "use_orig_params=False",
         "made before": "make it after the model is wrapped",
         "static and no_sync": "static_graph=True) under no_sync",
+        "join": "DistributedDataParallel.join()",
         "builtin hook": "built-in communication hook",
         "in the middle": "RuntimeError: freeze and thaw only at a step boundary",
         "gradients": "FSDP brings to a rank in pieces",
@@ -248,6 +251,24 @@ def test_what_is_refused(folder: Path) -> None:
     for name, text in words.items():
         assert text in said[name], name
     assert said == facts(folder, "refusals", 1)
+
+
+@pytest.mark.world_size(2)
+def test_release_leaves_a_wrapper_that_trains(folder: Path) -> None:
+    for rank in (0, 1):
+        for kind, found in facts(folder, "released", rank).items():
+            assert found["difference"] == 0.0 and found["moved"] > 1e-3, kind
+
+
+@pytest.mark.world_size(2)
+def test_resume_from_right_after_a_thaw(folder: Path) -> None:
+    assert facts(folder, "thawed") == 0.0
+
+
+@pytest.mark.world_size(2)
+def test_gradient_bytes_in_mixed_precision(folder: Path) -> None:
+    found, whole = facts(folder, "sent"), active_bytes(Cell("", plan={}), 0)
+    assert found == {"fp32": whole, "bf16": whole / 2, "bf16 in fp32": whole}
 
 
 @pytest.mark.slow
@@ -373,19 +394,28 @@ def test_one_process_resumes_with_torch_save(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_that_the_scaler_skips_is_no_step(fused: bool) -> None:
-    """GradScaler does not call optimizer.step() on an overflow, or (fused) calls it and the kernel skips."""
-    model = Cell("").net()
-    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    controller = smartfrz_ds.attach_torch(model, optimizer, {"policy": "manual"}, scaler=scaler)
-    for step in range(4):
-        loss = oracle.loss_of(model, *oracle.data(step, 0, 0), "fp32")
-        scaler.scale(loss * (float("inf") if step == 1 else 1.0)).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-    assert controller.step == 3
-    assert controller.backend.loss_scale() == scaler.get_scale() == 512.0
+    """GradScaler does not call optimizer.step() on an overflow, or (fused) calls it and the kernel skips. Its gradients don't count."""
+
+    def summed(steps: tuple[int, ...], infinite: int) -> torch.Tensor:
+        model = Cell("").net()
+        optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        section = {"policy": "autofreeze", "freeze_interval": 100, "warmup_steps": 0, "total_steps": 1000}
+        controller = smartfrz_ds.attach_torch(model, optimizer, section, scaler=scaler)
+        for step in steps:
+            loss = oracle.loss_of(model, *oracle.data(step, 0, 0), "fp32")
+            scaler.scale(loss * (float("inf") if step == infinite else 1.0)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert controller.step == 3
+        assert controller.backend.loss_scale() == scaler.get_scale() == (512.0 if infinite in steps else 1024.0)
+        sums = controller._supplies._sums
+        assert sums is not None
+        return sums._total
+
+    total = summed((0, 1, 2, 3), infinite=1)
+    assert total.any() and torch.allclose(total, summed((0, 2, 3), infinite=1))
 
 
 def test_compiled_model() -> None:
@@ -443,9 +473,62 @@ def test_release_gives_all_back() -> None:
     optimizer, _, controller = alone(Cell(""), model)
     controller.freeze(["embeddings"])
     controller.release()
+    controller.release()
+    assert [p for group in optimizer.param_groups for p in group["params"]] == list(model.parameters())
     assert all(p.requires_grad for p in model.parameters())
     optimizer.step()
     assert controller.step == 0
+
+
+def test_release_gives_learning_rates_back() -> None:
+    model = Cell("").net()
+    optimizer = torch.optim.SGD(layer_groups(find_layers(model)), lr=0.1)
+    controller = smartfrz_ds.attach_torch(model, optimizer, {"policy": "freezeout", "warmup_steps": 0, "total_steps": 20})
+    rates: list[set[float]] = []
+    for step in range(2):
+        oracle.loss_of(model, *oracle.data(step, 0, 0), "fp32").backward()
+        if step == 1:
+            controller.release()
+            optimizer.register_step_pre_hook(lambda *_: rates.append({group["lr"] for group in optimizer.param_groups}))
+        optimizer.step()
+    assert rates == [{0.1}]
+
+
+@pytest.mark.parametrize("forwards", [0, 2])
+def test_copies_of_the_model_are_free(forwards: int) -> None:
+    """A copied or pickled model has nothing of ours in it, before the first forward and later."""
+    model = Cell("").net()
+    optimizer, _, controller = alone(Cell(""), model)
+    x, y = oracle.data(0, 0, 0)
+    for step in range(forwards):
+        oracle.loss_of(model, x, y, "fp32").backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 0:
+            controller.freeze(["embeddings"])
+    averaged, data = torch.optim.swa_utils.AveragedModel(model), pickle.dumps(model)
+    assert b"TorchBackend" not in data and b"AdamW" not in data
+    hooks = [hook for m in averaged.modules() for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
+    assert any(type(hook) is ModuleHook for hook in hooks)
+    assert all(hook._function is None for hook in hooks if type(hook) is ModuleHook)
+    assert torch.equal(averaged(x), model(x)) and torch.equal(pickle.loads(data)(x), model(x))
+
+
+def test_groups_added_after_attach_are_refused() -> None:
+    model = Cell("").net()
+    optimizer, _, controller = alone(Cell(""), model)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    with pytest.raises(ValueError, match="add_param_group before attach_torch"):
+        controller.freeze(["embeddings"])
+    assert controller.frozen == () and all(p.requires_grad for p in model.parameters())
+    controller.release()
+    assert [len(group["params"]) for group in optimizer.param_groups] == [len(list(model.parameters())), 1]
+
+
+def test_parameters_of_another_optimizer_are_named() -> None:
+    model = Cell("").net()
+    with pytest.warns(RuntimeWarning, match=r"does not hold all that trains: inp\.bias, "):
+        alone(Cell(""), model, how=lambda groups, **more: torch.optim.SGD([p for p in model.parameters() if p.ndim > 1], **more))
 
 
 @pytest.mark.parametrize(

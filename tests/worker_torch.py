@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 import smartfrz_ds
 from smartfrz_ds.bench.wire import CollectiveBytes
 from smartfrz_ds.snapshots import Snapshots
+from smartfrz_ds.status import gradient_bytes
 
 COUNTED = CollectiveBytes()
 BUCKETS: list[int] = []
@@ -406,6 +407,11 @@ def refusals(folder: Path) -> Any:
         with model.no_sync():
             model(oracle.data(0, 0, 0)[0])
 
+    def join() -> None:
+        model, _, _ = made("ddp")
+        with model.join():
+            model(oracle.data(0, 0, 0)[0])
+
     def builtin_hook() -> None:
         model = wrap("ddp", oracle.Net())
         model._register_builtin_comm_hook(dist.BuiltinCommHookType.ALLREDUCE)
@@ -429,6 +435,7 @@ def refusals(folder: Path) -> Any:
     said["no orig params"] = refusal(lambda: made("fsdp1", options={"use_orig_params": False}))
     said["made before"] = refusal(made_before)
     said["static and no_sync"] = refusal(static_and_no_sync)
+    said["join"] = refusal(join)
     said["builtin hook"] = refusal(builtin_hook)
     said["in the middle"] = refusal(in_the_middle)
     said["gradients"] = refusal(lambda: made("fsdp2", policy="autofreeze"))
@@ -451,7 +458,62 @@ def hybrid(folder: Path) -> Any:
             "weights": torch.cat([after[n].view(-1) for n, _ in oracle.Net().named_parameters()]).tolist()}  # fmt: skip
 
 
-CASES = {f.__name__: f for f in (snapshots, policies, probes, tied, resume, mixed_precision, recomputed, refusals, hybrid)}
+def released(folder: Path) -> Any:
+    """After `release` the wrapper trains as one that was made now: against a fresh one that begins with the same weights."""
+    found = {}
+    for kind in ("ddp", "fsdp2"):
+        model, optimizer, controller = made(kind, fsdp={"frozen": "unsharded"})
+        params = dict(model.named_parameters())
+        steps(model, optimizer, range(2))
+        controller.freeze(["embeddings", "blocks.0"])
+        steps(model, optimizer, range(2, 3))
+        controller.release()
+        controller.release()
+        net = oracle.Net()
+        net.load_state_dict(full(kind, model, params))
+        fresh = wrap(kind, net)
+        others = dict(fresh.named_parameters())
+        for one, parameters in ((model, params), (fresh, others)):
+            steps(one, torch.optim.AdamW(parameters.values(), lr=oracle.LR), range(3, 6))
+        got, wanted = full(kind, model, params), full(kind, fresh, others)
+        moved = (got["inp.weight"] - oracle.Net().inp.weight).abs().max().item()
+        found[kind] = {"difference": max((got[n] - wanted[n]).abs().max().item() for n in wanted), "moved": moved}
+    return found
+
+
+def thawed(folder: Path) -> Any:
+    """Saved right after a thaw without kept state, before the next step: resumed against the run that went on."""
+    where = folder / "ck-thawed"
+    model, optimizer, controller = made("fsdp2")
+    params = dict(model.named_parameters())
+    steps(model, optimizer, range(2))
+    controller.freeze(["embeddings"])
+    steps(model, optimizer, range(2, 3))
+    controller.thaw(["embeddings"])
+    controller.save(where)
+    dcp.save(dict(zip(("model", "optim"), get_state_dict(model, optimizer), strict=True)), checkpoint_id=where)
+    steps(model, optimizer, range(3, 5))
+    straight = full("fsdp2", model, params)
+    model, optimizer, controller = made("fsdp2")
+    params = dict(model.named_parameters())
+    controller.restore(where)
+    states = dict(zip(("model", "optim"), get_state_dict(model, optimizer), strict=True))
+    dcp.load(states, checkpoint_id=where)
+    set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optim"])
+    steps(model, optimizer, range(3, 5))
+    again = full("fsdp2", model, params)
+    return max((straight[n] - again[n]).abs().max().item() for n in straight)
+
+
+def sent(folder: Path) -> Any:
+    """Bytes of gradients a step, as the status says, by the dtypes of FSDP2's mixed precision."""
+    kinds = {"fp32": MixedPrecisionPolicy(), "bf16": MixedPrecisionPolicy(param_dtype=torch.bfloat16),
+             "bf16 in fp32": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}  # fmt: skip
+    return {name: gradient_bytes(made("fsdp2", options={"mp_policy": policy})[2].backend) for name, policy in kinds.items()}
+
+
+ALL = (snapshots, policies, probes, tied, resume, mixed_precision, recomputed, refusals, released, thawed, sent, hybrid)
+CASES = {f.__name__: f for f in ALL}
 
 
 def main() -> None:

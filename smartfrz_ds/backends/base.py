@@ -237,10 +237,8 @@ class Backend(ABC):
 
     def step_count(self) -> int:
         """Steps that the optimizer has taken, from its own counter where it has one, else 0."""
-        for state in self.base_optimizer().state.values():
-            if "step" in state:
-                return int(state["step"])
-        return 0
+        # a layer that was thawed has begun to count anew
+        return max((int(state["step"]) for state in self.base_optimizer().state.values() if "step" in state), default=0)
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

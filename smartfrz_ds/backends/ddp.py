@@ -3,7 +3,7 @@
 Touched in torch 2.13:
   torch/nn/parallel/distributed.py   reducer, logger, _comm_hooks, _build_params_for_reducer, _build_debug_param_to_name_mapping,
                                      _ddp_init_helper, _module_parameters, _static_graph_delay_allreduce_enqueued,
-                                     _delay_all_reduce_params, _use_python_reducer, _get_ddp_logging_data
+                                     _delay_all_reduce_params, _use_python_reducer, _get_ddp_logging_data, _join_config
   torch/csrc/distributed/c10d/reducer.cpp   Reducer._remove_autograd_hooks, _check_reducer_finalized, _set_static_graph
 """
 
@@ -36,6 +36,10 @@ class DdpBackend(TorchBackend):
 
     def _note_forward(self, module: nn.Module, args: Any) -> None:
         super()._note_forward(module, args)
+        if self.wrapped._join_config.enable:  # a rank that is through shadows the others' reductions, but not ours
+            raise ValueError(
+                "smartfrz_ds does not work with DistributedDataParallel.join(); allowed: the same number of batches on each rank"
+            )
         if module is self.wrapped and torch.is_grad_enabled() and self.wrapped.static_graph and not self.wrapped.require_backward_grad_sync:
             # reducer.cpp: what it must see of a static graph's first backward, it sees with synchronisation only (an internal assert).
             raise ValueError(

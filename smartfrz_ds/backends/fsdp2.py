@@ -6,7 +6,7 @@ is left to do: the optimizer, the gather that back-propagation would prefetch an
 Touched in torch 2.13, torch/distributed/fsdp/_fully_shard/:
   _fully_shard.py        FSDPModule._get_fsdp_state
   _fsdp_state.py         FSDPState._fsdp_param_groups, _states_to_backward_prefetch
-  _fsdp_param_group.py   FSDPParamGroup.fsdp_params, device, _init_mp_dtypes, _orig_dtype, _partial_reduce_output,
+  _fsdp_param_group.py   FSDPParamGroup.fsdp_params, device, mp_policy, _init_mp_dtypes, _orig_dtype, _partial_reduce_output,
                          post_forward_mesh_info, reshard_after_backward, is_sharded, modules
   _fsdp_param.py         FSDPParam.sharded_param, _unsharded_param, unsharded_accumulated_grad
 and torch/distributed/tensor/_utils.py: compute_local_shape_and_global_offset.
@@ -77,6 +77,12 @@ class Fsdp2Backend(TorchBackend):
     @property
     def sharded(self) -> bool:
         return dist.get_world_size() > 1
+
+    def gradient_itemsize(self, param: Parameter) -> int:
+        for group in (g for groups in self._units.values() for g in groups):
+            if any(p.sharded_param is param for p in group.fsdp_params):
+                return int((group.mp_policy.reduce_dtype or group.mp_policy.param_dtype or param.dtype).itemsize)
+        return super().gradient_itemsize(param)
 
     def sampler(self, requests: Sequence[SampleRequest], numel: int) -> Sampler:
         sampler = ShardSampler(numel)

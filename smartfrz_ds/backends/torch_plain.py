@@ -5,7 +5,7 @@ DDP, FSDP2 and FSDP1 build on it (ddp.py, fsdp2.py, fsdp1.py). Nothing private o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from ..module_hook import ModuleHook
 from .base import Backend, FreezeError, Released, Sampler, SampleRequest, storage_bytes
 
 
@@ -29,17 +30,26 @@ class TorchBackend(Backend):
         super().__init__(wrapped)
         self.wrapped, self.module, self._optimizer = wrapped, module, optimizer
         self.scaler: Any = None
+        self.on_skipped: Callable[[], None] | None = None  # called where a step of before turns out to have been skipped
+        self._scale = 0.0  # the scaler's, in the last forward
         # What the user froze stays where the user put it.
         self._groups = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
         self._order = [list(group["params"]) for group in optimizer.param_groups]
         self._names = {p: name for name, p in module.named_parameters()}
         self._kept: dict[Parameter, dict[str, Any]] = {}  # on the host
         self._forwarded = False  # a forward that builds a graph has begun since the last step
-        self._handles = [m.register_forward_pre_hook(self._note_forward) for m in dict.fromkeys((wrapped, module))]
+        self._handles = [m.register_forward_pre_hook(ModuleHook(self._note_forward)) for m in dict.fromkeys((wrapped, module))]
 
     def _note_forward(self, module: nn.Module, args: Any) -> None:
-        if torch.is_grad_enabled():
-            self._forwarded = True
+        if not torch.is_grad_enabled():
+            return
+        if self.scaler is not None and module is self.wrapped:
+            # torch/amp/grad_scaler.py: on an overflow optimizer.step() isn't called, and the scale gets lower.
+            scale = self.loss_scale()
+            if self._forwarded and scale < self._scale and self.on_skipped is not None:
+                self.on_skipped()
+            self._scale = scale
+        self._forwarded = True
 
     def stepped(self) -> None:
         """The optimizer has just used the gradients: what is left of them waits for zero_grad only."""
@@ -64,6 +74,10 @@ class TorchBackend(Backend):
     def loss_scale(self) -> float:
         return float(self.scaler.get_scale()) if self.scaler is not None else 1.0
 
+    def gradient_itemsize(self, param: Parameter) -> int:
+        """Bytes an element of this parameter's gradient takes in its reduction."""
+        return param.element_size()
+
     def optimizer_bytes(self) -> int:
         values = (v for state in self._optimizer.state.values() for v in state.values() if isinstance(v, Tensor) and v.ndim > 0)
         return storage_bytes(local(v) for v in values)
@@ -78,6 +92,11 @@ class TorchBackend(Backend):
             raise RuntimeError(
                 "freeze and thaw only at a step boundary: after optimizer.step() and before the next forward (or with all gradients "
                 "cleared by zero_grad)"
+            )
+        if len(self._optimizer.param_groups) != len(self._order):
+            raise ValueError(
+                f"the optimizer has {len(self._optimizer.param_groups)} parameter groups, at attach_torch it had {len(self._order)}; "
+                "allowed: add_param_group before attach_torch, or between controller.release() and another attach_torch"
             )
         super().check(freeze, thaw)
 
@@ -98,15 +117,33 @@ class TorchBackend(Backend):
                 self._kept[param] = {k: _to_host(v) for k, v in state.items()}
             param.grad = None
             param.requires_grad_(False)
+        pattern: dict[str, Any] = {}
+        if type(self._optimizer) in _BEGIN_AT_ZERO:
+            pattern = next((state for state in self._optimizer.state.values() if "step" in state), pattern)
         for param in thaw:
             param.requires_grad_(True)
+            if pattern:  # what the next step would make: a checkpoint of before that step must have it
+                self._optimizer.state[param] = {k: _zeros(v, param) for k, v in pattern.items()}
             if state := self._kept.pop(param, {}):
                 self._optimizer.state[param] = {k: _to_device(v, param) for k, v in state.items()}
-        self.frozen = (self.frozen | set(freeze)) - set(thaw)
-        for order, group in zip(self._order, self._optimizer.param_groups, strict=True):
-            group["params"][:] = [p for p in order if p not in self.frozen]
+        self._regroup((self.frozen | set(freeze)) - set(thaw))
         self.rewire(freeze, thaw)
         return Released(before - self.optimizer_bytes(), 0)
+
+    def give_back(self) -> None:
+        """Let everything train again, for a run that goes on without us; collective. State of what was frozen is gone."""
+        thaw = [p for group in self._groups for p in group if p in self.frozen]
+        self._kept.clear()
+        for param in thaw:
+            param.requires_grad_(True)
+        self._regroup(set())
+        if thaw:
+            self.rewire((), thaw)
+
+    def _regroup(self, frozen: set[Parameter]) -> None:
+        self.frozen = frozen
+        for order, group in zip(self._order, self._optimizer.param_groups, strict=False):  # behind them: the user's, of after attach
+            group["params"][:] = [p for p in order if p not in frozen]
 
     def rewire(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter]) -> None:
         """What the wrapper must do after the optimizer has changed."""
@@ -141,6 +178,17 @@ class TorchBackend(Backend):
         for k, item in enumerate(about["kept"]):
             mine = {name.removeprefix(f"{k}/"): t for name, t in tensors.items() if name.startswith(f"{k}/")}
             self._kept[params[item["param"]]] = mine | item["numbers"]
+
+
+# Optimizers of which a parameter's first state is zero in every entry, a tensor `step` among them.
+_BEGIN_AT_ZERO = (torch.optim.Adam, torch.optim.AdamW)
+
+
+def _zeros(value: Any, param: Parameter) -> Any:
+    """The first state of `param` at an entry where another parameter's state has `value`."""
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return torch.zeros_like(value) if isinstance(value, Tensor) else value
+    return torch.zeros_like(param, dtype=value.dtype, memory_format=torch.preserve_format)
 
 
 class Unwrapped(TorchBackend):

@@ -1,0 +1,19 @@
+"""A hook on a module of the model, that stays behind when the model is copied or pickled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+class ModuleHook:
+    """Calls a function of ours. In a pickled or copied model (an EMA, for example) it does nothing: that one is not being frozen."""
+
+    def __init__(self, function: Callable[..., Any] | None) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return None if self._function is None else self._function(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ModuleHook, (None,)
