@@ -357,7 +357,8 @@ class Controller(LayoutControl):
         self._history.load_state_dict(state["history"] if same else {})
         if self._guard is not None and state.get("guard") is not None:
             self._guard.load_state_dict(state["guard"])
-        self._recompute.load_state_dict(state.get("recompute", {}))
+        if not self.released:
+            self._recompute.load_state_dict(state.get("recompute", {}))
         self._width = None
         if self._rebalancer is not None:
             self._rebalancer.due = bool(self._frozen)
