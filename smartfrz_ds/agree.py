@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +57,35 @@ class Ranks:
         told = "; ".join(f"rank {r} could not go on: {p}" for r, p in enumerate(problems) if p)
         raised = ValueError if 2 in kinds else RuntimeError
         raise raised(f"nothing was changed: {told}")
+
+    def together(self, action: Callable[[], None]) -> None:
+        """Run something local that can fail. Collective.
+
+        Raises: on the rank where it fails its own error, on all others as `all_ready`.
+        """
+        try:
+            action()
+        except Exception as error:
+            self.all_ready(str(error) or type(error).__name__, type(error))
+            raise
+        self.all_ready("", ValueError)
+
+    def of_rank_0(self, make: Callable[[], Any]) -> Any:
+        """What `make` gives on rank 0 (JSON-able), on every rank. Collective; it is called on rank 0 only.
+
+        Raises:
+            ValueError: `make` raised; on every rank, with its text.
+        """
+        told = b""
+        if self.rank == 0:
+            try:
+                told = json.dumps({"answer": make()}).encode()
+            except Exception as error:  # the others wait for an answer
+                told = json.dumps({"error": str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"}).encode()
+        heard = json.loads(self.broadcast_bytes(told))
+        if "error" in heard:
+            raise ValueError(heard["error"])
+        return heard["answer"]
 
     def union(self, names: Iterable[str]) -> list[str]:
         """The names of all ranks, each once, in the order of the ranks; the same on every rank."""

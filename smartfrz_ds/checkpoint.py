@@ -46,6 +46,27 @@ class Found:
     warning: str = ""
 
 
+def kept_file(rank: int) -> str:
+    """The file of what this rank holds back for a thaw."""
+    return f"smartfrz_kept_{rank}.safetensors"
+
+
+def read_kept(folder: Path, digests: Mapping[str, str], rank: int) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """What `rank` had kept, as `unpack_tensors` gives it; None where it had nothing. digests: by rank, of the freeze state ("kept").
+
+    Raises ValueError: the file is missing, or is not the one of then.
+    """
+    if str(rank) not in digests:
+        return None
+    path = folder / kept_file(rank)
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    data = path.read_bytes()
+    if digest_of(data) != digests[str(rank)]:
+        raise ValueError(f"{path} is damaged: its digest is not the one in {SIDE_FILE}")
+    return unpack_tensors(data)
+
+
 # --- files --------------------------------------------------------------------------------------------------------------------
 
 

@@ -151,7 +151,7 @@ class Controller(LayoutControl):
         for text in backend.warnings:
             self._warn(text)
         self._after_layout_change()
-        self._gradients.record_start(self._active, stage_follows=False)
+        self._gradients.record_start(self._backend.trained, stage_follows=False)
 
     def _hire(self, *, manual: bool = False) -> None:
         """Make the policy and what it needs. manual: a stand-in that decides nothing, until `learn` was called. Collective."""
@@ -232,7 +232,7 @@ class Controller(LayoutControl):
         if self._early_state is not None:
             self._take_up_policy(self._early_state)
             self._early_state = None
-        self._gradients.record_start(self._active, stage_follows=self._stage_at(self.step + 1))
+        self._gradients.record_start(self._backend.trained, stage_follows=self._stage_at(self.step + 1))
 
     def release(self) -> None:
         """Give the model back as it was: every layer trains, no hook is left. The engine must not be trained any further, but it can be
@@ -427,7 +427,7 @@ class Controller(LayoutControl):
                 self._guard.guard.stage_passed()
         self._rebalance_if_due()
         self._inside = False
-        self._gradients.record_start(self._active, stage_follows=self._stage_at(self.step + 1))
+        self._gradients.record_start(self._backend.trained, stage_follows=self._stage_at(self.step + 1))
         self._seconds += time.perf_counter() - began
         self._status.end(self, own_seconds=self._seconds, lr=self._lr, saved=self._tally.saved_fraction)
 
@@ -438,9 +438,9 @@ class Controller(LayoutControl):
             MissingGradients: the first time after a freeze, where it cut off an active layer's gradients.
         """
         self.learn()
-        self._lr = current_lr(self._backend.base_optimizer())  # a scheduler of the user's steps after `after_step`
+        self._lr = current_lr(self._backend.base_optimizer())  # a scheduler, or a load, of the user's comes after `after_step`
         self._gradients.saw(self._backend.gradients_now())
-        self._gradients.before_step(self._active, self.frozen)
+        self._gradients.before_step(self._backend.trained, self.frozen)
         self._supplies.before_step(self.step)
 
     def step_skipped(self) -> None:

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ._version import __version__
 from .agree import Ranks
 from .backends.base import FreezeError
 from .config import FreezeConfig, digest
+from .layers import shape_of
 
 # Sections of the DeepSpeed JSON by which the ranks' collectives are laid out. Others, such as log paths, may differ.
 _COLLECTIVE = (
@@ -69,9 +71,8 @@ def _collective_part(config: Any) -> str:
 
 
 def _outline(model: nn.Module) -> str:
-    # ds_shape: of a parameter that deepspeed.zero.Init has cut (runtime/zero/partition_parameters.py)
-    shapes = [(name, tuple(getattr(p, "ds_shape", p.shape))) for name, p in model.named_parameters()]
-    total = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    shapes = [(name, shape_of(p)) for name, p in model.named_parameters()]
+    total = sum(prod(shape) for _, shape in shapes)
     short = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
     return f"{type(model).__name__} with {len(shapes)} parameters, {total} weights; names and shapes {short}"
 

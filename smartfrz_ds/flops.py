@@ -134,9 +134,7 @@ class FlopTally:
 
     def set_frozen(self, frozen: Collection[str]) -> None:
         """Count with these layers frozen from now on; those without weights of their own to train are so anyway."""
-        # borrows: of a pipeline's layer, whose weights may be on another stage
-        trains = [bool(x.numel or x.borrowed or getattr(x, "borrows", ())) for x in self._layers]
-        self._frozen = tuple(x.position for x, can in zip(self._layers, trains, strict=True) if x.name in frozen or not can)
+        self._frozen = tuple(x.position for x in self._layers if x.name in frozen or not (x.numel or x.is_borrower))
         self._price()
 
     def step(self) -> None:

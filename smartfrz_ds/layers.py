@@ -47,6 +47,11 @@ class Layer:
         return sum(_numel(p) for p in self.params)
 
     @property
+    def is_borrower(self) -> bool:
+        """Whether it uses trainable weights that a layer in front owns, in this process or another one."""
+        return bool(self.borrowed)
+
+    @property
     def copies(self) -> tuple[nn.Parameter, ...]:
         """This process's copies of weights of `tied`, where the layer itself is in another process (a pipeline's stage)."""
         return ()

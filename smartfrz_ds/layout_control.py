@@ -96,7 +96,7 @@ class LayoutControl:
             self._rebalance(moves=True)
         elif tuple(bounds) != self._rebalancer.bounds:
             self._rebalancer.check(bounds)
-            self._move(bounds)
+            self._move(bounds, self._rebalancer.gain(bounds))
         return self._rebalancer.bounds
 
     def restore_bounds(self, bounds: Sequence[int] | None) -> None:
@@ -108,7 +108,7 @@ class LayoutControl:
         wanted = self._rebalancer.first_bounds if bounds is None else tuple(bounds)
         if wanted != self._rebalancer.bounds:
             self._rebalancer.check(wanted)
-            self._move(wanted, quiet=True)
+            self._move(wanted)
 
     def restore_layout(self, frozen: Iterable[str]) -> None:
         """Bring the layout to this frozen set, whatever `order` says, before tensors are loaded: moments of layers that come back are
@@ -123,7 +123,7 @@ class LayoutControl:
 
         def check() -> None:
             lent = self.config.tied == "train"  # a head without weights of its own trains what it borrows
-            if not any((x.numel or (lent and (x.borrowed or getattr(x, "borrows", ())))) and x.name not in frozen for x in self._layers):
+            if not any((x.numel or (lent and x.is_borrower)) and x.name not in frozen for x in self._layers):
                 raise ValueError("nothing would be left to train: keep at least one layer active")
             if kind != "restore":  # what a checkpoint holds was allowed when it was saved
                 check_order(self._layers, frozen, self.config.order)
@@ -202,46 +202,47 @@ class LayoutControl:
             except Exception as error:  # a layer's constructor, for example: the run goes on as it is
                 self._warn(f"the layers stay where they are: {error}")
             else:
-                self._move(move.bounds)
+                self._move(move.bounds, move.gain)
 
-    def _move(self, bounds: Sequence[int], *, quiet: bool = False) -> None:
-        """Move layers to these bounds, after `Rebalancer.check`. quiet: before a checkpoint is loaded, which is no event."""
+    def _move(self, bounds: Sequence[int], gain: float | None = None) -> None:
+        """Move layers to these bounds, after `Rebalancer.check`. gain: how many times faster a step is predicted to be; None: it is done to
+        load a checkpoint, which is no event."""
         assert self._rebalancer is not None
         start, old = time.perf_counter(), self._rebalancer.bounds
         try:
-            move = self._rebalancer.move(bounds)
+            moved = self._rebalancer.move(bounds)
         except BaseException as error:
             raise self._broke_off("re-balance", error) from error
         for layer in self._layers:
             if layer.name in self._frozen:
                 freeze_modules(layer, self.config.frozen_mode, self.config.tied)
         names = {p: name for name, p in self._model.named_parameters()}
-        self._gradients.moved(names, self._active())
+        self._gradients.moved(names, self._backend.trained())
         if not self._profiled_together:
             self._flops.remove()
             self._flops = FlopMeter(self._model, self._layers, self.config.tied)
         self._snapshots.plan(self._layers)
         self._after_layout_change()
-        self._gradients.record_start(self._active, stage_follows=True)
+        self._gradients.record_start(self._backend.trained, stage_follows=True)
         seconds = time.perf_counter() - start
         self._freeze_seconds += seconds
         if not self._inside:
             self._seconds += seconds
-        if quiet:
+        if gain is None:
             return
         event = FreezeEvent(
             kind="rebalance",
             step=self.step,
             frozen=self.frozen,
             seconds=seconds,
-            moved_bytes=move.moved_bytes,
-            bounds=move.bounds,
-            gain=move.gain,
-            message=f"stages {list(old)} became {list(move.bounds)}",
+            moved_bytes=moved,
+            bounds=self._rebalancer.bounds,
+            gain=gain,
+            message=f"stages {list(old)} became {list(self._rebalancer.bounds)}",
         )
         self._record(event)
         if self._ranks.rank == 0:
-            logger.info(f"smartfrz: step {self.step}, {event.message}: a step is predicted to be {move.gain:.2f} times as fast")
+            logger.info(f"smartfrz: step {self.step}, {event.message}: a step is predicted to be {gain:.2f} times as fast")
 
     def _broke_off(self, kind: str, error: BaseException) -> FreezeError:
         last = self.last_checkpoint
@@ -295,11 +296,8 @@ class LayoutControl:
 
     # --- small things ---------------------------------------------------------------------------------------------------------
 
-    def _active(self) -> list[Parameter]:
-        return [p for i in range(len(self._backend.groups)) for p in self._backend.active(i)]
-
     def _check_gradients(self) -> None:
-        self._gradients.arm(self._active(), check=True)
+        self._gradients.arm(self._backend.trained(), check=True)
 
     def _warn_blind(self, when: str) -> None:
         if not self._warned_blind and self.config.guard is not None:

@@ -14,21 +14,19 @@ from typing import Any
 from .agree import Ranks
 from .backends.pipeline import PipelineStage
 from .backends.stage_clock import EntryTimes
-from .config import PipelineSettings
 from .pause import Bandwidths
 from .planner import Cluster, DoesNotFit, LayerCost, Link, best_cut, simulate
 from .planner.width import Width, better_width
+from .sections import PipelineSettings
 
 
 @dataclass(frozen=True, kw_only=True)
 class Move:
     """bounds: of the stages in the pipeline's list, from now on. gain: how many times faster a step is predicted to be with them than with
-    those before; 1 where no costs were known. moved_bytes: that crossed ranks, over all ranks. problem: why nothing moves though it
-    should, empty where it does."""
+    those before. problem: why nothing moves though it should, empty where it does."""
 
     bounds: tuple[int, ...]
     gain: float
-    moved_bytes: int = 0
     problem: str = ""
 
 
@@ -80,27 +78,23 @@ class Rebalancer:
         """Raise ValueError or RuntimeError, on every rank, where the stages can't get these bounds now; nothing is changed."""
         options = self._ranks.everybodys(self._backend.group_options())
         structures = {int(i): told for part in self._ranks.everybodys(self._backend.structure()) for i, told in part.items()}
-        try:
+
+        def prepare() -> None:
             if any(own != options[0] for own in options):
                 raise ValueError(
                     "the stages' optimizers have parameter groups of different settings; allowed where layers move: the same everywhere"
                 )
             self._backend.prepare(bounds, structures)
-        except Exception as error:
-            self._backend.unprepare()
-            self._ranks.all_ready(str(error) or repr(error), type(error))
-            raise
+
         try:
-            self._ranks.all_ready("", ValueError)
+            self._ranks.together(prepare)
         except Exception:
             self._backend.unprepare()
             raise
 
-    def move(self, bounds: Sequence[int]) -> Move:
-        """Move layers so that these are the bounds, after `check`."""
-        gain = self.gain(bounds)
-        sent = self._backend.rebalance(bounds)
-        return Move(bounds=self.bounds, gain=gain, moved_bytes=self._ranks.sum(sent))
+    def move(self, bounds: Sequence[int]) -> int:
+        """Move layers so that these are the bounds, after `check`. Returns the bytes that crossed ranks, over all ranks."""
+        return self._ranks.sum(self._backend.rebalance(bounds))
 
     def gain(self, bounds: Sequence[int]) -> float:
         """How many times faster a step is predicted to be with these bounds than now; 1 where costs are not known."""
@@ -112,7 +106,7 @@ class Rebalancer:
     def costs(self) -> list[LayerCost] | None:
         """Of each entry of the pipeline's list, seconds and bytes as measured, the same on every rank; None: not enough was measured.
 
-        An entry without a module costs nothing. A backward that was never seen counts as twice the forward.
+        A backward that was never seen counts as twice the forward.
         """
         backend = self._backend
         clock, pipe = backend.clock, backend.engine.module
@@ -150,9 +144,7 @@ class Rebalancer:
             known.output_bytes = t.output_bytes or known.output_bytes
 
     def _cost(self, index: int) -> LayerCost:
-        known = self._known.get(index)
-        if known is None:  # a plain function
-            return LayerCost(forward=0.0, backward_input=0.0, backward_weight=0.0)
+        known = self._known[index]
         forward, elements = known.forward or 0.0, self._weights.get(index, (0, 0))[0]
         of_both, of_weight, of_input = (known.backward.get(kind) for kind in ("both", "weight", "input"))
         if of_both is None and of_weight is not None:
@@ -196,10 +188,6 @@ class Rebalancer:
             return Move(bounds=now, gain=1.0, problem=f"smartfrz.pipeline.{error}: the layers stay where they are")
         if tuple(best) == now or gain < self._settings.min_gain:
             return None
-        try:
-            backend.check_bounds(best)
-        except (ValueError, RuntimeError) as error:
-            return Move(bounds=now, gain=gain, problem=f"the layers stay where they are: {error}")
         return Move(bounds=tuple(best), gain=gain)
 
     def _wider(self, costs: Sequence[LayerCost], bounds: Sequence[int], bandwidths: Bandwidths) -> Width | None:

@@ -7,7 +7,6 @@ wrong is found out before anything is changed; then the layout, DeepSpeed's load
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,9 +24,10 @@ from .checkpoint import (
     Found,
     digest_of,
     find,
+    kept_file,
     pack,
     pack_tensors,
-    unpack_tensors,
+    read_kept,
     write_atomically,
     write_complete,
 )
@@ -42,17 +42,16 @@ def find_together(ranks: Ranks, load_dir: str | Path, tag: str | None, *, univer
         ValueError: as `find`, on every rank.
     """
     ranks.agree(f"load tag {tag}", "tags to load")
-    found, told = None, b""
-    if ranks.rank == 0:
-        try:
-            found = find(load_dir, tag, universal=universal)
-            state = None if found is None or found.state is None else found.state | {"history": {}}
-            told = json.dumps(None if found is None else {"tag": found.tag, "state": state, "warning": found.warning}).encode()
-        except Exception as error:  # the others wait for an answer
-            told = json.dumps({"error": str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"}).encode()
-    answer = json.loads(ranks.broadcast_bytes(told))
-    if answer is not None and "error" in answer:
-        raise ValueError(answer["error"])
+    found: Found | None = None
+
+    def look() -> dict[str, Any] | None:
+        nonlocal found
+        found = find(load_dir, tag, universal=universal)
+        if found is None:
+            return None
+        return {"tag": found.tag, "state": None if found.state is None else found.state | {"history": {}}, "warning": found.warning}
+
+    answer = ranks.of_rank_0(look)
     if ranks.rank == 0 and found is not None and found.warning:
         warnings.warn(f"smartfrz: {found.warning}", RuntimeWarning, stacklevel=4)
     return found if ranks.rank == 0 or answer is None else Found(**answer)
@@ -84,7 +83,7 @@ class Checkpoints:
         writes = Writes()
         with layout.saving(self.backend), writes.watched(self.backend.engine.checkpoint_engine):
             yield {"format": 1, "tag": tag, "digest": digest}
-        self._together(writes.check)
+        self.ranks.together(writes.check)
         self._barrier()  # DeepSpeed has one of its own at its end; not to depend on it
 
         def declare() -> None:
@@ -93,7 +92,7 @@ class Checkpoints:
                 if save_latest:
                     write_atomically(Path(save_dir) / "latest", tag.encode())
 
-        self._together(declare)
+        self.ranks.together(declare)
         self.controller.last_checkpoint = str(folder)
 
     def _write_state(self, folder: Path, tag: str) -> str:
@@ -105,9 +104,9 @@ class Checkpoints:
             if self.ranks.rank == 0:
                 (folder / COMPLETE_FILE).unlink(missing_ok=True)  # a tag that is written again is incomplete from here on
             if writes:
-                write_atomically(folder / _kept_file(self.ranks.rank), data)
+                write_atomically(folder / kept_file(self.ranks.rank), data)
 
-        self._together(write_kept)
+        self.ranks.together(write_kept)
         digests = [d.decode() for d in self.ranks.gather_bytes((digest_of(data) if writes else "-" * 64).encode())]
         told = b""
         private = layout.private_state(self.backend)
@@ -128,7 +127,7 @@ class Checkpoints:
                 write_atomically(folder / SIDE_FILE, side)
                 told = digest_of(side).encode()
 
-        self._together(write_side)
+        self.ranks.together(write_side)
         return self.ranks.broadcast_bytes(told).decode()
 
     # --- loading --------------------------------------------------------------------------------------------------------------
@@ -164,7 +163,7 @@ class Checkpoints:
         if moments and self.backend.staged and not universal:
             self.controller.restore_bounds(None if state is None else state.get("parts"))
             if state is not None:
-                self._together(lambda: layout.check_groups(self.backend, state["privates"][self.ranks.rank]))
+                self.ranks.together(lambda: layout.check_groups(self.backend, state["privates"][self.ranks.rank]))
         self.controller.restore_layout(frozen)
         with layout.loading(self.backend):
             yield
@@ -208,37 +207,14 @@ class Checkpoints:
 
         def look() -> None:
             nonlocal read
-            path = folder / _kept_file(rank)
-            if str(rank) not in state["kept"]:
-                return
-            if not path.is_file():
-                raise ValueError(f"{path} is missing")
-            data = path.read_bytes()
-            if digest_of(data) != state["kept"][str(rank)]:
-                raise ValueError(f"{path} is damaged: its digest is not the one in {SIDE_FILE}")
-            read = unpack_tensors(data)
+            read = read_kept(folder, state["kept"], rank)
 
-        self._together(look)
+        self.ranks.together(look)
         return read
-
-    # --- together -------------------------------------------------------------------------------------------------------------
-
-    def _together(self, action: Any) -> None:
-        """Run something local that can fail; where it fails on one rank, every rank raises."""
-        try:
-            action()
-        except Exception as error:
-            self.ranks.all_ready(str(error) or type(error).__name__, type(error))
-            raise
-        self.ranks.all_ready("", ValueError)
 
     def _barrier(self) -> None:
         if not self.ranks.alone:
             dist.barrier()
-
-
-def _kept_file(rank: int) -> str:
-    return f"smartfrz_kept_{rank}.safetensors"
 
 
 def _applied_steps(engine: Any) -> int:

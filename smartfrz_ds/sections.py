@@ -1,10 +1,12 @@
-"""The sub-sections of the settings that belong to one policy each, and how a key is declared."""
+"""The sub-sections of the settings: one for each policy, then those of engines and of the guard. And how a key is declared."""
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 
 def setting(default: Any, allowed: str, meaning: str, **limits: Any) -> Any:
@@ -189,3 +191,99 @@ class WeightDriftSettings(Section):
 
 class ManualSettings(Section):
     """`smartfrz.manual`: nothing freezes by itself, only `engine.smartfrz.freeze(names)` does; no keys."""
+
+
+class Zero3Settings(Section):
+    """`smartfrz.zero3`: what ZeRO stage 3 does with frozen layers."""
+
+    frozen: Literal["sharded", "replicated", "auto"] = setting(
+        "sharded",
+        "'sharded', 'replicated' or 'auto'",
+        "Weights of frozen layers: sharded: as before, gathered for each forward; replicated: whole on every rank, never gathered again; "
+        "auto: replicated as long as the memory that the freezes have released on a rank pays for it.",
+    )
+
+
+class PipelineSettings(Section):
+    """`smartfrz.pipeline`: what a pipeline does with the time that its frozen stages no longer need."""
+
+    rebalance: Literal["off", "on_freeze"] = setting(
+        "off",
+        "'off' or 'on_freeze'",
+        "on_freeze: after a freeze or a thaw, layers move to other stages, with their optimizer state, where that makes a step faster.",
+    )
+    min_gain: float = setting(
+        1.05, "a number >= 1", "Layers move only where a step is predicted to be faster by this factor (1.05: 5 %).", ge=1
+    )
+    memory_limit: float | str | None = setting(
+        None,
+        "bytes (a number > 0, or a text such as '12GiB' or '900MB'), or null",
+        "Bytes of weights, gradients, optimizer state and activations that a rank may hold after layers have moved; null: no limit.",
+    )
+
+    @field_validator("memory_limit")
+    @classmethod
+    def _is_a_size(cls, value: float | str | None) -> float | str | None:
+        if value is not None and not (_bytes_of(value) or 0) > 0:
+            raise PydanticCustomError("size", "not a size")
+        return value
+
+    @property
+    def memory_bytes(self) -> float | None:
+        """`memory_limit` as a number of bytes."""
+        return None if self.memory_limit is None else _bytes_of(self.memory_limit)
+
+
+def _bytes_of(size: float | str) -> float | None:
+    """Bytes of a number or of a text such as '12GiB'; None for anything else."""
+    if isinstance(size, float | int):
+        return float(size)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", size, re.IGNORECASE)
+    if match is None:
+        return None
+    number, prefix, binary = match.groups()
+    return float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " ")
+
+
+class FsdpSettings(Section):
+    """`smartfrz.fsdp`: what FSDP2 does with frozen layers."""
+
+    frozen: Literal["sharded", "unsharded"] = setting(
+        "sharded",
+        "'sharded' or 'unsharded'",
+        "Weights of units of which everything is frozen: sharded: as before, gathered for each forward; unsharded: whole on every rank, "
+        "not gathered again.",
+    )
+
+
+class GuardSettings(Section):
+    """`smartfrz.guard`: takes a freeze back that made a metric worse; null: no guard."""
+
+    metric: str = setting(
+        "loss",
+        "a name",
+        "What is watched; lower is better. loss: the mean of what goes into `engine.backward`, over micro-batches and ranks. Any metric "
+        "(loss too, in its place) can be told with `engine.smartfrz.observe(name=value)`, on every rank; the ranks' values are averaged.",
+        min_length=1,
+    )
+    tolerance: float = setting(
+        0.02,
+        "a number in (0, 1]",
+        "Relative worsening of the smoothed metric since the freeze from which on it is taken back (0.02: 2 %).",
+        gt=0,
+        le=1,
+    )
+    window: int = setting(
+        50,
+        "an integer >= 1",
+        "Steps after a freeze in which the guard watches; no policy freezes anything more meanwhile. Released optimizer state is kept at "
+        "least as long.",
+        ge=1,
+    )
+    smoothing: float = setting(
+        0.9,
+        "a number in [0, 1)",
+        "Weight of the past in the exponential mean, for each step: 0: each step's value as it is, 0.9: about the last 10 steps.",
+        ge=0,
+        lt=1,
+    )

@@ -155,7 +155,7 @@ def gradient_bytes(backend: Backend) -> int | None:
     DeepSpeed: the active parameters in `communication_data_type`, under ZeRO-2 and 3 once for each micro-batch (runtime/engine.py,
     allreduce_gradients; runtime/zero/stage_1_and_2.py, stage3.py). Elsewhere one reduction a step, under FSDP2 in its `reduce_dtype`.
     """
-    active = [p for i in range(len(backend.groups)) for p in backend.active(i)]
+    active = backend.trained()
     elements = [prod(shape_of(p)) for p in active]
     engine = backend.engine
     if isinstance(engine, DeepSpeedEngine):

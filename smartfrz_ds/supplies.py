@@ -55,9 +55,8 @@ class Supplies:
         self._probe: Probe | None = None
         self._sums: GradientSums | None = None
         self._scale: LrScale | None = None
-        pipelined = backend.staged  # its layers live on different ranks
         if config.probe is not None and config.policy != "manual":
-            if pipelined:
+            if backend.staged:  # its layers live on different ranks
                 raise ValueError(f"smartfrz.probe: got {config.probe}; allowed in a pipeline: null")
             if config.probe > _MOST_PROBE:
                 raise ValueError(f"smartfrz.probe: got {config.probe}; allowed: an integer from 2 to {_MOST_PROBE}, or null")
@@ -67,15 +66,9 @@ class Supplies:
                     "smartfrz_ds.initialize or attach"
                 )
             self._probe = Probe(backend.caller(model), layers, run.probe_batch, config.probe, backend.device)
-        given: set[Need] = {"weights"} if pipelined else {"weights", "gradients", "lr_scale"}
+        given: set[Need] = {"weights", "gradients", "lr_scale"}
         given -= set(backend.missing)
         why: dict[Need, str] = dict(backend.missing)
-        if pipelined:
-            why = {
-                "gradients": "gradients, which a pipeline does not give yet",
-                "activations": "a probe batch, which a pipeline does not take yet",
-                "lr_scale": "learning rates of single layers, which a pipeline does not give yet",
-            }
         if self._probe is not None:
             given.add("activations")
         if run.total_steps is not None:

@@ -8,15 +8,12 @@ set must be known before it is loaded. Two files of the user's folder hold it, i
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .agree import Ranks
 from .backends.torch_plain import TorchBackend
-from .checkpoint import SIDE_FILE, digest_of, pack, pack_tensors, unpack, unpack_tensors, write_atomically
+from .checkpoint import SIDE_FILE, digest_of, kept_file, pack, pack_tensors, read_kept, unpack, write_atomically
 from .controller import Controller
 
 
@@ -34,9 +31,9 @@ def save_beside(controller: Controller, backend: TorchBackend, folder: str | Pat
 
     def write_kept() -> None:
         if writes:
-            write_atomically(folder / _kept_file(ranks.rank), data)
+            write_atomically(folder / kept_file(ranks.rank), data)
 
-    together(ranks, write_kept)
+    ranks.together(write_kept)
     digests = [d.decode() for d in ranks.gather_bytes((digest_of(data) if writes else "-" * 64).encode())]
 
     def write_side() -> None:
@@ -44,7 +41,7 @@ def save_beside(controller: Controller, backend: TorchBackend, folder: str | Pat
             about = {"world": len(digests), "sharded": backend.sharded, "kept": {str(r): d for r, d in enumerate(digests) if d[0] != "-"}}
             write_atomically(folder / SIDE_FILE, pack(controller.state_dict() | about))
 
-    together(ranks, write_side)
+    ranks.together(write_side)
 
 
 def restore_from(controller: Controller, backend: TorchBackend, folder: str | Path) -> None:
@@ -54,27 +51,25 @@ def restore_from(controller: Controller, backend: TorchBackend, folder: str | Pa
         ValueError: there is no freeze state, it is damaged or of another model; nothing was changed.
     """
     folder, ranks = Path(folder), controller.ranks
-    state, told = {}, b""
-    if ranks.rank == 0:
-        try:
-            state = _read(folder)
-            told = json.dumps(state | {"history": {}}).encode()
-        except Exception as error:  # the others wait for an answer
-            told = json.dumps({"error": str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"}).encode()
-    answer = json.loads(ranks.broadcast_bytes(told))
-    if "error" in answer:
-        raise ValueError(answer["error"])
-    state = state if ranks.rank == 0 else answer
+    whole: dict[str, Any] = {}
+
+    def read() -> dict[str, Any]:
+        nonlocal whole
+        whole = _read(folder)
+        return whole | {"history": {}}
+
+    told = ranks.of_rank_0(read)
+    state = whole if ranks.rank == 0 else told
     controller.check_state(state)
     kept: Any = None
 
     def look() -> None:
         nonlocal kept
-        kept = _read_kept(folder, state, ranks.rank if backend.sharded else 0)
+        kept = read_kept(folder, state["kept"], ranks.rank if backend.sharded else 0)
 
     if state["kept"] and controller.keeps_state:
         if state["sharded"] == backend.sharded and (not backend.sharded or state["world"] == len(ranks.gather_bytes(b"0"))):
-            together(ranks, look)
+            ranks.together(look)
         elif ranks.rank == 0:
             warnings.warn(
                 f"smartfrz: {folder} was saved by {state['world']} rank(s) in another way: optimizer state that was held back for a thaw "
@@ -89,20 +84,6 @@ def restore_from(controller: Controller, backend: TorchBackend, folder: str | Pa
     controller.last_checkpoint = str(folder)
 
 
-def together(ranks: Ranks, action: Callable[[], None]) -> None:
-    """Run something local that can fail; where it fails on one rank, every rank raises. Collective."""
-    try:
-        action()
-    except Exception as error:
-        ranks.all_ready(str(error) or type(error).__name__, type(error))
-        raise
-    ranks.all_ready("", ValueError)
-
-
-def _kept_file(rank: int) -> str:
-    return f"smartfrz_kept_{rank}.safetensors"
-
-
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / SIDE_FILE
     if not path.is_file():
@@ -114,16 +95,3 @@ def _read(folder: Path) -> dict[str, Any]:
         return unpack(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} can't be read: {error}") from error
-
-
-def _read_kept(folder: Path, state: dict[str, Any], rank: int) -> Any:
-    """This rank's kept state, checked; None where it has none."""
-    if str(rank) not in state["kept"]:
-        return None
-    path = folder / _kept_file(rank)
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
-    data = path.read_bytes()
-    if digest_of(data) != state["kept"][str(rank)]:
-        raise ValueError(f"{path} is damaged: its digest is not the one in {SIDE_FILE}")
-    return unpack_tensors(data)

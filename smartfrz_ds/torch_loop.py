@@ -17,7 +17,6 @@ from .backends.torch_plain import TorchBackend, local
 from .backends.torch_support import bare_optimizer, make_torch_backend
 from .config import FreezeConfig
 from .controller import Controller
-from .schedule import current_lr
 from .torch_checkpoint import restore_from, save_beside
 
 
@@ -25,10 +24,6 @@ class TorchController(Controller):
     """The controller of a run without DeepSpeed. Made by `attach_torch`."""
 
     _backend: TorchBackend
-
-    def before_step(self) -> None:
-        self._lr = current_lr(self._backend.base_optimizer())  # a checkpoint may have been loaded after `restore`
-        super().before_step()
 
     def save(self, folder: str | Path) -> None:
         """Write the freeze state into the folder of the user's own checkpoint, beside its files. Collective, between steps.

@@ -156,6 +156,14 @@ class Backend(ABC):
         """The parameters of group `index` that are not frozen, in their order."""
         return [p for p in self.groups[index] if p not in self.frozen]
 
+    def trained(self) -> list[Parameter]:
+        """All parameters that are not frozen, group by group."""
+        return [p for index in range(len(self.groups)) for p in self.active(index)]
+
+    def group_options(self) -> list[dict[str, str]]:
+        """The settings of each parameter group of the torch optimizer, as text."""
+        return [{k: repr(v) for k, v in g.items() if k != "params"} for g in self.base_optimizer().param_groups]
+
     def is_boundary(self) -> bool:
         """Whether no gradient is pending: the optimizer may be changed now."""
         engine = self.engine
@@ -163,8 +171,8 @@ class Backend(ABC):
         if engine.managed_gradient_accumulation() and engine.micro_steps % engine.gradient_accumulation_steps():
             return False
         # grad_accum: where ZeRO-1 keeps a gradient of another dtype (stage_1_and_2.py)
-        held = (p for i in range(len(self.groups)) for p in self.active(i))
-        return not self.gradients_pending() and all(p.grad is None and getattr(p, "grad_accum", None) is None for p in held)
+        clear = all(p.grad is None and getattr(p, "grad_accum", None) is None for p in self.trained())
+        return clear and not self.gradients_pending()
 
     def gradients_pending(self) -> bool:
         """Whether the wrapper holds gradients, besides the parameters' own, that no step has used yet."""
@@ -228,7 +236,7 @@ class Backend(ABC):
         Raises:
             FreezeError: names what is wrong.
         """
-        held = {id(p) for i in range(len(self.groups)) for p in self.active(i)}
+        held = {id(p) for p in self.trained()}
         for param in self.frozen:
             if param.requires_grad or param.grad is not None:
                 raise FreezeError(f"a frozen parameter of shape {tuple(param.shape)} still takes part in backward")

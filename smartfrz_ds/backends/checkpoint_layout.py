@@ -230,7 +230,7 @@ def _of_stage(backend: Backend) -> dict[str, Any]:
     return {
         "place": [grid.get_pipe_parallel_rank(), grid.get_data_parallel_rank()],
         "groups": _group_names(backend, names),
-        "options": [{k: repr(v) for k, v in g.items() if k != "params"} for g in backend.base_optimizer().param_groups],
+        "options": backend.group_options(),
         "frozen": [name for p, name in names.items() if p in backend.frozen],
         "shared_count": shared,  # one step count a group, in the state of its last parameter (FusedAdam)
     }

@@ -75,7 +75,7 @@ class DdpBackend(TorchBackend):
         if self.frozen.intersection(self._reduced):
             raise FreezeError("DistributedDataParallel: the new reducer still holds frozen parameters")
         managed = set(self.wrapped._module_parameters)
-        live = {p for i in range(len(self.groups)) for p in self.active(i) if p in managed}
+        live = {p for p in self.trained() if p in managed}
         if live - set(self._reduced):
             raise FreezeError("DistributedDataParallel: the new reducer does not hold all active parameters")
 

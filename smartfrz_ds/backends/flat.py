@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .base import Backend, FreezeError, Released, Sampler, SampleRequest, detach_from_training
-from .layout import FlatLayout, PackedLayout, Segment, bytes_sent, move, plan_moves
+from .layout import FlatLayout, PackedLayout, bytes_sent, move, plan_moves
 from .own_steps import OwnSteps, Partition, copy_step, zero_step
 
 MASTER = "master"
@@ -33,16 +33,8 @@ class _Kept:
 
     def part(self, params: Sequence[Parameter], rank: int) -> _Kept:
         """The same of these parameters only, packed anew. rank: whose tensors these are."""
-        pieces: dict[Parameter, list[Segment]] = {}
-        sizes, mine = [0] * len(self.layout.sizes), []
-        for param in params:
-            pieces[param] = []
-            for s in self.layout.segments(param):
-                pieces[param].append(Segment(s.start, s.numel, s.rank, sizes[s.rank]))
-                sizes[s.rank] += s.numel
-                if s.rank == rank:
-                    mine.append(s)
-        part = _Kept(PackedLayout(pieces, tuple(sizes)))
+        part = _Kept(PackedLayout.of(self.layout, params))
+        mine = [s for p in params for s in self.layout.segments(p) if s.rank == rank]
         part.step = {p: self.step[p] for p in params if p in self.step}
         for key, tensor in self.tensors.items():
             part.tensors[key] = torch.cat([tensor[s.offset : s.offset + s.numel] for s in mine]) if mine else tensor[:0]

@@ -10,7 +10,7 @@ Touched in torch 2.13, torch/distributed/fsdp/:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,16 +20,15 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.nn import Parameter
 
 from ..layers import Layer
-from ..policies.base import Need
 from .base import FreezeError, Sampler, SampleRequest
-from .torch_plain import TorchBackend
+from .torch_plain import FSDP_MISSING, TorchBackend
 
 
 class Fsdp1Backend(TorchBackend):
     """Everything stays where it is: FSDP1 takes requires_grad of a flat parameter from its views at each forward."""
 
     name = "FSDP1"
-    missing: Mapping[Need, str] = {"gradients": "gradients, which FSDP brings to a rank in pieces only"}
+    missing = FSDP_MISSING
 
     def __init__(self, wrapped: FullyShardedDataParallel, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._units: list[Any] = [unit for unit in FullyShardedDataParallel.fsdp_modules(wrapped) if unit._handle is not None]

@@ -14,7 +14,7 @@ and torch/distributed/tensor/_utils.py: compute_local_shape_and_global_offset.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -26,9 +26,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn import Parameter
 
 from ..layers import Layer
-from ..policies.base import Need
 from .base import FreezeError, Sampler, SampleRequest
-from .torch_plain import TorchBackend, local
+from .torch_plain import FSDP_MISSING, TorchBackend, local
 
 FrozenUnits = Literal["sharded", "unsharded"]
 
@@ -49,7 +48,7 @@ class Fsdp2Backend(TorchBackend):
     """frozen: whether units of which everything is frozen stay sharded (gathered for each forward) or whole on every rank."""
 
     name = "FSDP2"
-    missing: Mapping[Need, str] = {"gradients": "gradients, which FSDP brings to a rank in pieces only"}
+    missing = FSDP_MISSING
 
     def __init__(self, wrapped: nn.Module, module: nn.Module, optimizer: torch.optim.Optimizer, *, frozen: FrozenUnits = "sharded") -> None:
         for sharded in wrapped.modules():

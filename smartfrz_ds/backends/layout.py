@@ -106,8 +106,13 @@ class PackedLayout:
     pieces: dict[Parameter, list[Segment]]
     sizes: tuple[int, ...]
 
+    @property
+    def world(self) -> int:
+        """Number of ranks that hold pieces."""
+        return len(self.sizes)
+
     @classmethod
-    def of(cls, layout: FlatLayout, params: Iterable[Parameter]) -> PackedLayout:
+    def of(cls, layout: FlatLayout | PackedLayout, params: Iterable[Parameter]) -> PackedLayout:
         sizes = [0] * layout.world
         pieces: dict[Parameter, list[Segment]] = {}
         for param in params:

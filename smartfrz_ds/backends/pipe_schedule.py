@@ -7,12 +7,12 @@ drives the learning rate, and all stages meet in it.
 
 Touched in DeepSpeed 0.19.8:
   runtime/pipe/schedule.py  TrainSchedule.steps, num_pipe_buffers
-  runtime/pipe/engine.py    pipe_buffers, _exec_forward_pass, _exec_recv_activations
+  runtime/pipe/engine.py    pipe_buffers, _exec_forward_pass, _exec_recv_activations, _INSTRUCTION_MAP
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -78,6 +78,11 @@ class PrunedTrainSchedule(TrainSchedule):  # type: ignore[misc]
             if kind is schedule.BackwardPass:
                 return [command, FreeInput(buffer)]
         return [command]
+
+
+def wrap_instruction(engine: Any, kind: type, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Let this engine run `wrapper(what it does now)` for an instruction, for a bench that counts."""
+    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, kind: wrapper(engine._INSTRUCTION_MAP[kind])}
 
 
 def frozen_forward_pass(engine: Any, buffer_id: int) -> None:

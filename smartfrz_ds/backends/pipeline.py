@@ -25,6 +25,7 @@ from torch.nn import Parameter
 
 from ..freezing import TiedMode
 from ..layers import Layer
+from ..policies.base import Need
 from .base import Backend
 from .flat import FlatBackend
 from .pipe_schedule import (
@@ -38,7 +39,7 @@ from .pipe_schedule import (
     frozen_forward_pass,
     recv_constant,
 )
-from .pipeline_layers import PipelineLayer, module_at, pipeline_layers, tied_uses
+from .pipeline_layers import PipelineLayer, held_modules, pipeline_layers, tied_uses
 from .pipeline_tied import TiedWeights, pinned_entries
 from .rebalance import build, check_bounds, rebalance, structure_of
 from .stage_clock import StageClock
@@ -111,16 +112,15 @@ class PrunedPipeline:
         pipeline's group), and fails on a stage without gradients.
         """
         engine: Any = self
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        # one of two copies of a tied weight
-        counted = [p.grad for p in engine.module.parameters() if p.grad is not None and not getattr(p, "ds_pipe_replicated", False)]
+        params = [p for p in engine.module.parameters() if p.grad is not None]
         square = torch.zeros((), dtype=torch.float32, device=engine.device)
-        for gradient in counted:
-            square += gradient.float().norm() ** 2
+        for param in params:
+            if not getattr(param, "ds_pipe_replicated", False):  # one of two copies of a tied weight counts
+                square += param.grad.float().norm() ** 2
         dist.all_reduce(square, group=engine.grid.get_pipe_parallel_group())
         factor = torch.clamp(engine.gradient_clipping() / (square.sqrt() + 1e-6), max=1.0)
-        for gradient in gradients:
-            gradient.mul_(factor)
+        for param in params:
+            param.grad.mul_(factor)
 
 
 class PipelineStage(_Base):
@@ -133,6 +133,13 @@ class PipelineStage(_Base):
     first_active = 0
     first_entry = 0
     staged = True
+    missing: Mapping[Need, str] = MappingProxyType(
+        {
+            "gradients": "gradients, which a pipeline does not give yet",
+            "activations": "a probe batch, which a pipeline does not take yet",
+            "lr_scale": "learning rates of single layers, which a pipeline does not give yet",
+        }
+    )
     #: the setting `smartfrz.tied`
     tied_mode: TiedMode = "train"
     _built: Mapping[int, nn.Module] = MappingProxyType({})
@@ -164,20 +171,15 @@ class PipelineStage(_Base):
 
     def entry_weights(self) -> dict[int, tuple[int, int]]:
         """Of each entry that this rank holds and that has a module: its weights that the optimizer knows, and the bytes of all of it."""
-        known, pipe, out = {p for group in self.groups for p in group}, self.engine.module, {}
-        for index in range(pipe._local_start, pipe._local_stop):
-            if (module := module_at(pipe, index)) is not None:
-                held = [*module.parameters(), *module.buffers()]
-                out[index] = sum(p.numel() for p in module.parameters() if p in known), sum(t.nbytes for t in held)
+        known, out = {p for group in self.groups for p in group}, {}
+        for index, module in held_modules(self.engine.module).items():
+            held = [*module.parameters(), *module.buffers()]
+            out[index] = sum(p.numel() for p in module.parameters() if p in known), sum(t.nbytes for t in held)
         return out
 
     def gradient_bytes(self) -> int:
         """Of the gradients that this stage holds before a step, in the dtype of its weights."""
         return sum(p.nbytes for p in self.trained())
-
-    def trained(self) -> list[Parameter]:
-        """What the optimizer of this stage updates."""
-        return [p for index in range(len(self.groups)) for p in self.active(index)]
 
     def check_bounds(self, bounds: Sequence[int]) -> None:
         """Raise ValueError where the stages can't get these borders, RuntimeError where nothing can be moved now."""
@@ -210,13 +212,7 @@ class PipelineStage(_Base):
 
     def structure(self) -> dict[int, list[Any]]:
         """Of each module entry that this rank holds: names and shapes of its parameters and buffers."""
-        pipe = self.engine.module
-        held = {i: module_at(pipe, i) for i in range(pipe._local_start, pipe._local_stop)}
-        return {i: structure_of(module) for i, module in held.items() if module is not None}
-
-    def group_options(self) -> list[dict[str, str]]:
-        """The settings of each parameter group, as text."""
-        return [{k: repr(v) for k, v in g.items() if k != "params"} for g in self.base_optimizer().param_groups]
+        return {index: structure_of(module) for index, module in held_modules(self.engine.module).items()}
 
     @property
     def pinned(self) -> tuple[int, int] | None:

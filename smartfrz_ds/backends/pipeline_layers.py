@@ -80,6 +80,10 @@ class PipelineLayer(Layer):
         return tuple(p for key in here for p in _trainable(shared_weights(self.pipe, key)))
 
     @property
+    def is_borrower(self) -> bool:
+        return bool(self.borrows)
+
+    @property
     def copies(self) -> tuple[nn.Parameter, ...]:
         """This rank's copies of weights of this layer, which itself is on another stage."""
         uses = tied_uses(self.pipe)
@@ -100,6 +104,12 @@ def module_at(pipe: PipelineModule, index: int) -> nn.Module | None:
         return entry
     tied = getattr(entry, "args", ())
     return tied[0] if tied and isinstance(tied[0], nn.Module) else None
+
+
+def held_modules(pipe: PipelineModule) -> dict[int, nn.Module]:
+    """The modules of the entries that this rank holds; functions have none."""
+    here = {index: module_at(pipe, index) for index in range(pipe._local_start, pipe._local_stop)}
+    return {index: module for index, module in here.items() if module is not None}
 
 
 def tied_uses(pipe: PipelineModule) -> dict[str, tuple[int, int]]:

@@ -24,18 +24,18 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ..freezing import thaw_module
+from ..planner.simulate import are_bounds
 from .base import Backend
 from .checkpoint_layout import kept_state, load_kept_state
 from .layout import STAGING_BYTES
-from .pipeline_layers import module_at
+from .pipeline_layers import held_modules
 from .plain import PlainBackend
 
 
 def check_bounds(pipe: PipelineModule, bounds: Sequence[int], pinned: Collection[int]) -> None:
     """Raise ValueError where these can't be the stages' bounds. pinned: entries that stay on their stage."""
     entries, stages = len(pipe._layer_specs), pipe.num_stages
-    rising = all(isinstance(b, int) for b in bounds) and all(a < b for a, b in pairwise(bounds))
-    if len(bounds) != stages + 1 or not rising or bounds[0] != 0 or bounds[-1] != entries:
+    if not all(isinstance(b, int) for b in bounds) or not are_bounds(bounds, stages, entries):
         raise ValueError(
             f"bounds: got {list(bounds)}; allowed: {stages + 1} rising integers from 0 to {entries}, the stages' borders in the pipeline's "
             "list of layers"
@@ -74,8 +74,7 @@ def rebalance(backend: Any, bounds: Sequence[int], built: Mapping[int, nn.Module
     engine, pipe = backend.engine, backend.engine.module
     old, new, me = list(pipe.parts), [int(b) for b in bounds], engine.stage_id
     group, ranks = engine.grid.get_pipe_parallel_group(), engine.grid.pp_group
-    leaving = {i: module_at(pipe, i) for i in range(old[me], old[me + 1]) if not new[me] <= i < new[me + 1]}
-    going = {i: m for i, m in leaving.items() if isinstance(m, nn.Module)}
+    going = {i: m for i, m in held_modules(pipe).items() if not new[me] <= i < new[me + 1]}
 
     for module in going.values():
         thaw_module(module, pipe.training)  # where it goes, it is frozen again
@@ -85,7 +84,11 @@ def rebalance(backend: Any, bounds: Sequence[int], built: Mapping[int, nn.Module
     backend.change(trained, [], keep=True)
 
     # Everyone hears what comes: entry by entry, then what optimizers held back, then the bytes.
-    told = [(owner(new, i), *_describe(backend, i, m, set(trained))) for i, m in going.items()]
+    groups, *more = _group_lists(backend)
+    where = {p: i for i, held in enumerate(groups) for p in held}
+    # a bare optimizer may hold parameters that the user froze
+    besides = {p: i for lists in more for i, held in enumerate(lists) for p in held}
+    told = [(owner(new, i), *_describe(i, m, set(trained), where, besides)) for i, m in going.items()]
     parcels: dict[int, list[Tensor]] = {}
     for target, _, tensors in told:
         parcels.setdefault(target, []).extend(tensors)
@@ -184,18 +187,17 @@ def structure_of(module: nn.Module) -> list[Any]:
     return [[name, list(t.shape)] for name, t in (*module.named_parameters(), *module.named_buffers())]
 
 
-def _describe(backend: Any, entry: int, module: nn.Module, trained: set[Parameter]) -> tuple[dict[str, Any], list[Tensor]]:
-    """What the new stage must know of an entry, and its weights and buffers."""
-    groups, *more = _group_lists(backend)
-    where = {p: i for i, group in enumerate(groups) for p in group}
-    # a bare optimizer may hold parameters that the user froze
-    held = {p: i for lists in more for i, group in enumerate(lists) for p in group}
+def _describe(
+    entry: int, module: nn.Module, trained: set[Parameter], where: Mapping[Parameter, int], besides: Mapping[Parameter, int]
+) -> tuple[dict[str, Any], list[Tensor]]:
+    """What the new stage must know of an entry, and its weights and buffers. where: the group of each
+    parameter that a freeze knows; besides: of each that the optimizer holds, where it may hold others too."""
     params, buffers = list(module.parameters()), list(module.buffers())
     tensors = [p.detach() for p in params] + [b.detach() for b in buffers]
     about = {
         "entry": entry,
         # of each parameter: its group (None: the user's own, frozen), whether it goes on training, its group in the optimizer all the same
-        "params": [(where.get(p), p in trained, held.get(p)) for p in params],
+        "params": [(where.get(p), p in trained, besides.get(p)) for p in params],
         "tensors": [(tuple(t.shape), t.dtype) for t in tensors],
         "training": [m.training for m in module.modules()],
     }

@@ -20,9 +20,10 @@ import torch
 from deepspeed.checkpoint.constants import OPTIMIZER_STATE_DICT
 from tqdm import tqdm
 
-from ..checkpoint import MARKER, SIDE_FILE, digest_of, pack, pack_tensors, write_atomically, write_complete
+from ..checkpoint import MARKER, SIDE_FILE, digest_of, kept_file, pack, pack_tensors, write_atomically, write_complete
 from ..planner.costs import LayerCost
 from ..planner.cut import best_cut
+from ..planner.simulate import are_bounds
 from .reshape_source import PipelineCheckpoint
 from .reshape_states import FlatTarget, entry_of, kept_states, new_stages, whole_states
 from .support import check_version
@@ -143,7 +144,7 @@ class _Target:
             yield path.name, partial(shutil.copyfile, path)
         if self.source.state["kept"]:
             for rank in range(len(self.stages) * self.replicas):
-                yield f"smartfrz_kept_{rank}.safetensors", partial(self._write_kept, *divmod(rank, self.replicas))
+                yield kept_file(rank), partial(self._write_kept, *divmod(rank, self.replicas))
         yield SIDE_FILE, self._write_side
         for stage in range(len(self.stages)):
             yield f"mp_rank_{stage:02d}_model_states.pt", partial(self._write_model, stage)
@@ -210,7 +211,7 @@ class _Target:
 
 def _bounds(source: PipelineCheckpoint, stages: int, replicas: int, bounds: Sequence[int] | None) -> list[int]:
     if bounds is not None:
-        if len(bounds) != stages + 1 or (bounds[0], bounds[-1]) != (0, source.entries) or any(a >= b for a, b in pairwise(bounds)):
+        if not are_bounds(bounds, stages, source.entries):
             raise ValueError(f"bounds (--bounds): got {_shown(bounds)}; allowed: {stages + 1} rising integers from 0 to {source.entries}")
         return list(bounds)
     active = {entry_of(n) for stage in source.stages for i in range(len(stage.groups)) for n in stage.active(i)}

@@ -25,7 +25,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors import safe_open
 from torch import Tensor
 
-from ..checkpoint import MARKER, SIDE_FILE, complete_tags, digest_of, missing_files, unpack
+from ..checkpoint import MARKER, SIDE_FILE, complete_tags, digest_of, kept_file, missing_files, unpack
 from .reshape_states import FlatSource, KeptSource, Params, Stage, entry_of
 from .support import TESTED_DEEPSPEED
 
@@ -142,7 +142,7 @@ class PipelineCheckpoint:
         @cache
         def read(replica: int) -> tuple[Mapping[str, Any], Mapping[str, Tensor]] | None:
             rank = stage * self.replicas + replica
-            path = self.folder / f"smartfrz_kept_{rank}.safetensors"
+            path = self.folder / kept_file(rank)
             return _read_kept(path, self.state["kept"][str(rank)]) if str(rank) in self.state["kept"] else None
 
         return KeptSource(read=read, params=self.params)

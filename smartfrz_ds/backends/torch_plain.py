@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ..module_hook import ModuleHook
+from ..policies.base import Need
 from .base import Backend, FreezeError, Released, Sampler, SampleRequest, storage_bytes
 
 
@@ -84,7 +85,7 @@ class TorchBackend(Backend):
 
     def is_boundary(self) -> bool:
         # Gradients that a step has used may still be there: scripts clear them before the next backward.
-        clear = all(p.grad is None for i in range(len(self._groups)) for p in self.active(i)) and not self.gradients_pending()
+        clear = all(p.grad is None for p in self.trained()) and not self.gradients_pending()
         return clear or not self._forwarded
 
     def check(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter]) -> None:
@@ -189,6 +190,10 @@ def _zeros(value: Any, param: Parameter) -> Any:
     if not isinstance(value, Tensor) or value.ndim == 0:
         return torch.zeros_like(value) if isinstance(value, Tensor) else value
     return torch.zeros_like(param, dtype=value.dtype, memory_format=torch.preserve_format)
+
+
+# What FSDP can't give a policy.
+FSDP_MISSING: Mapping[Need, str] = {"gradients": "gradients, which FSDP brings to a rank in pieces only"}
 
 
 class Unwrapped(TorchBackend):

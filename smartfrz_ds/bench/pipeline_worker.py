@@ -17,6 +17,7 @@ from torch import Tensor
 
 import smartfrz_ds
 
+from ..backends.pipe_schedule import wrap_instruction
 from ..planner import LayerCost, simulate
 from .launching import Settings, worker_main
 from .pipeline import CASES, FRACTIONS, KINDS
@@ -44,11 +45,8 @@ class SentBytes:
         dist.send = counting  # deepspeed/comm/torch.py looks it up there at each call
 
     def watch(self, engine: Any) -> None:
-        phases = {schedule.SendActivation: "activations", schedule.SendGrad: "gradients"}
-        # runtime/pipe/engine.py: _exec_schedule looks an instruction up in the engine's own table
-        engine._INSTRUCTION_MAP = {
-            kind: self._in_phase(phases[kind], call) if kind in phases else call for kind, call in engine._INSTRUCTION_MAP.items()
-        }
+        wrap_instruction(engine, schedule.SendActivation, functools.partial(self._in_phase, "activations"))
+        wrap_instruction(engine, schedule.SendGrad, functools.partial(self._in_phase, "gradients"))
 
     def _in_phase(self, phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def run(engine: Any, **kwargs: Any) -> Any:

@@ -221,9 +221,13 @@ def sums(values: Sequence[int]) -> list[int]:
     return list(accumulate(values, initial=0))
 
 
+def are_bounds(bounds: Sequence[int], stages: int, layers: int) -> bool:
+    """Whether these cut so many layers into so many stages of at least one layer each, as PipelineModule.parts."""
+    return len(bounds) == stages + 1 and (bounds[0], bounds[-1]) == (0, layers) and all(a < b for a, b in pairwise(bounds))
+
+
 def check_parts(parts: Sequence[int], layers: int) -> None:
-    rising = all(a < b for a, b in pairwise(parts))
-    if len(parts) < 2 or parts[0] != 0 or parts[-1] != layers or not rising:
+    if len(parts) < 2 or not are_bounds(parts, len(parts) - 1, layers):
         raise ValueError(f"parts: got {list(parts)!r}; allowed: rising bounds from 0 to {layers}, at least one layer a stage")
 
 
