@@ -40,6 +40,6 @@ smartfrz_venv() {
         torch=$(python -c 'import torch; print(torch.__version__.split("+")[0])')
     fi
     sed "s/^torch==.*/torch==$torch/" "$root/constraints.txt" >"$venv/constraints.txt"
-    pip install --quiet -c "$venv/constraints.txt" -e "$root[$extra]"
+    pip install --quiet -c "$venv/constraints.txt" -e "${root}[$extra]"
     echo "$want" >"$stamp"
 }

@@ -77,6 +77,9 @@ class Controller(LayoutControl):
     `RanksDisagree` where the ranks don't have the same settings, package version and layers.
     """
 
+    #: how a run that broke off goes on, for error messages: what stands before the checkpoint's path
+    resumed_by = "load_checkpoint goes on from"
+
     def __init__(
         self,
         model: torch.nn.Module,
@@ -118,8 +121,8 @@ class Controller(LayoutControl):
         )
         self._status = RunStatus(self._log, backend, self._ranks, self._layers, config.status_interval or config.freeze_interval)
         self._events: list[FreezeEvent] = []
-        if not backend.staged:  # a pipeline, whose order is its list of layers
-            OrderCheck(model, self._layers)  # compares in the first forward, then takes its hooks away
+        # It compares in the first forward, then takes its hooks away. A pipeline's order is its list of layers.
+        self._order = None if backend.staged else OrderCheck(model, self._layers)
 
         self._flops, self._tally = FlopMeter(model, self._layers, config.tied), FlopTally(self._layers)
         names = {p: name for name, p in model.named_parameters()}
@@ -245,9 +248,12 @@ class Controller(LayoutControl):
                 thaw_modules(layer, self._model.training)
         for param in self._backend.frozen:
             param.requires_grad_(True)
+        self._backend.leave()
         self._recompute.update(())
         self._gradients.disarm()
         self._flops.remove()
+        if self._order is not None:
+            self._order.remove()
         self._supplies.remove()
         if self._rebalancer is not None:
             self._rebalancer.remove()

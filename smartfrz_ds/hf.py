@@ -17,7 +17,6 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .checkpoint import SIDE_FILE
 from .config import FreezeConfig, with_settings
@@ -27,7 +26,8 @@ from .hook import engine_of, install_hook, remove_hook
 from .module_hook import ModuleHook
 from .torch_loop import TorchController, attach_torch
 
-_LOAD = "_load_optimizer_and_scheduler"  # transformers/trainer.py: the last thing before training that a checkpoint is read for
+# transformers/trainer.py: the last thing before training that a checkpoint is read for; and what is written behind the model's weights
+_LOAD, _SAVE = "_load_optimizer_and_scheduler", "_save_optimizer_and_scheduler"
 
 
 class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -122,7 +122,15 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             probe_batch=self._probe_batch,
             scaler=getattr(trainer.accelerator, "scaler", None),
         )
+        setattr(trainer, _SAVE, partial(self._save, getattr(trainer, _SAVE)))
         return self._attached
+
+    def _save(self, save: Callable[[str], None], folder: str) -> None:
+        """Around the Trainer's own saving of the optimizer, without DeepSpeed. First comes what must be known to load that: a run that is
+        killed while it saves leaves no optimizer without it."""
+        assert self._attached is not None
+        self._attached.save(folder)
+        save(folder)
 
     # --- training -------------------------------------------------------------------------------------------------------------
 
@@ -175,12 +183,6 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(more)  # the Trainer has put a copy there already
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A checkpoint is there; without DeepSpeed the freeze state is put beside it."""
-        if self._attached is not None and not args.save_only_model:
-            # transformers/trainer.py: _save_checkpoint
-            self._attached.save(Path(self._trainer._get_output_dir(self._trainer._trial)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The model is the user's again."""
         self._undo()
@@ -195,6 +197,7 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         if self._attached is not None:
             self._attached.release()  # the Trainer's next training goes on with this optimizer
             self._attached = None
+            self._trainer.__dict__.pop(_SAVE, None)
 
 
 def _trainer_of(callback: FreezeCallback) -> Any:

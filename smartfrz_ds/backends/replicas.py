@@ -57,6 +57,12 @@ class Replicas:
         self.zero.persistent_parameters[:] = persistent
         return sum(_whole_bytes(p) for p in missing)
 
+    def leave(self) -> None:
+        """Every parameter is DeepSpeed's again: another engine may take the model."""
+        for param in list(self.params):
+            self._let_go(param)
+        self.zero.persistent_parameters[:] = self._persistent
+
     def _choose(self, frozen: set[ZeroParam], released: Mapping[ZeroParam, int]) -> dict[ZeroParam, None]:
         ordered = sorted(frozen, key=lambda p: p.ds_id)
         chosen = dict.fromkeys(p for p in ordered if p in self._persistent)

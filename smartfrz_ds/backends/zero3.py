@@ -266,6 +266,9 @@ class Zero3Backend(FlatBackend):
         """Optimizer bytes that freezing `param` released on this rank: its master and moments, gradients not counted."""
         return int(param.partition_numel()) * 4 * 3
 
+    def leave(self) -> None:
+        self._replicas.leave()
+
     def verify_weights(self) -> None:
         zero = self.wrapper
         param: ZeroParam
