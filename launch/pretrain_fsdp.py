@@ -3,12 +3,14 @@
     torchrun --standalone --nproc_per_node 2 launch/pretrain_fsdp.py
 
 reads the text of Python's documentation, which comes with Python. `--ddp` and `--fsdp1` hold the same model another way. `--resume` goes on
-from the newest checkpoint in `--out`; the batches are those of a run that never stopped. docs/pytorch.md says what happens in here.
+from the newest checkpoint in `--out`, and so does a run that `torchrun --max-restarts` starts again; the batches are those of a run that
+never stopped. docs/pytorch.md says what happens in here.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -16,6 +18,7 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -24,7 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -32,6 +35,7 @@ from tqdm import tqdm
 
 import smartfrz_ds
 from smartfrz_ds.bench.wire import CollectiveBytes
+from smartfrz_ds.faults import explained
 
 BYTES = 256  # the vocabulary: a byte is a token
 
@@ -58,7 +62,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stop-after", type=int, metavar="STEP", help="save a checkpoint at this step and end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/fsdp"), help="for checkpoints, events and results (default: runs/fsdp)")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out, where there is one")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds after which a rank that waits for another gives up (600)")
     args = parser.parse_args(argv)
     for name in ("blocks", "width", "heads", "length", "batch_size", "steps", "save_every"):
         if getattr(args, name) < 1:
@@ -197,12 +202,14 @@ def load(where: Path, model: nn.Module, optimizer: torch.optim.Optimizer, contro
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
 
 
-def newest(out: Path) -> Path:
-    """The checkpoint of the latest step. ValueError where there is none."""
-    found = sorted((int(p.parent.name.removeprefix("step-")), p.parent) for p in out.glob("step-*/.metadata"))
-    if not found:
-        raise ValueError(f"--resume: no checkpoint in {out}")
-    return found[-1][1]
+def newest(args: argparse.Namespace) -> Path | None:
+    """The checkpoint to go on from. ValueError where a new run would mix its checkpoints with an old one's."""
+    found = sorted((int(p.parent.name.removeprefix("step-")), p.parent) for p in args.out.glob("step-*/.metadata"))
+    if args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:  # torchrun counts its starts
+        return found[-1][1] if found else None
+    if found:
+        raise ValueError(f"--out {args.out} holds a run that got to step {found[-1][0]}: give --resume to go on with it, or another --out")
+    return None
 
 
 # --- the run --------------------------------------------------------------------------------------------------------------------
@@ -233,7 +240,7 @@ def reduced(model: nn.Module, counted: CollectiveBytes) -> int:
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
-    counted, rank = CollectiveBytes(), dist.get_rank()
+    counted, rank, resumed = CollectiveBytes(), dist.get_rank(), newest(args)
     torch.manual_seed(args.seed)
     model = wrapped(Gpt(blocks=args.blocks, width=args.width, heads=args.heads, length=args.length), args, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.1)
@@ -245,8 +252,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     controller = smartfrz_ds.attach_torch(model, optimizer, settings(args), scheduler=scheduler)
     text, measured = Text.of_python(), Measured()
-    if args.resume:
-        load(newest(args.out), model, optimizer, controller)
+    if resumed is not None:
+        load(resumed, model, optimizer, controller)
         scheduler.load_state_dict(scheduler.state_dict() | {"last_epoch": controller.step, "_step_count": controller.step + 1})
         if rank == 0:
             print(f"going on after step {controller.step}, frozen: {', '.join(controller.frozen) or 'nothing'}")
@@ -258,7 +265,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         x, y = batch(text.train, rows=args.batch_size, length=args.length, seed=(args.seed * 10**6 + step) * 1000 + rank, device=device)
         counted.take()
         loss = loss_of(model, x, y)
-        loss.backward()
+        with explained(controller, "backward"):  # in the forward and in its step the controller sees to it itself
+            loss.backward()
         measured.gradient_bytes.append(reduced(model, counted))
         controller.observe(loss=loss.item())  # for the log, and for a guard
         optimizer.step()  # the controller acts in here
@@ -276,12 +284,18 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         if controller.step % args.save_every == 0 or controller.step == last:
             save(args.out / f"step-{controller.step}", model, optimizer, controller)
     bar.close()
-    found = held_out_loss(model, text, args, device)
+    found, weights = held_out_loss(model, text, args, device), digest(model)
     if rank == 0:
-        finish(args, controller, measured, found)
+        finish(args, controller, measured, found, weights)
 
 
-def finish(args: argparse.Namespace, controller: smartfrz_ds.TorchController, measured: Measured, held_out: float) -> None:
+def digest(model: nn.Module) -> str:
+    """Of all weights, on rank 0, which gets them whole. Collective."""
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return hashlib.sha256(b"".join(whole[name].float().numpy().tobytes() for name in sorted(whole))).hexdigest()[:16]
+
+
+def finish(args: argparse.Namespace, controller: smartfrz_ds.TorchController, measured: Measured, held_out: float, weights: str) -> None:
     """Print the table and write results.json. Only rank 0."""
     report = controller.report()
     began = controller.step - len(measured.seconds)  # after a resume, what this process has seen
@@ -310,10 +324,12 @@ def finish(args: argparse.Namespace, controller: smartfrz_ds.TorchController, me
         "gradients reduced a step": show(pair(measured.gradient_bytes), 1e-6, "MB"),
         "optimizer state on rank 0": show(pair(measured.optimizer_bytes), 1e-6, "MB"),
         "freezing itself": f"{report.plugin_seconds:.2f} s, of it {report.freeze_seconds:.2f} s in pauses",
+        "digest of the weights": weights,
     }
     width = max(map(len, rows))
     print("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()))
-    results = {"step": report.step, "held_out_loss": held_out, "frozen": list(report.frozen), "table": rows, "measured": asdict(measured)}
+    results = {"step": report.step, "held_out_loss": held_out, "frozen": list(report.frozen), "weights": weights, "table": rows,
+               "measured": asdict(measured)}  # fmt: skip
     (args.out / "results.json").write_text(json.dumps(results))
 
 
@@ -329,7 +345,7 @@ def main() -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(seconds=args.timeout))
     args.out.mkdir(parents=True, exist_ok=True)
     try:
         train(args, device)

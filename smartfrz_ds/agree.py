@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 class RanksDisagree(RuntimeError):
@@ -58,17 +60,18 @@ class Ranks:
         raised = ValueError if 2 in kinds else RuntimeError
         raise raised(f"nothing was changed: {told}")
 
-    def together(self, action: Callable[[], None]) -> None:
-        """Run something local that can fail. Collective.
+    def together(self, action: Callable[[], T]) -> T:
+        """Run something local that can fail, and give back what it gives. Collective.
 
         Raises: on the rank where it fails its own error, on all others as `all_ready`.
         """
         try:
-            action()
+            made = action()
         except Exception as error:
             self.all_ready(str(error) or type(error).__name__, type(error))
             raise
         self.all_ready("", ValueError)
+        return made
 
     def of_rank_0(self, make: Callable[[], Any]) -> Any:
         """What `make` gives on rank 0 (JSON-able), on every rank. Collective; it is called on rank 0 only.

@@ -71,10 +71,25 @@ def _collective_part(config: Any) -> str:
 
 
 def _outline(model: nn.Module) -> str:
-    shapes = [(name, shape_of(p)) for name, p in model.named_parameters()]
-    total = sum(prod(shape) for _, shape in shapes)
-    short = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
-    return f"{type(model).__name__} with {len(shapes)} parameters, {total} weights; names and shapes {short}"
+    about = [(name, tuple(shape_of(p)), p.dtype, p.requires_grad) for name, p in model.named_parameters()]
+    total = sum(prod(shape) for _, shape, _, _ in about)
+    trained = sum(requires_grad for *_, requires_grad in about)
+    short = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
+    return f"{type(model).__name__} with {len(about)} parameters, {trained} trainable, {total} weights; names, shapes and dtypes {short}"
+
+
+def compare_before_attach(settings: FreezeConfig, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+    """The same for a run without DeepSpeed, in `attach_torch`: its wrapper is there, and FSDP2's has compared nothing. Collective.
+
+    Raises:
+        RanksDisagree: on every rank, with this rank's settings, model or optimizer.
+    """
+    if ranks.alone:
+        return
+    ranks.agree(f"settings {digest(settings)}", "smartfrz settings")
+    ranks.agree(_outline(model), "models")
+    groups = [len(group["params"]) for group in optimizer.param_groups]
+    ranks.agree(f"{type(optimizer).__name__} with {groups} parameters in its groups", "optimizers")
 
 
 def is_lost_contact(error: BaseException) -> bool:
@@ -84,18 +99,27 @@ def is_lost_contact(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _GLOO)
 
 
-def way_back(checkpoint: str | None) -> str:
-    """What to do then."""
-    if checkpoint is None:
-        return "end all ranks and start the run again; this process has neither saved nor loaded a checkpoint yet"
-    return f"end all ranks and start the run again: load_checkpoint goes on from the last complete checkpoint, {checkpoint}"
+def note_lost_contact(controller: Any, error: BaseException, doing: str) -> None:
+    """Add to the error of a lost rank the step, its usual causes and the way back; once."""
+    if not is_lost_contact(error) or any(note.startswith("smartfrz") for note in getattr(error, "__notes__", ())):
+        return
+    last = controller.last_checkpoint
+    way = "; this process has neither saved nor loaded a checkpoint yet"
+    if last is not None:
+        way = f": {controller.resumed_by} the last complete checkpoint, {last}"
+    error.add_note(
+        f"smartfrz: rank {controller.ranks.rank} lost contact with another rank in {doing}, {controller.step} steps into the run. "
+        "That rank ended (its own output says why), hangs for longer than the process group's timeout, or the link to it is down. "
+        f"What to do: end all ranks and start the run again{way}"
+    )
 
 
 def share_timeout() -> None:
     """Give every process group that has torch's default timeout the one of the main group.
 
-    DeepSpeed 0.19.8 makes its groups without the timeout that init_distributed got (comm/torch.py: new_group), so a lost rank would be
-    found after torch's 10 minutes (NCCL) or 30 (gloo), whatever the user asked for; and a longer one would not be waited for.
+    DeepSpeed 0.19.8 makes its groups without the timeout that init_distributed got (comm/torch.py: new_group), and so does torch for the
+    dimensions of a device mesh: a lost rank would be found after torch's 10 minutes (NCCL) or 30 (gloo), whatever the user asked for; and a
+    longer one would not be waited for.
     """
     if not dist.is_initialized():
         return
@@ -115,19 +139,16 @@ def _timeout(group: Any, device: torch.device) -> Any:
 
 @contextmanager
 def explained(controller: Any, doing: str) -> Iterator[None]:
-    """Around something collective: an error of a lost rank gets a note with the step, its usual causes and the way back."""
+    """Around something collective: an error of a lost rank gets a note with the step, its usual causes and the way back.
+
+    controller: of the run. doing: what the block does, for the note ("backward").
+    """
     try:
         yield
     except FreezeError:
         raise  # says it all itself
     except RuntimeError as error:
-        noted = any(note.startswith("smartfrz") for note in getattr(error, "__notes__", ()))
-        if is_lost_contact(error) and not noted:
-            error.add_note(
-                f"smartfrz: rank {controller.ranks.rank} lost contact with another rank in {doing}, {controller.step} steps into the run. "
-                "That rank ended (its own output says why), hangs for longer than the process group's timeout, or the link to it is down. "
-                f"What to do: {way_back(controller.last_checkpoint)}"
-            )
+        note_lost_contact(controller, error, doing)
         raise
 
 

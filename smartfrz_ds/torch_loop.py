@@ -5,6 +5,7 @@ The controller listens to the torch optimizer (register_step_pre_hook and regist
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ._version import __version__
+from .agree import Ranks
 from .backends.torch_plain import TorchBackend, local
-from .backends.torch_support import bare_optimizer, make_torch_backend
+from .backends.torch_support import bare_optimizer, collective_device, make_torch_backend
 from .config import FreezeConfig
 from .controller import Controller
+from .faults import compare_before_attach, explained, note_lost_contact, share_timeout
+from .module_hook import ModuleHook
 from .torch_checkpoint import restore_from, save_beside
 
 
@@ -24,6 +28,8 @@ class TorchController(Controller):
     """The controller of a run without DeepSpeed. Made by `attach_torch`."""
 
     _backend: TorchBackend
+    _saved: str | None = None  # where `save` wrote last, until that checkpoint is known to be whole
+    resumed_by = "controller.restore and your own load go on from"
 
     def save(self, folder: str | Path) -> None:
         """Write the freeze state into the folder of the user's own checkpoint, beside its files. Collective, between steps.
@@ -31,7 +37,9 @@ class TorchController(Controller):
         Raises:
             OSError or RuntimeError: a file can't be written, on every rank.
         """
-        save_beside(self, self._backend, folder)
+        with explained(self, "save"):
+            save_beside(self, self._backend, folder)
+        self._saved = str(folder)
 
     def restore(self, folder: str | Path) -> None:
         """Take up what `save` wrote. Collective, at a step boundary, BEFORE the model and the optimizer are loaded: they must have the
@@ -40,7 +48,8 @@ class TorchController(Controller):
         Raises:
             ValueError: there is no freeze state, it is damaged or of another model; nothing was changed.
         """
-        restore_from(self, self._backend, folder)
+        with explained(self, "restore"):
+            restore_from(self, self._backend, folder)
 
     def release(self) -> None:
         """Give the model, its wrapper and its optimizer back as they were: every layer trains, no hook is left.
@@ -54,6 +63,7 @@ class TorchController(Controller):
         super().release()
         self._backend.remove()
         self._hooks.remove()
+        self._forwards.remove()
         del self._backend.base_optimizer().smartfrz  # type: ignore[attr-defined]
 
     def learn(self, *, scheduler: Any = None, total_steps: int | None = None) -> None:
@@ -63,6 +73,16 @@ class TorchController(Controller):
     def _listen(self, hooks: _Hooks) -> None:
         self._hooks = hooks
         self._backend.on_skipped = self.step_skipped
+        self._forwards = self._backend.wrapped.register_forward_hook(ModuleHook(self._end_forward), always_call=True)
+
+    def _end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        """After a forward, and where one raises: in it FSDP gathers weights."""
+        if torch.compiler.is_compiling():
+            return
+        if self._saved is not None:  # whoever trains on has written the rest of that checkpoint
+            self.last_checkpoint, self._saved = self._saved, None
+        if output is None and (error := sys.exception()) is not None:
+            note_lost_contact(self, error, "forward")
 
 
 class _Hooks:
@@ -97,9 +117,10 @@ class _Hooks:
             return
         if any(x is not None for x in (*args[1:], *kwargs.values())):
             raise ValueError("optimizer.step(closure): smartfrz_ds works with optimizer.step() alone, after backward")
-        self._counts = not _only_makes_state(optimizer, self.controller)
-        if self._counts:
-            self.controller.before_step()
+        with explained(self.controller, "the optimizer's step"):
+            self._counts = not _only_makes_state(optimizer, self.controller)
+            if self._counts:
+                self.controller.before_step()
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self.controller is None or not self._counts:
@@ -109,7 +130,8 @@ class _Hooks:
         found_inf = getattr(optimizer, "found_inf", None)
         if isinstance(found_inf, Tensor) and found_inf.item():
             self.controller.step_skipped()
-        else:
+            return
+        with explained(self.controller, "the optimizer's step"):
             self.controller.after_step()
 
 
@@ -158,29 +180,19 @@ def attach_torch(
 
     Raises:
         ValueError: wrong settings; a model or an optimizer that freezing does not work with, by name.
-        RanksDisagree: the ranks differ in settings, package version or layers.
+        RanksDisagree: the ranks differ in package versions, settings, models or optimizers.
     """
     bare = bare_optimizer(optimizer)
     there = getattr(bare, "smartfrz", None)
     if isinstance(there, TorchController):
         return there
-    settings = FreezeConfig.load(config)
-    if not settings.enabled:
-        settings = settings.model_copy(update={"policy": "manual"})
-    backend = make_torch_backend(model, bare, fsdp_frozen=settings.fsdp.frozen, allow_untested_versions=settings.allow_untested_versions)
+    share_timeout()
+    ranks = Ranks(collective_device())
+    ranks.agree(f"smartfrz_ds {__version__}, torch {torch.__version__}", "package versions")
+    settings, backend = ranks.together(lambda: _prepare(model, bare, config))
+    compare_before_attach(settings, model, bare, ranks)
     backend.scaler = scaler
-    own = {p: name for name, p in model.named_parameters() if p.requires_grad}
-    held = {p for group in backend.groups for p in group}
-    if not held.intersection(own):
-        raise ValueError(
-            "the optimizer holds none of the model's trainable parameters: make it after the model is wrapped (fully_shard, FSDP), "
-            "over model.parameters()"
-        )
-    if left := [name for p, name in own.items() if p not in held]:
-        backend.warnings.append(
-            f"this optimizer does not hold all that trains: {', '.join(left[:3])}{', …' if len(left) > 3 else ''} ({len(left)} in all) "
-            "never freeze, not even with their layer. Put all parameters into one optimizer, or freeze those in the others yourself"
-        )
+    backend.listen()
     hooks = _Hooks(bare)
     try:
         controller = TorchController(
@@ -193,3 +205,27 @@ def attach_torch(
     hooks.listen(controller)
     bare.smartfrz = controller  # type: ignore[attr-defined]
     return controller
+
+
+def _prepare(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: FreezeConfig | Mapping[str, Any] | str | Path | None
+) -> tuple[FreezeConfig, TorchBackend]:
+    """What a rank can see by itself. Raises ValueError as `attach_torch`."""
+    settings = FreezeConfig.load(config)
+    if not settings.enabled:
+        settings = settings.model_copy(update={"policy": "manual"})
+    untested = settings.allow_untested_versions
+    backend = make_torch_backend(model, optimizer, fsdp_frozen=settings.fsdp.frozen, allow_untested_versions=untested)
+    own = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    held = {p for group in backend.groups for p in group}
+    if not held.intersection(own):
+        raise ValueError(
+            "the optimizer holds none of the model's trainable parameters: make it after the model is wrapped (fully_shard, FSDP), "
+            "over model.parameters()"
+        )
+    if left := [name for p, name in own.items() if p not in held]:
+        backend.warnings.append(
+            f"this optimizer does not hold all that trains: {', '.join(left[:3])}{', …' if len(left) > 3 else ''} ({len(left)} in all) "
+            "never freeze, not even with their layer. Put all parameters into one optimizer, or freeze those in the others yourself"
+        )
+    return settings, backend

@@ -31,9 +31,10 @@ LONG, SHORT = 40.0, 8.0  # seconds of the process group's timeout; short where t
 SLACK = 20.0  # seconds that start and end may take besides, on a busy machine
 
 
-def fault(name: str, *, rank: int = 1, timeout: float = LONG, resumes: bool = True) -> dict[str, Any]:
-    folder = name.replace(" ", "-")
-    base = {"folder": folder, "cell": dataclasses.asdict(CELL), "rank": rank, "step": 5, "timeout": timeout}
+def fault(name: str, *, rank: int = 1, timeout: float = LONG, resumes: bool = True, kind: str = "") -> dict[str, Any]:
+    """kind: ddp or fsdp2, where the run is one without DeepSpeed."""
+    folder = f"{kind} {name}".strip().replace(" ", "-")
+    base = {"folder": folder, "cell": dataclasses.asdict(CELL), "rank": rank, "step": 5, "timeout": timeout, "kind": kind}
     run = base | {"name": folder, "fault": name}
     return {"runs": [run, base | {"name": f"{folder}-again", "fault": "", "timeout": LONG}] if resumes else [run]}
 
@@ -54,6 +55,16 @@ FAULTS = {
     "other stage": fault("other stage", resumes=False),
     "other model": fault("other model", resumes=False),
     "port taken": fault("port taken", timeout=SHORT, resumes=False),
+    "fsdp2 dies": fault("dies", kind="fsdp2"),
+    "ddp dies": fault("dies", kind="ddp"),
+}
+MORE_FAULTS = {
+    "fsdp2 dies deciding": fault("dies deciding", rank=0, kind="fsdp2"),
+    "fsdp2 dies saving": fault("dies saving", kind="fsdp2"),
+    "fsdp2 hangs": fault("hangs", timeout=SHORT, kind="fsdp2"),
+    "ddp dies deciding": fault("dies deciding", rank=0, kind="ddp"),
+    "ddp hangs": fault("hangs", timeout=SHORT, kind="ddp"),
+    "ddp other model": fault("other model", timeout=SHORT, resumes=False, kind="ddp"),
 }
 
 
@@ -69,8 +80,16 @@ def hosts() -> Iterator[tuple[Host, Host] | None]:
 @pytest.fixture(scope="module")
 def folder(hosts: tuple[Host, Host] | None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where worker_faults.py has written what came of all faults."""
-    out = tmp_path_factory.mktemp("faults")
-    runs = [run for name, fault in FAULTS.items() if hosts or name != "link down" for run in fault["runs"]]
+    return happened(FAULTS, hosts, tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture(scope="module")
+def more(hosts: tuple[Host, Host] | None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return happened(MORE_FAULTS, hosts, tmp_path_factory.mktemp("more"))
+
+
+def happened(faults: dict[str, Any], hosts: tuple[Host, Host] | None, out: Path) -> Path:
+    runs = [run for name, fault in faults.items() if hosts or name != "link down" for run in fault["runs"]]
     for number, run in enumerate(runs):
         run["port"] = PORT + number if hosts else free_port()
     (out / "job.json").write_text(json.dumps(runs))
@@ -182,6 +201,45 @@ def test_ranks_that_differ_all_raise_before_they_start(folder: Path, name: str) 
         assert f"RanksDisagree: the ranks have different {about}" in line and all(word in line for word in words), line
 
 
+# --- without DeepSpeed -----------------------------------------------------------------------------------------------------------------
+
+# Who survives, what it was doing, the step then, and the checkpoint that it names. DDP meets the others in the forward after a freeze, when
+# it makes its buckets anew.
+LOST_IN_TORCH = {
+    "fsdp2 dies": (0, "forward", 5, 4),
+    "ddp dies": (0, "forward", 5, 4),
+    "fsdp2 dies deciding": (1, "the optimizer's step", 6, 4),
+    "fsdp2 dies saving": (0, "save", 6, 4),
+    "fsdp2 hangs": (0, "forward", 5, 4),
+    "ddp dies deciding": (1, "the optimizer's step", 6, 4),
+    "ddp hangs": (0, "forward", 5, 4),
+}
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAULTS else pytest.mark.slow) for n in LOST_IN_TORCH])
+def test_a_lost_rank_without_deepspeed(request: pytest.FixtureRequest, name: str) -> None:
+    folder = request.getfixturevalue("folder" if name in FAULTS else "more")
+    run = name.replace(" ", "-")
+    survivor, doing, step, saved = LOST_IN_TORCH[name]
+    code, seconds, output = ended(folder, run, survivor)
+    assert code == 1 and seconds < (SHORT + SLACK if "hangs" in name else SLACK), output[-4000:]
+    last = output.splitlines()[-1]
+    assert last.startswith(f"smartfrz: rank {survivor} lost contact") and f"in {doing}, {step} steps into the run" in last, last
+    way_back = "controller.restore and your own load go on from the last complete checkpoint"
+    assert last.endswith(f"{way_back}, {folder / run}/checkpoints/step-{saved}"), last
+    assert check_end(folder, run, f"{run}-again")["start"] == saved
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+def test_another_model_in_ddp(more: Path) -> None:
+    """DDP itself compares the models, when it is made."""
+    for rank in (0, 1):
+        code, seconds, output = ended(more, "ddp-other-model", rank)
+        assert code == 1 and seconds < SLACK and "DDP expects same model across all ranks" in output, output[-4000:]
+
+
 @pytest.mark.world_size(2)
 def test_the_port_is_taken(folder: Path) -> None:
     """Rank 0 says so at once. The other meets somebody who doesn't answer, and gives up (torch waits for more than one timeout there)."""
@@ -215,6 +273,8 @@ def test_sigterm_to_the_launcher_of_one_node(hosts: tuple[Host, Host] | None, tm
     first, second = finish(hosts, started, timeout=90, check=False)
     assert first.returncode and second.returncode
     assert "smartfrz: rank 0 lost contact" in first.stdout and "global_step4" in first.stdout, first.stdout[-4000:]
+    finish(hosts, [hosts[node].start(torchrun(hosts, node, tmp_path)) for node in (0, 1)], timeout=120)
+    check_restart(tmp_path)
 
 
 # Without it torch 2.13's torchrun gives a second start the first one's store, with the addresses of dead ranks, and the new ones hang.
@@ -223,7 +283,7 @@ RESTARTS = {"DIES": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 def check_restart(folder: Path) -> None:
     seen = json.loads((folder / "seen.json").read_text())
-    assert seen["start"] == 4 and (folder / "died").exists()
+    assert seen["start"] == 4
     final = load_file(folder / "final.safetensors")
     assert torch.equal(torch.cat([final[n].view(-1) for n, _ in Net(CELL.width).named_parameters()]), expected(seen))
 

@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -29,8 +30,11 @@ import torch.distributed as dist
 from deepspeed.comm.torch import build_shm_op
 from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401
 from safetensors.torch import save_file
+from torch_models import full as whole
+from torch_models import load, save, wrap
 from worker_exact import engine_for, full
 
+import smartfrz_ds
 from smartfrz_ds import engine as engine_module
 from smartfrz_ds import faults
 
@@ -83,6 +87,10 @@ def full_disk(_: Any) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
 
+def die_saving(engine: Any) -> None:
+    engine.smartfrz.settle = die
+
+
 def raise_in_step(_: Any) -> None:
     raise ValueError("a bug in somebody's script")
 
@@ -93,6 +101,7 @@ IN_THE_LOOP: dict[str, Happens] = {
     "hangs": stop,
     "link down": unplug,
     "dies deciding": die_deciding,
+    "dies saving": die_saving,
     "policy fails": fail_deciding,
     "fails freezing": fail_freezing,
     "disk full": full_disk,
@@ -137,13 +146,47 @@ def train(run: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
     weights = full(engine.module)
     if rank == 0:
         save_file({n: w.contiguous() for n, w in weights.items()}, folder / "final.safetensors")
-    report = engine.smartfrz.report()
+    return end_of(engine.smartfrz, start)
+
+
+def train_torch(run: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
+    """The same without DeepSpeed."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=run["timeout"]))
+    mine, cell = run["fault"] if run["rank"] == rank else "", oracle.Cell(**run["cell"])
+    model = wrap(run["kind"], cell.net() if mine != "other model" else oracle.Net(cell.width, 4))
+    params = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(params.values(), lr=oracle.LR, weight_decay=oracle.DECAY)
+    scheduler = oracle.schedule(optimizer)
+    section = SETTINGS | {"total_steps": cell.steps}
+    controller = smartfrz_ds.attach_torch(model, optimizer, section, scheduler=scheduler)
+    if saved := sorted((folder / "checkpoints").glob("step-*/.metadata")):
+        load(saved[-1].parent, model, optimizer, controller)
+        scheduler.load_state_dict(scheduler.state_dict() | {"last_epoch": controller.step, "_step_count": controller.step + 1})
+    start = controller.step
+    for step in range(start, cell.steps):
+        if mine in IN_THE_LOOP and step == run["step"]:
+            IN_THE_LOOP[mine](SimpleNamespace(smartfrz=controller))
+        optimizer.zero_grad()
+        oracle.loss_of(model, *oracle.data(step, 0, rank), cell.dtype).backward()
+        optimizer.step()
+        scheduler.step()
+        if (step + 1) % 2 == 0:
+            save(folder / "checkpoints" / f"step-{step + 1}", model, optimizer, controller)
+    weights = whole(run["kind"], model, params)
+    if rank == 0:
+        save_file({n: w.contiguous() for n, w in weights.items()}, folder / "final.safetensors")
+    return end_of(controller, start)
+
+
+def end_of(controller: Any, start: int) -> dict[str, Any]:
+    """Leave the group; what the test asks of a run that came to its end."""
     dist.barrier()
     dist.destroy_process_group()
+    events = controller.report().events
     return {
         "start": start,
-        "frozen": list(report.frozen),
-        "frozen_at": {e.step: list(e.layers) for e in report.events if e.kind == "freeze"},
+        "frozen": list(controller.frozen),
+        "frozen_at": {e.step: list(e.layers) for e in events if e.kind == "freeze"},
     }
 
 
@@ -156,7 +199,7 @@ def child(run: dict[str, Any], rank: int, folder: Path) -> None:
     faulthandler.dump_traceback_later(run["timeout"] + 30)
     code = 0
     try:
-        saw = train(run, rank, folder / run["folder"])
+        saw = (train_torch if run["kind"] else train)(run, rank, folder / run["folder"])
         (folder / f"{run['name']}.{rank}.saw").write_text(json.dumps(saw))
     except BaseException:
         traceback.print_exc()

@@ -12,15 +12,15 @@ import oracle
 import ranks
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+import worker_torch_together as together
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from torch_models import full, load, made, refusal, save, settings, steps, whole, wrap
 
 import smartfrz_ds
 from smartfrz_ds.bench.wire import CollectiveBytes
@@ -29,46 +29,6 @@ from smartfrz_ds.status import gradient_bytes
 
 COUNTED = CollectiveBytes()
 BUCKETS: list[int] = []
-
-
-def wrap(kind: str, net: oracle.Net, **options: Any) -> nn.Module:
-    """Every layer of the net is a unit of its own; the head is the root's."""
-    if kind == "ddp":
-        return DistributedDataParallel(net, **options)
-    if kind == "fsdp2":
-        for layer in (net.inp, *net.blocks):
-            fully_shard(layer, **options)
-        return fully_shard(net, **options)
-    if kind == "fsdp1":
-
-        def unit(module: nn.Module) -> nn.Module:
-            return FullyShardedDataParallel(module, **({"use_orig_params": True, "device_id": torch.device("cpu")} | options))
-
-        net.inp = unit(net.inp)
-        for i, block in enumerate(net.blocks):
-            net.blocks[i] = unit(block)
-        return unit(net)
-    return net
-
-
-def full(kind: str, model: nn.Module, params: dict[str, Any]) -> dict[str, Tensor]:
-    """Copies of all weights by their name in the bare net. params: the parameters at the start, which FSDP2 does not always show."""
-    if kind == "fsdp1":
-        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
-            return {n.replace("_fsdp_wrapped_module.", ""): p.detach().clone() for n, p in model.named_parameters()}
-    if kind == "fsdp2" and next(iter(params.values())).device_mesh.ndim == 1:  # one exchange instead of one a parameter
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, {n: p.to_local().detach() for n, p in params.items()})
-        return {n: torch.cat([part[n] for part in parts]) for n in params}
-    return {n.removeprefix("module."): whole(p).clone() for n, p in params.items()}
-
-
-def whole(p: Tensor) -> Tensor:
-    return p.full_tensor() if isinstance(p, DTensor) else p.detach()
-
-
-def settings(**more: Any) -> dict[str, Any]:
-    return {"policy": "manual", "order": "any"} | more
 
 
 def counting_hook(state, bucket):  # torch reads the annotations of a hook, and wants its own types or none
@@ -85,9 +45,10 @@ def unsynchronised(kind: str, model: Any, last: bool) -> Any:
 
 
 def run(kind: str, cell: oracle.Cell, how: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """how: hook, evaluates, prefetch (the user's own), and settings and options for the wrapper."""
+    """how: hook, evaluates, prefetch (the user's own), offload, and settings and options for the wrapper."""
     rank, net = dist.get_rank(), cell.net()
-    model = wrap(kind, net, **how.get("options", {}))
+    offload = {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if how.get("offload") else {}
+    model = wrap(kind, net, **how.get("options", {}), **offload)
     if how.get("hook"):
         model.register_comm_hook(None, counting_hook)
     if how.get("prefetch"):
@@ -137,9 +98,8 @@ def run(kind: str, cell: oracle.Cell, how: dict[str, Any]) -> tuple[dict[str, Te
         moved.append({"forward": forward, "backward": backward, "buckets": buckets})
     assert groups == list(optimizer.param_groups)
     tensors = {"weights": torch.stack(weights)}
-    for name, p in params.items() if kind != "fsdp1" else ():
-        for key in ("exp_avg", "exp_avg_sq") if p in optimizer.state else ():
-            tensors[f"moment.{name.removeprefix('module.')}.{key}"] = whole(optimizer.state[p][key]).clone()
+    for name, state in states_of(kind, model, optimizer, params).items():
+        tensors |= {f"moment.{name}.{key}": whole(state[key]).clone() for key in ("exp_avg", "exp_avg_sq")}
     report = controller.report()
     facts = {"frozen": list(controller.frozen), "drift": drift, "step": controller.step, "moved": moved, "optimizer_bytes": byte_counts,
              "saved": report.saved_flops_fraction, "lr": optimizer.param_groups[0]["lr"],
@@ -147,28 +107,14 @@ def run(kind: str, cell: oracle.Cell, how: dict[str, Any]) -> tuple[dict[str, Te
     return tensors, facts
 
 
+def states_of(kind: str, model: nn.Module, optimizer: Any, params: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """The optimizer's state by the names of the bare net."""
+    if kind == "fsdp1":  # whose parts of a parameter are torch's to put together
+        return get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))["state"]
+    return {name.removeprefix("module."): optimizer.state[p] for name, p in params.items() if p in optimizer.state}
+
+
 # --- single questions --------------------------------------------------------------------------------------------------------------
-
-
-def made(kind: str, net: oracle.Net | None = None, options: dict[str, Any] | None = None, **more: Any) -> tuple[Any, Any, Any]:
-    model = wrap(kind, net or oracle.Net(), **(options or {}))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=oracle.LR, weight_decay=oracle.DECAY)
-    return model, optimizer, smartfrz_ds.attach_torch(model, optimizer, settings(**more))
-
-
-def steps(model: Any, optimizer: Any, numbers: range, *, rank: int | None = None) -> None:
-    for step in numbers:
-        optimizer.zero_grad()
-        oracle.loss_of(model, *oracle.data(step, 0, dist.get_rank() if rank is None else rank), "fp32").backward()
-        optimizer.step()
-
-
-def refusal(action: Callable[[], Any]) -> str:
-    try:
-        action()
-    except (ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 def sampled_right(controller: Any) -> list[bool]:
@@ -309,9 +255,7 @@ def resume(folder: Path) -> Any:
         steps(model, optimizer, range(3, 5))
         controller.freeze(["blocks.1"])
         steps(model, optimizer, range(5, 6))
-        controller.save(where)
-        states = dict(zip(("model", "optim"), get_state_dict(model, optimizer), strict=True))
-        dcp.save(states, checkpoint_id=where)
+        save(where, model, optimizer, controller)
 
         def go_on(model: Any, optimizer: Any, controller: Any) -> None:
             steps(model, optimizer, range(6, 8))
@@ -326,11 +270,8 @@ def resume(folder: Path) -> Any:
                 p.add_(1.0)
         model, optimizer, controller = made(kind, net, **more)
         params = dict(model.named_parameters())
-        controller.restore(where)
-        states = dict(zip(("model", "optim"), get_state_dict(model, optimizer), strict=True))
-        counted = controller.step  # torch takes a step of its own in there, with a rate of zero
-        dcp.load(states, checkpoint_id=where)
-        set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optim"])
+        load(where, model, optimizer, controller)
+        counted = controller.step  # torch takes steps of its own in there, with a rate of zero
         go_on(model, optimizer, controller)
         again = full(kind, model, params)
         model, optimizer, controller = made(kind, **more)
@@ -490,16 +431,12 @@ def thawed(folder: Path) -> Any:
     controller.freeze(["embeddings"])
     steps(model, optimizer, range(2, 3))
     controller.thaw(["embeddings"])
-    controller.save(where)
-    dcp.save(dict(zip(("model", "optim"), get_state_dict(model, optimizer), strict=True)), checkpoint_id=where)
+    save(where, model, optimizer, controller)
     steps(model, optimizer, range(3, 5))
     straight = full("fsdp2", model, params)
     model, optimizer, controller = made("fsdp2")
     params = dict(model.named_parameters())
-    controller.restore(where)
-    states = dict(zip(("model", "optim"), get_state_dict(model, optimizer), strict=True))
-    dcp.load(states, checkpoint_id=where)
-    set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optim"])
+    load(where, model, optimizer, controller)
     steps(model, optimizer, range(3, 5))
     again = full("fsdp2", model, params)
     return max((straight[n] - again[n]).abs().max().item() for n in straight)
@@ -513,7 +450,7 @@ def sent(folder: Path) -> Any:
 
 
 ALL = (snapshots, policies, probes, tied, resume, mixed_precision, recomputed, refusals, released, thawed, sent, hybrid)
-CASES = {f.__name__: f for f in ALL}
+CASES = {f.__name__: f for f in (*ALL, *together.ALL)}
 
 
 def main() -> None:

@@ -39,7 +39,12 @@ class TorchBackend(Backend):
         self._names = {p: name for name, p in module.named_parameters()}
         self._kept: dict[Parameter, dict[str, Any]] = {}  # on the host
         self._forwarded = False  # a forward that builds a graph has begun since the last step
-        self._handles = [m.register_forward_pre_hook(ModuleHook(self._note_forward)) for m in dict.fromkeys((wrapped, module))]
+        self._handles: list[Any] = []
+
+    def listen(self) -> None:
+        """Hook the model: from now on this backend knows when a forward begins."""
+        modules = dict.fromkeys((self.wrapped, self.module))
+        self._handles += [m.register_forward_pre_hook(ModuleHook(self._note_forward)) for m in modules]
 
     def _note_forward(self, module: nn.Module, args: Any) -> None:
         if not torch.is_grad_enabled():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from packaging.specifiers import SpecifierSet
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .ddp import DdpBackend
@@ -31,6 +33,13 @@ def check_torch(*, allow_untested: bool) -> str | None:
     if allow_untested:
         return found + "; going on because smartfrz.allow_untested_versions is true"
     raise ValueError(f"{found}. Install a tested one, or set smartfrz.allow_untested_versions to true to try all the same.")
+
+
+def collective_device() -> torch.device:
+    """Where tensors must be for the default process group to exchange them; the CPU where there is none."""
+    if not dist.is_initialized():
+        return torch.device("cpu")
+    return torch.device(c10d._get_object_coll_device())  # torch/distributed/distributed_c10d.py
 
 
 def bare_optimizer(optimizer: object) -> torch.optim.Optimizer:
@@ -65,6 +74,8 @@ def make_torch_backend(
     """
     module = getattr(model, "_orig_mod", model)  # torch/_dynamo/eval_frame.py: OptimizedModule
     fsdp2 = any(isinstance(m, FSDPModule) for m in module.modules())
+    if not fsdp2 and any(isinstance(p, DTensor) for p in module.parameters()):
+        raise ValueError("smartfrz_ds does not work yet with: tensor parallelism (DTensors that no fully_shard has made)")
     if not fsdp2 and not isinstance(module, DistributedDataParallel | FullyShardedDataParallel):
         several = dist.is_initialized() and dist.get_world_size() > 1
         return (Unwrapped if several else TorchBackend)(model, module, optimizer)  # nothing private is touched there
