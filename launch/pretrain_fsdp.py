@@ -205,11 +205,23 @@ def load(where: Path, model: nn.Module, optimizer: torch.optim.Optimizer, contro
 def newest(args: argparse.Namespace) -> Path | None:
     """The checkpoint to go on from. ValueError where a new run would mix its checkpoints with an old one's."""
     found = sorted((int(p.parent.name.removeprefix("step-")), p.parent) for p in args.out.glob("step-*/.metadata"))
-    if args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:  # torchrun counts its starts
+    if args.resume or started_again(args.out):
         return found[-1][1] if found else None
     if found:
         raise ValueError(f"--out {args.out} holds a run that got to step {found[-1][0]}: give --resume to go on with it, or another --out")
     return None
+
+
+def started_again(out: Path) -> bool:
+    """Whether torchrun has started this run before, and it got as far as `note_start`."""
+    note = out / "run_id"
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return again and note.is_file() and note.read_text() == os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def note_start(out: Path) -> None:
+    """A start that was refused leaves no note, so that the next one is refused too. Only rank 0."""
+    (out / "run_id").write_text(os.environ.get("TORCHELASTIC_RUN_ID", ""))
 
 
 # --- the run --------------------------------------------------------------------------------------------------------------------
@@ -241,6 +253,8 @@ def reduced(model: nn.Module, counted: CollectiveBytes) -> int:
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
     counted, rank, resumed = CollectiveBytes(), dist.get_rank(), newest(args)
+    if rank == 0:
+        note_start(args.out)
     torch.manual_seed(args.seed)
     model = wrapped(Gpt(blocks=args.blocks, width=args.width, heads=args.heads, length=args.length), args, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.1)
