@@ -249,7 +249,7 @@ class Controller(LayoutControl):
         for param in self._backend.frozen:
             param.requires_grad_(True)
         self._backend.leave()
-        self._recompute.update(())
+        self._recompute.remove()
         self._gradients.disarm()
         self._flops.remove()
         if self._order is not None:

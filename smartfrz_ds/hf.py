@@ -45,8 +45,8 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def __init__(self, config: ConfigSource = None, *, probe_batch: Any = None, **settings: Any) -> None:
         self.controller: Controller | None = None
         self._config, self._settings, self._probe_batch = config, settings, probe_batch
-        if config is not None:
-            with_settings(config, settings)
+        # Without a config only names can be looked at: the rest stands in a JSON that isn't known yet.
+        with_settings(config, settings if config is not None else {k: v for k, v in settings.items() if k not in FreezeConfig.model_fields})
         self._trainer: Any = None
         self._attached: TorchController | None = None  # where there is no DeepSpeed engine
         self._watch: Any = None
@@ -56,7 +56,9 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def state(self) -> dict[str, Any]:
         """Called by the Trainer for its TrainerState: when it is built, when train() begins, before anything is prepared, and in a save."""
-        trainer = self._trainer = _trainer_of(self)
+        if not _has(self._trainer, self):
+            self._trainer = _trainer_of(self)
+        trainer = self._trainer
         # accelerator.free_memory() has emptied this when train() begins (accelerate/accelerator.py); in a save, where rank 0 alone comes
         # here, the optimizer is in it.
         if trainer is None or not trainer.accelerator._optimizers:
@@ -200,11 +202,15 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             self._trainer.__dict__.pop(_SAVE, None)
 
 
+def _has(trainer: Any, callback: FreezeCallback) -> bool:
+    return any(c is callback for c in getattr(getattr(trainer, "callback_handler", None), "callbacks", ()))
+
+
 def _trainer_of(callback: FreezeCallback) -> Any:
     """The Trainer that has this callback, which it is never told; the one that is training, where there are several. None: none has."""
     # Only by type: an isinstance on everything that lives would wake lazy objects.
     trainers = [x for x in gc.get_objects() if issubclass(type(x), Trainer)]
-    having = [x for x in trainers if any(c is callback for c in getattr(getattr(x, "callback_handler", None), "callbacks", ()))]
+    having = [x for x in trainers if _has(x, callback)]
     return max(having, key=lambda x: getattr(x, "is_in_train", False), default=None)
 
 

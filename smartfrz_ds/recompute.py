@@ -40,9 +40,7 @@ class RecomputeBoundary:
         self._first = 0  # position of the first active layer
         self._frozen: frozenset[str] = frozenset()
         self._marks: list[RemovableHandle] = []
-        for layer in layers:
-            self._watch(layer, once=True)
-            self._watch_region(layer)
+        self._first_looks = [handle for layer in layers for handle in (*self._watch(layer, once=True), *self._watch_region(layer))]
 
     def state_dict(self) -> dict[str, Any]:
         """The positions of layers whose region begins in front of them."""
@@ -76,12 +74,18 @@ class RecomputeBoundary:
         if begin < first:
             self._mark(self._layers[first - 1], self._cut_recomputed)
 
+    def remove(self) -> None:
+        """Take all hooks away, those too that still wait for a first forward."""
+        self.update(())
+        for handle in self._first_looks:
+            handle.remove()
+
     def _mark(self, layer: Layer, function: Callable[..., Any]) -> None:
         for module in layer.modules:
             if next(module.parameters(), None) is not None:
                 self._marks.append(module.register_forward_hook(ModuleHook(function)))
 
-    def _watch_region(self, layer: Layer) -> None:
+    def _watch_region(self, layer: Layer) -> list[RemovableHandle]:
         """Hooks on the layer itself, for its first forward with nothing frozen."""
 
         def note(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -94,6 +98,7 @@ class RecomputeBoundary:
 
         # In front of ZeRO-3's own hooks, whose copies of the inputs require no grad inside a region.
         mine = [top.register_forward_pre_hook(ModuleHook(note), with_kwargs=True, prepend=True) for top in layer.modules]
+        return mine
 
     def _watch(self, layer: Layer, *, once: bool) -> list[RemovableHandle]:
         """Hooks on the modules of `layer` that hold weights: part of a layer may be a region of its own."""

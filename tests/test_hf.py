@@ -303,6 +303,8 @@ def test_settings_by_name_stand_over_those_of_the_config() -> None:
     assert with_settings(None, {}) == FreezeConfig()
     with pytest.raises(ValueError, match=r"smartfrz\.sed: unknown key"):
         with_settings(base, {"sed": 4})
+    with pytest.raises(ValueError, match=r"smartfrz\.polcy: unknown key"):
+        smartfrz_ds.FreezeCallback(polcy="linear")
     with pytest.raises(ValueError, match=r"smartfrz\.policy: got \"nope\""):
         smartfrz_ds.FreezeCallback({"policy": "nope"})
 

@@ -511,8 +511,27 @@ def test_release_gives_all_back() -> None:
     controller.release()
     assert [p for group in optimizer.param_groups for p in group["params"]] == list(model.parameters())
     assert all(p.requires_grad for p in model.parameters())
+    hooks = [h for m in model.modules() for h in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
+    assert not any(type(hook) is ModuleHook for hook in hooks)
     optimizer.step()
     assert controller.step == 0
+
+
+def test_channels_last() -> None:
+    """Weights that aren't contiguous: the samples are those of contiguous ones."""
+    seen = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 2, 3)).to(memory_format=layout)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        smartfrz_ds.attach_torch(model, optimizer, {"snapshot_interval": 1, "freeze_interval": 1, "warmup_steps": 0, "window": 4})
+        for _ in range(3):
+            model(torch.ones(1, 3, 8, 8)).mean().backward()
+            optimizer.step()
+        seen.append(optimizer.smartfrz.state_dict()["history"])
+    assert seen[0].keys() == seen[1].keys() and seen[0]
+    for name, item in seen[0].items():
+        assert item.keys() == seen[1][name].keys() and all(torch.equal(t, seen[1][name][key]) for key, t in item.items())
 
 
 def test_release_gives_learning_rates_back() -> None:

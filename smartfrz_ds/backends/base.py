@@ -51,7 +51,10 @@ class Sampler:
         """A (numel,) fp32 tensor with this rank's samples in their slots and zeros elsewhere."""
         out = torch.zeros(self.numel, dtype=torch.float32, device=device)
         for buffer, elements, slots in self.parts:
-            values = buffer.detach().view(-1).index_select(0, elements)
+            data = buffer.detach()
+            # not contiguous: channels_last, or a view of somebody's
+            flat = data.is_contiguous()
+            values = data.view(-1).index_select(0, elements) if flat else data[torch.unravel_index(elements, data.shape)]
             out.index_copy_(0, slots.to(device), values.to(device=device, dtype=torch.float32))
         return out
 
