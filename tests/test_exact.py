@@ -103,8 +103,8 @@ def options() -> list[Cell]:
 
 
 CELLS = {cell.name: cell for cell in [*matrix(), *options()]}
-# ZeRO-3's steps are the slowest, and a third of its cells differs from others in two things at once.
-SLOW = {n for n, c in CELLS.items() if c.stage == 3 and ((c.clip and c.accumulation == 2) or ("clip" not in n and n.endswith("middle")))}
+# The steps of ZeRO-2 and 3 are the slowest, and a third of their cells differs from others in two things at once.
+SLOW = {n for n, c in CELLS.items() if c.stage >= 2 and ((c.clip and c.accumulation == 2) or ("clip" not in n and n.endswith("middle")))}
 Outcomes = Callable[[Cell], Path]
 
 

@@ -56,9 +56,9 @@ FAULTS = {
     "other model": fault("other model", resumes=False),
     "port taken": fault("port taken", timeout=SHORT, resumes=False),
     "fsdp2 dies": fault("dies", kind="fsdp2"),
-    "ddp dies": fault("dies", kind="ddp"),
 }
 MORE_FAULTS = {
+    "ddp dies": fault("dies", kind="ddp"),
     "fsdp2 dies deciding": fault("dies deciding", rank=0, kind="fsdp2"),
     "fsdp2 dies saving": fault("dies saving", kind="fsdp2"),
     "fsdp2 hangs": fault("hangs", timeout=SHORT, kind="fsdp2"),
