@@ -215,7 +215,7 @@ def _first_use(spec: Any, specs: list[Any]) -> list[Any]:
     key = getattr(spec, "key", None)
     if key is not None and next(s for s in specs if getattr(s, "key", None) == key) is not spec:
         return []
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # built on the CPU
         return list(spec.build().parameters())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -96,10 +97,13 @@ class Ranks:
 
     def everybodys(self, own: Any) -> list[Any]:
         """What each rank has (JSON-able), in the order of the ranks."""
-        told: list[Any] = [own] if self.alone else [None] * dist.get_world_size()
-        if not self.alone:
-            dist.all_gather_object(told, own)
-        return told
+        if self.alone:
+            return [own]
+        # Not dist.all_gather_object: that takes the process's current device, which need not be the group's before an engine exists.
+        data = pickle.dumps(own)
+        sizes = [int.from_bytes(size, "little") for size in self.gather_bytes(len(data).to_bytes(8, "little"))]
+        padded = self.gather_bytes(data.ljust(max(sizes), b"\0"))
+        return [pickle.loads(part[:size]) for part, size in zip(padded, sizes, strict=True)]
 
     def broadcast(self, numbers: Sequence[float]) -> list[float]:
         """Rank 0's numbers, on every rank; the same count everywhere."""
@@ -129,7 +133,7 @@ class Ranks:
         mine = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(self.device)
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, mine)
-        return [bytes(t.tolist()) for t in everyone]
+        return [t.cpu().numpy().tobytes() for t in everyone]
 
     def sum(self, number: int) -> int:
         """The sum over all ranks; exact up to 2^53."""

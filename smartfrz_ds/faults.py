@@ -24,6 +24,7 @@ from torch import nn
 from ._version import __version__
 from .agree import Ranks
 from .backends.base import FreezeError
+from .backends.devices import collective_device
 from .config import FreezeConfig, digest
 from .layers import shape_of
 
@@ -54,7 +55,7 @@ def compare_before_start(model: Any, settings: FreezeConfig, config: Any) -> Non
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    ranks = Ranks(torch.device(get_accelerator().current_device_name()))
+    ranks = Ranks(collective_device())
     ranks.agree(f"smartfrz_ds {__version__}, deepspeed {deepspeed.__version__}, torch {torch.__version__}", "package versions")
     ranks.agree(f"settings {digest(settings)}", "smartfrz settings")
     ranks.agree(_collective_part(config), "DeepSpeed settings")

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .backends.base import Backend
+from .backends.devices import synchronize
 from .backends.flat import FlatBackend
 from .backends.layout import STAGING_BYTES, FlatLayout, Move, PackedLayout, _rounds, bytes_sent, plan_moves
 from .backends.wrapped16 import Bf16Backend
@@ -189,8 +190,7 @@ def _best_of(action: Callable[[], object], device: torch.device, times: int = 3)
     for turn in range(times + 1):
         began = time.perf_counter()
         action()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         if turn:
             fastest = min(fastest, time.perf_counter() - began)
     return fastest

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ._version import __version__
 from .agree import Ranks
+from .backends.devices import collective_device
 from .backends.torch_plain import TorchBackend, local
-from .backends.torch_support import bare_optimizer, collective_device, make_torch_backend
+from .backends.torch_support import bare_optimizer, make_torch_backend
 from .config import FreezeConfig
 from .controller import Controller
 from .faults import compare_before_attach, explained, note_lost_contact, share_timeout
@@ -187,7 +188,7 @@ def attach_torch(
     if isinstance(there, TorchController):
         return there
     share_timeout()
-    ranks = Ranks(collective_device())
+    ranks = Ranks(collective_device(local(p) for p in model.parameters()))
     ranks.agree(f"smartfrz_ds {__version__}, torch {torch.__version__}", "package versions")
     settings, backend = ranks.together(lambda: _prepare(model, bare, config))
     compare_before_attach(settings, model, bare, ranks)

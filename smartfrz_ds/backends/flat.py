@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .base import Backend, FreezeError, Released, Sampler, SampleRequest, detach_from_training
+from .devices import empty_cache, synchronize
 from .layout import FlatLayout, PackedLayout, bytes_sent, move, plan_moves
 from .own_steps import OwnSteps, Partition, copy_step, zero_step
 
@@ -140,7 +141,7 @@ class FlatBackend(Backend):
 
     def change(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool) -> Released:
         before, moved = self.optimizer_bytes(), 0
-        _synchronize(self.device)
+        synchronize(self.device)
         self.before_change()
         self.frozen = (self.frozen | set(freeze)) - set(thaw)
         old = self._layouts
@@ -160,8 +161,8 @@ class FlatBackend(Backend):
         for i in changed:
             self.install(i, new[i])
         self.after_change()
-        _synchronize(self.device)
-        _empty_cache(self.device)
+        synchronize(self.device)
+        empty_cache(self.device)
         return Released(before - self.optimizer_bytes(), moved)
 
     def kept_layouts(self, params: Sequence[Parameter]) -> list[PackedLayout]:
@@ -322,13 +323,3 @@ def _pinned_like(tensor: Tensor, model: Tensor) -> Tensor:
     from deepspeed.accelerator import get_accelerator
 
     return get_accelerator().pin_memory(tensor)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _empty_cache(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

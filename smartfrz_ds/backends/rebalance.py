@@ -27,6 +27,7 @@ from ..freezing import thaw_module
 from ..planner.simulate import are_bounds
 from .base import Backend
 from .checkpoint_layout import kept_state, load_kept_state
+from .devices import own_random_numbers
 from .layout import STAGING_BYTES
 from .pipeline_layers import held_modules
 from .plain import PlainBackend
@@ -61,7 +62,9 @@ def build(engine: Any, bounds: Sequence[int]) -> dict[int, nn.Module]:
         if isinstance(spec, nn.Module):
             built[index] = spec
         elif isinstance(spec, LayerSpec):
-            with torch.random.fork_rng():  # its weights are thrown away, and so are the random numbers that they took
+            with own_random_numbers(
+                torch.device(engine.device)
+            ):  # its weights are thrown away, and so are the random numbers that they took
                 built[index] = spec.build()
     return built
 

@@ -61,7 +61,7 @@ class StageClock:
     """
 
     def __init__(self, pipe: Any, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        self._pipe, self._cuda = pipe, device.type == "cuda"
+        self._pipe, self._device, self._cuda = pipe, device, device.type == "cuda"
         self._handles: list[Any] = []
         self._optimizer = [optimizer.register_step_pre_hook(self._update_begins), optimizer.register_step_post_hook(self._update_ends)]
         self._updates: deque[float] = deque(maxlen=KEPT)
@@ -163,7 +163,7 @@ class StageClock:
     def end_step(self, trained: int) -> None:
         """After a step: what it took counts now. trained: weights of this stage that the optimizer has updated in it."""
         if self._cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
         if self._warm:
             for values, start, end in self._spans:
                 values.append(self._seconds(start, end))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-import torch.distributed.distributed_c10d as c10d
 from packaging.specifiers import SpecifierSet
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -33,13 +32,6 @@ def check_torch(*, allow_untested: bool) -> str | None:
     if allow_untested:
         return found + "; going on because smartfrz.allow_untested_versions is true"
     raise ValueError(f"{found}. Install a tested one, or set smartfrz.allow_untested_versions to true to try all the same.")
-
-
-def collective_device() -> torch.device:
-    """Where tensors must be for the default process group to exchange them; the CPU where there is none."""
-    if not dist.is_initialized():
-        return torch.device("cpu")
-    return torch.device(c10d._get_object_coll_device())  # torch/distributed/distributed_c10d.py
 
 
 def bare_optimizer(optimizer: object) -> torch.optim.Optimizer:

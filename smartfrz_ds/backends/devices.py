@@ -1,0 +1,82 @@
+"""Which device a collective's tensors must be on, and random numbers that stay on one device.
+
+Touched in torch 2.13: torch/distributed/distributed_c10d.py, ProcessGroup._device_types (as `_get_object_coll_device` does) and
+bound_device_id.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+CPU = torch.device("cpu")
+
+
+def collective_device(tensors: Iterable[Tensor] = ()) -> torch.device:
+    """The device on which the default process group exchanges this process's tensors, with its index. Not collective.
+
+    Before an engine exists, the process's current device is not an answer: `deepspeed.init_distributed` binds the group to
+    cuda:LOCAL_RANK, and only the engine's constructor makes that the current device.
+
+    Args:
+        tensors: tensors that the caller trains on the group's kind of device, such as a model's parameters; they decide where the group
+            itself is not bound to a device.
+
+    Returns:
+        The CPU where there is no process group, or where the group has a backend for the CPU (gloo, mpi, "cpu:gloo,cuda:nccl").
+        Otherwise a device of the group's kind: the one to which the group is bound, else that of `tensors`, else LOCAL_RANK where this
+        process sees so many devices, else the process's current device.
+    """
+    if not dist.is_initialized():
+        return CPU
+    group: Any = dist.group.WORLD
+    kinds = [torch.device(kind).type for kind in group._device_types]
+    if CPU.type in kinds or not kinds:
+        return CPU
+    kind = kinds[0]
+    bound = group.bound_device_id
+    if bound is not None and bound.type == kind and bound.index is not None:
+        return torch.device(bound)
+    placed = next((t.device for t in tensors if t.device.type == kind and t.device.index is not None), None)
+    return placed or torch.device(kind, _local_index(kind))
+
+
+def _local_index(kind: str) -> int:
+    """The index of this process's own device of this kind."""
+    module = getattr(torch, kind, None) or get_accelerator()
+    text = os.environ.get("LOCAL_RANK", "")
+    # With one visible device a process (srun --gpus-per-task=1), LOCAL_RANK counts processes, not devices.
+    if text.isdigit() and int(text) < module.device_count():
+        return int(text)
+    return int(module.current_device())
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until this device has done what was queued on it."""
+    if device.type != CPU.type:
+        get_accelerator().synchronize(device)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give the memory that the allocator of this device's kind holds back to the device."""
+    if device.type != CPU.type:
+        get_accelerator().empty_cache()
+
+
+@contextmanager
+def own_random_numbers(device: torch.device) -> Iterator[None]:
+    """Within it, random numbers of the CPU and of `device` are drawn that nobody misses. No other device is touched.
+
+    torch.random.fork_rng() without a list of devices would open a context on every GPU that this process sees.
+    """
+    kind = device.type if device.type != CPU.type else "cuda"
+    devices = [device.index] if device.type != CPU.type and device.index is not None else []
+    with torch.random.fork_rng(devices=devices, device_type=kind):
+        yield
