@@ -12,7 +12,6 @@ from typing import Annotated
 import typer
 
 from smartfrz_ds.cli_predictor import add_commands
-from smartfrz_ds.config import FreezeConfig
 
 app = typer.Typer(
     name="smartfrz",
@@ -58,23 +57,22 @@ add_commands(app, _plain_errors)
 
 
 @app.command()
-def check_config(file: Annotated[Path, typer.Argument(metavar="FILE", help="A DeepSpeed JSON.")]) -> None:
+def check_config(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A DeepSpeed JSON.")],
+    total_steps: Annotated[
+        int | None, typer.Option(min=1, help="Length of the run in steps, where FILE does not say it (a Trainer, a scheduler of yours).")
+    ] = None,
+) -> None:
     """Check a DeepSpeed JSON, print the settings.
 
-    Checks the "smartfrz" section and prints the settings that a run would use.
-    Name patterns are checked only with the model, when the engine is made.
+    Checks the "smartfrz" section and prints the settings that a run would use, shares of the run also as steps where its length is known,
+    and the first freezing stage. Name patterns are checked only with the model, when the engine is made.
     """
     with _plain_errors():
-        config = FreezeConfig.load(file)
-    settings = config.model_dump(mode="json")
-    defaults = FreezeConfig().model_dump(mode="json")
-    lines = [(key, value, defaults[key]) for key, value in settings.items() if not isinstance(value, dict)]
-    lines += [(f"{config.policy}.{key}", value, defaults[config.policy][key]) for key, value in settings[config.policy].items()]
-    width = max(len(key) for key, _, _ in lines)
-    for key, value, default in lines:
-        shown = json.dumps(value, ensure_ascii=False)
-        typer.echo(f"smartfrz.{key:<{width}}  {shown}" + ("  (default)" if value == default else ""))
-    typer.echo(f"{file}: ok" + ("" if config.enabled else ", freezing is switched off"))
+        from smartfrz_ds.checked import settings_text  # here, as it needs torch
+
+        text = settings_text(file, total_steps)
+    typer.echo(text)
 
 
 @app.command()

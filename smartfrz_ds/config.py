@@ -21,12 +21,14 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from .sections import (
+    OR_SHARE,
     AttentionSettings,
     AutoFreezeSettings,
     EgeriaSettings,
     FreezeOutSettings,
     FsdpSettings,
     GuardSettings,
+    Interval,
     LateSettings,
     LinearSettings,
     ManualSettings,
@@ -36,10 +38,12 @@ from .sections import (
     PolicyName,
     RandomSettings,
     Section,
+    Steps,
     WeightDriftSettings,
     Zero3Settings,
     setting,
 )
+from .shares import percent_of
 
 SECTION = "smartfrz"
 # A mapping without "smartfrz" that has one of these is a whole DeepSpeed config: none of them is a key of ours.
@@ -82,13 +86,21 @@ class FreezeConfig(Section):
     max_frozen_fraction: float = setting(
         0.75, "a number in (0, 1]", "At most this share of the layers is ever frozen by a policy.", gt=0, le=1
     )
-    warmup_steps: int = setting(100, "an integer >= 0", "Steps at the start in which no policy freezes anything.", ge=0)
-    freeze_interval: int = setting(
-        50, "an integer >= 1 and >= snapshot_interval", "Steps from one freezing stage (the moment of decision) to the next.", ge=1
+    warmup_steps: Steps = setting(
+        "10%",
+        f"an integer >= 0, {OR_SHARE}",
+        "Steps at the start in which no policy freezes anything. The default is 100 where the length of the run is unknown.",
+    )
+    freeze_interval: Interval = setting(
+        "4%",
+        f"an integer >= 1 and >= snapshot_interval, {OR_SHARE}",
+        "Steps from one freezing stage (the moment of decision) to the next. The default is 50 where the length of the run is unknown.",
     )
     cooldown: int = setting(1, "an integer >= 0", "Freezing stages to wait after a freeze.", ge=0)
-    snapshot_interval: int = setting(
-        10, "an integer >= 1 and <= freeze_interval", "Steps from one snapshot of the sampled weights to the next.", ge=1
+    snapshot_interval: Interval = setting(
+        "0.8%",
+        f"an integer >= 1 and <= freeze_interval, {OR_SHARE}",
+        "Steps from one snapshot of the sampled weights to the next. The default is 10 where the length of the run is unknown.",
     )
     window: int = setting(30, "an integer >= 2", "Snapshots of a layer that the policy looks back on.", ge=2)
     sample_size: int = setting(1024, "an integer >= 1", "Weights sampled of each layer, always the same ones.", ge=1)
@@ -102,18 +114,19 @@ class FreezeConfig(Section):
     total_steps: Literal["auto"] | Annotated[int, Field(ge=1)] | None = setting(
         "auto", "an integer >= 1, 'auto' or null", "Steps of the whole run; auto: asked of the scheduler or the Trainer; null: unknown."
     )
-    keep_state: int = setting(
-        0, "an integer >= 0", "Steps for which a frozen layer's optimizer state is kept in host memory, so that a thaw is exact.", ge=0
+    keep_state: Steps = setting(
+        0,
+        f"an integer >= 0, {OR_SHARE}",
+        "Steps for which a frozen layer's optimizer state is kept in host memory, so that a thaw is exact.",
     )
     seed: int = setting(0, "an integer from 0 to 2^63 - 1", "Chooses the sampled weights.", ge=0, le=2**63 - 1)
     log_path: str | None = setting(
         None, "a path, or null", "JSONL file to which rank 0 appends one line an event and a status; null: no file.", min_length=1
     )
-    status_interval: int | None = setting(
+    status_interval: Interval | None = setting(
         None,
-        "an integer >= 1, or null",
+        f"an integer >= 1, {OR_SHARE}, or null",
         "Steps from one status (loss, step time, bytes, savings) to the next, in the log and the monitor; null: as `freeze_interval`.",
-        ge=1,
     )
     allow_untested_versions: bool = setting(False, "true or false", "Try with a DeepSpeed version outside the tested range.")
     attention: AttentionSettings = setting(AttentionSettings(), "an object", "Settings of the policy `attention`.")
@@ -133,16 +146,20 @@ class FreezeConfig(Section):
 
     @model_validator(mode="after")
     def _stage_holds_a_snapshot(self) -> FreezeConfig:
+        """Two values of the user's that contradict each other; a default, and a share beside a number, is fitted to the other one."""
         freeze, snapshot = self.freeze_interval, self.snapshot_interval
-        if freeze >= snapshot:
+        if is_default(self, "freeze_interval") or is_default(self, "snapshot_interval"):
             return self
-        if "freeze_interval" in self.model_fields_set:  # else the user wrote the other one
+        if isinstance(freeze, int) and isinstance(snapshot, int) and freeze < snapshot:
             raise ValueError(f"freeze_interval: got {freeze}; allowed: an integer >= snapshot_interval ({snapshot})")
-        raise ValueError(f"snapshot_interval: got {snapshot}; allowed: an integer from 1 to freeze_interval ({freeze})")
+        often, seldom = percent_of(snapshot), percent_of(freeze)
+        if often is not None and seldom is not None and seldom < often:
+            raise ValueError(f"freeze_interval: got '{freeze}'; allowed: a share >= snapshot_interval ({snapshot})")
+        return self
 
     @property
     def policy_settings(self) -> dict[str, Any]:
-        """The chosen policy's own settings, as keyword arguments."""
+        """The chosen policy's own settings as they are set, shares among them (`intervals.resolve` turns those into steps)."""
         section: Section = getattr(self, self.policy)
         return section.model_dump()
 
@@ -177,8 +194,13 @@ def with_settings(source: FreezeConfig | Mapping[str, Any] | str | Path | None, 
     return FreezeConfig.load({SECTION: {**section, **settings} if isinstance(section, Mapping) else section})
 
 
+def is_default(config: FreezeConfig, key: str) -> bool:
+    """Whether a setting has its default value, written by the user or not."""
+    return bool(getattr(config, key) == FreezeConfig.model_fields[key].default)
+
+
 def digest(config: FreezeConfig) -> str:
-    """sha256 (64 hex digits) of the settings that all ranks must share: all but `log_path`."""
+    """sha256 (64 hex digits) of the settings that all ranks must share: all but `log_path`. Shares count as they are written."""
     data = config.model_dump(mode="json", exclude={"log_path"})
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 

@@ -25,6 +25,7 @@ from .freezing import check_tied, thaw_modules
 from .gradient_check import GradientCheck
 from .guard import Guard, GuardedRun
 from .history import History
+from .intervals import Intervals, resolve, why_never
 from .layers import match_layers
 from .layout_control import LayoutControl
 from .order_check import OrderCheck
@@ -119,7 +120,7 @@ class Controller(LayoutControl):
             monitor if backend.rank == 0 else None,
             samples=lambda: int(getattr(backend.engine, "global_samples", 0)),
         )
-        self._status = RunStatus(self._log, backend, self._ranks, self._layers, config.status_interval or config.freeze_interval)
+        self._status = RunStatus(self._log, backend, self._ranks, self._layers, self._intervals.status_interval)
         self._events: list[FreezeEvent] = []
         # It compares in the first forward, then takes its hooks away. A pipeline's order is its list of layers.
         self._order = None if backend.staged else OrderCheck(model, self._layers)
@@ -153,14 +154,21 @@ class Controller(LayoutControl):
         self._width: Width | None = None
         for text in backend.warnings:
             self._warn(text)
+        self._warn_if_never()
         self._after_layout_change()
         self._gradients.record_start(self._backend.trained, stage_follows=False)
 
     def _hire(self, *, manual: bool = False) -> None:
         """Make the policy and what it needs. manual: a stand-in that decides nothing, until `learn` was called. Collective."""
-        run = RunFacts(total_steps=self.total_steps, keep_active=frozenset(self._kept_active), probe_batch=self._probe_batch)
         config = self.config.model_copy(update={"policy": "manual"}) if manual else self.config
         try:  # a file or a batch may be missing on one rank alone
+            self._intervals = resolve(config, self.total_steps, provisional=manual or not config.enabled)
+            run = RunFacts(
+                total_steps=self.total_steps,
+                freeze_interval=self._intervals.freeze_interval,
+                keep_active=frozenset(self._kept_active),
+                probe_batch=self._probe_batch,
+            )
             self._policy = policy_of(config, self._layers, self.total_steps)
             self._supplies = Supplies(self._policy, config, self._model, self._layers, self._backend, self._snapshots, run)
         except (ValueError, OSError) as error:
@@ -174,6 +182,11 @@ class Controller(LayoutControl):
     def layers(self) -> tuple[str, ...]:
         """All layers, front to back, the head too."""
         return self._names
+
+    @property
+    def intervals(self) -> Intervals:
+        """The settings that count steps, as numbers of steps; provisional until the length of the run is known (`learn`)."""
+        return self._intervals
 
     def freeze(self, names: Iterable[str]) -> None:
         """Freeze these layers now. Collective, at a step boundary, with the same names on every rank.
@@ -232,9 +245,13 @@ class Controller(LayoutControl):
         self._hire()
         self._supplies.try_probe()
         self._remaining_lr = RemainingLr(scheduler if scheduler is not None else self._remaining_lr.scheduler, self.total_steps)
+        self._status.interval = self._intervals.status_interval
+        if self._guard is not None:
+            self._guard.guard.window = self._intervals.guard_window
         if self._early_state is not None:
             self._take_up_policy(self._early_state)
             self._early_state = None
+        self._warn_if_never()
         self._gradients.record_start(self._backend.trained, stage_follows=self._stage_at(self.step + 1))
 
     def release(self) -> None:
@@ -322,6 +339,7 @@ class Controller(LayoutControl):
             "policy": {"name": self._policy.name, "state": self._policy.state_dict()},
             "history": self._history.state_dict(),
             "sample": [self.config.sample_size, self.config.seed],
+            "spacing": self._intervals.spacing,
             "log_position": self._log.position,
             # decisions are many, and in the log
             "events": [event.to_json() for event in self._events if event.kind != "decision"],
@@ -369,20 +387,33 @@ class Controller(LayoutControl):
         if self._rebalancer is not None:
             self._rebalancer.due = bool(self._frozen)
         self._status.restart(state.get("status"))
-        if self._awaits:
-            self._early_state = state
-        else:
-            self._take_up_policy(state)
         self._events = [FreezeEvent.from_json(event) for event in state["events"]]
         if self._log.position:  # a new log is no mistake
             self._log.truncate_to(int(state["log_position"]))
+        if self._awaits:
+            self._early_state = state
+        else:
+            self._take_up_policy(state)  # last: it may add a warning to the log
 
     def _take_up_policy(self, state: Mapping[str, Any]) -> None:
-        if state["policy"]["name"] == self._policy.name:
+        """The policy's state and what was measured for it, as far as this run's settings and length continue those of the saved run."""
+        now = self._intervals.spacing
+        saved = state.get("spacing") or now  # older checkpoints don't say
+        if state["policy"]["name"] == self._policy.name and saved == now:
             self._policy.load_state_dict(state["policy"]["state"])
         else:
             self._renew_policy()
-        self._supplies.load_state_dict(state.get("supplies", {}))
+        measured = dict(state.get("supplies", {}))
+        if saved["measured"] != now["measured"] and "manual" not in (state["policy"]["name"], self._policy.name):
+            # Snapshots further apart move further, and gradients are summed over an interval: mixed ones look like a change of the layer.
+            self._history.load_state_dict({})
+            measured["gradients"] = None
+            self._warn(
+                f"the checkpoint was saved with snapshots every {saved['measured'][0]} steps and freezing stages every "
+                f"{saved['measured'][1]}, this run has them every {now['measured'][0]} and {now['measured'][1]} steps: frozen layers stay "
+                "frozen, and the policy starts anew. To continue it, set smartfrz.snapshot_interval and freeze_interval to the former"
+            )
+        self._supplies.load_state_dict(measured)
 
     def start_over(self, step: int) -> None:
         """Begin to watch anew at `step`, with nothing known: after loading a checkpoint that has no freeze state."""
@@ -425,7 +456,7 @@ class Controller(LayoutControl):
             self._change(self._frozen - set(verdict.layers), kind="thaw", about=about)
         if self._keep_steps:
             self._forget_old_state()
-        if self._watches and self.step % self.config.snapshot_interval == 0:
+        if self._watches and self.step % self._intervals.snapshot_interval == 0:
             self._take_snapshot()
         if self._stage_at(self.step):
             self._freezing_stage(began)
@@ -463,8 +494,8 @@ class Controller(LayoutControl):
             self._guard.feed.loss(loss)
 
     def _stage_at(self, step: int) -> bool:
-        """Whether a step ends in a freezing stage. The last one of a run doesn't: nothing is left to be saved."""
-        return self._watches and step != self.total_steps and step % self.config.freeze_interval == 0 and step >= self.config.warmup_steps
+        """Whether a step ends in a freezing stage."""
+        return self._watches and self._intervals.is_stage(step, self.total_steps)
 
     @property
     def _watches(self) -> bool:
@@ -549,11 +580,18 @@ class Controller(LayoutControl):
 
     # --- small things ---------------------------------------------------------------------------------------------------------
 
+    def _warn_if_never(self) -> None:
+        """Say at the start that nothing can freeze, where that follows from the settings and the length of the run."""
+        if not self._awaits and self._watches and (why := why_never(self.config, self.total_steps)):
+            self._warn(why)
+
     def _make_guard(self) -> GuardedRun | None:
         settings = self.config.guard
         if settings is None:
             return None
-        guard = Guard(tolerance=settings.tolerance, window=settings.window, smoothing=settings.smoothing, wait=self.config.cooldown)
+        guard = Guard(
+            tolerance=settings.tolerance, window=self._intervals.guard_window, smoothing=settings.smoothing, wait=self.config.cooldown
+        )
         return GuardedRun(guard, settings.metric, self._ranks)
 
 

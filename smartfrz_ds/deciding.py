@@ -8,6 +8,7 @@ from typing import Any
 
 from .agree import Ranks
 from .config import FreezeConfig
+from .intervals import resolve
 from .layers import Layer
 from .policies import SHARED_SETTINGS, make_policy
 from .policies.base import ChecksStart, Decision, LayerInfo, Policy, View
@@ -31,7 +32,9 @@ def infos(layers: Sequence[Layer]) -> tuple[LayerInfo, ...]:
 
 def policy_of(config: FreezeConfig, layers: Sequence[Layer], total_steps: int | None) -> Policy:
     """The configured policy, new. Raises ValueError for what it refuses, the length of the run among it (steps, None: unknown)."""
-    settings = config.policy_settings | {key: getattr(config, key) for key in SHARED_SETTINGS.get(config.policy, ())}
+    settings = dict(resolve(config, total_steps, provisional=config.policy == "manual").policy) | {
+        key: getattr(config, key) for key in SHARED_SETTINGS.get(config.policy, ())
+    }
     policy = make_policy(config.policy, settings)
     if isinstance(policy, ChecksStart):
         policy.check_start(total_steps, infos(layers))

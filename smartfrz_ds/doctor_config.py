@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import SECTION, FreezeConfig, _read
+from .config import SECTION, FreezeConfig, _read, is_default
 from .doctor import Finding
 from .flops import FlopMeter, FlopProfile, estimate_profile, saved_fraction
 from .freezing import check_tied
+from .intervals import resolve, why_never
 from .layers import Layer, find_layers, match_layers
 from .rules import allowed, candidates
+from .schedule import total_steps_in
 
 _TOKENS = 128
 _NEEDS_LENGTH = ("linear", "late", "random", "freezeout", "pipetransformer", "weight_drift")
@@ -88,7 +90,7 @@ def refused(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def traps(raw: Mapping[str, Any], settings: FreezeConfig, *, gpus: int | None = None) -> list[tuple[str, str]]:
     """What works, but not as one would think; with answers. gpus: default: those of this machine."""
-    zero, optimizer, scheduler = _sub(raw, "zero_optimization"), _sub(raw, "optimizer"), _sub(raw, "scheduler")
+    zero, optimizer = _sub(raw, "zero_optimization"), _sub(raw, "optimizer")
     gpus = torch.cuda.device_count() if gpus is None else gpus
     cpu = gpus == 0 or os.environ.get("DS_ACCELERATOR") == "cpu"
     found: list[tuple[str, str]] = []
@@ -107,36 +109,35 @@ def traps(raw: Mapping[str, Any], settings: FreezeConfig, *, gpus: int | None = 
     if cpu and stage in (1, 2) and isinstance(bucket, int | float) and bucket >= 1e8:
         text = f"zero_optimization.reduce_bucket_size is {bucket:.0e} weights: each rank may take {4 * bucket / 1e9:.1f} GB for it (fp32)"
         found.append((text, "make it a few million on a machine without GPUs"))
-    found += _length(settings, scheduler)
+    found += _length(settings, raw)
     if settings.log_path is None:
         text = f"{SECTION}.log_path is null: there will be no log, and nothing for smartfrz report"
         found.append((text, '"log_path": "runs/NAME/freezing.jsonl"'))
     return found
 
 
-def _length(settings: FreezeConfig, scheduler: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _length(settings: FreezeConfig, raw: Mapping[str, Any]) -> list[tuple[str, str]]:
     if settings.policy == "manual":
         return []
-    params = scheduler.get("params")
-    total = settings.total_steps
-    if total == "auto":
-        total = params.get("total_num_steps") if isinstance(params, Mapping) else None
+    total = total_steps_in(raw, settings.total_steps)
     found = []
-    if not scheduler and settings.policy == "attention":
+    if not _sub(raw, "scheduler") and settings.policy == "attention":
         text = "there is no scheduler in the JSON: with a constant learning rate weights never settle, and the predictor may never freeze"
         found.append((text, "give the run a schedule that decays, here or in the script"))
-    if not isinstance(total, int):
-        if settings.policy in _NEEDS_LENGTH or (settings.policy == "attention" and settings.attention.mode == "budget"):
-            text = f"the JSON does not say how long the run is, and the policy {settings.policy!r} plans by it"
-            found.append(
-                (text, "scheduler.params.total_num_steps, or smartfrz.total_steps; a scheduler or Trainer of the script's says it too")
-            )
-        return found
-    first = -(-max(settings.warmup_steps, settings.freeze_interval) // settings.freeze_interval) * settings.freeze_interval
-    if first >= total:
-        text = f"the first freezing stage is step {first}, and the run ends at {total}: nothing will freeze"
-        found.append((text, "smaller warmup_steps and freeze_interval"))
-    elif settings.policy == "attention" and (span := (settings.window - 1) * settings.snapshot_interval) > total / 2:
+    answer = "scheduler.params.total_num_steps, or smartfrz.total_steps; a scheduler or Trainer of the script's says it too"
+    try:
+        now = resolve(settings, total)
+    except ValueError as error:
+        return [*found, *((line, answer) for line in str(error).splitlines())]
+    if total is None and (settings.policy in _NEEDS_LENGTH or (settings.policy == "attention" and settings.attention.mode == "budget")):
+        text = f"the JSON does not say how long the run is, and the policy {settings.policy!r} plans by it"
+        found.append((text, answer))
+    if why := why_never(settings, total):
+        text, _, what = why.partition(". Set ")
+        found.append((text, f"set {what}"))
+    spaced = not is_default(settings, "snapshot_interval") or not is_default(settings, "window")
+    span = (settings.window - 1) * now.snapshot_interval
+    if total and not why and spaced and settings.policy == "attention" and span > total / 2:
         text = f"a window of snapshots spans {span} steps, more than half of the run's {total}"
         found.append((text, "a smaller snapshot_interval, or a smaller window"))
     return found

@@ -24,6 +24,7 @@ from .freezing import freeze_modules, leaving_params
 from .gradient_check import GradientCheck
 from .guard import GuardedRun
 from .history import History
+from .intervals import Intervals
 from .layers import Layer
 from .layout_change import carry_out, plan_change
 from .pause import Bandwidths, PausePrediction, measure_bandwidths, predict_pause
@@ -52,6 +53,7 @@ class LayoutControl:
     _events: list[FreezeEvent]
     _log: EventLog
     _history: History
+    _intervals: Intervals
     _supplies: Supplies
     _gradients: GradientCheck
     _recompute: RecomputeBoundary
@@ -286,7 +288,7 @@ class LayoutControl:
     @property
     def _keep_steps(self) -> int:
         """Steps for which released state is kept: what the user asked for, or what the guard needs to take a freeze back."""
-        return max(self.config.keep_state, self.config.guard.window if self.config.guard else 0)
+        return max(self._intervals.keep_state, self._intervals.guard_window)
 
     def _forget_old_state(self) -> None:
         old = [name for name, step in self._frozen_at.items() if self.step - step > self._keep_steps]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 # Beyond this many steps a forecast would take longer than anybody wants to wait at a freezing stage.
@@ -28,6 +29,19 @@ def total_steps_of(scheduler: Any) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
+
+
+def total_steps_in(config: Mapping[str, Any], total_steps: int | str | None) -> int | None:
+    """Steps of the whole run as far as a DeepSpeed config says them; None where it doesn't.
+
+    config: the whole DeepSpeed config. total_steps: the value of `smartfrz.total_steps`; a number wins, None means unknown.
+    """
+    if total_steps != "auto":
+        return total_steps if isinstance(total_steps, int) else None
+    scheduler = config.get("scheduler")
+    params = scheduler.get("params") if isinstance(scheduler, Mapping) else None
+    value = params.get("total_num_steps") if isinstance(params, Mapping) else None
+    return value if isinstance(value, int) and value > 0 else None
 
 
 class _StandIn:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
+
+from .shares import percent_of
 
 
 def setting(default: Any, allowed: str, meaning: str, **limits: Any) -> Any:
@@ -19,7 +21,24 @@ def _list_to_tuple(value: object) -> object:
 
 
 Patterns = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_list_to_tuple)]
-NonNegative = Annotated[int, Field(ge=0)]
+
+
+def _is_share(value: str) -> str:
+    if percent_of(value) is None:
+        raise PydanticCustomError("share", "not a share of the run")
+    return value
+
+
+def _is_positive_share(value: str) -> str:
+    if not percent_of(value):
+        raise PydanticCustomError("share", "not a positive share of the run")
+    return value
+
+
+# A number of steps: an integer, or a share of the run that becomes one when the length of the run is known (intervals.py).
+Steps = Annotated[int, Field(ge=0)] | Annotated[str, AfterValidator(_is_share)]
+Interval = Annotated[int, Field(ge=1)] | Annotated[str, AfterValidator(_is_positive_share)]
+OR_SHARE = "or a share of the run such as '10%'"
 PolicyName = Literal[
     "attention",
     "linear",
@@ -34,9 +53,14 @@ PolicyName = Literal[
 ]
 
 
-def _check_end(start: int, end: int | None) -> None:
-    if end is not None and end <= start:
-        raise ValueError(f"end_step: got {end}; allowed: an integer > start_step ({start}), or null")
+def _check_end(start: int | str | None, end: int | str | None) -> None:
+    """A number and a share can only be compared when the length of the run is known."""
+    start = 0 if start is None and not isinstance(end, str) else start
+    if isinstance(start, int) and isinstance(end, int) and end <= start:
+        raise ValueError(f"end_step: got {end}; allowed: an integer > start_step ({start}), {OR_SHARE}, or null")
+    first, last = percent_of(start), percent_of(end)
+    if last is not None and last <= (first or 0.0) and not isinstance(start, int):
+        raise ValueError(f"end_step: got '{end}'; allowed: a share > start_step ({start}), an integer, or null")
 
 
 class Section(BaseModel):
@@ -76,26 +100,26 @@ class AttentionSettings(Section):
 class LinearSettings(Section):
     """`smartfrz.linear`: front layers freeze one after the other, evenly between two steps."""
 
-    start_step: NonNegative | None = setting(
-        None, "an integer >= 0, or null", "The step at which freezing begins; null: chosen from the length of the run."
+    start_step: Steps | None = setting(
+        None, f"an integer >= 0, {OR_SHARE}, or null", "The step at which freezing begins; null: 20 % of the run."
     )
-    end_step: NonNegative | None = setting(
+    end_step: Steps | None = setting(
         None,
-        "an integer > start_step, or null",
-        "The step by which `max_frozen_fraction` of the layers are frozen; null: chosen from the length of the run.",
+        f"an integer > start_step, {OR_SHARE}, or null",
+        "The step by which `max_frozen_fraction` of the layers are frozen; null: 80 % of the run.",
     )
 
     @model_validator(mode="after")
     def _end_after_start(self) -> LinearSettings:
-        _check_end(self.start_step or 0, self.end_step)
+        _check_end(self.start_step, self.end_step)
         return self
 
 
 class LateSettings(Section):
     """`smartfrz.late`: the whole body freezes at one step."""
 
-    start_step: NonNegative | None = setting(
-        None, "an integer >= 0, or null", "The step at which everything that may freeze does; null: after `share` of the run."
+    start_step: Steps | None = setting(
+        None, f"an integer >= 0, {OR_SHARE}, or null", "The step at which everything that may freeze does; null: after `share` of the run."
     )
     share: float = setting(0.7, "a number in [0, 1)", "Share of the run's steps before it, where `start_step` is null.", ge=0, lt=1)
 
@@ -110,17 +134,17 @@ class RandomSettings(Section):
         gt=0,
         le=1,
     )
-    start_step: NonNegative | None = setting(
-        None, "an integer >= 0, or null", "The first step that may be drawn; null: after a fifth of the run."
+    start_step: Steps | None = setting(
+        None, f"an integer >= 0, {OR_SHARE}, or null", "The first step that may be drawn; null: after a fifth of the run."
     )
-    end_step: NonNegative | None = setting(
-        None, "an integer > start_step, or null", "The last step that may be drawn; null: after four fifths of the run."
+    end_step: Steps | None = setting(
+        None, f"an integer > start_step, {OR_SHARE}, or null", "The last step that may be drawn; null: after four fifths of the run."
     )
     seed: int = setting(0, "an integer from 0 to 2^63 - 1", "Of the draws.", ge=0, le=2**63 - 1)
 
     @model_validator(mode="after")
     def _end_after_start(self) -> RandomSettings:
-        _check_end(self.start_step or 0, self.end_step)
+        _check_end(self.start_step, self.end_step)
         return self
 
 
@@ -167,7 +191,7 @@ class PipeTransformerSettings(Section):
     """`smartfrz.pipetransformer`: with each epoch a share of the layers that are left freezes, bounded by the flattest gradient."""
 
     alpha: float = setting(1 / 3, "a number in (0, 1)", "That share.", gt=0, lt=1)
-    interval: int | None = setting(None, "an integer >= 1, or null", "Steps of an epoch; null: a tenth of the run.", ge=1)
+    interval: Interval | None = setting(None, f"an integer >= 1, {OR_SHARE}, or null", "Steps of an epoch; null: a tenth of the run.")
     gradients: bool = setting(
         True, "true or false", "Freeze no further than up to the active block with the smallest gradient norm; false: the share alone."
     )
@@ -183,8 +207,8 @@ class WeightDriftSettings(Section):
         gt=0,
         le=1,
     )
-    start_step: NonNegative | None = setting(
-        None, "an integer >= 0, or null", "The step before which nothing freezes; null: after `share` of the run."
+    start_step: Steps | None = setting(
+        None, f"an integer >= 0, {OR_SHARE}, or null", "The step before which nothing freezes; null: after `share` of the run."
     )
     share: float = setting(0.5, "a number in [0, 1)", "Share of the run's steps before it, where `start_step` is null.", ge=0, lt=1)
 
@@ -273,12 +297,11 @@ class GuardSettings(Section):
         gt=0,
         le=1,
     )
-    window: int = setting(
+    window: Interval = setting(
         50,
-        "an integer >= 1",
+        f"an integer >= 1, {OR_SHARE}",
         "Steps after a freeze in which the guard watches; no policy freezes anything more meanwhile. Released optimizer state is kept at "
-        "least as long.",
-        ge=1,
+        "least as long. The default is a number, as what is needed to tell a worsening from noise does not grow with the run.",
     )
     smoothing: float = setting(
         0.9,

@@ -37,7 +37,7 @@ class RunStatus:
     """
 
     def __init__(self, log: EventLog, backend: Backend, ranks: Ranks, layers: Sequence[Layer], interval: int) -> None:
-        self._log, self._backend, self._ranks, self._layers, self._interval = log, backend, ranks, layers, interval
+        self._log, self._backend, self._ranks, self._layers, self.interval = log, backend, ranks, layers, interval
         self._on = ranks.sums([float(log.wanted)])[0] > 0
         self._feed = MetricFeed("loss")
         self._losses: list[float] = []
@@ -82,7 +82,7 @@ class RunStatus:
         the FLOPs."""
         if not self._on:
             return
-        if run.step % self._interval == 0 or run.step == run.total_steps:
+        if run.step % self.interval == 0 or run.step == run.total_steps:
             self._log.write(self._status(run, own_seconds, lr, saved))
         self._left = time.perf_counter()
 

@@ -24,10 +24,11 @@ _MOST_PROBE = 128  # a policy may keep an [inputs, inputs] matrix a layer in its
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """total_steps: of the run, None when unknown. keep_active: layers that no policy ever freezes. probe_batch: what a forward of the model
-    takes, None where the user gave none."""
+    """total_steps: of the run, None when unknown. freeze_interval: in steps. keep_active: layers that no policy ever freezes.
+    probe_batch: what a forward of the model takes, None where the user gave none."""
 
     total_steps: int | None
+    freeze_interval: int
     keep_active: frozenset[str]
     probe_batch: Any = None
 
@@ -51,7 +52,7 @@ class Supplies:
         run: RunFacts,
     ) -> None:
         self._policy, self._infos, self._backend, self._run = policy, infos(layers), backend, run
-        self._interval = config.freeze_interval
+        self._interval = run.freeze_interval
         self._probe: Probe | None = None
         self._sums: GradientSums | None = None
         self._scale: LrScale | None = None

@@ -132,11 +132,28 @@ def test_all_problems_at_once_with_key_value_and_what_is_allowed() -> None:
         ({"total_steps": "atuo"}, "smartfrz.total_steps: got \"atuo\"; did you mean 'auto'? allowed: an integer >= 1, 'auto' or null"),
         (
             {"linear": {"start_step": 10, "end_step": 10}},
-            "smartfrz.linear.end_step: got 10; allowed: an integer > start_step (10), or null",
+            "smartfrz.linear.end_step: got 10; allowed: an integer > start_step (10), or a share of the run such as '10%', or null",
         ),
-        ({"linear": {"end_step": 0}}, "smartfrz.linear.end_step: got 0; allowed: an integer > start_step (0), or null"),
-        ({"snapshot_interval": 51}, "smartfrz.snapshot_interval: got 51; allowed: an integer from 1 to freeze_interval (50)"),
-        ({"freeze_interval": 9}, "smartfrz.freeze_interval: got 9; allowed: an integer >= snapshot_interval (10)"),
+        ({"linear": {"end_step": 0}}, "smartfrz.linear.end_step: got 0; allowed: an integer > start_step (0), or a share of the run"),
+        (
+            {"random": {"start_step": "50%", "end_step": "50%"}},
+            "smartfrz.random.end_step: got '50%'; allowed: a share > start_step (50%), an integer, or null",
+        ),
+        (
+            {"snapshot_interval": 51, "freeze_interval": 50},
+            "smartfrz.freeze_interval: got 50; allowed: an integer >= snapshot_interval (51)",
+        ),
+        (
+            {"snapshot_interval": "5%", "freeze_interval": "3%"},
+            "smartfrz.freeze_interval: got '3%'; allowed: a share >= snapshot_interval (5%)",
+        ),
+        ({"warmup_steps": "ten"}, "smartfrz.warmup_steps: got \"ten\"; allowed: an integer >= 0, or a share of the run such as '10%'"),
+        ({"warmup_steps": "101%"}, 'smartfrz.warmup_steps: got "101%"; allowed: an integer >= 0, or a share'),
+        ({"warmup_steps": "-1%"}, 'smartfrz.warmup_steps: got "-1%"; allowed: an integer >= 0, or a share'),
+        ({"freeze_interval": "0%"}, 'smartfrz.freeze_interval: got "0%"; allowed: an integer >= 1 and >= snapshot_interval, or a share'),
+        ({"late": {"start_step": "half"}}, 'smartfrz.late.start_step: got "half"; allowed: an integer >= 0, or a share'),
+        ({"late": {"share": "50%"}}, 'smartfrz.late.share: got "50%"; allowed: a number in [0, 1)'),
+        ({"window": "10%"}, 'smartfrz.window: got "10%"; allowed: an integer >= 2'),
         ({"keep_active": ["x" * 500, 1]}, 'smartfrz.keep_active: got ["' + "x" * 75 + "...; allowed: a list of name patterns"),
     ],
 )
@@ -172,7 +189,7 @@ def test_words_of_the_range_are_the_range(key: tuple[str, ...]) -> None:
     extra = model.model_fields[key[-1]].json_schema_extra
     assert isinstance(extra, dict)
     allowed = str(extra["allowed"])
-    numbers = [float(text) for text in re.findall(r"(?<!\^)\b\d+\b(?!\^)", allowed)]
+    numbers = [float(text) for text in re.findall(r"(?<!\^)\b\d+\b(?!\^)", allowed.replace("'10%'", ""))]
     low = numbers[0] if numbers else 0.0
     candidates: dict[str, tuple[Any, bool]] = {
         "null": (None, "null" in allowed),
@@ -189,7 +206,17 @@ def test_words_of_the_range_are_the_range(key: tuple[str, ...]) -> None:
         "infinity": (float("inf"), False),
         "text of a number": ("50", "a path" in allowed or allowed == "a name"),
         "whole float": (50.0, "a number >" in allowed),
-        "large": (2**40, ("integer" in allowed and "<= freeze_interval" not in allowed) or "a number >" in allowed),
+        "large": (2**40, "integer" in allowed or "a number >" in allowed),
+        "share": ("10%", "a share" in allowed or "a path" in allowed or allowed == "a name"),
+        "share of nothing": (
+            "0%",
+            ("a share" in allowed and "integer >= 1" not in allowed and "> start" not in allowed)
+            or "a path" in allowed
+            or allowed == "a name",
+        ),
+        "whole run": ("100%", "a share" in allowed or "a path" in allowed or allowed == "a name"),
+        "more than the run": ("100.1%", "a path" in allowed or allowed == "a name"),
+        "no number": ("x%", "a path" in allowed or allowed == "a name"),
         "half": (0.5, "number in" in allowed or "a number > 0" in allowed),
         "below": (int(low) - 1, False),
         "zero": (0, ("integer" in allowed and low == 0 and "start_step" not in allowed) or "[0, " in allowed),

@@ -252,8 +252,13 @@ def test_what_freezing_refuses(part: dict[str, Any], words: str) -> None:
         ({"scheduler": None}, "constant learning rate"),
         ({"scheduler": None, "smartfrz": {"log_path": "x", "policy": "linear"}}, "does not say how long the run is"),
         ({"smartfrz": {}}, "log_path is null"),
-        ({"smartfrz": {"log_path": "x", "total_steps": 40}}, "first freezing stage is step 100, and the run ends at 40"),
-        ({"smartfrz": {"log_path": "x", "total_steps": 400}}, "window of snapshots spans 290 steps"),
+        (
+            {"smartfrz": {"log_path": "x", "total_steps": 40, "warmup_steps": 100}},
+            "first freezing stage is step 100, and the run ends at 40",
+        ),
+        ({"smartfrz": {"log_path": "x", "total_steps": 400, "snapshot_interval": 10}}, "window of snapshots spans 290 steps"),
+        ({"smartfrz": {"log_path": "x", "total_steps": 10}}, "'attention' can freeze at step 11 at the earliest"),
+        ({"smartfrz": {"log_path": "x", "warmup_steps": "20%"}}, "got '20%', and the length of the run is unknown"),
     ],
 )
 def test_traps(change: dict[str, Any], words: str) -> None:

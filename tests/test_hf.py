@@ -31,7 +31,9 @@ REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs"
 NOT_REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
 ANEW = {"restore_callback_states_from_checkpoint": True}
 # `epoch` is among what the Trainer logs, and rises: every freeze is a mistake then.
-RISING = {"guard": {"metric": "epoch", "tolerance": 1e-3, "window": 2, "smoothing": 0.0}}
+RISING = {"guard": {"metric": "epoch", "tolerance": 1e-3, "window": "17%", "smoothing": 0.0}}
+# What the worker's settings are, written as shares of its 12 steps: known only when the Trainer has said how long it trains.
+SHARES: dict[str, Any] = {"snapshot_interval": "16%", "freeze_interval": "17%", "linear": {"start_step": "17%", "end_step": "50%"}}
 
 
 def zero(model: str, stage: int, **more: Any) -> dict[str, Any]:
@@ -39,11 +41,11 @@ def zero(model: str, stage: int, **more: Any) -> dict[str, Any]:
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "bert-z1": zero("bert", 1, accumulation=2, json_optimizer=True),
+    "bert-z1": zero("bert", 1, accumulation=2, json_optimizer=True, smartfrz=SHARES),
     "gpt2-z2": zero("gpt2", 2, arguments=True, save_model=True),
     "llama-z3": zero("llama", 3, trainer=REENTRANT),
     "lora-z2": zero("lora", 2),
-    "bert-ddp": {"model": "bert", "how": "ddp", "accumulation": 2, "resumes": [4]},
+    "bert-ddp": {"model": "bert", "how": "ddp", "accumulation": 2, "resumes": [4], "smartfrz": SHARES},
     "llama-fsdp2": {"model": "llama", "how": "fsdp2", "format": "SHARDED_STATE_DICT", "resumes": [4]},
     "own-z2": zero("llama", 2, run="accelerate"),
 }

@@ -524,7 +524,7 @@ def test_channels_last() -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 2, 3)).to(memory_format=layout)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        smartfrz_ds.attach_torch(model, optimizer, {"snapshot_interval": 1, "freeze_interval": 1, "warmup_steps": 0, "window": 4})
+        smartfrz_ds.attach_torch(model, optimizer, {"snapshot_interval": 1, "freeze_interval": 1, "warmup_steps": 0, "window": 10})
         for _ in range(3):
             model(torch.ones(1, 3, 8, 8)).mean().backward()
             optimizer.step()

@@ -20,6 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from smartfrz_ds.config import SECTION, FreezeConfig
 from smartfrz_ds.predictor.model import DEFAULT_PREDICTOR
+from smartfrz_ds.shares import percent_of, steps_of
 
 from .policies_nets import DATA_OF, DataKind, NetKind
 
@@ -248,9 +249,6 @@ def resolve(common: Section, own: Section, policy: str, steps: int, seed: int, w
     return section | ({config.policy: own} if own else {})
 
 
-_SHARE = re.compile(r"(\d+(?:\.\d+)?)%")
-
-
 def _resolved(value: Any, steps: int, seed: int) -> Any:
     if isinstance(value, dict):
         return {key: _resolved(inner, steps, seed) for key, inner in value.items()}
@@ -258,10 +256,8 @@ def _resolved(value: Any, steps: int, seed: int) -> Any:
         return [_resolved(inner, steps, seed) for inner in value]
     if value == "seed":
         return seed
-    if isinstance(value, str) and (share := _SHARE.fullmatch(value)):
-        percent = float(share[1])
-        return max(1, round(percent * steps / 100)) if percent else 0
-    return value
+    percent = percent_of(value)
+    return value if percent is None else steps_of(percent, steps)
 
 
 def _settings_of(entry: Entry) -> dict[str, Section]:

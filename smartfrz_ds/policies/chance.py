@@ -80,6 +80,8 @@ class RandomPolicy:
     def _steps(self, total_steps: int | None) -> tuple[int, int]:
         start = step_of("smartfrz.random.start_step", self.start_step, _DEFAULT_START, total_steps)
         end = step_of("smartfrz.random.end_step", self.end_step, _DEFAULT_END, total_steps)
+        if self.start_step is None and self.end_step is None:
+            end = max(end, start + 1)  # a run of a step or two
         if end <= start:
             key, value = ("end_step", end) if self.end_step is not None else ("start_step", start)
             allowed = f"> start_step ({start})" if key == "end_step" else f"< end_step ({end})"

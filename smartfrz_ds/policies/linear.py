@@ -66,6 +66,8 @@ class LinearPolicy:
         if end is None:
             assert total_steps is not None
             end = int(_DEFAULT_END * total_steps)
+        if self.start_step is None and self.end_step is None:
+            end = max(end, start + 1)  # a run of a step or two
         if end <= start:
             key, value = ("end_step", end) if self.end_step is not None else ("start_step", start)
             allowed = f"> start_step ({start})" if key == "end_step" else f"< end_step ({end})"
