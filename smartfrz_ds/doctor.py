@@ -17,7 +17,6 @@ import subprocess
 import sys
 import sysconfig
 import textwrap
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -26,11 +25,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from packaging.requirements import Requirement
 
+from . import build_locks
+
 if TYPE_CHECKING:
     from .doctor_config import LayerFacts
 
 Level = Literal["ok", "warning", "problem"]
-_STALE_SECONDS = 240.0  # the longest build takes about two minutes
 _SHM_BYTES = 256 * 2**20  # DeepSpeed's CPU communication op takes 69 MB a rank
 _OPEN_FILES = 1024
 _DEFAULT_PORT = 29500  # deepspeed/constants.py: TORCH_DISTRIBUTED_DEFAULT_PORT
@@ -240,24 +240,22 @@ def _output(*command: str) -> str:
 
 
 def check_build_locks(folder: Path | None = None) -> list[Finding]:
-    """Locks that a killed build left: every later rank waits for them, without a word and for ever (torch/utils/file_baton.py).
+    """Locks under which torch builds extensions (build_locks.py): a rank waits for each that is there, silently.
 
     folder: default: TORCH_EXTENSIONS_DIR, else torch's own place.
     """
-    if folder is None:
-        default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
-        folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", default))
+    folder = build_locks.extensions_folder() if folder is None else folder
     found = []
-    for lock in sorted(folder.glob("**/lock")):
-        try:
-            age = time.time() - lock.stat().st_mtime
-        except FileNotFoundError:
-            continue
-        if age > _STALE_SECONDS:
-            text = f"{lock} is {age / 60:.0f} minutes old: a build that was killed left it, and every rank will wait for it for ever"
-            found.append(Finding("build locks", "problem", text, f"if nothing is being built now: rm '{lock}'"))
+    for lock in build_locks.find(folder):
+        if lock.state == "built":
+            found.append(Finding("build locks", "warning", str(lock), lock.answer))
+        elif lock.state == "orphaned":
+            found.append(Finding("build locks", "warning", str(lock), "a start waits until that has ended, and removes the lock"))
+        elif lock.state == "abandoned":
+            text = f"{lock}. A build that was killed left it: smartfrz_ds removes it at its next start, any other program waits for it"
+            found.append(Finding("build locks", "problem", text, lock.answer))
         else:
-            found.append(Finding("build locks", "warning", f"{lock} is {age:.0f} seconds old: something is being built", "wait for it"))
+            found.append(Finding("build locks", "problem", f"{lock}. If its build was killed, every start waits for it", lock.answer))
     return found or [Finding("build locks", "ok", f"no build lock in {folder}")]
 
 

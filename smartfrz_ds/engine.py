@@ -23,6 +23,7 @@ from .agree import Ranks
 from .backends import make_backend
 from .backends.checkpoint_layout import CompleteCheckpoints
 from .backends.pipeline import PrunedPipeline
+from .build_locks import clear as clear_build_locks
 from .checkpoint import MARKER
 from .config import FreezeConfig
 from .controller import Controller
@@ -203,6 +204,7 @@ def initialize(
         ValueError: wrong settings, before the engine is built; a model or an engine that freezing does not work with.
         RanksDisagree: the ranks differ in package versions, settings or models.
     """
+    clear_build_locks()
     source = _config_of(args, kwargs)
     settings = FreezeConfig.load(smartfrz if smartfrz is not None else source)
     compare_before_start(kwargs.get("model", args[1] if len(args) > 1 else None), settings, source)

@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 
 import deepspeed
 
+from .build_locks import clear as clear_build_locks
 from .config import FreezeConfig
 from .engine import _config_of, attach
 
@@ -25,6 +26,7 @@ def install_hook(settings_of: Callable[[Any], FreezeConfig] = FreezeConfig.load,
     settings_of: makes the settings from what deepspeed.initialize gets as its config. probe_batch, later: as of `attach`.
     An engine without an optimizer (ZeRO-3 inference) stays what it is. A new hook takes the place of an old one until it is removed.
     """
+    clear_build_locks()  # here too: a script may need DeepSpeed's ops before it makes its engine
     found = deepspeed.initialize
     plain = getattr(found, "without_freezing", found)
 

@@ -7,8 +7,9 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
+
+from smartfrz_ds import build_locks
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -51,7 +52,7 @@ def launch(
     A port that somebody takes between choosing and binding gets a second and a third try. On a time-out every rank is asked for its
     stack (faulthandler) before it is killed.
     """
-    _drop_stale_build_locks()
+    build_locks.clear()
     deepspeed = Path(sys.executable).with_name("deepspeed")
     for _ in range(3):
         port = free_port()
@@ -80,18 +81,6 @@ def launch(
     if check and process.returncode:
         raise RanksFailed(f"{script} {arguments}: exit code {process.returncode}\n{output[-8000:]}")
     return subprocess.CompletedProcess(command, process.returncode, output, "")
-
-
-def _drop_stale_build_locks() -> None:
-    """A rank that was killed while it built or loaded an extension leaves torch's lock behind, and every later rank waits for it for
-    ever (torch/utils/file_baton.py)."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
-    for lock in root.glob("**/lock"):
-        try:
-            if time.time() - lock.stat().st_mtime > 240:  # the longest build takes about two minutes
-                lock.unlink()
-        except FileNotFoundError:
-            pass
 
 
 def run_worker(name: str, job: object, folder: Path, *, ranks: int = 2, timeout: float = 300) -> Path:
