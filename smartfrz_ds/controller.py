@@ -39,6 +39,7 @@ from .schedule import RemainingLr, current_lr, total_steps_of
 from .snapshots import Snapshots
 from .status import RunStatus
 from .supplies import RunFacts, Supplies
+from .user_frozen import UserFrozen, whole_numel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,8 @@ class Report:
     """Where a run stands.
 
     step: successful optimizer steps since attach (or since the run began, after a resume).
-    layers, frozen: names, in order.
+    layers, frozen: names, in order; among the frozen ones are not those that the user froze.
+    user_frozen: layers that the user froze before the start and has not thawed by name since.
     events: what has happened, oldest first.
     optimizer_bytes: live bytes of optimizer state and separate master weights on this rank.
     plugin_seconds: time spent in this package's hooks on this rank, the freezes themselves included.
@@ -69,6 +71,7 @@ class Report:
     predicted_pause: PausePrediction | None = None
     policy_note: str = ""
     width_note: str = ""
+    user_frozen: tuple[str, ...] = ()
 
 
 class Controller(LayoutControl):
@@ -100,6 +103,7 @@ class Controller(LayoutControl):
         self._layers = backend.find_layers(model, config.layers)
         check_tied(self._layers, config.tied)
         self._names = tuple(layer.name for layer in self._layers)
+        self._users = UserFrozen(model, self._layers, backend)
         self._kept_active = {layer.name for layer in match_layers(config.keep_active, self._layers, "smartfrz.keep_active")}
         total = config.total_steps
         self.total_steps: int | None = total_steps_of(scheduler) if total == "auto" else total
@@ -191,6 +195,8 @@ class Controller(LayoutControl):
     def freeze(self, names: Iterable[str]) -> None:
         """Freeze these layers now. Collective, at a step boundary, with the same names on every rank.
 
+        A layer that the user froze before the start stays the user's; the log says so.
+
         Raises:
             ValueError: a name that is no layer, or a set that `order` or `keep_active` forbids.
             RuntimeError: not at a step boundary.
@@ -198,24 +204,33 @@ class Controller(LayoutControl):
         """
         wanted = _as_set(names)
         self._ranks.agree(f"freeze {sorted(wanted)} at step {self.step} on top of {self.frozen}", "layers to freeze")
-        check_known(self._layers, wanted, "freeze")
+        theirs = wanted.intersection(self._users.names)
+        check_known(self._layers, wanted - theirs, "freeze")
         blocked = sorted(wanted & self._kept_active)
         if blocked:
             raise ValueError(f"freeze: {blocked} stay active by smartfrz.keep_active {list(self.config.keep_active)}")
-        self._change(self._frozen | wanted, kind="freeze")
+        self._note_users(theirs, "freeze: already frozen by the user: {}")
+        self._change(self._frozen | (wanted - theirs), kind="freeze")
 
     def thaw(self, names: Iterable[str]) -> None:
         """Let these layers train again. Collective, at a step boundary, with the same names on every rank.
 
         Within `keep_state` steps of its freeze a layer's optimizer state comes back exactly; later its moments start at zero, with
         the bias correction of a new parameter, and in half precision its master weight comes back rounded.
+        A layer of which the user froze everything before the start trains from now on: its parameters join the groups of the parameters of
+        the same names in the nearest layer. Where the user froze a part of a layer, that part stays frozen (user_frozen.py).
 
-        Raises: as `freeze`.
+        Raises: as `freeze`; and ValueError for a layer that the user froze where such a layer can't train: in a pipeline, under FSDP1,
+            quantized weights, a policy that sets learning rates of single layers.
         """
         wanted = _as_set(names)
         self._ranks.agree(f"thaw {sorted(wanted)} at step {self.step} out of {self.frozen}", "layers to thaw")
-        check_known(self._layers, wanted, "thaw")
-        self._change(self._frozen - wanted, kind="thaw")
+        theirs = wanted.intersection(self._users.names)
+        check_known(self._layers, wanted - theirs, "thaw")
+        for name, params in self._users.partly(wanted - self._frozen).items():
+            self._note_users(params, f"thaw: {name} is active; a part of it was frozen by the user and stays so: {{}}")
+        with self._taking_in(theirs):
+            self._change(self._frozen - wanted, kind="thaw")
 
     def predict_pause(self, names: Iterable[str], *, action: Literal["freeze", "thaw"] = "freeze") -> PausePrediction:
         """What freezing or thawing these layers now would cost. Nothing is changed.
@@ -226,7 +241,7 @@ class Controller(LayoutControl):
             ValueError: a name that is no layer.
         """
         wanted = _as_set(names)
-        check_known(self._layers, wanted, "predict_pause")
+        check_known(self._layers, wanted.difference(self._users.names), "predict_pause")
         return self._predict(self._frozen | wanted if action == "freeze" else self._frozen - wanted)
 
     def learn(self, *, scheduler: Any = None, total_steps: int | None = None) -> None:
@@ -323,6 +338,7 @@ class Controller(LayoutControl):
             predicted_pause=self._predicted,
             policy_note=self._note,
             width_note="" if self._width is None else self._width.advice(self._checkpoint_folder),
+            user_frozen=self._users.names,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -330,7 +346,8 @@ class Controller(LayoutControl):
         return {
             "step": self.step,
             "layers": list(self._names),
-            "sizes": [layer.numel for layer in self._layers],
+            "sizes": [whole_numel(layer) for layer in self._layers],
+            "user_frozen": self._users.state_dict(),
             "frozen": list(self.frozen),
             "frozen_at": dict(self._frozen_at),
             "lr_spent": self._lr_spent,
@@ -356,14 +373,15 @@ class Controller(LayoutControl):
             ValueError: the state is of another model; nothing is changed.
         """
         self.check_state(state)
-        self.restore_layout(state["frozen"])
+        self.hand_back(self.restore_layout_of(state).were_users)
         self.take_up(state)
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise ValueError where a freeze state is of another model; collective."""
         if tuple(state["layers"]) != self._names:
             raise ValueError(f"the freeze state is of another model: its layers are {state['layers']}, this model's {list(self._names)}")
-        own = [layer.numel for layer in self._layers]
+        # Who froze a layer may be another one now: all weights count, but in states of versions that knew of trainable ones only.
+        own = [whole_numel(layer) if "user_frozen" in state else layer.numel for layer in self._layers]
         for name, theirs, ours in zip(self._names, state.get("sizes", own), own, strict=True):
             if theirs != ours:
                 raise ValueError(f"the freeze state is of another model: its layer {name!r} has {theirs} weights, this model's {ours}")

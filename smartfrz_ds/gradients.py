@@ -39,8 +39,17 @@ class GradientSums:
         self._total = torch.zeros(len(names) * sample_size, dtype=torch.float32, device=device)
         self._step = torch.zeros_like(self._total)  # of the step that is going on; nothing if it is skipped
         self._stale: set[str] = set()  # layers that were not watched in all of the interval
+        self._handles: list[Any] = []
+        self.watch(requests)
+
+    def watch(self, requests: Sequence[Sequence[SampleRequest]]) -> None:
+        """Hook what is sampled of the layers, as far as it trains now; between steps."""
+        self.remove()
         self._handles = [
-            r.param.register_hook(partial(self._add, r.elements.to(device), r.slots.to(device))) for layer in requests for r in layer
+            r.param.register_hook(partial(self._add, r.elements.to(self._total.device), r.slots.to(self._total.device)))
+            for layer in requests
+            for r in layer
+            if r.param.requires_grad
         ]
 
     def remove(self) -> None:

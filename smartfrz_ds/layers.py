@@ -31,6 +31,8 @@ class Layer:
     params: the model's own parameters, each in exactly one layer of the model: those that were trainable when the layers were found.
     tied: those of `params` that a layer behind uses too.
     borrowed: trainable parameters that this layer uses and a layer in front owns (the other side of `tied`).
+    user_frozen, user_frozen_borrowed: the same as `params` and `borrowed`, of parameters that required no gradient when the layers were
+        found. They become the others when the user thaws the layer by name (user_frozen.py), the one thing that changes a layer.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Layer:
     params: tuple[nn.Parameter, ...]
     tied: tuple[nn.Parameter, ...] = ()
     borrowed: tuple[nn.Parameter, ...] = ()
+    user_frozen: tuple[nn.Parameter, ...] = ()
+    user_frozen_borrowed: tuple[nn.Parameter, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -149,6 +153,8 @@ def _build(model: nn.Module, groups: list[_Group]) -> tuple[Layer, ...]:
                 params=tuple(own),
                 tied=tuple(p for p in own if p in elsewhere),
                 borrowed=tuple(p for p in used if p.requires_grad and taken[p] < position),
+                user_frozen=tuple(p for p in used if not p.requires_grad and taken[p] == position),
+                user_frozen_borrowed=tuple(p for p in used if not p.requires_grad and taken[p] < position),
             )
         )
     every = [p for layer in layers for p in layer.params]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from .backends.base import Backend, FreezeError
 from .config import FreezeConfig
 from .events import EventLog, FreezeEvent
 from .flops import FlopMeter, FlopTally
-from .freezing import freeze_modules, leaving_params
+from .freezing import check_tied, freeze_modules, leaving_params
 from .gradient_check import GradientCheck
 from .guard import GuardedRun
 from .history import History
@@ -34,6 +35,7 @@ from .recompute import RecomputeBoundary
 from .rules import check_order
 from .snapshots import Snapshots
 from .supplies import Supplies
+from .user_frozen import Restored, UserFrozen
 
 
 class LayoutControl:
@@ -47,6 +49,7 @@ class LayoutControl:
     _ranks: Ranks
     _layers: tuple[Layer, ...]
     _names: tuple[str, ...]
+    _users: UserFrozen
     _frozen: set[str]
     _frozen_at: dict[str, int]
     _recorded: set[str]
@@ -117,10 +120,80 @@ class LayoutControl:
         zero. Collective, at a step boundary where the set is another than now, else RuntimeError."""
         self._change(set(frozen), kind="restore")
 
-    def _change(self, frozen: set[str], *, kind: str, about: Mapping[str, Any] | None = None, began: float | None = None) -> None:
-        """Bring the engine to exactly this set of frozen layers: check on all ranks, then do it on all."""
+    def restore_layout_of(self, state: Mapping[str, Any]) -> Restored:
+        """`restore_layout` for a freeze state, whoever froze a layer: the user then and not now, or the other way round. Collective."""
+        users = state.get("user_frozen")
+        if users is None:  # of a version that left such layers alone
+            self.restore_layout(state["frozen"])
+            return Restored()
+        left, before = set(users["left"]), set(self._users.taken)
+        ours = tuple(name for name in self._names if name in left and name not in self._users.names)
+        with self._taking_in(set(self._users.names) - left, self._users.groups_in(users)):
+            taken = tuple(name for name in self._users.taken if name not in before)
+            self._change({*state["frozen"], *ours}, kind="restore", anew=bool(taken))
+        return Restored(taken, ours)
+
+    def hand_back(self, names: Iterable[str]) -> None:
+        """Those of these layers that are frozen, and that the user had frozen here before the start, are the user's again."""
+        back = set(self._users.taken).intersection(names, self._frozen)
+        if back:
+            self._give_back(back)
+            self._after_layout_change()
+
+    def _give_back(self, names: Collection[str]) -> None:
+        self._users.give_back(names)
+        self._frozen.difference_update(names)
+        for name in names:
+            self._frozen_at.pop(name, None)
+        self._supplies.regroup()
+        self._snapshots.plan(self._layers)
+
+    @contextmanager
+    def _taking_in(self, names: Collection[str], groups: Mapping[str, int] | None = None) -> Iterator[None]:
+        """Around a change of the layout in which these layers, which the user froze, become this package's. Collective.
+
+        groups: of their parameters, by name, where they are known.
+        Raises ValueError where they can't train here; where the change is refused, too, they are the user's again.
+        """
+        if not names:
+            yield
+            return
+        before = set(self._users.taken)
+
+        def take() -> None:
+            self._users.take_in(names, groups)
+            self._frozen |= set(self._users.taken) - before
+            try:
+                check_tied(self._layers, self.config.tied)
+                self._supplies.regroup()
+            except ValueError:
+                self._give_back(set(self._users.taken) - before)
+                raise
+            self._snapshots.plan(self._layers)
+
+        try:
+            self._ranks.together(take)
+            yield
+        except FreezeError:
+            raise
+        except (ValueError, RuntimeError):
+            self._give_back(set(self._users.taken) - before)
+            raise
+        # A step costs more where these layers train too.
+        self._flops.remove()
+        self._flops = FlopMeter(self._model, self._layers, self.config.tied)
+
+    def _note_users(self, names: Collection[str], text: str) -> None:
+        """Say on rank 0 what is left to the user."""
+        if names and self._ranks.rank == 0:
+            logger.info(f"smartfrz: step {self.step}, {text.format(', '.join(sorted(names)))}")
+
+    def _change(
+        self, frozen: set[str], *, kind: str, about: Mapping[str, Any] | None = None, began: float | None = None, anew: bool = False
+    ) -> None:
+        """Bring the engine to exactly this set of frozen layers: check on all ranks, then do it on all. anew: also where it is this one."""
         start = time.perf_counter() if began is None else began
-        if frozen == self._frozen:
+        if frozen == self._frozen and not anew:
             return
 
         def check() -> None:
@@ -156,6 +229,7 @@ class LayoutControl:
         self._supplies.thawed(back)
         self._gradients.forget(change.thaw)
         self._after_layout_change()
+        self._supplies.watch(self._snapshots.requests)
         if kind == "freeze":
             self._check_gradients()
         if self._guard is not None:

@@ -34,6 +34,10 @@ class LrScale:
         self._before: list[tuple[dict[str, Any], Any]] = []
         self._handles: list[Any] = []
 
+    def regroup(self, groups: Sequence[Sequence[Parameter]], layers: Sequence[Layer]) -> None:
+        """Other parameters are in the groups now. Raises ValueError as the constructor; nothing is changed then."""
+        self._layer_of = [_only_layer(index, group, layers) for index, group in enumerate(groups)]
+
     def start(self) -> None:
         """Hook the optimizer."""
         this = weakref.ref(self)  # the hooks live as long as the optimizer

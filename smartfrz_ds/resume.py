@@ -33,6 +33,7 @@ from .checkpoint import (
 )
 from .controller import Controller
 from .faults import Writes
+from .user_frozen import Restored
 
 
 def find_together(ranks: Ranks, load_dir: str | Path, tag: str | None, *, universal: bool) -> Found | None:
@@ -164,15 +165,23 @@ class Checkpoints:
             self.controller.restore_bounds(None if state is None else state.get("parts"))
             if state is not None:
                 self.ranks.together(lambda: layout.check_groups(self.backend, state["privates"][self.ranks.rank]))
-        self.controller.restore_layout(frozen)
+        restored = Restored()
+        if state is None:
+            self.controller.restore_layout(frozen)
+        else:
+            restored = self.controller.restore_layout_of(state)
+            if not module_only:  # before the load: a bare optimizer may hold what the user froze
+                self.controller.hand_back(restored.were_users)
         with layout.loading(self.backend):
             yield
             if universal:
                 layout.load_frozen_weights(self.backend, folder)
         if module_only:
             # Only weights were asked for: the run stays what it is.
-            if set(before) != set(self.controller.frozen):
-                self.controller.restore_layout(before)
+            own = {*before, *restored.taken}
+            if own != set(self.controller.frozen):
+                self.controller.restore_layout(own)
+            self.controller.hand_back(restored.taken)
             return
         if state is None:
             self.controller.start_over(_applied_steps(self.backend.engine))

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .backends.base import Backend
+from .backends.base import Backend, SampleRequest
 from .config import FreezeConfig
 from .deciding import infos
 from .gradients import GradientSums
@@ -51,7 +51,7 @@ class Supplies:
         snapshots: Snapshots,
         run: RunFacts,
     ) -> None:
-        self._policy, self._infos, self._backend, self._run = policy, infos(layers), backend, run
+        self._policy, self._layers, self._backend, self._run = policy, layers, backend, run
         self._interval = run.freeze_interval
         self._probe: Probe | None = None
         self._sums: GradientSums | None = None
@@ -108,7 +108,7 @@ class Supplies:
         if self._sums is not None and step % self._interval == 0:  # an interval was over, whether a freezing stage came of it or not
             self._sums.restart()
         if self._scale is not None and isinstance(self._policy, SetsLr):
-            self._scale.set(self._policy.lr_scales(step, self._run.total_steps, self._infos, self._run.keep_active))
+            self._scale.set(self._policy.lr_scales(step, self._run.total_steps, infos(self._layers), self._run.keep_active))
 
     def end_step(self, *, applied: bool) -> None:
         """After the optimizer has taken a step, or skipped it."""
@@ -120,7 +120,7 @@ class Supplies:
 
     def lr_spent(self, schedule: float) -> float | Mapping[str, float]:
         """The sum of the learning rates of all steps so far: of each layer where they are scaled, else that of the schedule."""
-        return schedule if self._scale is None else {info.name: self._spent.get(info.name, 0.0) for info in self._infos}
+        return schedule if self._scale is None else {info.name: self._spent.get(info.name, 0.0) for info in infos(self._layers)}
 
     # --- at a freezing stage --------------------------------------------------------------------------------------------------
 
@@ -137,6 +137,26 @@ class Supplies:
             self._sums.remove()
         if self._scale is not None:
             self._scale.remove()
+
+    def regroup(self) -> None:
+        """Layers that the user froze have joined parameter groups, or left them again.
+
+        Raises ValueError where learning rates of single layers are set, and a group holds weights of several layers now.
+        """
+        if self._scale is not None:
+            try:
+                self._scale.regroup(self._backend.param_groups, self._layers)
+            except ValueError as error:
+                raise ValueError(
+                    f"thaw: policy {self._policy.name!r} sets learning rates of single layers and needs {error}. A layer that required no "
+                    "gradient at the start has no group of its own; allowed: leave it trainable at the start and call freeze for it before "
+                    "the first step, or another policy"
+                ) from error
+
+    def watch(self, requests: Sequence[Sequence[SampleRequest]]) -> None:
+        """What is sampled, after a change of the layout: layers may have come that the user had frozen."""
+        if self._sums is not None:
+            self._sums.watch(requests)
 
     def thawed(self, names: Collection[str]) -> None:
         """These layers train again."""

@@ -77,7 +77,8 @@ def restore_from(controller: Controller, backend: TorchBackend, folder: str | Pa
                 RuntimeWarning,
                 stacklevel=3,
             )
-    controller.restore_layout(state["frozen"])
+    restored = controller.restore_layout_of(state)
+    controller.hand_back(restored.were_users)
     controller.take_up(state)
     if kept is not None:
         backend.load_kept_state(*kept)

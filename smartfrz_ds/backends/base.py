@@ -105,8 +105,15 @@ class Backend(ABC):
         def keep(params: Sequence[Parameter]) -> tuple[Parameter, ...]:
             return tuple(p for p in params if p in held)
 
+        def frozen_by_user(layer: Layer) -> tuple[Parameter, ...]:
+            # A layer that trains, but in another optimizer, is not one that the user froze.
+            return layer.user_frozen if keep(layer.params) or not layer.params else ()
+
         found = find_layers(model, patterns)
-        return tuple(dataclasses.replace(x, params=keep(x.params), tied=keep(x.tied), borrowed=keep(x.borrowed)) for x in found)
+        return tuple(
+            dataclasses.replace(x, params=keep(x.params), tied=keep(x.tied), borrowed=keep(x.borrowed), user_frozen=frozen_by_user(x))
+            for x in found
+        )
 
     #: what this engine can't give a policy (gradients, activations, lr_scale) -> the words for it
     missing: Mapping[Need, str] = {}
@@ -166,6 +173,42 @@ class Backend(ABC):
     def group_options(self) -> list[dict[str, str]]:
         """The settings of each parameter group of the torch optimizer, as text."""
         return [{k: repr(v) for k, v in g.items() if k != "params"} for g in self.base_optimizer().param_groups]
+
+    #: layers of a pipeline that aren't among its layers, because the user froze all of them before the start
+    user_frozen_entries: tuple[str, ...] = ()
+
+    #: why parameters that required no gradient at attach can't train later on this engine; empty where they can
+    takes_none: str = ""
+
+    def given_group(self, param: Parameter) -> int | None:
+        """The index in `groups` of the group in which the optimizer was given this parameter, which it does not step; None: unknown."""
+        return None
+
+    def check_adopt(self, params: Mapping[Parameter, int], names: Mapping[Parameter, str]) -> None:
+        """Raise ValueError, by name, for parameters that can't train in these groups. To be called before `adopt`."""
+        for param in params:
+            if not param.is_floating_point():
+                raise ValueError(
+                    f"thaw: {names[param]!r} has dtype {param.dtype}: weights that are stored quantized can't be trained; allowed: "
+                    "floating-point weights"
+                )
+
+    def adopt(self, params: Mapping[Parameter, int], order: Mapping[Parameter, int]) -> None:
+        """Count parameters that required no gradient at attach as frozen ones, so that `change` can thaw them. Only bookkeeping.
+
+        params: each with the index of its group in `groups`. order: every parameter's place in the model. In its group a parameter stands
+        in front of the first one that comes behind it in the model: the order in which an optimizer over all of them would have it.
+        """
+        for param, index in params.items():
+            insert_in_order(self.groups[index], param, order)
+        self.frozen.update(params)
+
+    def disown(self, params: Collection[Parameter]) -> None:
+        """The inverse of `adopt`, for parameters that are frozen."""
+        for group in self.groups:
+            group[:] = [p for p in group if p not in params]
+        self.frozen.difference_update(params)
+        self.forget(params)
 
     def is_boundary(self) -> bool:
         """Whether no gradient is pending: the optimizer may be changed now."""
@@ -253,6 +296,13 @@ class Backend(ABC):
         """Steps that the optimizer has taken, from its own counter where it has one, else 0."""
         # a layer that was thawed has begun to count anew
         return max((int(state["step"]) for state in self.base_optimizer().state.values() if "step" in state), default=0)
+
+
+def insert_in_order(group: list[Parameter], param: Parameter, order: Mapping[Parameter, int]) -> None:
+    """Put `param` in front of the first parameter of `group` that comes behind it in the model. order: places in the model."""
+    place = order[param]
+    at = next((k for k, other in enumerate(group) if order.get(other, -1) > place), len(group))
+    group.insert(at, param)
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

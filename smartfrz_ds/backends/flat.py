@@ -8,7 +8,7 @@ master tensors stay the same objects, so every handle to them, a scheduler's too
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,6 +100,21 @@ class FlatBackend(Backend):
     needs_placeholder = True
 
     # --- Backend ------------------------------------------------------------------------------------------------------------
+
+    def check_adopt(self, params: Mapping[Parameter, int], names: Mapping[Parameter, str]) -> None:
+        super().check_adopt(params, names)
+        for param, index in params.items():
+            if param.dtype != (wanted := self.groups[index][0].dtype):
+                raise ValueError(
+                    f"thaw: {names[param]!r} has dtype {param.dtype}, its parameter group {index} is one flat buffer of {wanted}; allowed: "
+                    "the group's dtype"
+                )
+
+    def adopt(self, params: Mapping[Parameter, int], order: Mapping[Parameter, int]) -> None:
+        super().adopt(params, order)
+        for param in params:
+            if not param.data.is_contiguous():  # channels_last: the flat buffer has no such thing
+                param.data = param.data.contiguous()
 
     @property
     def groups(self) -> list[list[Parameter]]:

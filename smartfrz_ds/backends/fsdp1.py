@@ -28,6 +28,7 @@ class Fsdp1Backend(TorchBackend):
     """Everything stays where it is: FSDP1 takes requires_grad of a flat parameter from its views at each forward."""
 
     name = "FSDP1"
+    takes_none = "FSDP1 decides what of a unit's flat parameter trains when the unit is made"
     missing = FSDP_MISSING
 
     def __init__(self, wrapped: FullyShardedDataParallel, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -39,7 +39,7 @@ from .pipe_schedule import (
     frozen_forward_pass,
     recv_constant,
 )
-from .pipeline_layers import PipelineLayer, held_modules, pipeline_layers, tied_uses
+from .pipeline_layers import PipelineLayer, held_modules, pipeline_layers, tied_uses, user_frozen_entries
 from .pipeline_tied import TiedWeights, pinned_entries
 from .rebalance import build, check_bounds, rebalance, structure_of
 from .stage_clock import StageClock
@@ -133,6 +133,7 @@ class PipelineStage(_Base):
     first_active = 0
     first_entry = 0
     staged = True
+    takes_none = "a pipeline's stages are laid out over what trains at the start"
     missing: Mapping[Need, str] = MappingProxyType(
         {
             "gradients": "gradients, which a pipeline does not give yet",
@@ -155,6 +156,7 @@ class PipelineStage(_Base):
         """Collective; the same on every rank. Raises ValueError for patterns: a pipeline's layers are its list's entries."""
         if patterns != "auto":
             raise ValueError(f"smartfrz.layers: got {list(patterns)}; allowed: 'auto' in a pipeline, whose layers are those of its list")
+        self.user_frozen_entries = user_frozen_entries(model)
         return pipeline_layers(model)
 
     def partition(self) -> list[int] | None:

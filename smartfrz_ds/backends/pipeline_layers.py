@@ -204,6 +204,15 @@ def pipeline_layers(pipe: PipelineModule) -> tuple[PipelineLayer, ...]:
     )
 
 
+def user_frozen_entries(pipe: PipelineModule) -> tuple[str, ...]:
+    """The names that entries would have as layers, had the user not frozen all of their weights. Collective; the same on every rank."""
+    held = held_modules(pipe)
+    mine = [i for i, module in held.items() if (ps := list(module.parameters())) and not any(p.requires_grad for p in ps)]
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, mine)
+    return tuple(f"layers.{index}" for index in sorted({i for part in told for i in part}))
+
+
 def _describe(pipe: PipelineModule, index: int) -> dict[str, Any]:
     module = module_at(pipe, index)
     params = list(module.parameters()) if module is not None else []

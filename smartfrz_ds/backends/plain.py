@@ -18,34 +18,27 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor
 from torch.nn import Parameter
 
-from .base import Backend, FreezeError, Released, Sampler, SampleRequest, detach_from_training
+from .base import FreezeError, Released, Sampler, SampleRequest, detach_from_training
+from .entries import EntryBackend
 from .own_steps import GroupCounts
 
 
-class PlainBackend(Backend):
+class PlainBackend(EntryBackend):
     """Drops and restores state entries in place; nothing is communicated."""
 
     name = "ZeRO-0"
 
     def __init__(self, engine: Any) -> None:
-        super().__init__(engine)
         self.wrapper: FP16_UnfusedOptimizer | None = engine.optimizer if isinstance(engine.optimizer, FP16_UnfusedOptimizer) else None
         self._optimizer: torch.optim.Optimizer = self.wrapper.optimizer if self.wrapper else engine.optimizer
         # unfused_optimizer.py: fp16_groups holds the trainable model parameters, fp32_groups their masters, pairwise.
-        lists = self.wrapper.fp16_groups if self.wrapper else [g["params"] for g in self._optimizer.param_groups]
-        # A bare optimizer may also hold parameters that the user froze; they stay where the user put them.
-        self._groups = [[p for p in params if p.requires_grad] for params in lists]
-        self._order = [list(params) for params in lists]
+        super().__init__(engine, self.wrapper.fp16_groups if self.wrapper else [g["params"] for g in self._optimizer.param_groups])
         self._master: dict[Parameter, Tensor] = {}
         if self.wrapper:
             for low, high in zip(self.wrapper.fp16_groups, self.wrapper.fp32_groups, strict=True):
                 self._master.update(zip(low, high, strict=True))
         self._counts = GroupCounts(self._optimizer) if isinstance(self._optimizer, FusedAdam) else None
         self._kept: dict[Parameter, tuple[Tensor | None, dict[str, Any]]] = {}  # host: master, state
-
-    @property
-    def groups(self) -> list[list[Parameter]]:
-        return self._groups
 
     def base_optimizer(self) -> torch.optim.Optimizer:
         return self._optimizer
@@ -69,7 +62,11 @@ class PlainBackend(Backend):
             self._release(param, keep)
         for param in thaw:
             self._restore(param)
-        self.frozen = (self.frozen | set(freeze)) - set(thaw)
+        self._regroup((self.frozen | set(freeze)) - set(thaw))
+        return Released(before - self.optimizer_bytes(), 0)
+
+    def _regroup(self, frozen: set[Parameter]) -> None:
+        self.frozen = frozen
         for i, order in enumerate(self._order):
             live = [p for p in order if p not in self.frozen]
             if self.wrapper:
@@ -80,7 +77,6 @@ class PlainBackend(Backend):
                 self._optimizer.param_groups[i]["params"] = live
         if self.wrapper:
             self.wrapper.overflow_checker.params = [p for group in self.wrapper.fp16_groups for p in group]
-        return Released(before - self.optimizer_bytes(), 0)
 
     def _release(self, param: Parameter, keep: bool) -> None:
         master = self._master.pop(param, None)

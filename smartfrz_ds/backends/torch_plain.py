@@ -15,10 +15,11 @@ from torch.nn import Parameter
 
 from ..module_hook import ModuleHook
 from ..policies.base import Need
-from .base import Backend, FreezeError, Released, Sampler, SampleRequest, storage_bytes
+from .base import FreezeError, Released, Sampler, SampleRequest, storage_bytes
+from .entries import EntryBackend
 
 
-class TorchBackend(Backend):
+class TorchBackend(EntryBackend):
     """One process with plain torch (or several that each hold all weights).
 
     wrapped: the model as the user calls it. module: the model inside of the wrapper, whose structure has the layers.
@@ -28,14 +29,11 @@ class TorchBackend(Backend):
     name = "torch"
 
     def __init__(self, wrapped: nn.Module, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        super().__init__(wrapped)
+        super().__init__(wrapped, [group["params"] for group in optimizer.param_groups])
         self.wrapped, self.module, self._optimizer = wrapped, module, optimizer
         self.scaler: Any = None
         self.on_skipped: Callable[[], None] | None = None  # called where a step of before turns out to have been skipped
         self._scale = 0.0  # the scaler's, in the last forward
-        # What the user froze stays where the user put it.
-        self._groups = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
-        self._order = [list(group["params"]) for group in optimizer.param_groups]
         self._names = {p: name for name, p in module.named_parameters()}
         self._kept: dict[Parameter, dict[str, Any]] = {}  # on the host
         self._forwarded = False  # a forward that builds a graph has begun since the last step
@@ -66,10 +64,6 @@ class TorchBackend(Backend):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-    @property
-    def groups(self) -> list[list[Parameter]]:
-        return self._groups
 
     def base_optimizer(self) -> torch.optim.Optimizer:
         return self._optimizer

@@ -1,0 +1,55 @@
+"""Optimizers with one state entry a parameter: what ZeRO-0's bare optimizer and every run without DeepSpeed have in common.
+
+Such an optimizer may hold parameters that the user froze before the start. They stay where the user put them, and say where they belong
+when the user thaws them.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from torch.nn import Parameter
+
+from .base import Backend, insert_in_order
+
+
+class EntryBackend(Backend):
+    """A subclass fills a parameter group anew in `_regroup`."""
+
+    def __init__(self, engine: Any, lists: Sequence[Sequence[Parameter]]) -> None:
+        """lists: the optimizer's parameters group by group, those that the user froze too."""
+        super().__init__(engine)
+        self._groups = [[p for p in params if p.requires_grad] for params in lists]
+        self._order = [list(params) for params in lists]
+        self._added: set[Parameter] = set()  # those of `_order` that the optimizer was not given
+
+    @property
+    def groups(self) -> list[list[Parameter]]:
+        return self._groups
+
+    @abstractmethod
+    def _regroup(self, frozen: set[Parameter]) -> None:
+        """Make this the frozen set, and let the optimizer's groups hold the others of `_order`."""
+
+    def given_group(self, param: Parameter) -> int | None:
+        if param in self._added:
+            return None
+        return next((index for index, params in enumerate(self._order) if any(p is param for p in params)), None)
+
+    def adopt(self, params: Mapping[Parameter, int], order: Mapping[Parameter, int]) -> None:
+        super().adopt(params, order)
+        for param, index in params.items():
+            if self.given_group(param) is None:
+                self._added.add(param)
+                insert_in_order(self._order[index], param, order)
+        self._regroup(self.frozen)
+
+    def disown(self, params: Collection[Parameter]) -> None:
+        super().disown(params)
+        gone = self._added.intersection(params)
+        self._added -= gone
+        for listed in self._order:
+            listed[:] = [p for p in listed if p not in gone]
+        self._regroup(self.frozen)
