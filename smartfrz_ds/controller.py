@@ -24,6 +24,7 @@ from .flops import FlopMeter, FlopTally, chain_profile
 from .freezing import check_tied, thaw_modules
 from .gradient_check import GradientCheck
 from .guard import Guard, GuardedRun
+from .guarded import GuardedAttributes
 from .history import History
 from .intervals import Intervals, resolve, why_never
 from .layers import match_layers
@@ -74,7 +75,7 @@ class Report:
     user_frozen: tuple[str, ...] = ()
 
 
-class Controller(LayoutControl):
+class Controller(GuardedAttributes, LayoutControl):
     """Freezes the layers of one engine while it trains. `engine.smartfrz` is one.
 
     Made by `initialize` and `attach`; collective. Raises ValueError for settings that don't fit the model or the engine, and
@@ -256,7 +257,8 @@ class Controller(LayoutControl):
             return
         self._awaits = False
         if self.config.total_steps == "auto":
-            self.total_steps = total_steps or total_steps_of(scheduler) or self.total_steps
+            # not by assignment, which is refused once it is set (guarded.py)
+            self.__dict__["total_steps"] = total_steps or total_steps_of(scheduler) or self.total_steps
         self._hire()
         self._supplies.try_probe()
         self._remaining_lr = RemainingLr(scheduler if scheduler is not None else self._remaining_lr.scheduler, self.total_steps)
