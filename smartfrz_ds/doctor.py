@@ -75,6 +75,7 @@ def examine(config: Path | None = None, model: str | None = None) -> Examined:
         return Examined(tuple(findings))
     with contextlib.redirect_stdout(sys.stderr):  # what somebody's model prints is no part of ours
         from .doctor_config import check_config, check_model, load_model
+        from .doctor_refusals import check_together
 
         settings = None
         if config is not None:
@@ -82,7 +83,9 @@ def examine(config: Path | None = None, model: str | None = None) -> Examined:
             findings += found
         if model is not None:
             try:
-                found, layers = check_model(*load_model(model), settings)
+                made = load_model(model)
+                found, layers = check_model(*made, settings)
+                found += check_together(made[0], config) if settings is not None else []
             except ValueError as error:
                 answer = "name MODULE:CALLABLE, importable from here, or a folder written by save_pretrained"
                 found = [Finding("model", "problem", str(error), answer)]

@@ -15,10 +15,13 @@ from torch import nn
 
 from .config import SECTION, FreezeConfig, _read, is_default
 from .doctor import Finding
+from .doctor_refusals import wrong_values
 from .flops import FlopMeter, FlopProfile, estimate_profile, saved_fraction
 from .freezing import check_tied
 from .intervals import resolve, why_never
 from .layers import Layer, find_layers, match_layers
+from .refusals import refused_by
+from .refusals import section as _sub
 from .rules import allowed, candidates
 from .schedule import total_steps_in
 
@@ -36,56 +39,9 @@ def check_config(file: Path) -> tuple[list[Finding], FreezeConfig | None]:
         return [Finding("config", "problem", line, answer) for line in str(error).splitlines()], None
     if not settings.enabled:
         return [Finding("config", "warning", f"{SECTION}.enabled is false: nothing will freeze", "set it to true")], settings
-    found = [Finding("config", "problem", *pair) for pair in refused(raw)]
+    found = [Finding("config", "problem", *pair) for pair in [*wrong_values(raw), *refused_by(raw)]]
     found += [Finding("config", "warning", *pair) for pair in traps(raw, settings)]
     return found or [Finding("config", "ok", f"{file}: policy {settings.policy!r}")], settings
-
-
-def refused(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What is refused at start, as freezing does not work with it yet (backends/support.py), as far as a JSON shows it; and what to do."""
-    zero = _sub(raw, "zero_optimization")
-    optimizer = str(_sub(raw, "optimizer").get("type", "")).lower()
-    pipeline = _sub(raw, "pipeline")
-    offloads = {key: _sub(zero, key) for key in ("offload_optimizer", "offload_param")}
-    ratio = offloads["offload_optimizer"].get("ratio", 1.0)
-    low = [
-        f"{kind}.{kind}_master_weights_and_grads" for kind in ("fp16", "bf16") if _sub(raw, kind).get(f"{kind}_master_weights_and_grads")
-    ]
-    quantized = [key for key in zero if key.startswith("zero_quantized") and zero[key]]
-    checks: list[tuple[object, str, str]] = [
-        *((o.get("device") == "nvme", f"zero_optimization.{key}.device: nvme", "use 'cpu'") for key, o in offloads.items()),
-        (
-            zero.get("stage") == 3 and ratio < 1,
-            f"zero_optimization.offload_optimizer.ratio: {ratio} (Twin-Flow)",
-            "set it to 1.0, or leave it out",
-        ),
-        (_number(zero.get("zero_hpz_partition_size")) > 1, "zero_optimization.zero_hpz_partition_size (hpZ)", "set it to 1"),
-        (_number(zero.get("mics_shard_size")) > 0, "zero_optimization.mics_shard_size (MiCS)", "leave it out"),
-        *((True, f"zero_optimization.{key} (ZeRO++)", "set it to false") for key in quantized),
-        (zero.get("zenflow"), "zero_optimization.zenflow", "leave it out"),
-        (
-            _number(_sub(raw, "tensor_parallel").get("autotp_size")) > 1,
-            "tensor_parallel.autotp_size",
-            "set it to 0, and use ZeRO or a pipeline",
-        ),
-        (_number(raw.get("sequence_parallel_size")) > 1, "sequence_parallel_size (Ulysses)", "set it to 1"),
-        (_sub(raw, "compile").get("deepcompile"), "compile.deepcompile", "set it to false"),
-        (_sub(raw, "hybrid_engine").get("enabled"), "hybrid_engine.enabled", "set it to false"),
-        (_sub(raw, "checkpoint").get("writer"), "checkpoint.writer (written in the background)", "leave it out"),
-        (raw.get("datastates_ckpt"), "datastates_ckpt (written in the background)", "leave it out"),
-        *((True, key, "set it to false: masters stay in fp32") for key in low),
-        (
-            optimizer.startswith(("muon", "onebit", "zeroone", "zerone")) or "lamb" in optimizer,
-            f"optimizer.type: {_sub(raw, 'optimizer').get('type')} (its state or its communication is not element by element)",
-            "use AdamW, Adam, Lion, Adagrad or SGD",
-        ),
-        (
-            _number(pipeline.get("activation_checkpoint_interval")) > 0 and pipeline.get("use_reentrant", True),
-            "reentrant activation checkpointing in a pipeline",
-            'set "pipeline": {"use_reentrant": false}',
-        ),
-    ]
-    return [(f"{what}: freezing does not work with it yet, the run is refused at start", answer) for bad, what, answer in checks if bad]
 
 
 def traps(raw: Mapping[str, Any], settings: FreezeConfig, *, gpus: int | None = None) -> list[tuple[str, str]]:
@@ -295,12 +251,3 @@ def _profile(model: nn.Module, layers: Sequence[Layer], batch: Any, settings: Fr
         if meter.profile is not None and any(meter.profile.forward):
             return meter.profile, True
     return estimate_profile(layers, _TOKENS), False
-
-
-def _sub(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = raw.get(key)
-    return value if isinstance(value, Mapping) else {}
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0

@@ -21,7 +21,9 @@ from torch import nn
 from smartfrz_ds import doctor
 from smartfrz_ds.config import FreezeConfig
 from smartfrz_ds.doctor import Finding, examine, render
-from smartfrz_ds.doctor_config import check_config, check_model, load_model, refused, traps
+from smartfrz_ds.doctor_config import check_config, check_model, load_model, traps
+from smartfrz_ds.doctor_refusals import wrong_values
+from smartfrz_ds.refusals import refused_by
 
 GOOD: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 8,
@@ -224,14 +226,15 @@ def test_a_wrong_setting_and_a_missing_file(tmp_path: Path) -> None:
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device: nvme"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio: 0.5"),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, "hpZ"),
-        ({"zero_optimization": {"stage": 3, "mics_shard_size": 4}}, "MiCS"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}}, "SuperOffload"),
+        ({"zero_optimization": {"stage": 3, "stage3_module_granularity_threshold": 10}}, "stage3_module_granularity_threshold: 10"),
         ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights"),
         ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zenflow"),
         ({"tensor_parallel": {"autotp_size": 2}}, "autotp_size"),
         ({"sequence_parallel_size": 2}, "Ulysses"),
         ({"compile": {"deepcompile": True}}, "deepcompile"),
         ({"hybrid_engine": {"enabled": True}}, "hybrid_engine"),
-        ({"checkpoint": {"writer": {"type": "fast"}}}, "checkpoint.writer"),
+        ({"checkpoint": {"writer": {"type": "fast", "decoupled": True}}}, "checkpoint.writer"),
         ({"datastates_ckpt": {"host_cache_size": 1}}, "datastates"),
         ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "bf16_master_weights_and_grads"),
         ({"optimizer": {"type": "OneBitAdam"}}, "OneBitAdam"),
@@ -240,9 +243,65 @@ def test_a_wrong_setting_and_a_missing_file(tmp_path: Path) -> None:
     ],
 )
 def test_what_freezing_refuses(part: dict[str, Any], words: str) -> None:
-    assert refused(GOOD) == []
-    ((text, answer),) = refused(GOOD | part)
+    assert refused_by(GOOD) == []
+    ((text, answer),) = refused_by(GOOD | part)
     assert words in text and answer
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"zero_optimization": {"stage": 9}}, "zero_optimization.stage: got 9; allowed: 0, 1, 2, 3"),
+        ({"zero_optimization": {"stage": "three"}}, "zero_optimization.stage: got 'three'; allowed: 0, 1, 2, 3"),
+        ({"zero_optimization": {"stag": 2}}, "zero_optimization.stag: got 2; extra inputs are not permitted"),
+        ({"zero_optimization": {"reduce_bucket_size": "big"}}, "zero_optimization.reduce_bucket_size: got 'big'"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "gpu"}}}, "zero_optimization.offload_optimizer.device: got 'gpu'"),
+        ({"zero_optimization": {"stage": 1, "offload_optimizer": {"ratio": 0.5}}}, "partial offloading only supported for ZeRO Stage 3"),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 4}}, "MiCS ZeRO-3 sharding has been removed"),
+        ({"amp": {"enabled": True}}, "Apex AMP integration has been removed"),
+        ({"fp16": {"enabled": "perhaps"}}, "fp16.enabled: got 'perhaps'"),
+        ({"bf16": {"enabld": True}}, "bf16.enabld: got True; extra inputs"),
+        ({"zero_optimization": 3}, "zero_optimization: "),
+    ],
+)
+def test_values_that_deepspeed_itself_refuses(part: dict[str, Any], words: str, tmp_path: Path) -> None:
+    assert wrong_values(GOOD) == []
+    ((text, answer),) = wrong_values(GOOD | part)
+    assert words in text and answer
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(GOOD | part))
+    assert words in "\n".join(f.text for f in check_config(file)[0] if f.level == "problem")
+
+
+def test_values_that_a_trainer_fills_in_are_none_of_them() -> None:
+    auto = {"stage": "auto", "reduce_bucket_size": "auto", "offload_optimizer": {"device": "auto"}}
+    assert wrong_values(GOOD | {"zero_optimization": auto, "fp16": {"enabled": "auto"}, "bf16": {"enabled": "auto"}}) == []
+
+
+def test_leaf_modules_need_the_json_and_the_model(tmp_path: Path) -> None:
+    """In the words of the start: see test_moe.py."""
+    (tmp_path / "somebodys_moe.py").write_text(
+        "from transformers import MixtralConfig, MixtralForCausalLM as M\n"
+        "def build():\n"
+        "    return M(MixtralConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,\n"
+        "        num_key_value_heads=2, vocab_size=16, num_local_experts=2))\n"
+    )
+    file = tmp_path / "ds.json"
+
+    def problems(**zero: Any) -> list[str]:
+        file.write_text(json.dumps(GOOD | {"zero_optimization": zero}))
+        sys.path.insert(0, str(tmp_path))
+        try:
+            return [f.text for f in examine(file, "somebodys_moe:build").findings if f.check == "model" and f.level == "problem"]
+        finally:
+            sys.path.remove(str(tmp_path))
+
+    pytest.importorskip("transformers")
+    assert problems(stage=2) == problems(stage=3, leaf_module={"classes": []}) == []
+    (text,) = problems(stage=3)
+    assert "2 of class MixtralSparseMoeBlock), turned on by DeepSpeed itself" in text
+    (text,) = problems(stage=3, leaf_module={"classes": ["MixtralSparseMoeBlock"]})
+    assert "turned on by zero_optimization.leaf_module.classes: 'MixtralSparseMoeBlock'" in text
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 from .base import Backend, FreezeError, Released, Sampler, SampleRequest
 from .pipeline import of_a_stage
 from .plain import PlainBackend
-from .support import check_version, unsupported
+from .support import check_engine, check_version
 from .wrapped16 import Bf16Backend, Fp16Backend
 from .zero3 import FrozenStorage, Zero3Backend
 from .zero12 import Zero12Backend
@@ -32,9 +33,7 @@ def make_backend(engine: DeepSpeedEngine, *, zero3_frozen: FrozenStorage = "shar
         ValueError: an untested DeepSpeed, or something in use that freezing does not work with yet, by name.
     """
     warning = check_version(allow_untested=allow_untested_versions)
-    refused = unsupported(engine)
-    if refused:
-        raise ValueError(f"smartfrz_ds does not work yet with: {'; '.join(refused)}. Set smartfrz.enabled to false to train without it.")
+    check_engine(engine)
     backends: list[tuple[type, Callable[[DeepSpeedEngine], Backend]]] = [
         (DeepSpeedZeroOptimizer_Stage3, partial(Zero3Backend, frozen=zero3_frozen)),
         (DeepSpeedZeroOptimizer, Zero12Backend),
@@ -44,12 +43,21 @@ def make_backend(engine: DeepSpeedEngine, *, zero3_frozen: FrozenStorage = "shar
         (Optimizer, PlainBackend),
     ]
     for optimizer, backend in backends:
-        if isinstance(engine.optimizer, optimizer):
+        if isinstance(engine.optimizer, optimizer) and not _variant(engine.optimizer, optimizer):
             made = of_a_stage(backend)(engine) if isinstance(engine, PipelineEngine) and isinstance(backend, type) else backend(engine)
             if warning:
                 made.warnings.append(warning)
             return made
-    raise ValueError(f"smartfrz_ds does not know the optimizer wrapper {type(engine.optimizer).__name__}")
+    raise ValueError(
+        f"smartfrz_ds does not know the optimizer wrapper {type(engine.optimizer).__name__} of DeepSpeed; allowed: "
+        f"{', '.join(known.__name__ for known, _ in backends)}. Set smartfrz.enabled to false to train without it."
+    )
+
+
+def _variant(wrapper: Any, known: type) -> bool:
+    """Whether this is a subclass that DeepSpeed made of one of its wrappers (SuperOffload's, ZenFlow's): it steps in another way."""
+    own = type(wrapper)
+    return own is not known and known is not Optimizer and own.__module__.split(".")[0] == "deepspeed"
 
 
 __all__ = ["Backend", "FreezeError", "Released", "SampleRequest", "Sampler", "make_backend"]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.optim.apply_optimizer_in_backward import _get_in_backward_optimizers
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
@@ -90,9 +91,7 @@ def _unsupported(ddp: DistributedDataParallel) -> list[str]:
         "DistributedDataParallel(mixed_precision=…)": ddp.mixed_precision is not None,
         "DistributedDataParallel(delay_all_reduce_named_params=…)": bool(ddp._delay_all_reduce_params),
         "torch._dynamo.config.optimize_ddp = 'python_reducer'": bool(ddp._use_python_reducer),
-        "an optimizer that runs in backward (_apply_optimizer_in_backward)": any(
-            hasattr(p, "_in_backward_optimizers") for p in ddp._module_parameters
-        ),
+        "an optimizer that runs in backward (_apply_optimizer_in_backward)": bool(_get_in_backward_optimizers(ddp.module)),
         "a process group of some of the ranks": dist.get_world_size(ddp.process_group) != dist.get_world_size(),
     }
     return [name for name, used in uses.items() if used]

@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn import Parameter
@@ -54,6 +56,7 @@ class Fsdp2Backend(TorchBackend):
         for sharded in wrapped.modules():
             if isinstance(sharded, FSDPModule):
                 sharded.reshard()  # after an evaluation the root's parameters are whole ones, which the optimizer doesn't know
+        _check_late_attributes()
         refused = _unsupported(module)
         if refused:
             raise ValueError(f"smartfrz_ds does not work yet with: {'; '.join(refused)}")
@@ -203,6 +206,20 @@ def _post_order(module: nn.Module) -> Iterator[FSDPModule]:
 
 def _params(groups: Sequence[Any]) -> set[Parameter]:
     return {p.sharded_param for g in groups for p in g.fsdp_params}
+
+
+def _check_late_attributes() -> None:
+    """Whether this torch has the attributes that a unit gets only in its first gather, which are read with a default before it.
+
+    Raises:
+        ValueError: names the missing one; gradients that wait for a step could not be seen without it.
+    """
+    for kind, name in ((FSDPParam, "_unsharded_param"), (FSDPParamGroup, "_orig_dtype")):
+        if name not in kind.__annotations__:
+            raise ValueError(
+                f"smartfrz_ds cannot tell whether gradients are pending in an FSDP2 unit: torch {torch.__version__} has no attribute "
+                f"{kind.__name__}.{name}"
+            )
 
 
 def _unsupported(module: nn.Module) -> list[str]:

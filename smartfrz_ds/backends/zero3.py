@@ -51,7 +51,8 @@ class Zero3Backend(FlatBackend):
         self._masters: list[Tensor] = list(zero.fp32_partitioned_groups_flat)
         self._group_ids: list[int] = [zero.sub_group_to_group_id[i] for i in range(len(zero.fp16_groups))]
         self._process_groups = list(zero.sub_group_process_groups)
-        self._devices = [getattr(zero, "subgroup_to_device", {}).get(i) for i in range(len(zero.fp16_groups))]
+        on = zero.subgroup_to_device if zero.offload_optimizer else {}  # stage3.py: made only with an offloaded optimizer
+        self._devices = [on.get(i) for i in range(len(zero.fp16_groups))]
         if zero.fp32_partitioned_groups_flat[0] is zero.fp16_partitioned_groups_flat[0]:
             # _create_fp32_partitions has such a branch; with string devices, as in this version, it is never taken.
             raise ValueError("smartfrz_ds does not work with ZeRO-3 masters that are the weights' own buffer")
