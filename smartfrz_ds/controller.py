@@ -207,7 +207,7 @@ class Controller(GuardedAttributes, LayoutControl):
         self._ranks.agree(f"freeze {sorted(wanted)} at step {self.step} on top of {self.frozen}", "layers to freeze")
         theirs = wanted.intersection(self._users.names)
         check_known(self._layers, wanted - theirs, "freeze")
-        blocked = sorted(wanted & self._kept_active)
+        blocked = sorted((wanted - theirs) & self._kept_active)
         if blocked:
             raise ValueError(f"freeze: {blocked} stay active by smartfrz.keep_active {list(self.config.keep_active)}")
         self._note_users(theirs, "freeze: already frozen by the user: {}")
@@ -242,8 +242,15 @@ class Controller(GuardedAttributes, LayoutControl):
             ValueError: a name that is no layer.
         """
         wanted = _as_set(names)
-        check_known(self._layers, wanted.difference(self._users.names), "predict_pause")
-        return self._predict(self._frozen | wanted if action == "freeze" else self._frozen - wanted)
+        theirs = wanted.intersection(self._users.names)
+        check_known(self._layers, wanted - theirs, "predict_pause")
+        if action == "freeze":
+            return self._predict(self._frozen | (wanted - theirs))
+        self._users.take_in(theirs)
+        try:
+            return self._predict(self._frozen - wanted)
+        finally:
+            self._users.give_back(theirs)
 
     def learn(self, *, scheduler: Any = None, total_steps: int | None = None) -> None:
         """What `attach(…, later=True)` could not know: the scheduler, and the length of the run (steps; None: the scheduler's).

@@ -338,3 +338,24 @@ def test_the_order_in_which_layers_come_does_not_matter() -> None:
                 insert_in_order(group, p, order)
             results.append([order[p] for p in group])
         assert all(r == results[0] for r in results)
+
+
+def test_a_layer_of_another_optimizer_is_not_the_users() -> None:
+    """Its weights train elsewhere: neither frozen by the user, nor taken in, whatever the user froze of it."""
+    net = oracle.Net()
+    net.blocks[1].up.bias.requires_grad_(False)
+    mine = [p for n, p in net.named_parameters() if p.requires_grad and not n.startswith("blocks.1.")]
+    with pytest.warns(RuntimeWarning, match="does not hold all that trains"):
+        controller, _ = attached(net, MANUAL, mine)
+    assert controller.report().user_frozen == ()
+    controller.thaw(["blocks.1"])
+    assert not net.blocks[1].up.bias.requires_grad
+
+
+def test_the_pause_is_predicted() -> None:
+    """As for a layer that this package froze, without taking it in."""
+    net = frozen_front(2)
+    controller, _ = attached(net)
+    own, users = controller.predict_pause(["blocks.2"], action="freeze"), controller.predict_pause(["blocks.0"], action="thaw")
+    assert users.cost.copied_bytes == 2 * sum(p.nbytes for p in net.blocks[0].parameters()) and own.cost.copied_bytes == 0
+    assert controller.report().user_frozen == ("embeddings", "blocks.0") and not net.blocks[0].up.weight.requires_grad

@@ -68,6 +68,8 @@ def reference(stage: int, groups: int, dtype: str = "fp32") -> list[Tensor]:
     params = oracle.groups_of([master[p] for p in named.values()], list(named.values()), groups)
     optimizer = torch.optim.AdamW(params, lr=oracle.LR, weight_decay=oracle.DECAY)
     scheduler, weights = oracle.schedule(optimizer), []
+    if stage == 0 and dtype == "bf16":
+        oracle._construction_step(optimizer, {p: m for p, m in master.items() if p.requires_grad})
     for step in range(STEPS):
         action, layers = PLAN.get(step, ("", []))
         for name, p in named.items():

@@ -105,15 +105,13 @@ class Backend(ABC):
         def keep(params: Sequence[Parameter]) -> tuple[Parameter, ...]:
             return tuple(p for p in params if p in held)
 
-        def frozen_by_user(layer: Layer) -> tuple[Parameter, ...]:
+        def held_part(layer: Layer) -> Layer:
+            part = dataclasses.replace(layer, params=keep(layer.params), tied=keep(layer.tied), borrowed=keep(layer.borrowed))
             # A layer that trains, but in another optimizer, is not one that the user froze.
-            return layer.user_frozen if keep(layer.params) or not layer.params else ()
+            elsewhere = bool(layer.params) and not part.params
+            return dataclasses.replace(part, user_frozen=(), user_frozen_borrowed=()) if elsewhere else part
 
-        found = find_layers(model, patterns)
-        return tuple(
-            dataclasses.replace(x, params=keep(x.params), tied=keep(x.tied), borrowed=keep(x.borrowed), user_frozen=frozen_by_user(x))
-            for x in found
-        )
+        return tuple(held_part(layer) for layer in find_layers(model, patterns))
 
     #: what this engine can't give a policy (gradients, activations, lr_scale) -> the words for it
     missing: Mapping[Need, str] = {}
