@@ -162,7 +162,7 @@ def _examined(path: Path) -> Iterator[BuildLock]:
 
 def _open(path: Path) -> tuple[int | None, str]:
     """The lock, opened for reading; or None, and why not."""
-    for _ in range(50):
+    for _ in range(1200):  # a minute
         try:
             return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC), ""
         except BlockingIOError:  # another rank has the lease just now, and removes it

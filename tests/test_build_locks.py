@@ -247,8 +247,8 @@ pathlib.Path(f"{sys.argv[-1]}.{dist.get_rank()}").write_text(json.dumps(saw))
 
 
 @pytest.mark.world_size(2)
-def test_a_start_with_a_stale_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two ranks, by --module: without the removal both wait for the lock, indefinitely, in deepspeed.init_distributed."""
+def test_a_start_with_a_stale_lock(tmp_path: Path) -> None:
+    """Two ranks, as --module starts them: without the removal both wait for the lock, indefinitely, in deepspeed.init_distributed."""
     folder = tmp_path / "extensions"
     built = build_locks.extensions_folder()
     ops = [p.parent for p in built.glob("**/deepspeed_shm_comm/*.so")]
@@ -256,11 +256,25 @@ def test_a_start_with_a_stale_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         shutil.copytree(ops[0], folder / "deepspeed_shm_comm")
     (folder / "deepspeed_shm_comm" / "lock").unlink(missing_ok=True)  # of somebody who builds now
     killed(folder / "deepspeed_shm_comm" / "lock")
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
-    monkeypatch.setattr(build_locks, "clear", lambda: None)  # the launching process's
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    output = helpers.launch("smartfrz_ds", str(script), str(tmp_path / "saw"), module=True, timeout=240).stdout
+    port = helpers.free_port()
+    own = {"TORCH_EXTENSIONS_DIR": str(folder), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "smartfrz_ds", str(script), str(tmp_path / "saw")],
+            env=helpers.environment() | own | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        output = "".join(process.communicate(timeout=240)[0] for process in ranks)
+    finally:
+        for process in ranks:
+            process.kill()
+        for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+            left.unlink(missing_ok=True)
     for rank in range(2):
         assert json.loads((tmp_path / f"saw.{rank}").read_text()) == [False, False, 1], output
-    assert output.count("removed a lock that a killed build left") == 2
+    assert output.count("removed a lock that a killed build left") == 2, output
