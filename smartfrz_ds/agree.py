@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -94,6 +94,12 @@ class Ranks:
     def union(self, names: Iterable[str]) -> list[str]:
         """The names of all ranks, each once, in the order of the ranks; the same on every rank."""
         return list(dict.fromkeys(name for part in self.everybodys(list(names)) for name in part))
+
+    def merged(self, names: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+        """Under each key the names of all ranks, each once, in the order of the ranks; the same on every rank. Collective."""
+        told = self.everybodys({key: list(some) for key, some in names.items()})
+        keys = dict.fromkeys(key for part in told for key in part)
+        return {key: list(dict.fromkeys(name for part in told for name in part.get(key, ()))) for key in keys}
 
     def everybodys(self, own: Any) -> list[Any]:
         """What each rank has (JSON-able), in the order of the ranks."""

@@ -69,7 +69,9 @@ class FreezeConfig(Section):
         "'auto' or a list of one or more name patterns",
         "The freezable layers, front to back: found by the model's structure, or listed as patterns of names (`*` matches anything).",
     )
-    keep_active: Patterns = setting((), "a list of name patterns", "Layers that never freeze, as patterns of layer names.")
+    keep_active: Patterns = setting(
+        (), "a list of name patterns", "Layers that never freeze: patterns of their names, or of modules inside."
+    )
     order: Literal["front_to_back", "any"] = setting(
         "front_to_back",
         "'front_to_back' or 'any'",

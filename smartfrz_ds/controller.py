@@ -6,6 +6,7 @@ count, on settings whose digest was compared at the start, and on what rank 0 br
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from .guard import Guard, GuardedRun
 from .guarded import GuardedAttributes
 from .history import History
 from .intervals import Intervals, resolve, why_never
-from .layers import match_layers
+from .keep_active import keep_active, names_inside
 from .layout_control import LayoutControl
 from .order_check import OrderCheck
 from .pause import Bandwidths, PausePrediction
@@ -105,7 +106,13 @@ class Controller(GuardedAttributes, LayoutControl):
         check_tied(self._layers, config.tied)
         self._names = tuple(layer.name for layer in self._layers)
         self._users = UserFrozen(model, self._layers, backend)
-        self._kept_active = {layer.name for layer in match_layers(config.keep_active, self._layers, "smartfrz.keep_active")}
+        inside = names_inside(model, self._layers) if config.keep_active or backend.staged else {}
+        if backend.staged:  # a stage holds its own modules only
+            inside = self._ranks.merged(inside)
+        kept = keep_active(config.keep_active, self._layers, inside, "smartfrz.keep_active")
+        self._kept_active = set(kept.names)
+        if backend.rank == 0 and (line := kept.told("smartfrz.keep_active")):
+            logging.getLogger("smartfrz_ds").info(line)
         total = config.total_steps
         self.total_steps: int | None = total_steps_of(scheduler) if total == "auto" else total
         self._snapshots = Snapshots(self._layers, backend, sample_size=config.sample_size, seed=config.seed)
@@ -127,8 +134,8 @@ class Controller(GuardedAttributes, LayoutControl):
         )
         self._status = RunStatus(self._log, backend, self._ranks, self._layers, self._intervals.status_interval)
         self._events: list[FreezeEvent] = []
-        # It compares in the first forward, then takes its hooks away. A pipeline's order is its list of layers.
-        self._order = None if backend.staged else OrderCheck(model, self._layers)
+        # It compares in the first forward, then removes its hooks. A pipeline's order is its list of layers; "any" asks for none.
+        self._order = None if backend.staged or config.order == "any" else OrderCheck(model, self._layers)
 
         self._flops, self._tally = FlopMeter(model, self._layers, config.tied), FlopTally(self._layers)
         names = {p: name for name, p in model.named_parameters()}

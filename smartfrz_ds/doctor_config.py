@@ -19,7 +19,8 @@ from .doctor_refusals import wrong_values
 from .flops import FlopMeter, FlopProfile, estimate_profile, saved_fraction
 from .freezing import check_tied
 from .intervals import resolve, why_never
-from .layers import Layer, find_layers, match_layers
+from .keep_active import KeptActive, keep_active, names_inside
+from .layers import Layer, find_layers
 from .refusals import refused_by
 from .refusals import section as _sub
 from .rules import allowed, candidates
@@ -163,10 +164,10 @@ def check_model(model: nn.Module, batch: Any = None, settings: FreezeConfig | No
         answer = "list the layers by hand, front to back: smartfrz.layers (docs/configuration.md)"
         return [Finding("model", "problem", str(error), answer)], []
     try:
-        kept = {layer.name for layer in match_layers(settings.keep_active, layers, "smartfrz.keep_active")}
+        kept = keep_active(settings.keep_active, layers, names_inside(model, layers), "smartfrz.keep_active")
     except ValueError as error:
         return [Finding("model", "problem", str(error), f"layers are: {', '.join(layer.name for layer in layers)}")], []
-    found = []
+    found = [Finding("model", "ok", line)] if (line := kept.told("smartfrz.keep_active")) else []
     try:
         check_tied(layers, settings.tied)
     except ValueError as error:
@@ -191,8 +192,8 @@ def check_model(model: nn.Module, batch: Any = None, settings: FreezeConfig | No
     return found, facts
 
 
-def _facts(layers: Sequence[Layer], profile: FlopProfile, settings: FreezeConfig, kept: set[str]) -> list[LayerFacts]:
-    able = set(candidates(layers, (), kept))
+def _facts(layers: Sequence[Layer], profile: FlopProfile, settings: FreezeConfig, kept: KeptActive) -> list[LayerFacts]:
+    able = set(candidates(layers, (), kept.names))
     fits = allowed(layers, (), able, order=settings.order, max_frozen_fraction=settings.max_frozen_fraction)
     whole = sum(profile.forward) or 1.0
     facts = []
@@ -201,8 +202,8 @@ def _facts(layers: Sequence[Layer], profile: FlopProfile, settings: FreezeConfig
             reason = "the head always trains"
         elif not layer.numel:
             reason = "nothing to freeze: " + ("you froze its weights" if _has_weights(layer) else "no weights of its own")
-        elif layer.name in kept:
-            reason = "smartfrz.keep_active"
+        elif layer.name in kept.names:
+            reason = "smartfrz.keep_active" + (f": {why}" if (why := kept.reason(layer.name)) else "")
         elif layer.name not in fits and settings.order == "front_to_back" and _blocked(layer, layers, able):
             reason = f"{_blocked(layer, layers, able)} in front of it stays active"
         elif layer.name not in fits:

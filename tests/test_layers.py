@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from smartfrz_ds.freezing import check_tied, freeze_modules, leaving_params, thaw_modules
-from smartfrz_ds.layers import Layer, find_layers, match_layers
+from smartfrz_ds.layers import Layer, find_layers
 from smartfrz_ds.order_check import OrderCheck
 
 TEXT: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
@@ -402,14 +402,6 @@ def test_what_has_no_order_says_how_to_list_it(model: Callable[[], nn.Module], r
 def test_nothing_to_freeze() -> None:
     with pytest.raises(ValueError, match="no trainable parameter"):
         find_layers(gpt2().requires_grad_(False))
-
-
-def test_match_layers() -> None:
-    layers = find_layers(gpt2())
-    assert names(match_layers(["*.h.2", "embeddings", "*h.2"], layers, "smartfrz.keep_active")) == ["embeddings", "transformer.h.2"]
-    assert match_layers([], layers, "smartfrz.keep_active") == ()
-    with pytest.raises(ValueError, match=r"smartfrz\.keep_active: 'embedings' matches no layer; the nearest names are 'embeddings'"):
-        match_layers(["embedings"], layers, "smartfrz.keep_active")
 
 
 # ---- the order check -------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ TWO = [
     case("bf16-z0", 2, dtype="bf16", saves=[5], plain=True),
     case("bf16-z1", 2, dtype="bf16", stage=1, saves=[5]),
     case("checkpointing", 2, checkpoint=1),
-    case("one-micro", 2, micro=1),
+    case("one-micro", 2, micro=1, smartfrz={"keep_active": ["layers.7.up", "8.down.bias"]}),
     case("kept", 2, stage=1, smartfrz={"keep_state": 100}, keep=True),
 ]
 # Four ranks: four stages, or two replicas of two.
@@ -125,6 +125,14 @@ def test_no_gradient_crosses_to_a_frozen_stage(two: Path, name: str) -> None:
     crossing = micro * oracle.BATCH * oracle.WIDTH * 4  # fp32 activations of a step, and as much of their gradients
     assert first[1:] == [crossing] * 7  # the first step tells shapes, too
     assert second[1:] == [crossing] * 3 + [0, 0] + [crossing] * 2
+
+
+@pytest.mark.world_size(2)
+def test_keep_active_names_a_module_that_only_the_other_stage_holds(two: Path) -> None:
+    """A layer's inside by its name in the pipeline, and by that in the PipelineModule; both on the second stage."""
+    for rank in (0, 1):
+        refused = saw(two, "one-micro", rank)["refused"]
+        assert "['layers.7', 'layers.8'] stay active by smartfrz.keep_active" in refused
 
 
 @pytest.mark.world_size(2)

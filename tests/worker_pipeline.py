@@ -165,6 +165,11 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         "sent": sent_bytes,
         "saved": report.saved_flops_fraction,
     }
+    if "keep_active" in case.get("smartfrz", {}):
+        try:
+            controller.freeze([*controller.frozen, "layers.5", "layers.6", "layers.7", "layers.8"])
+        except ValueError as error:
+            out["refused"] = str(error)
     engine.destroy()
     if case.get("plain"):
         out["plain"] = plain_load(case, folder / f"{case['name']}-plain")
