@@ -130,8 +130,8 @@ def _gather_projectors(
     # whole projectors: behind all towers (InternVL's mlp1), or before them
     for paths, sure in ((head, False), (fronts.get(0, []), True)):
         modules = {path: found for path in paths if (found := _module_at(model, path)) is not None}
-        for path, module in modules.items():
-            first = borders.in_front(path, module, modules, sure=sure)
+        for path, whole in modules.items():
+            first = borders.in_front(path, whole, modules, sure=sure)
             if first is not None:
                 paths.remove(path)
                 bridges.setdefault(first - 1, []).append(Group(path, "block", [path], projector=True))

@@ -111,7 +111,8 @@ class Borders:
             return True
         if border.sure:  # not an output layer
             return not gives or gives in border.behind
-        return bool(border.mixed and reaches and border.width and takes % border.width == 0)
+        onward = border.mixed or gives != self._widths[at + 1]  # to the next tower, or past a tower of the same kind; not to the next stage
+        return bool(onward and reaches and border.width and takes % border.width == 0)
 
     def in_front(self, path: str, module: nn.Module, others: Collection[str], *, sure: bool = False) -> int | None:
         """The number of the block in front of which a projector runs that is registered elsewhere, behind all towers or before them.

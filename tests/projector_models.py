@@ -77,6 +77,10 @@ def qwen2_vl(cls: str = "Qwen2VL", **vision: Any) -> nn.Module:
     return getattr(transformers, f"{cls}ForConditionalGeneration")(config)
 
 
+def qwen2_vl_tiny() -> nn.Module:
+    return qwen2_vl(embed_dim=16, hidden_size=32, mlp_ratio=2)
+
+
 def qwen3_vl() -> nn.Module:
     return qwen2_vl(
         "Qwen3VL", hidden_size=16, intermediate_size=24, out_hidden_size=32, deepstack_visual_indexes=[0, 1], num_position_embeddings=16
@@ -120,7 +124,7 @@ def pixels(*shape: int, seed: int = 0) -> Tensor:
 
 def feed(kind: str, seed: int = 0) -> dict[str, Any]:
     """A batch of two: text around an image or a sound."""
-    if kind in ("qwen2_vl", "qwen3_vl"):
+    if kind in ("qwen2_vl_tiny", "qwen3_vl"):
         grid = torch.tensor([[1, 4, 4]] * 2)
         text = ids(4, seed=seed)
         image = {"pixel_values": pixels(32, 3 * 2 * 16, seed=seed), "image_grid_thw": grid}
@@ -141,3 +145,45 @@ def feed(kind: str, seed: int = 0) -> dict[str, Any]:
             "image_sizes": torch.tensor([[8, 8]] * 2),
         }
     return {"input_ids": ids(seed=seed), "pixel_values": pixels(2, 3, 8, 8, seed=seed)}
+
+
+# --- the single process -------------------------------------------------------------------------------------------------------------
+
+LR, DECAY, STEPS, FREEZE = 1e-2, 0.1, 5, 2
+
+
+def made(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    return globals()[kind]().train()
+
+
+def loss_of(model: Any, kind: str, step: int, rank: int) -> Tensor:
+    """Of the logits of all positions, for each rank another batch."""
+    logits = model(**feed(kind, seed=10 * step + rank)).logits
+    return logits.float().logsumexp(-1).square().mean()
+
+
+def in_front_of_projector(layers: Any) -> list[str]:
+    """The whole tower: names of all layers in front of the projector."""
+    return [layer.name for layer in layers[: next(layer.position for layer in layers if layer.projector)]]
+
+
+def reference(kind: str, frozen: list[nn.Parameter], model: nn.Module, world: int) -> dict[str, Tensor]:
+    """The weights after STEPS steps of plain torch in which `frozen` stand still from step FREEZE on."""
+    torch.set_num_threads(1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=DECAY)
+    for step in range(STEPS):
+        if step == FREEZE:
+            for p in frozen:
+                p.requires_grad_(False)
+                p.grad = None
+            trained = [p for p in trained if p.requires_grad]
+        total = [torch.zeros_like(p) for p in trained]
+        for rank in range(world):
+            found = torch.autograd.grad(loss_of(model, kind, step, rank), trained, allow_unused=True)
+            total = [t if g is None else t + g / world for t, g in zip(total, found, strict=True)]
+        for p, g in zip(trained, total, strict=True):
+            p.grad = g
+        optimizer.step()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
