@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import projector_models as models
 import pytest
 import torch
 import transformers
+from helpers import run_worker
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import smartfrz_ds
@@ -258,3 +262,18 @@ def test_the_tower_freezes_and_the_projector_trains_in_one_process(kind: str) ->
     changed = {name for name, p in got.items() if not torch.equal(p, before[name])}
     assert {names[p] for p in projector.params} <= changed
     assert not any(p.grad is not None for name, p in got.items() if name not in changed)
+
+
+@pytest.mark.world_size(2)
+def test_the_tower_freezes_and_the_projector_trains_under_zero2(tmp_path: Path) -> None:
+    kinds = ["llava", "qwen2_vl_tiny", "qwen2_audio"]
+    folder = run_worker("projector", kinds, tmp_path)
+    for kind in kinds:
+        want, tower = expected(kind, 2)
+        got = load_file(folder / f"{kind}.safetensors")
+        worst = max(float((got[name] - want[name]).abs().max()) for name in want)
+        assert worst == 0.0, (kind, worst)
+        for rank in (0, 1):
+            assert json.loads((folder / f"{kind}.{rank}.json").read_text())["frozen"] == tower
+        control = models.reference(kind, [], models.made(kind), 2)  # a run that freezes nothing is elsewhere
+        assert max(float((got[name] - control[name]).abs().max()) for name in want) > 1e-3
