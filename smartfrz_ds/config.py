@@ -130,6 +130,12 @@ class FreezeConfig(Section):
         f"an integer >= 1, {OR_SHARE}, or null",
         "Steps from one status (loss, step time, bytes, savings) to the next, in the log and the monitor; null: as `freeze_interval`.",
     )
+    gradient_check: Literal["raise", "warn", "off"] = setting(
+        "warn",
+        "'raise', 'warn' or 'off'",
+        "After a freeze: does every active parameter still get its gradient? A graph that is seen to be cut is an error. In doubt (used in "
+        "a forward, no gradient, no cut seen) warn: one warning; raise: an error too. off: nothing is looked at.",
+    )
     allow_untested_versions: bool = setting(False, "true or false", "Try with a DeepSpeed version outside the tested range.")
     attention: AttentionSettings = setting(AttentionSettings(), "an object", "Settings of the policy `attention`.")
     linear: LinearSettings = setting(LinearSettings(), "an object", "Settings of the policy `linear`.")

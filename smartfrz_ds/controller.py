@@ -22,6 +22,7 @@ from .config import FreezeConfig, digest
 from .deciding import decide, infos, policy_of, tell
 from .events import EventLog, FreezeEvent
 from .flops import FlopMeter, FlopTally, chain_profile
+from .forward_mode import ForwardMode
 from .freezing import check_tied, thaw_modules
 from .gradient_check import GradientCheck
 from .guard import Guard, GuardedRun
@@ -29,6 +30,7 @@ from .guarded import GuardedAttributes
 from .history import History
 from .intervals import Intervals, resolve, why_never
 from .keep_active import keep_active, names_inside
+from .kept_frozen import KeptFrozen
 from .layout_control import LayoutControl
 from .order_check import OrderCheck
 from .pause import Bandwidths, PausePrediction
@@ -139,9 +141,19 @@ class Controller(GuardedAttributes, LayoutControl):
 
         self._flops, self._tally = FlopMeter(model, self._layers, config.tied), FlopTally(self._layers)
         names = {p: name for name, p in model.named_parameters()}
-        self._gradients = GradientCheck(names, self._ranks, self._ranks.union(names.values()) if backend.staged else None)
+        self._mode = ForwardMode(model)
+        self._gradients = GradientCheck(
+            model,
+            names,
+            self._ranks,
+            self._ranks.union(names.values()) if backend.staged else None,
+            mode=self._mode,
+            doubt=config.gradient_check,
+            warn=self._warn,
+        )
         # In a pipeline the schedule keeps the boundary open, and reentrant checkpointing is refused.
-        self._recompute = RecomputeBoundary(() if backend.staged else self._layers, on_late=self._check_gradients)
+        self._recompute = RecomputeBoundary(() if backend.staged else self._layers, on_late=self._check_late, mode=self._mode)
+        self._kept = KeptFrozen(backend.caller(model), backend, self._layer_of())
         self._guard = self._make_guard()
         self._rebalancer: Rebalancer | None = None
         if isinstance(backend, PipelineStage):
@@ -294,11 +306,13 @@ class Controller(GuardedAttributes, LayoutControl):
         for layer in self._layers:
             if layer.name in self._frozen:
                 thaw_modules(layer, self._model.training)
+        self._kept.remove()
         for param in self._backend.frozen:
             param.requires_grad_(True)
         self._backend.leave()
         self._recompute.remove()
         self._gradients.disarm()
+        self._mode.remove()
         self._flops.remove()
         if self._order is not None:
             self._order.remove()
@@ -311,6 +325,10 @@ class Controller(GuardedAttributes, LayoutControl):
         self._supplies.settle()
         if self._guard is not None:
             self._guard.settle()
+
+    def put_back(self) -> None:
+        """Switch frozen parameters off again that other code has switched on (`requires_grad`); before a checkpoint, for example."""
+        self._kept.put_back()
 
     @property
     def backend(self) -> Backend:
@@ -483,7 +501,7 @@ class Controller(GuardedAttributes, LayoutControl):
                 self._profile_together()
         elif self._flops.profile is not None and self._tally.profile is not self._flops.profile:
             self._tally.measured(self._flops.profile)
-        self._tally.step()
+        self._count_step()
         self._supplies.end_step(applied=True)
         if self._guard is not None and (verdict := self._guard.after_step(self.step)):
             about = {"reasons": dict.fromkeys(verdict.layers, verdict.reason)}

@@ -98,6 +98,7 @@ class FreezingMixin(CompleteCheckpoints):
             raise ValueError(f"client_state: got the key {MARKER!r}, which smartfrz_ds uses itself; allowed: any other key")
         # DeepSpeed's own default, runtime/engine.py
         tag = str(tag) if tag is not None else f"global_step{self.global_steps}"  # type: ignore[attr-defined]
+        self.smartfrz.put_back()  # DeepSpeed takes what is frozen from the flags
         leaving_out = self._leaving_out(exclude_frozen_parameters)
         saved = self._checkpoints.saved(save_dir, tag, save_latest=save_latest)
         with explained(self.smartfrz, "save_checkpoint"), saved as marker, leaving_out as exclude:

@@ -26,6 +26,7 @@ from .gradient_check import GradientCheck
 from .guard import GuardedRun
 from .history import History
 from .intervals import Intervals
+from .kept_frozen import KeptFrozen
 from .layers import Layer
 from .layout_change import carry_out, plan_change
 from .pause import Bandwidths, PausePrediction, measure_bandwidths, predict_pause
@@ -60,6 +61,7 @@ class LayoutControl:
     _supplies: Supplies
     _gradients: GradientCheck
     _recompute: RecomputeBoundary
+    _kept: KeptFrozen
     _guard: GuardedRun | None
     _rebalancer: Rebalancer | None
     _snapshots: Snapshots
@@ -195,6 +197,7 @@ class LayoutControl:
         start = time.perf_counter() if began is None else began
         if frozen == self._frozen and not anew:
             return
+        self._kept.put_back()
 
         def check() -> None:
             lent = self.config.tied == "train"  # a head without weights of its own trains what it borrows
@@ -293,7 +296,8 @@ class LayoutControl:
             if layer.name in self._frozen:
                 freeze_modules(layer, self.config.frozen_mode, self.config.tied)
         names = {p: name for name, p in self._model.named_parameters()}
-        self._gradients.moved(names, self._backend.trained())
+        self._kept.layer_of = self._layer_of()
+        self._gradients.moved(self._model, names, self._backend.trained())
         if not self._profiled_together:
             self._flops.remove()
             self._flops = FlopMeter(self._model, self._layers, self.config.tied)
@@ -354,6 +358,7 @@ class LayoutControl:
 
     def _after_layout_change(self) -> None:
         self._recompute.update(self._frozen)
+        self._kept.follow(self._backend.frozen)
         self._backend.arrange(self._layers, self._frozen)
         self._recorded = {layer.name for layer in self._layers if layer.name not in self._frozen and layer.numel and layer.kind != "head"}
         self._tally.set_frozen(self._frozen)
@@ -372,8 +377,29 @@ class LayoutControl:
 
     # --- small things ---------------------------------------------------------------------------------------------------------
 
+    def _layer_of(self) -> dict[Parameter, str]:
+        return {p: layer.name for layer in self._layers for p in (*layer.params, *layer.copies)}
+
+    def _count_step(self) -> None:
+        """Count a step's FLOPs, and say once where other code had switched frozen layers on."""
+        intrusion = self._kept.after_step()
+        if intrusion is None:
+            self._tally.step()
+            return
+        if intrusion.bytes:  # in this step nothing was saved there
+            self._tally.set_frozen(self._frozen.difference(intrusion.layers))
+        self._tally.step()
+        self._tally.set_frozen(self._frozen)
+        if self._kept.first_time():
+            self._warn(intrusion.text(self.step))
+
     def _check_gradients(self) -> None:
         self._gradients.arm(self._backend.trained(), check=True)
+
+    def _check_late(self, module: torch.nn.Module) -> None:
+        """Check this step, in whose forward `module` is about to run."""
+        self._check_gradients()
+        self._gradients.runs(module)
 
     def _warn_blind(self, when: str) -> None:
         if not self._warned_blind and self.config.guard is not None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from .forward_mode import ForwardMode
 from .layers import Layer
 from .module_hook import ModuleHook
 
@@ -25,14 +26,17 @@ from .module_hook import ModuleHook
 class RecomputeBoundary:
     """Learns from the forwards which layers run under reentrant checkpointing, and keeps the boundary behind a frozen prefix open.
 
-    layers: all layers, front to back. on_late: called when the first active layer behind a frozen prefix is seen under reentrant
-    checkpointing for the first time, after it had run without: that forward's gradients are lost.
+    layers: all layers, front to back. mode: of their model.
+    on_late: called with a module of the first active layer behind a frozen prefix, which is about to run, when that layer is seen under
+    reentrant checkpointing for the first time after it had run without: that forward's gradients are lost.
+    A forward under `torch.no_grad()` says nothing: it is not trained on.
     Which layers share a region is learned in the first forward: inside a region nothing that a layer computes requires grad, so what goes
     into a layer requires grad where a region begins with it, and doesn't where its region began with a layer in front of it.
     """
 
-    def __init__(self, layers: Sequence[Layer], on_late: Callable[[], None]) -> None:
+    def __init__(self, layers: Sequence[Layer], on_late: Callable[[nn.Module], None], mode: ForwardMode) -> None:
         self._layers = layers
+        self._mode = mode
         self._on_late = on_late
         self._anchors: dict[torch.device, Tensor] = {}
         self._under: dict[int, bool] = {}  # position of a layer -> seen under reentrant checkpointing
@@ -92,6 +96,8 @@ class RecomputeBoundary:
             if not module.training or torch.compiler.is_compiling() or self._frozen:
                 return
             inside = not torch.is_grad_enabled()
+            if inside and self._mode.region() is None:
+                return  # torch.no_grad()
             self._joined.setdefault(layer.position, layer.position > 0 and inside and not _any_requires_grad((args, kwargs)))
             for handle in mine:
                 handle.remove()
@@ -108,8 +114,10 @@ class RecomputeBoundary:
                 return
             known = self._under.get(layer.position)
             reentrant = not torch.is_grad_enabled()
+            if reentrant and self._mode.region() is None:
+                return  # torch.no_grad()
             if reentrant and known is False and not once:
-                self._on_late()
+                self._on_late(module)
             # What the recomputation in backward sees (gradients on) comes second and changes nothing.
             self._under[layer.position] = bool(known) or reentrant
             if once:
@@ -125,6 +133,8 @@ class RecomputeBoundary:
         needed = self._under.get(self._first, True) and self._layers[self._first].modules[0].training
         if not needed or torch.is_inference_mode_enabled():
             return output
+        if not torch.is_grad_enabled() and self._mode.region() is None:
+            return output  # torch.no_grad()
         return _map(output, self._requiring_grad)
 
     def _cut_recomputed(self, module: nn.Module, args: Any, output: Any) -> Any:

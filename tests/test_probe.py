@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from smartfrz_ds.flops import FlopMeter
+from smartfrz_ds.forward_mode import ForwardMode
 from smartfrz_ds.layers import find_layers
 from smartfrz_ds.order_check import OrderCheck
 from smartfrz_ds.predictor.similarity import centered_gram, probe_rows
@@ -162,7 +163,7 @@ def test_counting_and_recomputation_do_not_see_the_probe() -> None:
     meter, order, boundary = (
         FlopMeter(model, layers),
         OrderCheck(model, layers),
-        RecomputeBoundary(layers, on_late=lambda: pytest.fail("late")),
+        RecomputeBoundary(layers, on_late=lambda module: pytest.fail("late"), mode=ForwardMode(model)),
     )
     probe = Probe(model, layers, x, 4, CPU)
     probe.grams(keep=True)

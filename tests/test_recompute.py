@@ -19,6 +19,7 @@ import torch
 from helpers import run_worker
 from oracle import INPUTS, Net
 
+from smartfrz_ds.forward_mode import ForwardMode
 from smartfrz_ds.layers import find_layers
 from smartfrz_ds.recompute import RecomputeBoundary
 
@@ -136,7 +137,7 @@ def test_the_whole_matrix(saw_all: Saw, name: str) -> None:
 def test_a_frozen_model_can_be_pickled_and_copied() -> None:
     model = Net()
     layers = find_layers(model)
-    boundary = RecomputeBoundary(layers, on_late=lambda: None)
+    boundary = RecomputeBoundary(layers, on_late=lambda module: None, mode=ForwardMode(model))
     for layer in layers[:2]:
         for p in layer.params:
             p.requires_grad_(False)

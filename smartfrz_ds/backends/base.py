@@ -131,6 +131,18 @@ class Backend(ABC):
         """Parameters that have a gradient before a step and run no hook of their own when they get it."""
         return ()
 
+    #: whether a parameter's post-accumulate-grad hooks run when it gets a gradient
+    runs_grad_hooks = True
+
+    def takes_part(self, param: Parameter) -> bool:
+        """Whether a frozen parameter would get, or holds, a gradient."""
+        return param.requires_grad or param.grad is not None
+
+    def take_out(self, param: Parameter) -> None:
+        """Switch a frozen parameter off again that other code has switched on."""
+        param.grad = None
+        param.requires_grad_(False)
+
     def arrange(self, layers: Sequence[Layer], frozen: Collection[str]) -> None:  # noqa: B027 (most engines have nothing to do)
         """Called after every change of the layout, and at the start: what the engine does beyond its optimizer. frozen: names."""
 

@@ -30,6 +30,7 @@ class Fsdp1Backend(TorchBackend):
     name = "FSDP1"
     takes_none = "FSDP1 decides what of a unit's flat parameter trains when the unit is made"
     missing = FSDP_MISSING
+    runs_grad_hooks = False  # a flat parameter's gradient is accumulated as one
 
     def __init__(self, wrapped: FullyShardedDataParallel, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._units: list[Any] = [unit for unit in FullyShardedDataParallel.fsdp_modules(wrapped) if unit._handle is not None]

@@ -70,6 +70,7 @@ class Fsdp2Backend(TorchBackend):
             if groups:
                 self._units[unit] = groups
         self._prefetch: dict[FSDPModule, list[Any]] = {}  # the user's own lists, of the units whose list is another now
+        self._whole_of: dict[Parameter, Any] = {}  # shard -> its FSDPParam
         self._whole: dict[FSDPModule, list[tuple[Any, Any]]] = {}  # units that stay gathered -> their flags of before
 
     @property
@@ -108,6 +109,24 @@ class Fsdp2Backend(TorchBackend):
                 if p.unsharded_accumulated_grad is not None or (whole is not None and whole.grad is not None):
                     return True
         return False
+
+    def takes_part(self, param: Parameter) -> bool:
+        whole = self._gathered(param)
+        return super().takes_part(param) or (whole is not None and (whole.requires_grad or whole.grad is not None))
+
+    def take_out(self, param: Parameter) -> None:
+        # A unit that is gathered shows the model, and so other code, its whole parameters in place of the shards.
+        super().take_out(param)
+        whole = self._gathered(param)
+        if whole is not None:
+            whole.grad = None
+            whole.requires_grad_(False)
+
+    def _gathered(self, param: Parameter) -> Tensor | None:
+        """What FSDP uses in place of a shard while, and after, its unit was gathered; it is one object through the run."""
+        if param not in self._whole_of:
+            self._whole_of = {p.sharded_param: p for groups in self._units.values() for g in groups for p in g.fsdp_params}
+        return getattr(self._whole_of.get(param), "_unsharded_param", None)
 
     def rewire(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter]) -> None:
         changed = {*freeze, *thaw}
