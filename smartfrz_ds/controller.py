@@ -153,7 +153,7 @@ class Controller(GuardedAttributes, LayoutControl):
         )
         # In a pipeline the schedule keeps the boundary open, and reentrant checkpointing is refused.
         self._recompute = RecomputeBoundary(() if backend.staged else self._layers, on_late=self._check_late, mode=self._mode)
-        self._kept = KeptFrozen(backend.caller(model), backend, self._layer_of())
+        self._kept = KeptFrozen(backend.caller(model), backend)
         self._guard = self._make_guard()
         self._rebalancer: Rebalancer | None = None
         if isinstance(backend, PipelineStage):
@@ -251,6 +251,13 @@ class Controller(GuardedAttributes, LayoutControl):
             self._note_users(params, f"thaw: {name} is active; a part of it was frozen by the user and stays so: {{}}")
         with self._taking_in(theirs):
             self._change(self._frozen - wanted, kind="thaw")
+
+    def drop_gradients(self) -> None:
+        """Forget gradients of the model that no step has used, where another model's backward went through it (a GAN's discriminator).
+
+        Call it on every rank, between steps. Under ZeRO-1 and 2 `zero_grad` leaves them, and the next step would use them.
+        """
+        self._backend.drop_gradients()
 
     def predict_pause(self, names: Iterable[str], *, action: Literal["freeze", "thaw"] = "freeze") -> PausePrediction:
         """What freezing or thawing these layers now would cost. Nothing is changed.

@@ -49,21 +49,23 @@ class Intrusion:
 class KeptFrozen:
     """Watches the frozen parameters of one engine.
 
-    model: the model whose forward begins a step. layer_of: parameter -> the name of its layer.
+    model: the model whose forward begins a step.
     The flags themselves are only read where a change of the layout or a checkpoint needs them, and before each forward once other code is
     known to switch them (FSDP1, whose parameters run no hooks: from the beginning).
     """
 
-    def __init__(self, model: nn.Module, backend: Backend, layer_of: Mapping[Parameter, str]) -> None:
-        self._backend, self.layer_of = backend, layer_of
+    def __init__(self, model: nn.Module, backend: Backend) -> None:
+        self._backend = backend
+        self._layer_of: Mapping[Parameter, str] = {}
         self._handles: dict[Parameter, RemovableHandle] = {}
         self._came: dict[Parameter, int] = {}  # in this step: parameter -> bytes of its gradients
         self._meddled = not backend.runs_grad_hooks
         self._said = False
         self._forward = model.register_forward_pre_hook(ModuleHook(self._before_forward), prepend=True)
 
-    def follow(self, frozen: Collection[Parameter]) -> None:
-        """Watch exactly these. They may be frozen already."""
+    def follow(self, frozen: Collection[Parameter], layer_of: Mapping[Parameter, str]) -> None:
+        """Watch exactly these. They may be frozen already. layer_of: parameter -> the name of its layer."""
+        self._layer_of = layer_of
         for param in [p for p in self._handles if p not in frozen]:
             self._handles.pop(param).remove()
         for param in frozen:
@@ -85,7 +87,7 @@ class KeptFrozen:
             return None
         self._meddled = True
         self.put_back()  # those too that this step did not use
-        layers = dict.fromkeys(self.layer_of[p] for p in self._came if p in self.layer_of)
+        layers = dict.fromkeys(self._layer_of[p] for p in self._came if p in self._layer_of)
         intrusion = Intrusion(tuple(layers), sum(self._came.values()))
         self._came.clear()
         return intrusion
@@ -97,7 +99,7 @@ class KeptFrozen:
 
     def remove(self) -> None:
         """Take all hooks away."""
-        self.follow(())
+        self.follow((), {})
         self._forward.remove()
 
     def _got_gradient(self, param: Tensor) -> None:

@@ -296,7 +296,6 @@ class LayoutControl:
             if layer.name in self._frozen:
                 freeze_modules(layer, self.config.frozen_mode, self.config.tied)
         names = {p: name for name, p in self._model.named_parameters()}
-        self._kept.layer_of = self._layer_of()
         self._gradients.moved(self._model, names, self._backend.trained())
         if not self._profiled_together:
             self._flops.remove()
@@ -358,7 +357,7 @@ class LayoutControl:
 
     def _after_layout_change(self) -> None:
         self._recompute.update(self._frozen)
-        self._kept.follow(self._backend.frozen)
+        self._kept.follow(self._backend.frozen, {p: layer.name for layer in self._layers for p in (*layer.params, *layer.copies)})
         self._backend.arrange(self._layers, self._frozen)
         self._recorded = {layer.name for layer in self._layers if layer.name not in self._frozen and layer.numel and layer.kind != "head"}
         self._tally.set_frozen(self._frozen)
@@ -376,9 +375,6 @@ class LayoutControl:
                 self._backend.forget([*layer.params, *layer.copies])
 
     # --- small things ---------------------------------------------------------------------------------------------------------
-
-    def _layer_of(self) -> dict[Parameter, str]:
-        return {p: layer.name for layer in self._layers for p in (*layer.params, *layer.copies)}
 
     def _count_step(self) -> None:
         """Count a step's FLOPs, and say once where other code had switched frozen layers on."""

@@ -234,6 +234,37 @@ class Backend(ABC):
         """Whether the wrapper holds gradients, besides the parameters' own, that no step has used yet."""
         return False
 
+    def pending_params(self) -> list[Parameter]:
+        """The active parameters that have, or may have, a gradient that no step has used."""
+        # grad_accum: where ZeRO-1 keeps a gradient of another dtype (stage_1_and_2.py)
+        return [p for p in self.trained() if p.grad is not None or getattr(p, "grad_accum", None) is not None]
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients of active parameters that no step has used."""
+        for param in self.trained():
+            param.grad = None
+        # runtime/engine.py: a bare torch optimizer at stage 0, else a wrapper
+        self.engine.optimizer.zero_grad()
+
+    #: the moment in the engine's own words
+    boundary_words = "after engine.step() and before the next backward"
+
+    def not_a_boundary(self) -> str:
+        """The error's text where `is_boundary` is False: which gradients are pending, and what to do."""
+        module = self.engine.module if hasattr(self.engine, "module") else self.engine
+        names = {p: name.removeprefix("module.") for name, p in module.named_parameters()}
+        held = [names.get(p, f"one of shape {tuple(p.shape)}") for p in self.pending_params()]
+        some = f"{', '.join(held[:3])}{', …' if len(held) > 3 else ''}"
+        text = f"freeze and thaw only at a step boundary: {self.boundary_words}. "
+        if held:
+            text += f"Gradients are pending that no step has used: of {len(held)} parameters ({some}). "
+        else:
+            text += "A step has begun. "
+        return (
+            f"{text}Finish the step first; or, where these are left over because another model's backward went through this one (a GAN, a "
+            "reward model), call drop_gradients() of the controller (engine.smartfrz, or what attach_torch returned), which forgets them"
+        )
+
     @abstractmethod
     def masters(self) -> list[Tensor]:
         """This rank's fp32 master tensors where they are separate from the model's weights, else nothing."""
@@ -266,7 +297,7 @@ class Backend(ABC):
             ValueError: parameters that this optimizer does not hold, or nothing would be left to train.
         """
         if not self.is_boundary():
-            raise RuntimeError("freeze and thaw only at a step boundary: after engine.step() and before the next backward")
+            raise RuntimeError(self.not_a_boundary())
         known = {p for group in self.groups for p in group}
         unknown = [p for p in (*freeze, *thaw) if p not in known]
         if unknown:

@@ -87,12 +87,15 @@ class TorchBackend(EntryBackend):
         clear = all(p.grad is None for p in self.trained()) and not self.gradients_pending()
         return clear or not self._forwarded
 
+    boundary_words = "after optimizer.step() and before the next forward (or with all gradients cleared by zero_grad)"
+
+    def drop_gradients(self) -> None:
+        for param in self.trained():
+            param.grad = None
+
     def check(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter]) -> None:
         if not self.is_boundary():
-            raise RuntimeError(
-                "freeze and thaw only at a step boundary: after optimizer.step() and before the next forward (or with all gradients "
-                "cleared by zero_grad)"
-            )
+            raise RuntimeError(self.not_a_boundary())
         if len(self._optimizer.param_groups) != len(self._order):
             raise ValueError(
                 f"the optimizer has {len(self._optimizer.param_groups)} parameter groups, at attach_torch it had {len(self._order)}; "

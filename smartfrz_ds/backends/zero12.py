@@ -10,6 +10,7 @@ changed, what DeepSpeedZeroOptimizer.__init__ does once:
                initialize_gradient_partitioning_data_structures fills; Parameter.grad_accum
   offload      accumulated_grads_in_cpu, norm_for_param_grads, grad_position, _offload_accumulated_param_ids,
                temp_grad_buffer_for_{cpu,gpu}_offload, offload_gradient_dict
+  dropping     micro_step_id, _epilogue_ran_this_backward
   hooks        _grad_acc_hooks, create_gradient_handling_hooks
   links        _link_all_hp_params, _hp_optimizer_states_linked, _lazy_init_hp_params_optimizer_state, _enable_universal_checkpoint,
                _create_param_mapping, _create_optimizer_mapping (utils/mixed_precision_linkage.py)
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -65,6 +67,26 @@ class Zero12Backend(FlatBackend):
         pending = any(g is not None for d in (zero.averaged_gradients, zero.all_grad_tensors) for g in d.values())
         # With offload, an accumulated gradient waits on the host; the ids are cleared by every step.
         return pending or bool(zero.cpu_offload and zero._offload_accumulated_param_ids)
+
+    def pending_params(self) -> list[Parameter]:
+        held = super().pending_params()
+        if held or not self.gradients_pending():
+            return held
+        zero = self.wrapper
+        groups = {i for d in (zero.averaged_gradients, zero.all_grad_tensors) for i, g in d.items() if g is not None}
+        return [p for i in (groups or range(len(self.groups))) for p in self.active(i)]
+
+    def drop_gradients(self) -> None:
+        # What a step that overflows does (step, reset of the dictionaries); zero_grad leaves what was reduced already, and DeepSpeed's
+        # next backward would add to it.
+        zero = self.wrapper
+        super().drop_gradients()
+        for gradients in (zero.averaged_gradients, zero.all_grad_tensors):
+            gradients.update(dict.fromkeys(gradients))
+        zero.micro_step_id = INITIAL_MICRO_STEP_ID
+        zero._epilogue_ran_this_backward = False
+        if zero.cpu_offload:
+            zero._offload_accumulated_param_ids = set()
 
     def before_change(self) -> None:
         zero = self.wrapper

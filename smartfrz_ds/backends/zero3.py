@@ -105,6 +105,9 @@ class Zero3Backend(FlatBackend):
         # Set by the epilogue of a backward, counted at the next forward, both reset by step() and zero_grad().
         return self.wrapper._epilogue_ran_this_backward or self.wrapper.micro_step_id > 0
 
+    def pending_params(self) -> list[ZeroParam]:
+        return super().pending_params() or (self.trained() if self.gradients_pending() else [])
+
     def sampler(self, requests: Sequence[SampleRequest], numel: int) -> Sampler:
         sampler = Sampler(numel)
         rank = dist.get_rank()
