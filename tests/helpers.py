@@ -26,9 +26,10 @@ def free_port() -> int:
 
 
 def environment() -> dict[str, str]:
-    """The environment of a launched rank."""
+    """The environment of a launched rank: the test's own, so that what chooses the kernels (ATEN_CPU_CAPABILITY, MKL_CBWR,
+    ONEDNN_MAX_CPU_ISA, OMP_NUM_THREADS) is the same in a rank as in the oracle."""
     return os.environ | {
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "DS_ACCELERATOR": "cpu",
         # this environment's ninja: two versions don't know each other's logs, and would build DeepSpeed's ops anew in turns
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -50,9 +51,10 @@ def launch(
     """Run `script` with the real deepspeed launcher on `ranks` ranks, its output merged into stdout.
 
     A port that somebody takes between choosing and binding gets a second and a third try. On a time-out every rank is asked for its
-    stack (faulthandler) before it is killed.
+    stack (faulthandler) before it is killed. On a machine that has more to do than it has processors, the time-out is longer.
     """
     build_locks.clear()
+    timeout *= min(4.0, max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)))
     deepspeed = Path(sys.executable).with_name("deepspeed")
     for _ in range(3):
         port = free_port()

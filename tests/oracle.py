@@ -6,14 +6,17 @@ the accumulation boundary in stages 0 and 1; in the dtype of the weights) and st
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from bounds import Noisy, no_noise
 from torch import Tensor, nn
 
 WIDTH, INPUTS, CLASSES, BLOCKS, BATCH = 16, 7, 3, 5, 4
 LR, DECAY = 1e-2, 0.1
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))  # of the oracle and of every rank: a gradient summed by two threads may differ
 
 
 class Block(nn.Module):
@@ -114,9 +117,9 @@ class Outcome:
     lr: float
 
 
-def reference(cell: Cell, *, world: int = 2, freezes: bool = True) -> Outcome:
-    """Train `cell` in this process. freezes=False is the negative control: the same run with nothing frozen."""
-    torch.set_num_threads(1)  # as the ranks: a gradient summed by two threads differs in its last bits
+def reference(cell: Cell, *, world: int = 2, freezes: bool = True, noise: Noisy = no_noise) -> Outcome:
+    """Train `cell` in this process. freezes=False is the negative control: the same run with nothing frozen. noise: of gradients."""
+    torch.set_num_threads(THREADS)
     model: nn.Module = cell.net()
     if cell.dtype == "bf16":
         model = model.bfloat16()
@@ -136,7 +139,7 @@ def reference(cell: Cell, *, world: int = 2, freezes: bool = True) -> Outcome:
                     _freeze_or_thaw(event[0], p, master[p], optimizer, kept if cell.keep_state else None)
         live = [p for p in params if p.requires_grad]
         for p, gradient in _gradients(model, live, cell, step, world).items():
-            master[p].grad = gradient.float()
+            master[p].grad = noise(step, gradient.float())
         if cell.clip:
             norm = torch.stack([master[p].grad.norm() for p in live]).norm()
             factor = (norm + 1e-6) / cell.clip

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from bounds import FACTOR, distance, noisy, spread
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from helpers import environment, run_worker
-from oracle import Cell, Net
+from oracle import Cell, Net, reference
 from safetensors.torch import load_file
 
 from smartfrz_ds.checkpoint import COMPLETE_FILE, complete_tags, missing_files, pack, unpack, write_atomically, write_complete
@@ -61,10 +62,12 @@ COMPILED = [
     Cell("fused-z0-bf16", 0, "bf16", plan=PLAN, keep_state=100, optimizer="fused"),  # FP16_Optimizer
     Cell("fused-z0-thawed", 0, plan=THAWED, optimizer="fused"),
     *[Cell(f"cpuadam-z{stage}", stage, plan=PLAN, optimizer="cpu", config=zero(offload_optimizer={"device": "cpu"})) for stage in (2, 3)],
+    Cell("fused-z2-free", 2, groups=2, optimizer="fused"),
+    Cell("cpuadam-z2-free", 2, optimizer="cpu", config=zero(offload_optimizer={"device": "cpu"})),
 ]
 # DeepSpeed's compiled optimizers on the CPU multiply their bias corrections up from step to step, but compute them anew after a load: with
-# nothing frozen a resumed run of this net is 6e-7 off as well.
-COMPILED_BOUND = 5e-6
+# nothing frozen a resumed run is off as well: by how much says the cell of the same optimizer in which nothing freezes.
+OWN = {"fused": "fused-z2-free", "cpu": "cpuadam-z2-free"}
 CELLS = {cell.name: cell for cell in [*DEFAULT, *SLOW, *COMPILED]}
 CASES: list[tuple[str, list[int]]] = [
     ("errors", []),
@@ -114,9 +117,12 @@ def check_resume(run: tuple[Path, Saw], name: str, saves: list[int], back: list[
             assert sorted(map(int, seen[kind])) == steps
             for k in steps:
                 now = seen[kind][str(k)]
-                assert now["start"] == [True, k, FROZEN[k] if CELLS[name].plan == PLAN else ["embeddings"] * (k == 5)], (kind, k, now)
+                frozen = FROZEN[k] if CELLS[name].plan == PLAN else ["embeddings"] * (CELLS[name].plan == THAWED and k == 5)
+                assert now["start"] == [True, k, frozen], (kind, k, now)
                 if CELLS[name] in COMPILED:
-                    assert now["worst"] <= COMPILED_BOUND, (kind, k, now)
+                    own = saw(OWN[CELLS[name].optimizer], rank)
+                    bound = FACTOR[torch.float32] * max(seen["worst"] for how in ("resumed", "rolled_back") for seen in own[how].values())
+                    assert now["worst"] <= bound < 1e-4, (kind, k, now)
                 else:
                     assert now["worst"] == 0.0 and now["moments"], (kind, k, now)
                 # the user's own, and nothing of ours
@@ -288,7 +294,8 @@ def test_another_number_of_ranks_everywhere(long_run: tuple[Path, Saw], tmp_path
 
 
 def check_universal(folder: Path, tmp_path: Path) -> None:
-    """2 ranks, converted, 1 rank. Exact at load; after that 1 rank and 2 ranks add gradients in another order (bound 1e-6)."""
+    """2 ranks, converted, 1 rank. Exact at load; after that 1 rank and 2 ranks add gradients in another order: the bound is what that makes
+    of the same training in plain torch."""
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state", "--num_extract_workers", "1"]
     command += ["--num_merge_workers", "1", "--input_folder", str(folder / "global_step10"), "--output_folder", str(folder / "universal")]
     subprocess.run(command, env=environment(), check=True, capture_output=True)
@@ -301,10 +308,13 @@ def check_universal(folder: Path, tmp_path: Path) -> None:
     got, expected = load_file(folder / "universal.safetensors"), load_file(folder / "weights.safetensors")
     assert torch.equal(got.pop("loaded"), expected["10"])
     assert sorted(got) == ["11", "12"]
+    cell = Cell(**json.loads((folder / "cell.json").read_text()))
+    samples = noisy(lambda noise: reference(cell, noise=noise).weights, since=10)
+    bound = spread(samples, reference(cell).weights)
     for step, weights in got.items():
-        assert (weights - expected[step]).abs().max() <= 1e-6
+        assert distance(weights, expected[step]) <= bound
         # the negative control: the weights did move
-        assert (weights - expected["10"]).abs().max() > 1e-3
+        assert distance(weights, expected["10"]) > max(100 * bound, 1e-3)
 
 
 # --- the file format, without an engine ---------------------------------------------------------------------------------------------

@@ -287,7 +287,7 @@ def fp16_reference(stage: int, plan: dict[str, list[Any]], keep: bool, scales: l
 
     In stage 0 DeepSpeed 0.19.8 unscales gradients of a loss that it had not scaled: engine.backward scales it for ZeRO only.
     """
-    torch.set_num_threads(1)
+    torch.set_num_threads(oracle.THREADS)
     model = oracle.Net().half()
     names, params = [n for n, _ in model.named_parameters()], list(model.parameters())
     master = {p: p.detach().float().clone().requires_grad_() for p in params}

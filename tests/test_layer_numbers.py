@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from bounds import rounding
 from torch import Tensor, nn
 
 from smartfrz_ds.backends.base import SampleRequest
@@ -139,7 +140,11 @@ def test_sums_run_over_steps_and_micro_batches_and_leave_out_skipped_steps() -> 
     backward(model, 2)
     sums.end_step(applied=False)
     taken = sums.take(names[:2])
-    assert list(taken) == names[:2] and torch.allclose(taken[names[0]][:4], expected) and taken[names[0]][4:].count_nonzero() == 0
+    assert (
+        list(taken) == names[:2]
+        and (taken[names[0]][:4] - expected).abs().max() <= rounding(4, float(expected.abs().max()))
+        and taken[names[0]][4:].count_nonzero() == 0
+    )
     assert torch.equal(sums.take(names)[names[0]], taken[names[0]]), "taking changes nothing"
     sums.restart()
     assert sums.take(names)[names[0]].count_nonzero() == 0

@@ -12,6 +12,7 @@ import oracle
 import pytest
 import torch
 import worker_pipeline
+from bounds import distance, noisy, rounding, spread
 from helpers import run_worker
 from safetensors.torch import load_file
 
@@ -45,9 +46,8 @@ FOUR = [
     case("dp2-z1", 2, stage=1, saves=[5]),
 ]
 CASES = {c["name"]: c for c in [*TWO, *FOUR]}
-# Two replicas add gradients in another order than one process; clipping sums the squares of the norm in another order. AdamW's first steps
-# (after the thaw) divide by |gradient| + 1e-8, which makes much of the last digit of a clipped gradient that is as small.
-BOUNDS = {"dp2-z0": 5e-5, "dp2-z1": 5e-5, "z0-clip": 5e-5, "z1-clip": 5e-5}
+# Clipping adds the squares of the norm stage by stage, in another order than one process. (Two replicas' gradients are a + b in both.)
+ROUNDED = {"z0-clip", "z1-clip"}
 Saw = Callable[..., dict[str, Any]]
 
 
@@ -65,15 +65,26 @@ def saw(folder: Path, name: str, rank: int) -> dict[str, Any]:
     return json.loads((folder / f"{name}.{rank}.json").read_text())
 
 
+def bounds_of(case: dict[str, Any], replicas: int, expected: dict[str, Any], rounded: bool) -> tuple[float, float]:
+    """Of the weights: 0, or what roundings of the gradients make of the oracle. Of the losses, which are means over micro-batches and
+    replicas in any order, and follow the weights."""
+    means = rounding(case["micro"] * replicas, max(expected["losses"]))
+    if not rounded:
+        return 0.0, means
+    samples = noisy(lambda noise: worker_pipeline.reference(case, replicas, noise))
+    losses = spread([torch.tensor(s["losses"])[:, None] for s in samples], torch.tensor(expected["losses"])[:, None])
+    return spread([s["weights"] for s in samples], expected["weights"]), means + losses
+
+
 def check(folder: Path, name: str, world: int) -> None:
     now = CASES[name]
     replicas = world // now["pp"]
     expected, got = worker_pipeline.reference(now, replicas), load_file(folder / f"{name}.safetensors")["weights"]
-    worst = (got - expected["weights"]).abs().max().item()
-    assert worst <= BOUNDS.get(name, 0.0), worst
+    bound, loss_bound = bounds_of(now, replicas, expected, name in ROUNDED)
+    assert distance(got, expected["weights"]) <= bound
     for rank in range(world):
         seen = saw(folder, name, rank)
-        assert max(abs(a - b) for a, b in zip(seen["losses"], expected["losses"], strict=True)) <= 1e-6
+        assert max(abs(a - b) for a, b in zip(seen["losses"], expected["losses"], strict=True)) <= loss_bound
         assert seen["frozen"] == [*A, "layers.3", "layers.4"] and len(seen["layers"]) == 10
         assert [e[:3] for e in seen["events"]] == [["freeze", 2, A], ["freeze", 4, B], ["thaw", 6, ["layers.5", "layers.6"]]]
         for k, resumed in seen["resumed"].items():
@@ -81,7 +92,7 @@ def check(folder: Path, name: str, world: int) -> None:
             assert resumed["client"]["mine"] == int(k) and "smartfrz_ds" not in resumed["client"]
     # a run that freezes nothing is far away
     control = worker_pipeline.reference(now | {"plan": {}}, replicas)["weights"]
-    assert (got[-1] - control[-1]).abs().max() > 100 * max(worst, 1e-6)
+    assert distance(got[-1], control[-1]) > max(100 * bound, 1e-3)
     # frozen weights stand still, bit for bit
     front = sum(p.numel() for entry in worker_pipeline.entries()[:3] for p in entry.parameters())
     assert torch.equal(got[1][:front], got[-1][:front]) and not torch.equal(got[0][:front], got[1][:front])

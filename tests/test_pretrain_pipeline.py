@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bounds import rounding
 from helpers import ROOT, launch
 
 sys.path.insert(0, str(ROOT / "launch"))  # the scripts there import each other in this way too
@@ -80,10 +82,12 @@ def test_the_list_of_layers_is_a_causal_language_model() -> None:
     torch.manual_seed(0)
     net = torch.nn.Sequential(*(spec.build() for spec in specs))
     x = torch.randint(50, (2, 12))
-    before = net(x)
+    before = net(x).detach()
     assert before.shape == (2, 12, 50) and abs(loss_of(before, x).item() - torch.log(torch.tensor(50.0)).item()) < 0.1
     x[:, 8:] = 0  # what comes later changes nothing before it
-    assert torch.allclose(net(x)[:, :8], before[:, :8], atol=1e-6) and not torch.allclose(net(x)[:, 8:], before[:, 8:], atol=1e-4)
+    moved = (net(x).detach() - before).abs().amax((0, 2))  # of each position
+    off = rounding(3 * (4 * 16 + 12), float(before.abs().max()))  # three blocks, each a hidden layer of 4 x 16 and 12 positions
+    assert moved[:8].max() <= off and moved[8:].min() > 3 * off
     tied = gpt(vocabulary=50, length=12, blocks=3, width=16, heads=4, tied=True)
     assert len(tied) == len(specs) == 7 and tied[0].key == tied[-1].key == "tokens"
 
@@ -237,8 +241,10 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path: Path, stages: i
     assert resumed["bounds"][0] == stopped["bounds"][1]
     late = dict(whole["validation"])
     assert len(resumed["validation"]) > 3
+    changes = [abs(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(whole["validation"])]
     for step, loss in resumed["validation"]:
-        assert loss == pytest.approx(late[step], abs=2e-4)
+        # not rounding alone, which AdamW enlarges: a twentieth of what one step changes, so that no step was lost or done twice
+        assert loss == pytest.approx(late[step], abs=min(changes) / 20)
     assert resumed["saved_flops_fraction"] == pytest.approx(whole["saved_flops_fraction"], abs=1e-6)
     other = launch(SCRIPT, *common, "--seed", "5", "--resume", "--out", str(tmp_path / "parts"), ranks=4, timeout=250, check=False)
     assert other.returncode and "is of a run with another seed" in other.stdout

@@ -11,6 +11,7 @@ import test_pipeline
 import torch
 import worker_odd
 import worker_pipeline
+from bounds import distance, rounding
 from helpers import run_worker
 from safetensors.torch import load_file
 
@@ -58,8 +59,7 @@ FOUR = [
     case("bf16-z0-pp4", 4, dtype="bf16"),
 ]
 CASES = {c["name"]: c for c in [*TWO, *MORE_TWO, *FOUR]}
-# two replicas add gradients in another order than one process; clipping adds the squares of the norm in another order (test_pipeline.py)
-BOUNDS = {"dp2-z0": 5e-5, "dp2-z1": 5e-5, "clip": 5e-5}
+ROUNDED = {"clip"}  # adds the squares of the norm in another order than one process (test_pipeline.py)
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +81,12 @@ def check(folder: Path, name: str, world: int) -> None:
     now = CASES[name]
     replicas = world // now["pp"]
     expected, got = worker_pipeline.reference(now, replicas), load_file(folder / f"{name}.safetensors")["weights"]
-    worst = (got - expected["weights"]).abs().max().item()
-    assert worst <= BOUNDS.get(name, 0.0), (name, worst)
+    bound, loss_bound = test_pipeline.bounds_of(now, replicas, expected, name in ROUNDED)
+    assert distance(got, expected["weights"]) <= bound
     held: list[list[int]] = []
     for rank in range(world):
         seen = test_pipeline.saw(folder, name, rank)
-        assert max(abs(a - b) for a, b in zip(seen["losses"], expected["losses"], strict=True)) <= 1e-6
+        assert max(abs(a - b) for a, b in zip(seen["losses"], expected["losses"], strict=True)) <= loss_bound
         bounds = [action[1] for action in now["plan"].values() if action[0] == "rebalance"]
         assert [move[1] for move in seen["moves"]] == bounds and seen["parts"] == bounds[-1]
         assert all(move[2] > 10_000 for move in seen["moves"])
@@ -97,7 +97,7 @@ def check(folder: Path, name: str, world: int) -> None:
             assert resumed["start"] and resumed["worst"] == 0.0 and resumed["step"] == int(k), (k, resumed)
     assert sorted(i for part in held for i in part) == sorted([*range(11)] * replicas)
     control = worker_pipeline.reference(now | {"plan": {}}, replicas)["weights"]
-    assert (got[-1] - control[-1]).abs().max() > 100 * max(worst, 1e-6)
+    assert distance(got[-1], control[-1]) > max(100 * bound, 1e-3)
     # what has moved still trains after the thaw
     start = sum(p.numel() for entry in worker_pipeline.entries()[:5] for p in entry.parameters())
     assert not torch.equal(got[6][start : start + 50], got[-1][start : start + 50])
@@ -217,7 +217,8 @@ def test_buffers_frozen_biases_and_functions_go_along(tmp_path: Path) -> None:
     for name, value in expected.items():
         assert torch.equal(torch.tensor(state[name], dtype=torch.float64), value), name
     for rank in (0, 1):
-        assert max(abs(a - b) for a, b in zip(seen[rank]["losses"], losses, strict=True)) <= 1e-6
+        # a mean over two micro-batches
+        assert max(abs(a - b) for a, b in zip(seen[rank]["losses"], losses, strict=True)) <= rounding(2, max(losses))
         assert seen[rank]["parts"] == [0, 5, 10] and all(seen[rank]["training"].values())
         groups, changed = seen[rank]["refused"]
         assert "parameter groups of different settings" in groups and "entry 4 of the pipeline's list was changed" in changed

@@ -31,8 +31,8 @@ CASES: dict[str, dict[str, Any]] = {
     for how in ("reentrant", "non-reentrant")
     for stage in STAGES
 }
-# Of a BERT and a LLaMA DeepSpeed's ZeRO-3 is 2e-6 away from one process, from the first step on, nothing frozen: these are compared bit
-# for bit with the same engine without checkpointing.
+# Of a BERT and a LLaMA DeepSpeed's ZeRO-3 rounds otherwise than one process, from the first step on, nothing frozen: these are held to a
+# bound there, and compared bit for bit with the same engine without checkpointing.
 CASES |= {f"{kind}-none-z3": {"kind": kind, "how": "none", "stage": 3} for kind in ("bert", "llama")}
 CASES |= {f"net-{how}-z{stage}": {"kind": "net", "how": how, "stage": stage} for how in REGIONS for stage in STAGES}
 # DeepSpeed 0.19.8 itself can't: "size of tensor a (0) must match" in the first backward, nothing frozen
@@ -81,7 +81,11 @@ pytestmark = pytest.mark.world_size(2)
 
 
 def cases(names: Iterable[str]) -> list[dict[str, Any]]:
-    return [{"name": name, "smartfrz": {}, **CASES[name]} for name in names]
+    return [{"name": name, "smartfrz": {}, "rounded": away(name), **CASES[name]} for name in names]
+
+
+def away(name: str) -> bool:
+    return name.startswith(("bert", "llama")) and name.endswith("z3")
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +109,9 @@ def check_case(saw: Saw, name: str) -> None:
     """Bit for bit the single process; and, counted in the last step, nothing in the frozen prefix is recomputed or sees a gradient, all
     behind it is and does, once."""
     for rank in (0, 1):
-        seen, away = saw(name, rank), name.startswith(("bert", "llama")) and name.endswith("z3")
-        assert max(seen["difference"]) <= (5e-6 if away else 0.0), seen["difference"]
-        if away:
+        seen = saw(name, rank)
+        assert max(seen["difference"]) <= seen["bound"] < 1e-4, seen["difference"]
+        if away(name):
             assert seen["digest"] == saw(f"{CASES[name]['kind']}-none-z3", rank)["digest"]
     if "middle" in name or "chunks" in name:
         return

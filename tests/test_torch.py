@@ -21,6 +21,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from bounds import rounding
 from helpers import ROOT, environment, run_worker
 from oracle import Cell, Outcome, reference
 from safetensors.torch import load_file
@@ -450,7 +451,8 @@ def test_a_step_that_the_scaler_skips_is_no_step(fused: bool) -> None:
         return sums._total
 
     total = summed((0, 1, 2, 3), infinite=1)
-    assert total.any() and torch.allclose(total, summed((0, 2, 3), infinite=1))
+    assert total.any()
+    assert (total - summed((0, 2, 3), infinite=1)).abs().max() <= rounding(3, float(total.abs().max())), "three steps' gradients"
 
 
 def test_compiled_model() -> None:

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import oracle
 import pytest
 import torch
 import worker_torch_together as together
+from bounds import rounding
 from helpers import run_worker
 
 
@@ -27,12 +29,14 @@ def saw(folder: Path, name: str, rank: int = 0) -> Any:
 
 @pytest.mark.world_size(2)
 def test_clipping(folder: Path) -> None:
-    """Of what is active. FSDP2 sums the norm over shards, in another order: its last bit differs, and the weights by no more than 2e-6."""
+    """Of what is active. FSDP2 sums the norm over shards, in another order, so that its last bits differ."""
     seen = saw(folder, "clipped")
-    assert seen["found"]["ddp"] == 0.0 and seen["found"]["fsdp2"] <= 2e-6
-    assert seen["without"] > 1e-3 and min(seen["norms"]["alone"]) > 0.02, "it clips in every step"
-    for kind in ("ddp", "fsdp2"):
-        assert seen["norms"][kind] == pytest.approx(seen["norms"]["alone"], rel=1e-6)
+    assert seen["found"]["ddp"] == 0.0 and seen["found"]["fsdp2"] <= seen["bound"]
+    assert seen["without"] > max(100 * seen["bound"], 1e-3) and min(seen["norms"]["alone"]) > 0.02, "it clips in every step"
+    assert seen["norms"]["ddp"] == seen["norms"]["alone"]
+    # a norm differs by its own rounding, and follows the weights
+    off = rounding(len(list(oracle.Net().parameters())), 1.0) + seen["norm_bound"]
+    assert seen["norms"]["fsdp2"] == pytest.approx(seen["norms"]["alone"], rel=off) and off < 1e-3
 
 
 @pytest.mark.world_size(2)

@@ -15,6 +15,7 @@ import oracle
 import ranks
 import torch
 import torch.distributed as dist
+from bounds import distance
 from deepspeed.utils import safe_get_full_optimizer_state
 from safetensors.torch import save_file
 from worker_exact import engine_for, full
@@ -78,7 +79,7 @@ def resume(cell: oracle.Cell, folder: Path, saves: list[int], back: list[int]) -
         now_moments = moments(other, cell)
         return {
             "start": start,
-            "worst": max((again[s] - straight[s]).abs().max().item() for s in again),
+            "worst": max(distance(again[s], straight[s]) for s in again),
             "moments": all(torch.equal(v, now_moments[n]) for n, v in final_moments.items()) and len(now_moments) == len(final_moments),
             "client": {key: v for key, v in client.items() if key in ("k", "nested", "smartfrz_ds")},
             "path": path,

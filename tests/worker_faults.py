@@ -246,7 +246,7 @@ def wait_for(folder: Path, name: str, seconds: float, *, but: bool = False) -> N
 
 
 def main() -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(oracle.THREADS)
     runs, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     rank = int(os.environ["RANK"])
     # What ranks load late is loaded once, not in every fork; muon_optimizer brings torch's compiler, which takes seconds.

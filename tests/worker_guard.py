@@ -119,7 +119,7 @@ def fp16(name: str, folder: Path, stage: int, plan: dict[str, list[Any]], keep_s
 
 
 def main() -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(oracle.THREADS)
     with ranks.job() as (job, folder):
         for item in job:
             function = {"guarded": guarded, "fp16": fp16}[item.pop("function", "guarded")]

@@ -22,6 +22,7 @@ import transformers
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
+from bounds import Noisy, distance, no_noise
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -354,7 +355,7 @@ class BreaksOff(TrainerCallback):
 
 
 def apart(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    return max((a[n] - b[n]).abs().max().item() for n in b)
+    return distance(b, a)
 
 
 # --- Accelerate -------------------------------------------------------------------------------------------------------------------
@@ -444,9 +445,9 @@ def layer_names(model: nn.Module) -> dict[str, str]:
     return {names[p]: layer.name for layer in find_layers(model) for p in layer.params}
 
 
-def reference(case: Mapping[str, Any], events: list[Any], *, world: int = 2) -> dict[str, Tensor]:
+def reference(case: Mapping[str, Any], events: list[Any], *, world: int = 2, noise: Noisy = no_noise) -> dict[str, Tensor]:
     """All weights at the end of the same training in one process, both ranks' batches, freezing `events` [kind, step, layers]."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # as the ranks
     model = model_of(case["model"])
     model.train()
     layer_of, names = layer_names(model), dict(model.named_parameters())
@@ -490,7 +491,7 @@ def reference(case: Mapping[str, Any], events: list[Any], *, world: int = 2) -> 
                     for r in range(world):
                         local[r][p].zero_()
         for p in live:
-            p.grad = totals[p]
+            p.grad = noise(step, totals[p])
         if case.get("clip"):
             torch.nn.utils.clip_grad_norm_(live, case["clip"])
         optimizer.step()

@@ -56,7 +56,7 @@ def over_the_wire(cell: oracle.Cell, megabits: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(oracle.THREADS)
     with ranks.job() as (job, folder):
         rank = dist.get_rank()
         where = {"host": socket.gethostname(), "local_rank": os.environ["LOCAL_RANK"], "world": dist.get_world_size()}

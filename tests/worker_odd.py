@@ -151,6 +151,6 @@ def reference() -> tuple[dict[str, Tensor], list[float]]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    torch.set_num_threads(oracle.THREADS)
     with ranks.job() as (_, folder):
         ranks.write(folder, "odd", run())

@@ -18,6 +18,7 @@ import oracle
 import ranks
 import torch
 import torch.distributed as dist
+from bounds import Noisy, no_noise
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe import p2p
 from safetensors.torch import save_file
@@ -215,8 +216,8 @@ def resume(case: dict[str, Any], folder: Path, k: int, history: list[Tensor]) ->
 # --- the single process --------------------------------------------------------------------------------------------------------------
 
 
-def reference(case: dict[str, Any], replicas: int) -> dict[str, Any]:
-    """Weights after each step and losses of plain torch, one process."""
+def reference(case: dict[str, Any], replicas: int, noise: Noisy = no_noise) -> dict[str, Any]:
+    """Weights after each step and losses of plain torch, one process. noise: of gradients."""
     dtype = case.get("dtype", "fp32")
     net = nn.Sequential(*entries()).to(DTYPES[dtype])
     params = list(net.parameters())
@@ -254,7 +255,7 @@ def reference(case: dict[str, Any], replicas: int) -> dict[str, Any]:
             total = {p: g * factor for p, g in total.items()}
         optimizer.zero_grad()
         for p in live:
-            masters[p].grad = total[p].float()
+            masters[p].grad = noise(step, total[p].float())
         optimizer.step()
         with torch.no_grad():
             for p in live:
@@ -266,7 +267,7 @@ def reference(case: dict[str, Any], replicas: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(oracle.THREADS)
     with ranks.job() as (job, folder):
         for case in job:
             with ranks.case(case["name"]):

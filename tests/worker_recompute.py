@@ -15,6 +15,7 @@ import oracle
 import ranks
 import torch
 import torch.distributed as dist
+from bounds import Noisy, distance, no_noise, noisy, spread
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -125,7 +126,7 @@ def loss_of(model: Any, kind: str, step: int, rank: int) -> Tensor:
     return model(input_ids=tokens, labels=labels).loss
 
 
-def reference(kind: str, frozen_at: dict[int, list[str]]) -> Tensor:
+def reference(kind: str, frozen_at: dict[int, list[str]], noise: Noisy = no_noise) -> Tensor:
     """(STEPS, numel): all weights after each step of plain torch, without checkpointing. frozen_at: step -> names of parameters."""
     model = build(kind)
     params = dict(model.named_parameters())
@@ -144,7 +145,7 @@ def reference(kind: str, frozen_at: dict[int, list[str]]) -> Tensor:
                 t += g / 2
         optimizer.zero_grad()
         for p, t in zip(live, total, strict=True):
-            p.grad = t
+            p.grad = noise(step, t)
         optimizer.step()
         history.append(torch.cat([p.detach().view(-1) for p in params.values()]))
     return torch.stack(history)
@@ -195,9 +196,15 @@ def blocks_of(model: Any) -> nn.ModuleList:
 
 
 def case(
-    kind: str, how: str, stage: int, smartfrz: dict[str, Any], chunk: int = 1, freezes: dict[int, list[int]] | None = None
+    kind: str,
+    how: str,
+    stage: int,
+    smartfrz: dict[str, Any],
+    chunk: int = 1,
+    freezes: dict[int, list[int]] | None = None,
+    rounded: bool = False,
 ) -> dict[str, Any]:
-    """Train, freeze, and compare every step with the reference. how: the checkpointing."""
+    """Train, freeze, and compare every step with the reference. how: the checkpointing. rounded: the engine's sums round otherwise."""
     model = build(kind) if kind in MODELS else net(how, chunk=chunk, inplace=kind == "inplace")
     model.train()
     if kind in MODELS and how != "none":
@@ -220,10 +227,10 @@ def case(
         seen.append({"forward": forward["runs"], "recomputed": calls.runs[:], "gradients": calls.take()["gradients"]})
         history.append(full(model))
     expected = reference(kind, frozen_at)
-    difference = (torch.stack(history) - expected).abs().amax(1)
     engine.destroy()
     return {
-        "difference": difference.tolist(),
+        "difference": [distance(*pair) for pair in zip(history, expected, strict=True)],
+        "bound": spread(noisy(lambda noise: reference(kind, frozen_at, noise)), expected) if rounded else 0.0,
         "digest": hashlib.sha256(torch.stack(history).numpy().tobytes()).hexdigest(),
         "calls": seen,
         "frozen": list(engine.smartfrz.frozen),
@@ -349,7 +356,7 @@ def checks(stage: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(oracle.THREADS)
     with ranks.job() as (job, folder):
         for item in job:
             name = item.pop("name")

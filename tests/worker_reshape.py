@@ -12,6 +12,7 @@ import oracle
 import ranks
 import torch
 import torch.distributed as dist
+from bounds import distance
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -106,10 +107,10 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
             "different": differences(at_save, held(engine)),
         }
         after = train(engine, case, case["save"], case["steps"])
-        found["worst"] = max((a - b).abs().max().item() for a, b in zip(after, history[case["save"] :], strict=True))
+        found["worst"] = distance(torch.stack(after), torch.stack(history[case["save"] :]))
         out["resumed"][f"{pp}x{dp}"] = found
         engine.destroy()
-    out["moved"] = (history[-1] - history[case["save"] - 1]).abs().max().item()
+    out["moved"] = distance(history[-1], history[case["save"] - 1])
     return out
 
 
@@ -121,11 +122,11 @@ def go_on(case: dict[str, Any], new: Path) -> dict[str, Any]:
     start = bool(torch.equal(weights(engine), history[case["save"] - 1]))
     after = torch.stack(train(engine, case, case["save"], case["steps"]))
     engine.destroy()
-    return {"start": start, "worst": (after - history[case["save"] :]).abs().max().item()}
+    return {"start": start, "worst": distance(after, history[case["save"] :])}
 
 
 def main() -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(oracle.THREADS)
     with ranks.job() as (job, folder):
         for case in job:
             with ranks.case(case["name"]):

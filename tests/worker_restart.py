@@ -23,7 +23,7 @@ from worker_faults import SETTINGS
 
 
 def main() -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(oracle.THREADS)
     folder = Path(sys.argv[-1])
     deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=60), verbose=False)
     rank = dist.get_rank()

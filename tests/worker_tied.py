@@ -10,6 +10,7 @@ import oracle
 import ranks
 import torch
 import torch.distributed as dist
+from bounds import Noisy, no_noise
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -153,8 +154,8 @@ class counting:
 # --- the single process --------------------------------------------------------------------------------------------------------------
 
 
-def reference(case: dict[str, Any], replicas: int) -> tuple[Tensor, list[float]]:
-    """Weights after each step, with the shared weight at the front and at the end, and losses."""
+def reference(case: dict[str, Any], replicas: int, noise: Noisy = no_noise) -> tuple[Tensor, list[float]]:
+    """Weights after each step, with the shared weight at the front and at the end, and losses. noise: of gradients."""
     dtype = DTYPES[case.get("dtype", "fp32")]
     modules = [Embed(VOCABULARY, oracle.WIDTH), *(oracle.Block(oracle.WIDTH) for _ in range(BLOCKS)), nn.LayerNorm(oracle.WIDTH)]
     for module, values in zip(modules, initial(), strict=True):
@@ -205,7 +206,7 @@ def reference(case: dict[str, Any], replicas: int) -> tuple[Tensor, list[float]]
             norm = sum(float(g.float().norm()) ** 2 for g in total.values()) ** 0.5
             total = {p: g * min(1.0, clip / (norm + 1e-6)) for p, g in total.items()}
         for p in params:
-            masters[p].grad = total[p].float() if p in total else None
+            masters[p].grad = noise(step, total[p].float()) if p in total else None
         optimizer.step()
         with torch.no_grad():
             for p in live:
@@ -216,7 +217,7 @@ def reference(case: dict[str, Any], replicas: int) -> tuple[Tensor, list[float]]
 
 
 def main() -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(oracle.THREADS)
     with ranks.job() as (cases, folder):
         for case in cases:
             with ranks.case(case["name"]):

@@ -11,6 +11,7 @@ from typing import Any
 import oracle
 import torch
 import torch.distributed as dist
+from bounds import FACTOR, Noisy, distance, no_noise, noisy, spread
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -69,12 +70,27 @@ def clipped(folder: Path) -> Any:
     """torch.nn.utils.clip_grad_norm_ of what is active."""
     norms: dict[str, list[float]] = {}
 
-    def clip(kind: str) -> Callable[[Any], None]:
-        return lambda model: norms.setdefault(kind, []).append(float(whole(nn.utils.clip_grad_norm_(model.parameters(), 0.02))))
+    def clip(kind: str, noise: Noisy = no_noise) -> Callable[[Any], None]:
+        def before(model: Any) -> None:
+            step = len(norms.setdefault(kind, []))
+            for p in model.parameters():
+                if p.grad is not None and noise is not no_noise:
+                    p.grad.copy_(noise(step, p.grad))
+            norms[kind].append(float(whole(nn.utils.clip_grad_norm_(model.parameters(), 0.02))))
+
+        return before
 
     alone, free = ended("alone", before=clip("alone")), ended("alone")
-    found = {kind: apart(ended(kind, before=clip(kind)), alone) for kind in ("ddp", "fsdp2")}
-    return {"found": found, "without": apart(alone, free), "norms": norms}
+    samples = noisy(lambda noise: ended("alone", before=clip(f"noisy {len(norms)}", noise)))
+    found = {kind: distance(ended(kind, before=clip(kind)), alone) for kind in ("ddp", "fsdp2")}
+    moved = [abs(a / b - 1) for kind in norms if kind.startswith("noisy") for a, b in zip(norms[kind], norms["alone"], strict=True)]
+    return {
+        "found": found,
+        "bound": spread(samples, alone),
+        "without": distance(alone, free),
+        "norms": {kind: norms[kind] for kind in ("alone", *found)},
+        "norm_bound": FACTOR[torch.float32] * max(moved),
+    }
 
 
 def nonreentrant(folder: Path) -> Any:
