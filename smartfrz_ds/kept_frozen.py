@@ -39,8 +39,9 @@ class Intrusion:
             if self.bytes
             else "it was noticed before a gradient was computed"
         )
+        names = ", ".join(self.layers[:5]) + (f", … ({len(self.layers)} in all)" if len(self.layers) > 5 else "")
         return (
-            f"other code has set requires_grad=True on parameters of the frozen layers {list(self.layers)} (an adapter switch of PEFT, "
+            f"other code has set requires_grad=True on parameters of the frozen layers {names} (an adapter switch of PEFT, "
             f"model.requires_grad_(True) or an unfreezing schedule do that); {cost}. No weight has moved. The layers stay frozen: from "
             "now on the flags are put back before each forward. To train a layer again call thaw([…]) of the controller. Said once"
         )
@@ -87,7 +88,7 @@ class KeptFrozen:
             return None
         self._meddled = True
         self.put_back()  # those too that this step did not use
-        layers = dict.fromkeys(self._layer_of[p] for p in self._came if p in self._layer_of)
+        layers = dict.fromkeys(name for p, name in self._layer_of.items() if p in self._came)
         intrusion = Intrusion(tuple(layers), sum(self._came.values()))
         self._came.clear()
         return intrusion
