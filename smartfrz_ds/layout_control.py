@@ -122,8 +122,12 @@ class LayoutControl:
         zero. Collective, at a step boundary where the set is another than now, else RuntimeError."""
         self._change(set(frozen), kind="restore")
 
-    def restore_layout_of(self, state: Mapping[str, Any]) -> Restored:
-        """`restore_layout` for a freeze state, whoever froze a layer: the user then and not now, or the other way round. Collective."""
+    def restore_layout_of(self, state: Mapping[str, Any], *, by_position: bool = False) -> Restored:
+        """`restore_layout` for a freeze state, whoever froze a layer: the user then and not now, or the other way round. Collective.
+
+        by_position: the optimizer's state is loaded by position, so that its groups must hold the same parameters in the same order.
+        Raises ValueError where they don't, because the user froze other layers; nothing was changed.
+        """
         users = state.get("user_frozen")
         if users is None:  # of a version that left such layers alone
             self.restore_layout(state["frozen"])
@@ -132,6 +136,8 @@ class LayoutControl:
         ours = tuple(name for name in self._names if name in left and name not in self._users.names)
         with self._taking_in(set(self._users.names) - left, self._users.groups_in(users)):
             taken = tuple(name for name in self._users.taken if name not in before)
+            if by_position and (ours or taken):
+                self._ranks.together(lambda: self._users.check_positions(users, ours))
             self._change({*state["frozen"], *ours}, kind="restore", anew=bool(taken))
         return Restored(taken, ours)
 

@@ -169,7 +169,8 @@ class Checkpoints:
         if state is None:
             self.controller.restore_layout(frozen)
         else:
-            restored = self.controller.restore_layout_of(state)
+            by_position = moments and not universal and not self.backend.staged
+            restored = self.controller.restore_layout_of(state, by_position=by_position)
             if not module_only:  # before the load: a bare optimizer may hold what the user froze
                 self.controller.hand_back(restored.were_users)
         with layout.loading(self.backend):

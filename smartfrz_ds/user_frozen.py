@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from math import prod
 from typing import Any
 
@@ -116,9 +117,35 @@ class UserFrozen:
                 self._set(layer, own, taken=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able: the names that are left, and the groups of the parameters that were taken in."""
+        """JSON-able.
+
+        left: the names that are left; held: those of them whose weights the optimizer holds all the same. taken: the groups of the parameters
+        that were taken in. groups, members: how many groups there are, and a digest of each one's parameters.
+        """
         taken = {name: {self._names[p]: index for p, index in own.items()} for name, own in self._taken.items()}
-        return {"left": list(self.names), "taken": taken, "groups": len(self._backend.groups)}
+        left = self.names
+        held = [x.name for x in self._layers if x.name in left and any(self._backend.given_group(p) is not None for p in x.user_frozen)]
+        members = self._members(left)
+        return {"left": list(left), "held": held, "taken": taken, "groups": len(members), "members": members}
+
+    def check_positions(self, state: Mapping[str, Any], ours: Collection[str]) -> None:
+        """Raise ValueError where this engine's optimizer would hold other parameters than that of a `state_dict`, or in another order.
+
+        ours: the layers that the user had frozen there and not here.
+        """
+        held_there = set(state["held"]).intersection(ours).difference(self._taken)
+        if self._members(state["left"]) != state["members"] or held_there:
+            then = [*state["left"], *state["taken"]]
+            raise ValueError(
+                "the checkpoint's optimizer state is laid out otherwise than this engine's, which goes by position, because other layers "
+                f"required no gradient before the start; allowed: requires_grad_(False) before the start for {then}, as when it was saved"
+            )
+
+    def _members(self, left: Collection[str]) -> list[str]:
+        """A digest of the names in each group, without those of the layers `left`."""
+        out = {p for layer in self._layers if layer.name in left for p in layer.params}
+        groups = [[self._names.get(p, "?") for p in group if p not in out] for group in self._backend.groups]
+        return [sha256("\n".join(names).encode()).hexdigest()[:16] for names in groups]
 
     def groups_in(self, state: Mapping[str, Any]) -> dict[str, int]:
         """Of a `state_dict` the groups of parameters, where this engine has as many groups."""

@@ -39,7 +39,7 @@ FAST: dict[str, tuple[str, dict[str, Any]]] = {
 SLOW: dict[str, tuple[str, dict[str, Any]]] = {
     f"{kind}-given{given}": (kind, {"given": given, "groups": 2, "rollback": True,
                                     # a bare optimizer that was given frozen parameters has them in its checkpoint, too
-                                    "resumes": ALL[:2] if given and kind in ("z0", "ddp", "fsdp2") else ALL})
+                                    "resumes": ALL, "by_position": given and kind == "z0"})
     for kind in ("z0", "z1", "z2", "z3", "ddp", "fsdp2")
     for given in (False, True)
 } | {
@@ -51,7 +51,7 @@ SLOW: dict[str, tuple[str, dict[str, Any]]] = {
         ("z2", "offload", {"zero": OFFLOAD}),
         ("z2", "roundrobin", {"zero": {"round_robin_gradients": True}}),
         ("z3", "bf16", {"dtype": "bf16"}),
-        ("z3", "tight", {"zero": TIGHT}),
+        ("z3", "tight", {"zero": TIGHT, "by_position": True}),  # in other sub-groups
         ("z3", "offload", {"zero": OFFLOAD | {"offload_param": {"device": "cpu"}}}),
     )
 }  # fmt: skip
@@ -85,6 +85,9 @@ def test_gradual_unfreezing(name: str, request: pytest.FixtureRequest) -> None:
     assert facts["first"]["bytes"] < facts["second"]["bytes"] < facts["end"]["bytes"]
     for resumed in how["resumes"]:
         saved, found = facts[resumed.split(",")[0]], facts[resumed]
+        if resumed.endswith("thawed") and how.get("by_position"):
+            assert found.startswith("ValueError: the checkpoint's optimizer state is laid out otherwise") and "'embeddings'" in found
+            continue
         assert found["difference"] == 0.0, resumed
         assert found["bytes"] == saved["bytes"]
         # Whoever froze them: what is frozen is the checkpoint's.

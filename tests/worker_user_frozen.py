@@ -76,6 +76,7 @@ def reference(stage: int, groups: int, dtype: str = "fp32") -> list[Tensor]:
             if oracle.layer_of(name) in layers:
                 p.requires_grad_(action == "thaw")
                 optimizer.state.pop(master[p], None)
+                master[p].data.copy_(p.data)  # it was released: it comes back rounded
         live = [p for p in named.values() if p.requires_grad]
         optimizer.zero_grad()
         for p, gradient in oracle._gradients(net, live, cell, step, 2).items():
@@ -89,7 +90,8 @@ def reference(stage: int, groups: int, dtype: str = "fp32") -> list[Tensor]:
 
 
 class Run:
-    """One engine. kind: "z0" to "z3", "ddp" or "fsdp2". how: groups, given, dtype, zero (settings of ZeRO), resumes (which)."""
+    """One engine. kind: "z0" to "z3", "ddp" or "fsdp2". how: groups, given, dtype, zero (settings of ZeRO), resumes (which), by_position (a
+    resume of a script that freezes nothing is refused)."""
 
     def __init__(self, kind: str, how: dict[str, Any], *, freezes: bool = True, start: float = 0.0) -> None:
         """freezes: as the original script, else everything trains at the start and is in the optimizer. start: added to all weights."""
@@ -191,6 +193,10 @@ def run(kind: str, how: dict[str, Any], folder: Path) -> tuple[list[Tensor], dic
     for name in how["resumes"]:
         place, at, freezes = RESUMES[name]
         resumed = Run(kind, how, freezes=freezes, start=1.0)
+        if not freezes and how.get("by_position"):
+            facts[name] = torch_models.refusal(lambda: resumed.load(folder / place))  # noqa: B023
+            resumed.end()
+            continue
         resumed.load(folder / place)
         facts[name] = resumed.facts() | {"difference": difference(resumed.steps(range(at, STEPS)), weights[at:])}
         resumed.end()
