@@ -119,8 +119,8 @@ class UserFrozen:
     def state_dict(self) -> dict[str, Any]:
         """JSON-able.
 
-        left: the names that are left; held: those of them whose weights the optimizer holds all the same. taken: the groups of the parameters
-        that were taken in. groups, members: how many groups there are, and a digest of each one's parameters.
+        left: the names that are left; held: those of them whose weights the optimizer holds all the same. taken: the groups of the
+        parameters that were taken in. groups, members: how many groups there are, and a digest of each one's parameters.
         """
         taken = {name: {self._names[p]: index for p, index in own.items()} for name, own in self._taken.items()}
         left = self.names
