@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import oracle
 import torch
 import transformers
 from torch import Tensor, nn
@@ -170,7 +171,7 @@ def in_front_of_projector(layers: Any) -> list[str]:
 
 def reference(kind: str, frozen: list[nn.Parameter], model: nn.Module, world: int) -> dict[str, Tensor]:
     """The weights after STEPS steps of plain torch in which `frozen` stand still from step FREEZE on."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(oracle.THREADS)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=DECAY)
     for step in range(STEPS):

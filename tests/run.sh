@@ -5,6 +5,8 @@
 #   ./tests/run.sh --slow        all, the long proofs too
 #   ./tests/run.sh --system      as root: first installs what tests on two hosts and of HTML pages need (iproute2, pdsh, sshd, Chromium)
 #   ./tests/run.sh -k freeze …   everything else goes to pytest
+#   ATEN_CPU_CAPABILITY=default ./tests/run.sh
+#                                with another processor's kernels, in the ranks too; so do MKL_CBWR, ONEDNN_MAX_CPU_ISA, OMP_NUM_THREADS
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/launch/_venv.sh"

@@ -280,7 +280,7 @@ def gan(kind: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(oracle.THREADS)
     with ranks.job() as (job, folder):
         for item in job:
             name, function = item.pop("name"), item.pop("function")

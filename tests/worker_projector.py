@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import oracle
 import projector_models as models
 import ranks
 import torch
@@ -40,7 +41,7 @@ def run(kind: str, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(oracle.THREADS)
     with ranks.job() as (job, folder):
         for kind in job:
             with ranks.case(kind):

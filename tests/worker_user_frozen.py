@@ -60,7 +60,7 @@ def optimizer_for(model: nn.Module, groups: int, *, given: bool) -> tuple[Any, A
 
 def reference(stage: int, groups: int, dtype: str = "fp32") -> list[Tensor]:
     """All weights after each step of one process."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(oracle.THREADS)
     cell = Cell("reference", stage=stage, groups=groups, dtype=dtype)
     net = begin(Net().bfloat16() if dtype == "bf16" else Net())
     named = dict(net.named_parameters())
