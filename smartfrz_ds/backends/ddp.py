@@ -87,11 +87,14 @@ def _unsupported(ddp: DistributedDataParallel) -> list[str]:
     powers = [state for _, state in ddp._comm_hooks if type(state).__name__ == "PowerSGDState"]
     uses = {
         "a built-in communication hook (DistributedDataParallel._register_builtin_comm_hook); register_comm_hook works": builtin,
-        "PowerSGD, whose error feedback belongs to the buckets of before": bool(powers),
-        "DistributedDataParallel(mixed_precision=…)": ddp.mixed_precision is not None,
-        "DistributedDataParallel(delay_all_reduce_named_params=…)": bool(ddp._delay_all_reduce_params),
-        "torch._dynamo.config.optimize_ddp = 'python_reducer'": bool(ddp._use_python_reducer),
-        "an optimizer that runs in backward (_apply_optimizer_in_backward)": bool(_get_in_backward_optimizers(ddp.module)),
-        "a process group of some of the ranks": dist.get_world_size(ddp.process_group) != dist.get_world_size(),
+        "PowerSGD (register_comm_hook), whose error feedback belongs to the buckets: take another hook (fp16_compress_hook)": bool(powers),
+        "DistributedDataParallel(mixed_precision=…): leave it out, and use torch.autocast": ddp.mixed_precision is not None,
+        "DistributedDataParallel(delay_all_reduce_named_params=…): leave it out": bool(ddp._delay_all_reduce_params),
+        "torch._dynamo.config.optimize_ddp = 'python_reducer': set it to True, torch's default": bool(ddp._use_python_reducer),
+        "an optimizer that runs in backward (_apply_optimizer_in_backward): step one optimizer after backward": bool(
+            _get_in_backward_optimizers(ddp.module)
+        ),
+        "DistributedDataParallel(process_group=…) of some of the ranks: leave it out": dist.get_world_size(ddp.process_group)
+        != dist.get_world_size(),
     }
     return [name for name, used in uses.items() if used]

@@ -106,7 +106,9 @@ def _unsupported(units: Sequence[Any]) -> list[str]:
     uses = {
         "FSDP1 with use_orig_params=False (set it to True)": any(not unit._handle._use_orig_params for unit in units),
         "FSDP1 with HYBRID_SHARD (use fully_shard with a mesh of two dimensions)": any(u.sharding_strategy in hybrid for u in units),
-        "an FSDP process group of some of the ranks": any(dist.get_world_size(u.process_group) != dist.get_world_size() for u in units),
-        "a FullyShardedDataParallel without parameters": not units,
+        "FullyShardedDataParallel(process_group=…) of some of the ranks: leave it out": any(
+            dist.get_world_size(u.process_group) != dist.get_world_size() for u in units
+        ),
+        "a FullyShardedDataParallel without parameters: wrap a model that has some": not units,
     }
     return [name for name, used in uses.items() if used]

@@ -56,7 +56,7 @@ class Fsdp2Backend(TorchBackend):
         for sharded in wrapped.modules():
             if isinstance(sharded, FSDPModule):
                 sharded.reshard()  # after an evaluation the root's parameters are whole ones, which the optimizer doesn't know
-        _check_late_attributes()
+        check_late_attributes()
         refused = _unsupported(module)
         if refused:
             raise ValueError(f"smartfrz_ds does not work yet with: {'; '.join(refused)}")
@@ -227,7 +227,7 @@ def _params(groups: Sequence[Any]) -> set[Parameter]:
     return {p.sharded_param for g in groups for p in g.fsdp_params}
 
 
-def _check_late_attributes() -> None:
+def check_late_attributes() -> None:
     """Whether this torch has the attributes that a unit gets only in its first gather, which are read with a default before it.
 
     Raises:
@@ -245,11 +245,13 @@ def _unsupported(module: nn.Module) -> list[str]:
     """What this model uses that freezing does not work with yet, by name."""
     sharded = [p for p in module.parameters() if isinstance(p, DTensor)]
     uses = {
-        "tensor parallelism (DTensors that are cut along more than one dimension of the mesh)": any(
+        "tensor parallelism (DTensors cut along more than one dimension of the mesh): leave parallelize_module out": any(
             sum(isinstance(x, Shard) for x in p.placements) > 1 or any(not isinstance(x, Shard | Replicate) for x in p.placements)
             for p in sharded
         ),
-        "a device mesh of some of the ranks": any(p.device_mesh.size() != dist.get_world_size() for p in sharded),
-        "a model of which nothing is sharded on its own mesh": not sharded,
+        "fully_shard(mesh=…) with a device mesh of some of the ranks: take one of all ranks": any(
+            p.device_mesh.size() != dist.get_world_size() for p in sharded
+        ),
+        "a model of which nothing is sharded on its own mesh: call fully_shard on the model itself": not sharded,
     }
     return [name for name, used in uses.items() if used]

@@ -67,7 +67,9 @@ def make_torch_backend(
     module = getattr(model, "_orig_mod", model)  # torch/_dynamo/eval_frame.py: OptimizedModule
     fsdp2 = any(isinstance(m, FSDPModule) for m in module.modules())
     if not fsdp2 and any(isinstance(p, DTensor) for p in module.parameters()):
-        raise ValueError("smartfrz_ds does not work yet with: tensor parallelism (DTensors that no fully_shard has made)")
+        raise ValueError(
+            "smartfrz_ds does not work yet with: tensor parallelism (DTensors that no fully_shard has made): leave parallelize_module out"
+        )
     if not fsdp2 and not isinstance(module, DistributedDataParallel | FullyShardedDataParallel):
         several = dist.is_initialized() and dist.get_world_size() > 1
         return (Unwrapped if several else TorchBackend)(model, module, optimizer)  # nothing private is touched there
