@@ -89,7 +89,7 @@ def test_hpz_groups_of_an_earlier_engine(said: dict[str, Any]) -> None:
     assert seen["after hpz, stage 2"] == seen["after hpz, in a new process"] == ""
 
 
-@pytest.mark.parametrize("engine", ["stage 0", "stage 3", "offload", "pipeline", "stage 1"])
+@pytest.mark.parametrize("engine", ["stage 0", "stage 1", "bf16 optimizer", "stage 3", "offload", "pipeline"])
 def test_an_attribute_that_is_missing_is_refused(said: dict[str, Any], engine: str) -> None:
     found = said["fails_closed"][engine]
     below, method = found.pop("below a method"), found.pop("a method now")
@@ -101,6 +101,7 @@ def test_an_attribute_that_is_missing_is_refused(said: dict[str, Any], engine: s
     more = {
         "stage 0": {"autotp_size", "mpu"},
         "stage 1": {"autotp_size", "mpu", "use_separate_grad_accum"},
+        "bf16 optimizer": {"autotp_size", "mpu"},
         "stage 3": {"autotp_size", "mpu", "leaf_parameters", "z3_leaf_module"},
         "offload": {"super_offload", "ratio", "device"},
         "pipeline": {"grid", "get_slice_parallel_world_size", "_reentrant_activation_checkpointing", "fp16_enabled"},

@@ -245,6 +245,8 @@ def fails_closed() -> dict[str, Any]:
         "stage 3": lambda: plain(base(3)),
         "offload": lambda: plain(merged(3, offload)),
     }
+    bf16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    makers["bf16 optimizer"] = lambda: plain(merged(1, bf16))
     makers["pipeline"] = lambda: pipeline(merged(0, {"pipeline": {"use_reentrant": False}}))
     out: dict[str, Any] = {}
     for kind, make in makers.items():

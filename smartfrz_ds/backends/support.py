@@ -8,6 +8,7 @@ from typing import Any
 import deepspeed
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups
 from packaging.specifiers import SpecifierSet
 
@@ -212,7 +213,8 @@ def _leaf_modules(engine: DeepSpeedEngine, raw: dict[str, Any]) -> list[str]:
 
 def _waiting_gradients(engine: DeepSpeedEngine, raw: dict[str, Any]) -> list[str]:
     """Backend.is_boundary looks for gradients of another dtype, which stage_1_and_2.py puts into `grad_accum` where it keeps them apart."""
-    if _stage(engine) in (1, 2) and ask_switch(engine, "optimizer.use_separate_grad_accum"):
+    # BF16_Optimizer, which serves stage 1 with fp32 accumulation (engine.py), has no such attribute: its own are looked at in wrapped16.py.
+    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer) and ask_switch(engine, "optimizer.use_separate_grad_accum"):
         for group in ask(engine, "optimizer.bit16_groups"):
             for param in group:
                 ask(param, "grad_accum")
