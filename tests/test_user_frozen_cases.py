@@ -57,14 +57,16 @@ def lines() -> Iterator[list[str]]:
     seen: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    levels = {heard: heard.level for heard in (logger, logging.getLogger("smartfrz_ds"))}
+    for heard in levels:
+        heard.addHandler(handler)
+        heard.setLevel(logging.INFO)
     try:
         yield seen
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+        for heard, level in levels.items():
+            heard.removeHandler(handler)
+            heard.setLevel(level)
 
 
 def same_as_torch(
