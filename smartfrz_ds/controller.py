@@ -20,7 +20,7 @@ from .backends.base import Backend
 from .backends.pipeline import PipelineStage
 from .config import FreezeConfig, digest
 from .deciding import decide, infos, policy_of, tell
-from .events import EventLog, FreezeEvent
+from .events import FreezeEvent
 from .flops import FlopMeter, FlopTally, chain_profile
 from .forward_mode import ForwardMode
 from .freezing import check_tied, thaw_modules
@@ -39,6 +39,7 @@ from .policies.base import Decision, View
 from .rebalancing import Rebalancer
 from .recompute import RecomputeBoundary
 from .rules import allowed, candidates, check_known
+from .run_log import RunLog
 from .schedule import RemainingLr, current_lr, total_steps_of
 from .snapshots import Snapshots
 from .status import RunStatus
@@ -62,6 +63,8 @@ class Report:
     policy_note: what the policy says of its plan as a whole (rank 0), empty where it has none.
     width_note: in a pipeline whose active part fits fewer stages: how much faster fewer stages with more replicas would be, and how to get
         there; else empty.
+    log_path: the log of this controller (rank 0), empty where there is none. A second engine beside a living one with the same
+        `smartfrz.log_path` writes to a file of its own.
     """
 
     step: int
@@ -76,6 +79,7 @@ class Report:
     policy_note: str = ""
     width_note: str = ""
     user_frozen: tuple[str, ...] = ()
+    log_path: str = ""
 
 
 class Controller(GuardedAttributes, LayoutControl):
@@ -129,13 +133,12 @@ class Controller(GuardedAttributes, LayoutControl):
 
         self._history = History(config.window)
         self._remaining_lr = RemainingLr(scheduler, self.total_steps)
-        self._log = EventLog(
+        self._log = RunLog(
             Path(config.log_path) if config.log_path and backend.rank == 0 else None,
             monitor if backend.rank == 0 else None,
             samples=lambda: int(getattr(backend.engine, "global_samples", 0)),
         )
         self._status = RunStatus(self._log, backend, self._ranks, self._layers, self._intervals.status_interval)
-        self._events: list[FreezeEvent] = []
         # It compares in the first forward, then removes its hooks. A pipeline's order is its list of layers; "any" asks for none.
         self._order = None if backend.staged or config.order == "any" else OrderCheck(model, self._layers)
 
@@ -162,6 +165,7 @@ class Controller(GuardedAttributes, LayoutControl):
 
         self.step = 0
         self._frozen: set[str] = set()
+        self._frozen_before_load: set[str] | None = None
         self._frozen_at: dict[str, int] = {}
         self._lr = current_lr(backend.base_optimizer())
         self._lr_spent = 0.0
@@ -310,6 +314,7 @@ class Controller(GuardedAttributes, LayoutControl):
         if self.released:
             return
         self.released = True
+        self._log.close()
         for layer in self._layers:
             if layer.name in self._frozen:
                 thaw_modules(layer, self._model.training)
@@ -371,7 +376,7 @@ class Controller(GuardedAttributes, LayoutControl):
             step=self.step,
             layers=self._names,
             frozen=self.frozen,
-            events=tuple(self._events),
+            events=tuple(self._log.events),
             optimizer_bytes=self._backend.optimizer_bytes(),
             plugin_seconds=self._seconds,
             freeze_seconds=self._freeze_seconds,
@@ -380,6 +385,7 @@ class Controller(GuardedAttributes, LayoutControl):
             policy_note=self._note,
             width_note="" if self._width is None else self._width.advice(self._checkpoint_folder),
             user_frozen=self._users.names,
+            log_path="" if self._log.path is None else str(self._log.path),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -398,13 +404,11 @@ class Controller(GuardedAttributes, LayoutControl):
             "history": self._history.state_dict(),
             "sample": [self.config.sample_size, self.config.seed],
             "spacing": self._intervals.spacing,
-            "log_position": self._log.position,
-            # decisions are many, and in the log
-            "events": [event.to_json() for event in self._events if event.kind != "decision"],
             "guard": None if self._guard is None else self._guard.state_dict(),
             "recompute": self._recompute.state_dict(),
             "supplies": self._supplies.state_dict(),
             "status": self._status.state_dict(),
+            **self._log.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -428,8 +432,12 @@ class Controller(GuardedAttributes, LayoutControl):
                 raise ValueError(f"the freeze state is of another model: its layer {name!r} has {theirs} weights, this model's {ours}")
         self._ranks.agree(f"load frozen {state['frozen']} at step {state['step']}", "freeze states to load")
 
-    def take_up(self, state: Mapping[str, Any]) -> None:
-        """All of a freeze state but the layout, after the tensors: counts, the policy's state, history, the log's position."""
+    def take_up(self, state: Mapping[str, Any], folder: str = "") -> None:
+        """All of a freeze state but the layout, after the tensors: counts, the policy's state, history, the log's position.
+
+        folder: of the checkpoint, for the record.
+        """
+        left = self.step
         self.step = int(state["step"])
         self._frozen_at = dict(state["frozen_at"])
         self._lr_spent, self._cooldown = float(state["lr_spent"]), int(state["cooldown"])
@@ -446,13 +454,15 @@ class Controller(GuardedAttributes, LayoutControl):
         if self._rebalancer is not None:
             self._rebalancer.due = bool(self._frozen)
         self._status.restart(state.get("status"))
-        self._events = [FreezeEvent.from_json(event) for event in state["events"]]
-        if self._log.position:  # a new log is no mistake
-            self._log.truncate_to(int(state["log_position"]))
+        if self._log.trained:
+            self._loaded(left, folder)
+        else:
+            self._frozen_before_load = None
+            self._log.resume(state, self.step)
         if self._awaits:
             self._early_state = state
         else:
-            self._take_up_policy(state)  # last: it may add a warning to the log
+            self._take_up_policy(state)
 
     def _take_up_policy(self, state: Mapping[str, Any]) -> None:
         """The policy's state and what was measured for it, as far as this run's settings and length continue those of the saved run."""
@@ -474,8 +484,12 @@ class Controller(GuardedAttributes, LayoutControl):
             )
         self._supplies.load_state_dict(measured)
 
-    def start_over(self, step: int) -> None:
-        """Begin to watch anew at `step`, with nothing known: after loading a checkpoint that has no freeze state."""
+    def start_over(self, step: int, folder: str = "") -> None:
+        """Begin to watch anew at `step`, with nothing known: after loading a checkpoint that has no freeze state.
+
+        folder: of the checkpoint, for the record.
+        """
+        left = self.step
         self.step, self._lr_spent, self._cooldown = step, 0.0, 0
         self._frozen_at.clear()
         self._tally.whole = self._tally.done = 0.0
@@ -484,6 +498,13 @@ class Controller(GuardedAttributes, LayoutControl):
         self._history.load_state_dict({})
         self._guard = self._make_guard()
         self._status.restart()
+        if self._log.trained:
+            self._loaded(left, folder)
+        self._frozen_before_load = None
+
+    def loaded_weights(self, folder: str) -> None:
+        """Say that only weights were loaded from a checkpoint: the run stays what it is."""
+        self._loaded(self.step, folder, weights_only=True)
 
     def _renew_policy(self) -> None:
         if self._awaits:
@@ -500,6 +521,7 @@ class Controller(GuardedAttributes, LayoutControl):
         self._inside = True
         self.learn()  # nobody did
         self._status.begin(self)
+        self._log.trained = True
         self.step += 1
         self._lr_spent += self._lr
         self._lr = current_lr(self._backend.base_optimizer())

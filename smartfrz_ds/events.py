@@ -7,6 +7,8 @@ readers skip and the next writer cuts off.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
 import json
 import math
 import os
@@ -17,7 +19,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 _FIRST_BYTES = b'{"kind": "'  # of every line
-EventKind = Literal["freeze", "thaw", "decision", "warning", "rebalance"]
+_MARKED_BYTES = 1024
+WEIGHTS_ONLY = ", weights only"  # how the message of a load ends that left everything else as it was
+EventKind = Literal["freeze", "thaw", "decision", "warning", "rebalance", "load"]
 
 
 class Monitor(Protocol):
@@ -33,9 +37,9 @@ class FreezeEvent:
     """One thing that happened at a step boundary.
 
     kind: "freeze" and "thaw" (done), "decision" (what a policy wants, not done: dry run), "warning", "rebalance" (layers of a pipeline have
-        moved to other stages).
-    step: successful optimizer steps so far, >= 0.
-    layers: the layers that it is about, in order.
+        moved to other stages), "load" (a checkpoint was loaded while this run was going on: see run_log.py).
+    step: successful optimizer steps so far, >= 0; of a "load" those of the checkpoint.
+    layers: the layers that it is about, in order; of a "load" those that are frozen now and weren't before it, or the other way round.
     frozen: all frozen layers after it, in order.
     probabilities: for each judged layer the policy's certainty that it has converged, in [0, 1]; NaN is kept (null in the file).
     reasons: for each judged layer one short line.
@@ -45,9 +49,10 @@ class FreezeEvent:
     predicted_seconds: what was predicted just before a freeze (pause.py); 0 where nothing was.
     moved_bytes: bytes that crossed ranks for it, over all ranks.
     dry_run: whether the run only decides.
-    message: the text of a warning.
+    message: the text of a warning, or the checkpoint that was loaded.
     bounds: of the stages in the pipeline's list of layers after a re-balance.
     gain: how many times faster a step was predicted to be after it; 1 where no costs were known.
+    from_step: the step at which a "load" was done, else 0.
     """
 
     kind: EventKind
@@ -65,10 +70,16 @@ class FreezeEvent:
     message: str = ""
     bounds: tuple[int, ...] = ()
     gain: float = 1.0
+    from_step: int = 0
 
     def __post_init__(self) -> None:
         assert self.kind in get_args(EventKind), self.kind
-        assert self.step >= 0, self.step
+        assert self.step >= 0 and self.from_step >= 0, (self.step, self.from_step)
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether the run goes on from a checkpoint that was loaded (of any step; not its weights alone)."""
+        return self.kind == "load" and not self.message.endswith(WEIGHTS_ONLY)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able: lists, strings, numbers; a probability that is NaN or infinite becomes null."""
@@ -224,22 +235,70 @@ class EventLog:
         """Bytes of the file so far: to be kept with a checkpoint, for `truncate_to`. 0 without a file."""
         return self.path.stat().st_size if self.path is not None and self.path.exists() else 0
 
-    def truncate_to(self, position: int) -> None:
-        """Drops the events after `position`, which a run that resumes from that checkpoint lives through again.
+    def mark(self, position: int | None = None) -> str:
+        """A digest of the last bytes before `position` (None: before the end): whether a position belongs to this very file. Empty
+        without a file."""
+        if self.path is None or not self.path.exists():
+            return ""
+        end = self.position if position is None else position
+        with self.path.open("rb") as file:
+            file.seek(max(end - _MARKED_BYTES, 0))
+            return hashlib.sha256(file.read(min(end, _MARKED_BYTES))).hexdigest()[:16]
 
-        Warns and changes nothing where the file can't be the one of which `position` was taken (too short, or no line ends there).
+    def truncate_to(self, position: int, mark: str = "", *, copy: Path | None = None) -> Path | None:
+        """Drop the records after `position`, which a run that resumes from that checkpoint lives through again.
+
+        Args:
+            position: bytes, of the property `position` when the checkpoint was saved.
+            mark: of the method `mark` then; empty: not known.
+            copy: where what is dropped is kept; a name with a number where that one is taken. None: nowhere.
+
+        Returns: the file in which it is kept, None where nothing is.
+
+        Warns and changes nothing where the file can't be the one of which `position` was taken (too short, no line ends there, other bytes
+        in front), or where the copy can't be written.
         """
         assert position >= 0, position
         if self.path is None or position == self.position:
-            return
-        with self.path.open("a+b") as file:
-            file.seek(max(position - 1, 0))
-            if position > self.position or (position > 0 and file.read(1) != b"\n"):
-                text = f"smartfrz: the log {self.path} is not the one of this checkpoint (no event ends at byte {position}): left as it is"
-                warnings.warn(text, RuntimeWarning, stacklevel=2)
-                return
-            file.truncate(position)
-            os.fsync(file.fileno())
+            return None
+        try:
+            with self.path.open("a+b") as file:
+                file.seek(max(position - 1, 0))
+                fits = position <= self.position and (position == 0 or file.read(1) == b"\n")
+                if not fits or (mark and mark != self.mark(position)):
+                    text = (
+                        f"smartfrz: the log {self.path} is not the one of this checkpoint (no event ends at byte {position}): left as it is"
+                    )
+                    warnings.warn(text, RuntimeWarning, stacklevel=2)
+                    return None
+                file.seek(position)
+                kept = None if copy is None else _keep(copy, file.read())
+                file.truncate(position)
+                os.fsync(file.fileno())
+                return kept
+        except OSError as error:
+            text = f"smartfrz: the log {self.path} could not be cut back to the checkpoint, it goes on behind what was there: {error}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+            return None
+
+
+def _keep(path: Path, data: bytes) -> Path:
+    """Write `data` to a file that isn't there yet: `path`, or the first free one with a number in its name."""
+    for number in itertools.count(1):
+        free = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+        try:
+            with free.open("xb") as file:
+                try:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                except OSError:
+                    free.unlink()
+                    raise
+            return free
+        except FileExistsError:
+            continue
+    raise AssertionError
 
 
 def read_events(path: str | Path) -> list[FreezeEvent]:
@@ -333,7 +392,7 @@ def _scalars(record: Record) -> list[tuple[str, float, int]]:
         if record.kind in ("freeze", "thaw"):
             values["smartfrz/bytes_released"] = record.bytes_released_total
             values["smartfrz/freeze_seconds"] = record.seconds
-        if record.kind in ("freeze", "thaw", "decision"):
+        if record.kind in ("freeze", "thaw", "decision", "load"):
             values["smartfrz/frozen_layers"] = len(record.frozen)
         values |= {f"smartfrz/probability/{name}": float(p) for name, p in record.probabilities.items()}
     return [(name, value, record.step) for name, value in values.items() if _finite(value) is not None and value is not None]

@@ -110,7 +110,7 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             controller.restore(checkpoint)
         load()
         if not there:  # of a run without this callback
-            controller.start_over(trainer.state.global_step)
+            controller.start_over(trainer.state.global_step, checkpoint)
 
     def _attach(self, settings: FreezeConfig) -> TorchController:
         trainer = self._trainer
@@ -188,6 +188,8 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The model is the user's again."""
         self._undo()
+        if self._attached is not None and args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._attached.loaded_weights(state.best_model_checkpoint)  # without DeepSpeed the Trainer loads them itself
         self._let_go()
         if self.controller is not None and not self.controller.released:
             self.controller.release()

@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from .agree import Ranks
 from .backends.base import Backend, FreezeError
 from .config import FreezeConfig
-from .events import EventLog, FreezeEvent
+from .events import WEIGHTS_ONLY, FreezeEvent
 from .flops import FlopMeter, FlopTally
 from .freezing import check_tied, freeze_modules, leaving_params
 from .gradient_check import GradientCheck
@@ -34,6 +34,7 @@ from .planner.width import Width
 from .rebalancing import Rebalancer
 from .recompute import RecomputeBoundary
 from .rules import check_order
+from .run_log import RunLog
 from .snapshots import Snapshots
 from .supplies import Supplies
 from .user_frozen import Restored, UserFrozen
@@ -54,8 +55,7 @@ class LayoutControl:
     _frozen: set[str]
     _frozen_at: dict[str, int]
     _recorded: set[str]
-    _events: list[FreezeEvent]
-    _log: EventLog
+    _log: RunLog
     _history: History
     _intervals: Intervals
     _supplies: Supplies
@@ -74,6 +74,7 @@ class LayoutControl:
     _seconds: float
     _inside: bool  # within after_step
     _freeze_seconds: float
+    _frozen_before_load: set[str] | None
     _warned_once: bool
     _warned_blind: bool
 
@@ -120,7 +121,13 @@ class LayoutControl:
     def restore_layout(self, frozen: Iterable[str]) -> None:
         """Bring the layout to this frozen set, whatever `order` says, before tensors are loaded: moments of layers that come back are
         zero. Collective, at a step boundary where the set is another than now, else RuntimeError."""
+        self._note_layout()
         self._change(set(frozen), kind="restore")
+
+    def _note_layout(self) -> None:
+        """Remember what is frozen, for the record of the load that follows."""
+        if self._frozen_before_load is None:
+            self._frozen_before_load = set(self._frozen)
 
     def restore_layout_of(self, state: Mapping[str, Any], *, by_position: bool = False) -> Restored:
         """`restore_layout` for a freeze state, whoever froze a layer: the user then and not now, or the other way round. Collective.
@@ -132,6 +139,7 @@ class LayoutControl:
         if users is None:  # of a version that left such layers alone
             self.restore_layout(state["frozen"])
             return Restored()
+        self._note_layout()
         left, before = set(users["left"]), set(self._users.taken)
         ours = tuple(name for name in self._names if name in left and name not in self._users.names)
         with self._taking_in(set(self._users.names) - left, self._users.groups_in(users)):
@@ -195,6 +203,22 @@ class LayoutControl:
         """Say on rank 0 what is left to the user."""
         if names and self._ranks.rank == 0:
             logger.info(f"smartfrz: step {self.step}, {text.format(', '.join(sorted(names)))}")
+
+    def _loaded(self, left: int, folder: str, *, weights_only: bool = False) -> None:
+        """Record that a checkpoint was loaded into the running run. left: the step before it."""
+        before, self._frozen_before_load = self._frozen_before_load, None
+        changed = self._frozen ^ (self._frozen if before is None or weights_only else before)
+        what = f"checkpoint {folder}" if folder else "a freeze state"
+        self._record(
+            FreezeEvent(
+                kind="load",
+                step=self.step,
+                from_step=left,
+                layers=self._sorted(changed),
+                frozen=self.frozen,
+                message=what + (WEIGHTS_ONLY if weights_only else ""),
+            )
+        )
 
     def _change(
         self, frozen: set[str], *, kind: str, about: Mapping[str, Any] | None = None, began: float | None = None, anew: bool = False
@@ -413,8 +437,7 @@ class LayoutControl:
         return tuple(sorted(names, key=self._names.index))
 
     def _record(self, event: FreezeEvent) -> None:
-        self._events.append(event)
-        self._log.write(event)
+        self._log.add(event)
 
     def _warn(self, text: str, *, once: bool = False) -> None:
         if once and self._warned_once:

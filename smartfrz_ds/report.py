@@ -6,6 +6,7 @@ Words and tables here; the charts are in report_charts.py, the page's frame in r
 from __future__ import annotations
 
 import html
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ from importlib.resources import files
 from pathlib import Path
 from statistics import median
 
-from .events import FreezeEvent, Record, RunStart, Status, is_log, read_log
+from .events import WEIGHTS_ONLY, FreezeEvent, Record, RunStart, Status, is_log, read_log
+from .words import duration, layer_names, size, some
 
 MOST_ROWS = 400  # of the table of events
 
@@ -23,13 +25,23 @@ MOST_ROWS = 400  # of the table of events
 class Run:
     """One run out of a log, resumed or not, oldest first.
 
-    starts: one for each process that trained; none in logs that were written before there were such lines.
+    starts: one for each process that trained, and for each time that a run went back to a checkpoint; none in logs that were written
+        before there were such lines.
+    events: all of them, as they happened, those that a rollback took back too.
+    statuses: without those that a rollback took back.
+    live: all records in their order, without what a rollback took back.
+    resumes, rollbacks: how often the run went on in another process, and in the same one from an earlier checkpoint.
+    last_load: the checkpoint that was loaded after the last step, if one was.
     notes: what a reader must know of the log itself.
     """
 
     starts: list[RunStart] = field(default_factory=list)
     events: list[FreezeEvent] = field(default_factory=list)
     statuses: list[Status] = field(default_factory=list)
+    live: list[Record] = field(default_factory=list)
+    resumes: int = 0
+    rollbacks: int = 0
+    last_load: FreezeEvent | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -42,8 +54,8 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        records: list[Record] = [*self.starts, *self.events, *self.statuses]
-        return max((r.step for r in records), default=0)
+        last = max((r.step for r in self.live), default=0)
+        return max(last, self.last_load.from_step) if self.last_load is not None else last
 
     @property
     def dry(self) -> bool:
@@ -51,22 +63,20 @@ class Run:
         return self.starts[-1].dry_run if self.starts else any(e.dry_run for e in self.events)
 
     def changes(self) -> list[FreezeEvent]:
-        """The freezes and thaws."""
-        return [e for e in self.events if e.kind in ("freeze", "thaw")]
+        """The freezes and thaws, without those that a rollback took back."""
+        return [e for e in self.live if isinstance(e, FreezeEvent) and e.kind in ("freeze", "thaw")]
 
     def _marks(self) -> list[tuple[int, frozenset[str]]]:
         """What is frozen (in a dry run: would be) from which step on, oldest first."""
         if self.dry:
             wanted: set[str] = set()
             marks = []
-            for e in self.events:
-                wanted |= set(e.layers) if e.kind == "decision" else set()
+            for e in self.live:
+                wanted |= set(e.layers) if isinstance(e, FreezeEvent) and e.kind == "decision" else set()
                 marks.append((e.step, frozenset(wanted)))
             return marks
-        marks = [(s.step, frozenset(s.frozen)) for s in self.starts]
-        marks += [(e.step, frozenset(e.frozen)) for e in self.changes()]
-        marks += [(s.step, frozenset(s.frozen)) for s in self.statuses]
-        return sorted(marks, key=lambda mark: mark[0])  # stable: of one step the status stands behind the events
+        changes = set(map(id, self.changes()))
+        return [(r.step, frozenset(r.frozen)) for r in self.live if not isinstance(r, FreezeEvent) or id(r) in changes]
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -91,6 +101,7 @@ class Run:
 
 def find_log(run_dir: Path) -> Path:
     """The log of a run: `run_dir` itself where it is a file, else the one log among the *.jsonl files in it, or in the folders in it.
+    Copies of what a resume has cut from a log (NAME.cut-STEP.jsonl) don't count.
 
     Raises ValueError: there is none, or there are several.
     """
@@ -99,7 +110,7 @@ def find_log(run_dir: Path) -> Path:
     if not run_dir.is_dir():
         raise ValueError(f"{run_dir}: no such folder or file")
     for pattern in ("*.jsonl", "*/*.jsonl"):
-        found = [path for path in sorted(run_dir.glob(pattern)) if path.is_file() and is_log(path)]
+        found = [p for p in sorted(run_dir.glob(pattern)) if not re.search(r"\.cut-\d+(-\d+)?$", p.stem) and p.is_file() and is_log(p)]
         if len(found) > 1:
             raise ValueError(f"{run_dir} holds several logs; name one of them: {', '.join(map(str, found))}")
         if found:
@@ -123,21 +134,42 @@ def load_run(path: Path) -> Run:
         raise ValueError(f"{path}: the log is empty: the run has written no whole line yet")
     lines: list[Record] = []
     earlier = 0
+    back: int | None = None  # the step of a checkpoint that was loaded into the running run, until training goes on
     for record in records:
-        if lines and record.step < lines[-1].step:
+        if isinstance(record, FreezeEvent) and record.goes_back:
+            back = record.step
+        elif isinstance(record, RunStart) and record.step == back:
+            back = None
+        elif lines and record.step < lines[-1].step:
             if isinstance(record, RunStart) and record.step > 0:  # resumed from a checkpoint
                 lines = [x for x in lines if x.step <= record.step]
             else:
-                earlier, lines = earlier + 1, []
+                earlier, lines, back = earlier + 1, [], None
         elif isinstance(record, RunStart) and record.step == 0 and any(not _at_the_start(x) for x in lines):
             earlier, lines = earlier + 1, []
         lines.append(record)
     if earlier:
         notes.append(f"the file also holds {earlier} earlier run{'s' * (earlier > 1)}, which this report leaves out")
-    run = Run(notes=notes)
+    run, back = Run(notes=notes), None
     for record in lines:
-        held: list[Record] = run.starts if isinstance(record, RunStart) else run.statuses if isinstance(record, Status) else run.events  # type: ignore[assignment]
-        held.append(record)
+        if isinstance(record, RunStart):
+            if record.step == back:
+                run.rollbacks += 1
+                run.live = [x for x in run.live if x.step <= record.step]
+            elif run.starts:
+                run.resumes += 1
+            back = None
+        if isinstance(record, FreezeEvent):
+            run.events.append(record)
+            if record.kind == "load":
+                back = record.step if record.goes_back else back
+                run.last_load = record
+                continue
+        if not (isinstance(record, FreezeEvent) and record.kind == "warning"):
+            run.last_load = None
+        run.live.append(record)
+        run.starts = [x for x in run.live if isinstance(x, RunStart)]
+    run.statuses = [x for x in run.live if isinstance(x, Status)]
     if not run.statuses:
         run.notes.append("there are no status lines: no losses, times and bytes over the run (an old log, or one that has just begun)")
     return run
@@ -198,22 +230,33 @@ def summary(run: Run) -> list[str]:
     if run.dry:
         lines = [f"A dry run: nothing was frozen. By {at} the policy would have frozen {_layers(len(frozen), count)}."]
     elif frozen:
-        lines = [f"At {at}, {_layers(len(frozen), count)} {'is' if len(frozen) == 1 else 'are'} frozen: {_names(frozen, run.layers)}."]
+        lines = [f"At {at}, {_layers(len(frozen), count)} {'is' if len(frozen) == 1 else 'are'} frozen: {layer_names(frozen, run.layers)}."]
     else:
         lines = [f"At {at}, none of {count} layers is frozen." if run.starts else f"At {at}, no layer is frozen."]
+    if run.last_load is not None:
+        lines.append(f"After it {_loaded(run.last_load, run.layers)}.")
+    if run.rollbacks:
+        lines.append(f"The run went back to an earlier checkpoint {some(run.rollbacks, 'time')}; the charts show the part that counts.")
     if run.statuses:
         lines.append(_savings(run))
         lines += _before_and_after(run)
-    changes = run.changes()
+    changes = [e for e in run.events if e.kind in ("freeze", "thaw")]  # training stood still for those that were taken back too
     if changes:
         seconds = sum(e.seconds for e in changes)
         thaws = sum(e.kind == "thaw" for e in changes)
-        text = f"{_some(len(changes) - thaws, 'freeze')}" + (f" and {_some(thaws, 'thaw')}" if thaws else "")
-        lines.append(f"{text} stopped training for {_seconds(seconds)} in all, {_seconds(max(e.seconds for e in changes))} at most.")
+        text = f"{some(len(changes) - thaws, 'freeze')}" + (f" and {some(thaws, 'thaw')}" if thaws else "")
+        lines.append(f"{text} stopped training for {duration(seconds)} in all, {duration(max(e.seconds for e in changes))} at most.")
     guarded = [e for e in changes if e.kind == "thaw" and any(r.startswith("guard:") for r in e.reasons.values())]
     if guarded:
-        lines.append(f"The guard took {_some(len(guarded), 'freeze')} back: the metric had become worse (see the table).")
+        lines.append(f"The guard took {some(len(guarded), 'freeze')} back: the metric had become worse (see the table).")
     return lines
+
+
+def _loaded(load: FreezeEvent, order: Sequence[str]) -> str:
+    frozen = f"{_layers(len(load.frozen), len(order))} frozen" + (f": {layer_names(load.frozen, order)}" if load.frozen else "")
+    if load.message.endswith(WEIGHTS_ONLY):
+        return f"the weights of {load.message.removesuffix(WEIGHTS_ONLY)} were loaded"
+    return f"{load.message} was loaded, of step {load.step:,}, with {frozen}"
 
 
 def _savings(run: Run) -> str:
@@ -239,7 +282,7 @@ def _before_and_after(run: Run) -> list[str]:
     slow = [s.step_seconds for s in before[-5:] if s.step_seconds is not None]
     fast = [s.step_seconds for s in after[1:][-5:] if s.step_seconds is not None]
     if slow and fast:
-        lines.append(f"A step took {_change(median(slow), median(fast), _seconds)} (medians, before the first freeze and last).")
+        lines.append(f"A step took {_change(median(slow), median(fast), duration)} (medians, before the first freeze and last).")
     return lines
 
 
@@ -250,35 +293,6 @@ def _change(before: float, after: float, show: Callable[[float], str]) -> str:
 
 def _layers(some: int, of: int) -> str:
     return f"{some} of {of} layers"
-
-
-def _some(count: int, word: str) -> str:
-    return f"{count} {word}{'s' * (count != 1)}"
-
-
-def _names(names: Sequence[str], order: Sequence[str]) -> str:
-    """Layers, with runs of neighbours as "first … last (n)"."""
-    place = {name: i for i, name in enumerate(order)}
-    known = sorted(names, key=lambda name: place.get(name, len(place)))
-    groups: list[list[str]] = []
-    for name in known:
-        if groups and name in place and place.get(groups[-1][-1], -9) == place[name] - 1:
-            groups[-1].append(name)
-        else:
-            groups.append([name])
-    return ", ".join(f"{g[0]} … {g[-1]} ({len(g)})" if len(g) > 3 else ", ".join(g) for g in groups)
-
-
-def size(count: float) -> str:
-    """Bytes as people write them."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(count) >= scale:
-            return f"{count / scale:.3g} {unit}".replace("-", "−")
-    return f"{count:.0f} B"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{1000 * seconds:.3g} ms" if abs(seconds) < 1 else f"{seconds:.3g} s"
 
 
 def _hours(hours: float) -> str:
@@ -297,11 +311,10 @@ def _facts(run: Run, log: Path) -> str:
     facts = {"log": log.name}
     if run.starts:
         last = run.starts[-1]
-        resumed = len(run.starts) - 1
         facts |= {"policy": last.policy + (", dry run" if last.dry_run else ""), "engine": last.engine, "ranks": str(last.ranks)}
         facts |= {"layers": str(len(last.layers)), "weights": f"{sum(last.weights):,}", "smartfrz_ds": last.version}
         facts["began"] = _when(run.starts[0].time)
-        facts |= {"resumed": _some(resumed, "time")} if resumed else {}
+        facts |= {"resumed": some(run.resumes, "time")} if run.resumes else {}
     if run.statuses:
         facts["last status"] = f"step {run.statuses[-1].step:,}, {_when(run.statuses[-1].time)}"
     return "".join(f"<div><dt>{_text(key)}</dt><dd>{_text(value)}</dd></div>" for key, value in facts.items())
@@ -323,7 +336,7 @@ def _table(run: Run) -> str:
     rows = "".join(_row(e, run.layers) for e in shown[:MOST_ROWS])
     if not rows:
         rows = '<tr><td colspan="6">none yet</td></tr>'
-    about = f"<p>{_some(silent, 'more decision')} of the policy froze nothing.</p>" if silent else ""
+    about = f"<p>{some(silent, 'more decision')} of the policy froze nothing.</p>" if silent else ""
     if len(shown) > MOST_ROWS:
         about += f"<p>{len(shown) - MOST_ROWS} later events are only in the log.</p>"
     heads = "".join(f"<th>{name}</th>" for name in ("step", "what", "layers", "released", "pause", "reason"))
@@ -337,19 +350,21 @@ def _row(event: FreezeEvent, order: Sequence[str]) -> str:
         if event.reasons.get(name):
             reasons.setdefault(event.reasons[name], []).append(name)
     several = len(event.layers) > 1 and len(reasons) > 1
-    why = [f"<b>{_text(_names(names, order))}</b>: {_text(r)}" if several else _text(r) for r, names in reasons.items()]
+    why = [f"<b>{_text(layer_names(names, order))}</b>: {_text(r)}" if several else _text(r) for r, names in reasons.items()]
     if not why:
         why = [_text(event.message) or "by hand, or not given"]
     what = {"decision": "would freeze", "rebalance": "stages moved"}.get(event.kind, event.kind)
     if event.bounds:
         why = [f"stages begin at {', '.join(map(str, event.bounds[:-1]))}; predicted {event.gain:.2f} × faster"]
+    if event.kind == "load":
+        what, why = f"loaded at {event.from_step:,}", [_text(_loaded(event, order))]
     changed = event.kind in ("freeze", "thaw")
     cells = [
         (f"{event.step:,}", "number"),
         (f'<span class="tag {event.kind}">{what}</span>', ""),
-        (_text(_names(event.layers, order)), ""),
+        (_text(layer_names(event.layers, order)), ""),
         (size(event.bytes_released_total) if changed else "", "number"),
-        (_seconds(event.seconds) if changed else "", "number"),
+        (duration(event.seconds) if changed else "", "number"),
         ("<br>".join(why), "reason"),
     ]
     return "<tr>" + "".join(f'<td class="{kind}">{cell}</td>' for cell, kind in cells) + "</tr>"

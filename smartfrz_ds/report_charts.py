@@ -16,6 +16,8 @@ from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from .words import size
+
 if TYPE_CHECKING:
     from .report import Run
 
@@ -113,7 +115,9 @@ def _frozen(run: Run) -> Chart | None:
         if 0 in weights.values():
             handles.append(matplotlib.patches.Patch(color=OWN, label="frozen by you, or without weights"))
         figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False)
-        about = "Each row is a layer, the front one on top." + (" Dotted: the run was resumed." if run.starts[1:] else "")
+        about = "Each row is a layer, the front one on top." + (
+            " Dotted: the run was resumed, or went back." if run.rollbacks else " Dotted: the run was resumed." if run.starts[1:] else ""
+        )
         return _chart("frozen", "Frozen layers", about, figure)
 
 
@@ -181,8 +185,6 @@ def _lines(
             ax.tick_params(length=0)
             ax.yaxis.set_major_locator(MaxNLocator(5))
             if label == "bytes":
-                from .report import size
-
                 ax.set_ylabel("")
                 ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: size(y) if y else "0"))
         _step_axis(panels[-1])

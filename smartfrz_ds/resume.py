@@ -183,11 +183,12 @@ class Checkpoints:
             if own != set(self.controller.frozen):
                 self.controller.restore_layout(own)
             self.controller.hand_back(restored.taken)
+            self.controller.loaded_weights(str(folder))
             return
         if state is None:
-            self.controller.start_over(_applied_steps(self.backend.engine))
+            self.controller.start_over(_applied_steps(self.backend.engine), str(folder))
         else:
-            self.controller.take_up(state)
+            self.controller.take_up(state, str(folder))
         if moments:
             self.backend.forget([p for group in self.backend.groups for p in group])  # it belongs to the run as it was before
             private = {} if state is None else state["privates"][self.ranks.rank] if self.backend.staged else state["private"]

@@ -19,9 +19,10 @@ from ._version import __version__
 from .agree import Ranks
 from .backends.base import Backend
 from .backends.torch_plain import TorchBackend
-from .events import EventLog, RunStart, Status
+from .events import RunStart, Status
 from .guard import MetricFeed
 from .layers import Layer, shape_of
+from .run_log import RunLog
 
 if TYPE_CHECKING:
     from .controller import Controller
@@ -36,7 +37,7 @@ class RunStatus:
     interval: steps from one status to the next.
     """
 
-    def __init__(self, log: EventLog, backend: Backend, ranks: Ranks, layers: Sequence[Layer], interval: int) -> None:
+    def __init__(self, log: RunLog, backend: Backend, ranks: Ranks, layers: Sequence[Layer], interval: int) -> None:
         self._log, self._backend, self._ranks, self._layers, self.interval = log, backend, ranks, layers, interval
         self._on = ranks.sums([float(log.wanted)])[0] > 0
         self._feed = MetricFeed("loss")

@@ -79,7 +79,7 @@ def restore_from(controller: Controller, backend: TorchBackend, folder: str | Pa
             )
     restored = controller.restore_layout_of(state)
     controller.hand_back(restored.were_users)
-    controller.take_up(state)
+    controller.take_up(state, str(folder))
     if kept is not None:
         backend.load_kept_state(*kept)
     controller.last_checkpoint = str(folder)

@@ -24,8 +24,9 @@ from torch import nn
 
 import smartfrz_ds
 from smartfrz_ds.config import FreezeConfig, with_settings
-from smartfrz_ds.events import read_events
+from smartfrz_ds.events import FreezeEvent, Status, read_events, read_log
 from smartfrz_ds.hook import install_hook
+from smartfrz_ds.report import load_run
 
 Saw = Callable[..., dict[str, Any]]
 REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
@@ -180,8 +181,18 @@ def test_the_guard_sees_the_loss_and_what_is_logged(default: Path) -> None:
 def test_the_best_model_is_loaded_at_the_end(name: str, request: pytest.FixtureRequest) -> None:
     facts = saw(request.getfixturevalue("default" if name in OTHERS else "slow"), name)
     assert facts["best"] == 4 and facts["worst"] == 0.0 and facts["trainable"]
+    front = ["embeddings", "model.layers.0", "model.layers.1"]
+    freezes = [["freeze", 2 * i + 2, [layer]] for i, layer in enumerate(front)]
+    records = read_log(Path(facts["log_path"]))
+    assert [r.step for r in records if isinstance(r, Status)] == list(range(2, 13, 2))
+    assert [[e.kind, e.step, list(e.layers)] for e in records if isinstance(e, FreezeEvent)] == facts["events"]
+    run = load_run(Path(facts["log_path"]))
+    assert run.last_step == 12 and run.last_load is not None and list(run.frozen) == front
     if name == "best-z2":  # DeepSpeed's load brings the layout of then
-        assert facts["frozen"] == ["embeddings", "model.layers.0"]
+        assert facts["frozen"] == front[:2] == list(run.last_load.frozen)
+        assert facts["events"] == [*freezes, ["load", 4, front[2:]]]
+    else:
+        assert facts["events"] == [*freezes, ["load", 12, []]] and run.last_load.message.endswith("weights only")
 
 
 @pytest.mark.slow

@@ -263,6 +263,7 @@ def facts_of(trainer: Any) -> dict[str, Any]:
         "log_history": trainer.state.log_history,
         "seen_logs": trainer.seen.logs,
         "hooked": deepspeed.initialize is not PLAIN,
+        "log_path": report.log_path,
     }
 
 
@@ -300,6 +301,7 @@ def run_straight(case: Mapping[str, Any], folder: Path) -> None:
 def run_best(case: Mapping[str, Any], folder: Path) -> None:
     """The best checkpoint is an early one, with fewer layers frozen: the Trainer loads it when training ends."""
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    case = {**case, "smartfrz": {"log_path": str(folder / f"{case['name']}.jsonl")}}
     trainer = trainer_for(case, folder, eval_strategy="steps", eval_steps=4, **best)
     trainer.train()
     saved = load_file(str(folder / case["name"] / "checkpoint-4" / "model.safetensors"))

@@ -89,6 +89,7 @@ def resumed(folder: Path) -> None:
         if number == 3:
             engine.save_checkpoint(str(folder / "checkpoint"))
     dist.barrier()
+    engine.smartfrz.release()  # as the end of its process does: else the second engine gets a log of its own
     again = make("z1-fp32", folder, log_path=str(folder / "resumed.jsonl"), status_interval=2)
     again.load_checkpoint(str(folder / "checkpoint"))
     for number in range(4, 8):

@@ -1,0 +1,36 @@
+"""Numbers and names as people write them, for the report page and for the lines of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def size(count: float) -> str:
+    """Bytes."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= scale:
+            return f"{count / scale:.3g} {unit}".replace("-", "−")
+    return f"{count:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, or milliseconds below one."""
+    return f"{1000 * seconds:.3g} ms" if abs(seconds) < 1 else f"{seconds:.3g} s"
+
+
+def some(count: int, word: str) -> str:
+    """A count with its noun."""
+    return f"{count} {word}{'s' * (count != 1)}"
+
+
+def layer_names(names: Sequence[str], order: Sequence[str]) -> str:
+    """Layers in their order, with runs of neighbours as "first … last (n)"."""
+    place = {name: i for i, name in enumerate(order)}
+    known = sorted(names, key=lambda name: place.get(name, len(place)))
+    groups: list[list[str]] = []
+    for name in known:
+        if groups and name in place and place.get(groups[-1][-1], -9) == place[name] - 1:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return ", ".join(f"{g[0]} … {g[-1]} ({len(g)})" if len(g) > 3 else ", ".join(g) for g in groups)
