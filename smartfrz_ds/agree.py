@@ -27,6 +27,7 @@ class Ranks:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.alone = not dist.is_initialized() or dist.get_world_size() == 1
+        self.count = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
 
     def agree(self, what: str, about: str) -> None:

@@ -42,6 +42,7 @@ from .rules import allowed, candidates, check_known
 from .run_log import RunLog
 from .schedule import RemainingLr, current_lr, total_steps_of
 from .snapshots import Snapshots
+from .speaking import Speaker, scheduler_name
 from .status import RunStatus
 from .supplies import RunFacts, Supplies
 from .user_frozen import UserFrozen, whole_numel
@@ -65,6 +66,7 @@ class Report:
         there; else empty.
     log_path: the log of this controller (rank 0), empty where there is none. A second engine beside a living one with the same
         `smartfrz.log_path` writes to a file of its own.
+    outcome: one sentence: what froze so far, or why nothing did (on rank 0 with the policy's reasons).
     """
 
     step: int
@@ -80,6 +82,7 @@ class Report:
     width_note: str = ""
     user_frozen: tuple[str, ...] = ()
     log_path: str = ""
+    outcome: str = ""
 
 
 class Controller(GuardedAttributes, LayoutControl):
@@ -139,6 +142,8 @@ class Controller(GuardedAttributes, LayoutControl):
             samples=lambda: int(getattr(backend.engine, "global_samples", 0)),
         )
         self._status = RunStatus(self._log, backend, self._ranks, self._layers, self._intervals.status_interval)
+        self._speaker = Speaker(self, self._log, self._layers, lambda: self._tally.saved_fraction)
+        self._status.outcome = self._speaker.outcome
         # It compares in the first forward, then removes its hooks. A pipeline's order is its list of layers; "any" asks for none.
         self._order = None if backend.staged or config.order == "any" else OrderCheck(model, self._layers)
 
@@ -185,6 +190,9 @@ class Controller(GuardedAttributes, LayoutControl):
         self._warn_if_never()
         self._after_layout_change()
         self._gradients.record_start(self._backend.trained, stage_follows=False)
+        self._speaker.length_from = scheduler_name(scheduler) if total == "auto" else "smartfrz.total_steps"
+        if not later:
+            self._speaker.start()
 
     def _hire(self, *, manual: bool = False) -> None:
         """Make the policy and what it needs. manual: a stand-in that decides nothing, until `learn` was called. Collective."""
@@ -282,11 +290,11 @@ class Controller(GuardedAttributes, LayoutControl):
         finally:
             self._users.give_back(theirs)
 
-    def learn(self, *, scheduler: Any = None, total_steps: int | None = None) -> None:
+    def learn(self, *, scheduler: Any = None, total_steps: int | None = None, told_by: str = "learn()") -> None:
         """What `attach(…, later=True)` could not know: the scheduler, and the length of the run (steps; None: the scheduler's).
 
         Collective, before the first step; once. A number at `smartfrz.total_steps` wins. What a checkpoint that was loaded meanwhile says
-        of the policy is taken up now.
+        of the policy is taken up now. told_by: who says total_steps, for the line at the start.
 
         Raises ValueError for what the policy refuses.
         """
@@ -294,8 +302,11 @@ class Controller(GuardedAttributes, LayoutControl):
             return
         self._awaits = False
         if self.config.total_steps == "auto":
+            known = self.total_steps
             # not by assignment, which is refused once it is set (guarded.py)
-            self.__dict__["total_steps"] = total_steps or total_steps_of(scheduler) or self.total_steps
+            self.__dict__["total_steps"] = total_steps or total_steps_of(scheduler) or known
+            if self.total_steps != known:
+                self._speaker.length_from = told_by if total_steps else scheduler_name(scheduler)
         self._hire()
         self._supplies.try_probe()
         self._remaining_lr = RemainingLr(scheduler if scheduler is not None else self._remaining_lr.scheduler, self.total_steps)
@@ -307,12 +318,14 @@ class Controller(GuardedAttributes, LayoutControl):
             self._early_state = None
         self._warn_if_never()
         self._gradients.record_start(self._backend.trained, stage_follows=self._stage_at(self.step + 1))
+        self._speaker.start()
 
     def release(self) -> None:
         """Give the model back as it was: every layer trains, no hook is left. The engine must not be trained any further, but it can be
         saved. A second call changes nothing: somebody else may have the model by then."""
         if self.released:
             return
+        self._speaker.end()
         self.released = True
         self._log.close()
         for layer in self._layers:
@@ -346,6 +359,17 @@ class Controller(GuardedAttributes, LayoutControl):
     def backend(self) -> Backend:
         """The engine's inside; for checkpoints."""
         return self._backend
+
+    @property
+    def first_stage(self) -> int | None:
+        """The step of the first freezing stage, however long the run is; None with the policy `manual`."""
+        return None if self.config.policy == "manual" else self._intervals.first_from(1)
+
+    @property
+    def threshold(self) -> float | None:
+        """What a probability of the policy must reach; None where it has no such number."""
+        threshold = getattr(self._policy, "threshold", None)
+        return float(threshold) if threshold is not None else None
 
     @property
     def keeps_state(self) -> bool:
@@ -386,6 +410,7 @@ class Controller(GuardedAttributes, LayoutControl):
             width_note="" if self._width is None else self._width.advice(self._checkpoint_folder),
             user_frozen=self._users.names,
             log_path="" if self._log.path is None else str(self._log.path),
+            outcome=self._speaker.outcome(),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -408,6 +433,7 @@ class Controller(GuardedAttributes, LayoutControl):
             "recompute": self._recompute.state_dict(),
             "supplies": self._supplies.state_dict(),
             "status": self._status.state_dict(),
+            "stages": self._speaker.stages.state_dict(),
             **self._log.state_dict(),
         }
 
@@ -459,6 +485,7 @@ class Controller(GuardedAttributes, LayoutControl):
         else:
             self._frozen_before_load = None
             self._log.resume(state, self.step)
+            self._speaker.resumed(folder, state.get("stages"))
         if self._awaits:
             self._early_state = state
         else:
@@ -500,6 +527,8 @@ class Controller(GuardedAttributes, LayoutControl):
         self._status.restart()
         if self._log.trained:
             self._loaded(left, folder)
+        else:
+            self._speaker.resumed(folder, None)
         self._frozen_before_load = None
 
     def loaded_weights(self, folder: str) -> None:
@@ -605,6 +634,14 @@ class Controller(GuardedAttributes, LayoutControl):
         heard = tell(self._ranks, self._names, own, f"step {self.step}, layers {self._names}, frozen {self.frozen}")
         if heard.failure:
             self._warn(heard.failure, once=True)
+        self._speaker.stages.judged(
+            self.step,
+            heard.chosen,
+            heard.probabilities,
+            heard.reasons,
+            failed=bool(heard.failure),
+            ordered=self.config.order == "front_to_back",
+        )
         about: dict[str, Any] = {"probabilities": heard.probabilities, "reasons": heard.reasons}
         if heard.chosen and not self.config.dry_run:
             self._change(self._frozen | heard.chosen, kind="freeze", about=about, began=began)

@@ -105,6 +105,8 @@ class RunStart:
     layers, kinds, weights: names of all layers, front to back; "embedding", "block" or "head"; number of weights, 0: the user froze them.
     frozen: frozen layers at that moment. policy, engine, version: names, and this package's version. ranks: how many.
     total_steps: of the whole run, None: unknown. dry_run: whether the run only decides.
+    first_stage: the step of the first freezing stage, None: no policy decides, or not known.
+    optimizer_bytes, gradient_bytes: as of `Status`, before anything else happens; None: not known.
     """
 
     step: int
@@ -119,6 +121,9 @@ class RunStart:
     ranks: int = 1
     total_steps: int | None = None
     dry_run: bool = False
+    first_stage: int | None = None
+    optimizer_bytes: int | None = None
+    gradient_bytes: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able, `kind` first."""
@@ -145,6 +150,8 @@ class Status:
     hours_saved: steps with frozen layers × what they are faster by than the median step without, minus this package's own time.
     lr: the highest learning rate of the parameter groups, of the step after this one.
     metrics: the newest observed values.
+    usual_seconds: median of the steps without frozen layers so far.
+    outcome: what froze so far, or why nothing did, for people.
     """
 
     step: int
@@ -158,6 +165,8 @@ class Status:
     hours_saved: float | None = None
     lr: float = 0.0
     metrics: Mapping[str, float | None] = field(default_factory=dict)
+    usual_seconds: float | None = None
+    outcome: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able, `kind` first; what is no finite number becomes null."""

@@ -114,8 +114,6 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def _attach(self, settings: FreezeConfig) -> TorchController:
         trainer = self._trainer
-        if settings.total_steps == "auto":
-            settings = settings.model_copy(update={"total_steps": trainer.state.max_steps})
         self._attached = attach_torch(
             trainer.model_wrapped,
             trainer.optimizer,
@@ -123,7 +121,9 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             scheduler=trainer.lr_scheduler,
             probe_batch=self._probe_batch,
             scaler=getattr(trainer.accelerator, "scaler", None),
+            later=True,
         )
+        self._attached.learn(scheduler=trainer.lr_scheduler, total_steps=trainer.state.max_steps, told_by="the Trainer")
         setattr(trainer, _SAVE, partial(self._save, getattr(trainer, _SAVE)))
         return self._attached
 
@@ -146,7 +146,7 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             self.controller = getattr(engine, "smartfrz", None)
             if self.controller is not None:
                 own = lr_scheduler if engine.lr_scheduler is None else None  # the Trainer's, which the engine doesn't know
-                self.controller.learn(scheduler=own, total_steps=state.max_steps)
+                self.controller.learn(scheduler=own, total_steps=state.max_steps, told_by="the Trainer")
             return
         settings = self._settings_over(None)
         if self._attached is None and settings.enabled:

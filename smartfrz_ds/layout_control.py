@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.utils import logger
 from torch.nn import Parameter
 
 from .agree import Ranks
@@ -36,6 +35,7 @@ from .recompute import RecomputeBoundary
 from .rules import check_order
 from .run_log import RunLog
 from .snapshots import Snapshots
+from .speaking import Speaker
 from .supplies import Supplies
 from .user_frozen import Restored, UserFrozen
 
@@ -56,6 +56,7 @@ class LayoutControl:
     _frozen_at: dict[str, int]
     _recorded: set[str]
     _log: RunLog
+    _speaker: Speaker
     _history: History
     _intervals: Intervals
     _supplies: Supplies
@@ -202,7 +203,7 @@ class LayoutControl:
     def _note_users(self, names: Collection[str], text: str) -> None:
         """Say on rank 0 what is left to the user."""
         if names and self._ranks.rank == 0:
-            logger.info(f"smartfrz: step {self.step}, {text.format(', '.join(sorted(names)))}")
+            self._speaker.note(f"step {self.step:,}: {text.format(', '.join(sorted(names)))}")
 
     def _loaded(self, left: int, folder: str, *, weights_only: bool = False) -> None:
         """Record that a checkpoint was loaded into the running run. left: the step before it."""
@@ -242,9 +243,6 @@ class LayoutControl:
         predicted = self._predict(frozen) if kind != "restore" else None
         if predicted is not None:
             self._predicted = predicted
-            if self._ranks.rank == 0:
-                doing = "freezing" if kind == "freeze" else "thawing"
-                logger.info(f"smartfrz: step {self.step}, {doing} {', '.join(self._sorted(change.gone or change.back))}: {predicted}")
         try:
             if kind == "restore":  # what was kept belongs to the run as it was before
                 self._backend.forget([p for layer in self._layers for p in (*layer.params, *layer.copies)])
@@ -301,8 +299,8 @@ class LayoutControl:
         """Look at the stages with what is frozen now. moves: whether layers may move."""
         assert self._rebalancer is not None
         move, self._width = self._rebalancer.decide(self._measured_bandwidths(), moves=moves)
-        if self._width is not None and self._ranks.rank == 0:
-            logger.info(f"smartfrz: step {self.step}, {self._width.advice(self._checkpoint_folder)}")
+        if self._width is not None:
+            self._speaker.note(f"step {self.step:,}: {self._width.advice(self._checkpoint_folder)}")
         if move is not None and move.problem:
             self._warn(move.problem)
         elif move is not None:
@@ -350,8 +348,6 @@ class LayoutControl:
             message=f"stages {list(old)} became {list(self._rebalancer.bounds)}",
         )
         self._record(event)
-        if self._ranks.rank == 0:
-            logger.info(f"smartfrz: step {self.step}, {event.message}: a step is predicted to be {gain:.2f} times as fast")
 
     def _broke_off(self, kind: str, error: BaseException) -> FreezeError:
         last = self.last_checkpoint
@@ -438,6 +434,7 @@ class LayoutControl:
 
     def _record(self, event: FreezeEvent) -> None:
         self._log.add(event)
+        self._speaker.event(event, by_policy=self._inside)
 
     def _warn(self, text: str, *, once: bool = False) -> None:
         if once and self._warned_once:

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from .events import WEIGHTS_ONLY, FreezeEvent, Record, RunStart, Status, is_log, read_log
+from .outcome import Stages, outcome
 from .words import duration, layer_names, size, some
 
 MOST_ROWS = 400  # of the table of events
@@ -77,6 +78,27 @@ class Run:
             return marks
         changes = set(map(id, self.changes()))
         return [(r.step, frozenset(r.frozen)) for r in self.live if not isinstance(r, FreezeEvent) or id(r) in changes]
+
+    def outcome(self) -> str:
+        """What froze, or why nothing did: as the run itself has told it last, else as far as its events tell."""
+        last = self.statuses[-1] if self.statuses else None
+        if last is not None and last.outcome and not any(e.step > last.step for e in self.changes()):
+            return last.outcome
+        start, stages = self.starts[-1] if self.starts else None, Stages()
+        for e in self.live:
+            if isinstance(e, FreezeEvent) and e.kind in ("freeze", "decision") and e.probabilities:
+                stages.judged(e.step, e.layers, e.probabilities, e.reasons)
+        return outcome(
+            step=self.last_step,
+            layers=self.layers,
+            frozen=() if self.dry else self.frozen,
+            events=[e for e in self.live if isinstance(e, FreezeEvent)],
+            policy=start.policy if start and start.policy else "policy",
+            stages=stages,
+            first_stage=start.first_stage if start else None,
+            total_steps=start.total_steps if start else None,
+            dry_run=self.dry,
+        )
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -233,6 +255,7 @@ def summary(run: Run) -> list[str]:
         lines = [f"At {at}, {_layers(len(frozen), count)} {'is' if len(frozen) == 1 else 'are'} frozen: {layer_names(frozen, run.layers)}."]
     else:
         lines = [f"At {at}, none of {count} layers is frozen." if run.starts else f"At {at}, no layer is frozen."]
+    lines.append(f"What froze, or why not: {run.outcome()}.")
     if run.last_load is not None:
         lines.append(f"After it {_loaded(run.last_load, run.layers)}.")
     if run.rollbacks:
@@ -269,21 +292,36 @@ def _savings(run: Run) -> str:
 
 
 def _before_and_after(run: Run) -> list[str]:
-    """Sentences on what the frozen layers changed; none where there is no status before or none after the first freeze."""
-    before = [s for s in run.statuses if not s.frozen]
+    """Sentences on what the frozen layers changed; none where nothing is frozen, or nothing is known of the time before it was."""
     after = [s for s in run.statuses if s.frozen]
-    if not before or not after or before[-1].step > after[-1].step:
+    if not after:
         return []
-    first, last = before[-1], after[-1]
-    lines = [f"Optimizer memory over all ranks: {_change(first.optimizer_bytes, last.optimizer_bytes, size)}."]
-    if first.gradient_bytes and last.gradient_bytes is not None:
-        lines[-1] = lines[-1][:-1] + f"; gradients sent per step: {_change(first.gradient_bytes, last.gradient_bytes, size)}."
-    # The first status with frozen layers timed the steps before that freeze.
-    slow = [s.step_seconds for s in before[-5:] if s.step_seconds is not None]
+    last, lines = after[-1], []
+    memory, sent = _before(run, after)
+    if memory:
+        lines.append(f"Optimizer memory over all ranks: {_change(memory, last.optimizer_bytes, size)}")
+    if sent and last.gradient_bytes is not None:
+        lines.append(f"{'gradients' if lines else 'Gradients'} sent per step: {_change(sent, last.gradient_bytes, size)}")
+    lines = ["; ".join(lines) + "."] if lines else []
+    # The first status with frozen layers timed the steps before that freeze too.
+    slow = [s.step_seconds for s in run.statuses if s.step < after[0].step and not s.frozen and s.step_seconds is not None][-5:]
+    slow = slow or [s.usual_seconds for s in after[-1:] if s.usual_seconds is not None]
     fast = [s.step_seconds for s in after[1:][-5:] if s.step_seconds is not None]
     if slow and fast:
         lines.append(f"A step took {_change(median(slow), median(fast), duration)} (medians, before the first freeze and last).")
     return lines
+
+
+def _before(run: Run, after: Sequence[Status]) -> tuple[int | None, int | None]:
+    """Bytes of the optimizer and of gradients before the first freeze: of a status or of the start; else what was released since counts."""
+    found: list[Status | RunStart] = [s for s in run.statuses if not s.frozen and s.step < after[-1].step]
+    found = found[-1:] or [s for s in run.starts if not s.frozen and s.optimizer_bytes]
+    if found:
+        return found[-1].optimizer_bytes, found[-1].gradient_bytes
+    first = after[0]
+    released = [e.bytes_released_total for e in run.changes() if e.step <= first.step and (not run.starts or e.step >= run.starts[0].step)]
+    known = bool(released) and (not run.starts or not run.starts[0].frozen)
+    return (first.optimizer_bytes + sum(released) if known else None), None
 
 
 def _change(before: float, after: float, show: Callable[[float], str]) -> str:

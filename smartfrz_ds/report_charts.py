@@ -55,28 +55,29 @@ class Chart:
 
 def charts(run: Run) -> list[Chart]:
     """All charts that the run's log has numbers for."""
-    marks = "Lines mark the freezes" + (" (dashed: thaws)." if any(e.kind == "thaw" for e in run.events) else ".")
+    kinds = {e.kind for e in run.changes()}
+    marks = " Lines mark the freezes" * bool(kinds) + (" (dashed: thaws)." if "thaw" in kinds else "." if kinds else "")
     made = [_frozen(run), _probabilities(run)]
     plots: list[tuple[str, str, str, Sequence[tuple[str, Callable[[Any], float | None]]], bool]] = [
-        ("loss", "Loss", f"Mean over the steps since the point before, all ranks. {marks}", [("loss", lambda s: s.loss)], False),
+        ("loss", "Loss", f"Mean over the steps since the point before, all ranks.{marks}", [("loss", lambda s: s.loss)], False),
         (
             "step-time",
             "Step time",
-            f"Median of the steps since the point before, without this package's own work and pauses. {marks}",
+            f"Median of the steps since the point before, without this package's own work and pauses.{marks}",
             [("seconds", lambda s: s.step_seconds)],
             True,
         ),
         (
             "optimizer",
             "Optimizer memory",
-            f"Bytes of optimizer state and master weights, over all ranks. {marks}",
+            f"Bytes of optimizer state and master weights, over all ranks.{marks}",
             [("bytes", lambda s: s.optimizer_bytes)],
             True,
         ),
         (
             "gradients",
             "Gradients sent",
-            f"Bytes of gradients that all ranks together hand to reductions in a step, as the layout says. {marks}",
+            f"Bytes of gradients that all ranks together hand to reductions in a step, as the layout says.{marks}",
             [("bytes", lambda s: s.gradient_bytes)],
             True,
         ),
@@ -84,7 +85,7 @@ def charts(run: Run) -> list[Chart]:
             "savings",
             "Savings so far",
             "Share of the training FLOPs up to here that was not spent; and hours: measured step times against the median step without "
-            f"frozen layers, this package's own work and pauses taken off. {marks}",
+            f"frozen layers, this package's own work and pauses taken off.{marks}",
             [("FLOPs saved, %", lambda s: 100 * s.saved_flops_fraction), ("hours saved", lambda s: s.hours_saved)],
             False,
         ),
@@ -156,7 +157,8 @@ def _lines(
 ) -> Chart | None:
     """One panel a series, below each other; None where no status has a number for any. zero: the axis begins at 0."""
     values = [(label, [math.nan if (v := of(s)) is None else float(v) for s in run.statuses]) for label, of in series]
-    values = [(label, numbers) for label, numbers in values if not all(map(math.isnan, numbers))]
+    # Without a number for any status there is nothing to draw, nor where there are no bytes at all: nobody to send gradients to.
+    values = [(label, n) for label, n in values if not all(math.isnan(x) or (label == "bytes" and x == 0) for x in n)]
     if not values:
         return None
     steps = [s.step for s in run.statuses]

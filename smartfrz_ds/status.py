@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,7 @@ class RunStatus:
         self._usual: deque[float] = deque(maxlen=_REMEMBERED)
         self._usual_before: float | None = None  # of the run that was resumed
         self._gained, self._own_seconds = 0.0, 0.0
+        self.outcome: Callable[[], str] = str  # what froze so far, or why nothing did
         self._known = True  # whether the gain of all steps with frozen layers could be told
 
     def loss(self, loss: Any) -> None:
@@ -131,9 +132,13 @@ class RunStatus:
             hours_saved=self._gained / 3600 if self._known else None,
             lr=lr,
             metrics=told,
+            usual_seconds=usual,
+            outcome=self.outcome(),
         )
 
     def _start(self, run: Controller) -> RunStart:
+        sent = gradient_bytes(self._backend)
+        held, handed, unknown = self._ranks.sums([self._backend.optimizer_bytes(), sent or 0, float(sent is None)])
         return RunStart(
             step=run.step,
             time=time.time(),
@@ -147,6 +152,9 @@ class RunStatus:
             ranks=1 if self._ranks.alone else dist.get_world_size(),
             total_steps=run.total_steps,
             dry_run=run.config.dry_run,
+            first_stage=run.first_stage,
+            optimizer_bytes=int(held),
+            gradient_bytes=None if unknown else int(handed),
         )
 
 

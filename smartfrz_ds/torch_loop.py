@@ -67,8 +67,8 @@ class TorchController(Controller):
         self._forwards.remove()
         del self._backend.base_optimizer().smartfrz  # type: ignore[attr-defined]
 
-    def learn(self, *, scheduler: Any = None, total_steps: int | None = None) -> None:
-        super().learn(scheduler=scheduler, total_steps=total_steps)
+    def learn(self, *, scheduler: Any = None, total_steps: int | None = None, told_by: str = "learn()") -> None:
+        super().learn(scheduler=scheduler, total_steps=total_steps, told_by=told_by)
         self._hooks.come_last()  # behind what a new policy has hooked
 
     def _listen(self, hooks: _Hooks) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -150,12 +151,41 @@ def test_words_at_the_top(tmp_path: Path) -> None:
     lines = summary(load_run(log_of(tmp_path, RUN)))
     assert lines == [
         "At step 100 of 100, 2 of 6 layers are frozen: embeddings, blocks.0.",
+        "What froze, or why not: froze embeddings, blocks.0 at step 40, blocks.1 at step 70; 1 thaw, 1 of them by the guard; 2 of 6 layers "
+        "frozen now: embeddings, blocks.0.",
         "8.3 % of the training FLOPs so far were saved, and an estimated 11.6 s of time.",
         "Optimizer memory over all ranks: 6 MB → 4 MB (−33 %); gradients sent per step: 1.5 MB → 1 MB (−33 %).",
         "A step took 500 ms → 417 ms (−17 %) (medians, before the first freeze and last).",
         "2 freezes and 1 thaw stopped training for 400 ms in all, 200 ms at most.",
         "The guard took 1 freeze back: the metric had become worse (see the table).",
     ]
+
+
+def test_what_was_before_is_known_where_the_first_status_has_frozen_layers(tmp_path: Path) -> None:
+    """Of the start line and of the timed steps; of an old log at least the bytes that the freezes released."""
+    first = freeze(10, FRONT, FRONT, bytes_released_total=2_000_000)
+    new = dataclasses.replace(start(), optimizer_bytes=6_000_000, gradient_bytes=1_500_000)
+    late = [status(20, FRONT, usual_seconds=0.5), status(40, FRONT, usual_seconds=0.5)]
+    lines = summary(load_run(log_of(tmp_path / "new", [new, first, *late])))
+    assert "Optimizer memory over all ranks: 6 MB → 4 MB (−33 %); gradients sent per step: 1.5 MB → 1 MB (−33 %)." in lines
+    assert "A step took 500 ms → 417 ms (−17 %) (medians, before the first freeze and last)." in lines
+    lines = summary(load_run(log_of(tmp_path / "old", [start(), first, status(20, FRONT), status(40, FRONT)])))
+    assert "Optimizer memory over all ranks: 6 MB → 4 MB (−33 %)." in lines and not any("A step took" in line for line in lines)
+
+
+def test_a_page_without_freezes_and_in_one_process(tmp_path: Path) -> None:
+    """No word of lines that aren't there, no empty chart, and why nothing froze: as the run told it, or read off its events."""
+    alone = {"gradient_bytes": 0}
+    log_of(tmp_path, [dataclasses.replace(start(), first_stage=200), decision(20), status(20, **alone), status(40, **alone)])
+    page = Page(write_report(tmp_path))
+    assert "Lines mark the freezes" not in page.text and [i for i in page.ids if i in CHARTS] == [c for c in CHARTS if c != "gradients"]
+    assert "nothing was frozen: the policy attention was asked at 1 freezing stage; the most certain layer was blocks.0" in page.text
+    short = load_run(log_of(tmp_path / "short", [dataclasses.replace(start(), first_stage=200), status(100)]))
+    assert "no freezing stage came: the run had 100 steps, the first stage would be at step 200" in summary(short)[1]
+    told = load_run(log_of(tmp_path / "told", [start(), status(100, outcome="nothing was frozen: the layers move")]))
+    assert summary(told)[1] == "What froze, or why not: nothing was frozen: the layers move."
+    log_of(tmp_path / "thawed", RUN)
+    assert "Lines mark the freezes (dashed: thaws)." in Page(write_report(tmp_path / "thawed")).text
 
 
 def test_table_of_events(page: Path) -> None:

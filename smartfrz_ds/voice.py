@@ -1,0 +1,177 @@
+"""What a run says while it runs: one line for each thing that happens, on rank 0, through the logger "smartfrz_ds".
+
+Python shows no line below a warning by default. Where the user has configured no logging, this package's lines get a handler of their own;
+it is added when a controller is made, never at import, and goes away as soon as the user configures logging.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakSet
+
+from .events import WEIGHTS_ONLY, FreezeEvent
+from .words import duration, layer_names, size, some
+
+LOGGER = logging.getLogger("smartfrz_ds")
+_FORMAT = "[%(asctime)s] [%(levelname)s] %(message)s"
+_ENDING: WeakSet[Any] = WeakSet()
+
+
+class _Handler(logging.Handler):
+    """Writes to whatever sys.stderr is at that moment, as logging's own last resort does."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
+
+
+_OWN = _Handler()
+_OWN.setFormatter(logging.Formatter(_FORMAT))
+
+
+def make_audible() -> None:
+    """Let the lines be seen where the user has configured no logging, and leave them to the user's handlers and levels where he has."""
+    root = logging.getLogger()
+    ours = _OWN in LOGGER.handlers
+    if root.handlers or not LOGGER.propagate or any(handler is not _OWN for handler in LOGGER.handlers):
+        if ours:  # configured meanwhile: else each line would come twice
+            LOGGER.removeHandler(_OWN)
+            if LOGGER.level == _Level.set_to:
+                LOGGER.setLevel(logging.NOTSET)
+            _Level.set_to = None
+        return
+    if not ours:
+        LOGGER.addHandler(_OWN)
+    if LOGGER.level == logging.NOTSET and root.level == logging.WARNING:  # no level was chosen
+        LOGGER.setLevel(logging.INFO)
+        _Level.set_to = logging.INFO
+
+
+class _Level:
+    set_to: int | None = None  # the level that this module has set
+
+
+class Voice:
+    """The lines of one controller. speaks: whether this is rank 0."""
+
+    def __init__(self, speaks: bool) -> None:
+        self._speaks = speaks
+        if speaks:
+            make_audible()
+
+    def say(self, text: str, *, level: int = logging.INFO) -> None:
+        """One line."""
+        if self._speaks:
+            make_audible()
+            LOGGER.log(level, "smartfrz: %s", text)
+
+    def at_exit(self, owner: Any) -> None:
+        """Call `owner.end()` when the interpreter ends, if it still lives then."""
+        if self._speaks:
+            if not _ENDING:
+                atexit.unregister(_end_all)
+                atexit.register(_end_all)
+            _ENDING.add(owner)
+
+
+def _end_all() -> None:
+    for owner in list(_ENDING):
+        owner.end()
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------------------
+
+
+def start_text(
+    *,
+    engine: str,
+    ranks: int,
+    policy: str,
+    layers: Sequence[str],
+    own: int,
+    length: str,
+    total_steps: int | None,
+    first_stage: int | None,
+    log: str,
+    dry_run: bool,
+) -> str:
+    """How a run begins.
+
+    Args:
+        engine: the backend's name. ranks: how many. policy: its name.
+        layers: names, front to back. own: how many of them the user froze, or have no weights.
+        length: of the run, in words, with where it was read. total_steps: the same as a number, None: unknown.
+        first_stage: the step of the first freezing stage; None: no policy decides.
+        log: where the log is, in words.
+        dry_run: whether the run only decides.
+    """
+    found = f"{some(len(layers), 'layer')} ({layers[0]} … {layers[-1]}" + (f"; {own} without trainable weights)" if own else ")")
+    if first_stage is None:
+        stage = "no freezing stages: only freeze() and thaw() act"
+    elif total_steps is not None and first_stage >= total_steps:
+        stage = f"no freezing stage comes: the first would be at step {first_stage:,}"
+    else:
+        stage = f"first freezing stage at step {first_stage:,}"
+    mode = ", dry run: decides and freezes nothing" if dry_run else ""
+    return f"on ({engine}, {some(ranks, 'rank')}); policy {policy}{mode}; {found}; {length}; {stage}; {log}"
+
+
+def event_text(event: FreezeEvent, order: Sequence[str], *, policy: str | None) -> str:
+    """What has happened, in one line; empty for what is said elsewhere (warnings) or not worth one (decisions that change nothing).
+
+    Args:
+        event: the event.
+        order: all layers, front to back.
+        policy: the name of the policy that decided; None: the user called.
+    """
+    at = f"step {event.step:,}"
+    now = f"{len(event.frozen)} of {some(len(order), 'layer')} frozen"
+    if event.kind in ("freeze", "thaw"):
+        did = "froze" if event.kind == "freeze" else "thawed"
+        moved = (
+            f"released {size(event.bytes_released_total)}"
+            if event.bytes_released_total >= 0
+            else f"took {size(-event.bytes_released_total)}"
+        )
+        expected = f", predicted {duration(event.predicted_seconds)}" if event.predicted_seconds else ""
+        return (
+            f"{at}: {did} {layer_names(event.layers, order)} ({_reason(event, order, policy)}); {now}; {moved} of optimizer state over all "
+            f"ranks, pause {duration(event.seconds)}{expected}"
+        )
+    if event.kind == "decision" and event.dry_run and event.layers:
+        return f"{at}: dry run, would freeze {layer_names(event.layers, order)} ({_reason(event, order, policy)})"
+    if event.kind == "rebalance":
+        return f"{at}: {event.message}: a step is predicted to be {event.gain:.2f} times as fast; pause {duration(event.seconds)}"
+    if event.kind == "load":
+        if event.message.endswith(WEIGHTS_ONLY):
+            return f"step {event.from_step:,}: loaded the weights of {event.message.removesuffix(WEIGHTS_ONLY)}; {now}"
+        changed = f" (changed: {layer_names(event.layers, order)})" if event.layers else ""
+        return f"step {event.from_step:,}: went to step {event.step:,} with {event.message}; {now}{changed}"
+    return ""
+
+
+def _reason(event: FreezeEvent, order: Sequence[str], policy: str | None) -> str:
+    reasons: dict[str, list[str]] = {}
+    for name in event.layers:
+        if event.reasons.get(name):
+            reasons.setdefault(event.reasons[name], []).append(name)
+    told = list(reasons.items())
+    if len(told) == 1:
+        text = told[0][0]
+    else:
+        text = "; ".join(f"{layer_names(names, order)}: {reason}" for reason, names in told[:2]) + ("; …" if len(told) > 2 else "")
+    if text.startswith("guard:"):
+        return text
+    if policy is None:
+        return "manual"
+    sure = [event.probabilities[name] for name in event.layers if name in event.probabilities]
+    if not text and sure:
+        text = f"probability {min(sure):.3f}" + (f" to {max(sure):.3f}" if max(sure) > min(sure) else "")
+    return f"policy {policy}: {text}" if text else f"policy {policy}"
