@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -121,6 +122,11 @@ class Speaker:
         of = f" of {run.total_steps:,}" if run.total_steps else ""
         saved = f"; {100 * self._saved():.1f} % of the training FLOPs saved" if run.frozen else ""
         self._voice.say(f"end at step {run.step:,}{of}: {self.outcome()}{saved}")
+
+    def __del__(self) -> None:
+        # A controller that was dropped without release, for example as a local variable of main().
+        with contextlib.suppress(Exception):
+            self.end()
 
 
 def scheduler_name(scheduler: Any) -> str:
