@@ -175,7 +175,7 @@ class Controller(GuardedAttributes, LayoutControl):
         self._lr = current_lr(backend.base_optimizer())
         self._lr_spent = 0.0
         self._cooldown = 0
-        self._warned_once = self._warned_blind = False
+        self._warned_once = self._warned_blind = self._warned_uncuttable = False
         self._metrics: dict[str, float] = {}
         self._note = ""
         self._profiled_together = False
@@ -643,7 +643,7 @@ class Controller(GuardedAttributes, LayoutControl):
             ordered=self.config.order == "front_to_back",
         )
         about: dict[str, Any] = {"probabilities": heard.probabilities, "reasons": heard.reasons}
-        if heard.chosen and not self.config.dry_run:
+        if heard.chosen and not self.config.dry_run and not self._uncuttable(self._frozen | heard.chosen):
             self._change(self._frozen | heard.chosen, kind="freeze", about=about, began=began)
             self._cooldown = self.config.cooldown
         elif heard.chosen or heard.probabilities:

@@ -78,6 +78,7 @@ class LayoutControl:
     _frozen_before_load: set[str] | None
     _warned_once: bool
     _warned_blind: bool
+    _warned_uncuttable: bool
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -357,6 +358,15 @@ class LayoutControl:
     def leaving(self, frozen: set[str]) -> tuple[Parameter, ...]:
         """The parameters that are out of the optimizer when exactly these layers are frozen."""
         return leaving_params([x for x in self._layers if x.name in frozen], self._layers, self.config.tied)
+
+    def _uncuttable(self, frozen: set[str]) -> str:
+        """Why the optimizer's state doesn't let these layers be the frozen ones; "" where it does. Collective, and warns once."""
+        leaving = [p for p in self.leaving(frozen) if p not in self._backend.frozen]
+        why = next((text for text in self._ranks.everybodys(self._backend.uncuttable(leaving)) if text), "")
+        if why and not self._warned_uncuttable:
+            self._warned_uncuttable = True
+            self._warn(f"the policy's freezes are left out, and training goes on: {why}")
+        return why
 
     def _measured_bandwidths(self) -> Bandwidths:
         if self._bandwidths is None:

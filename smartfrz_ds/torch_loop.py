@@ -6,9 +6,10 @@ The controller listens to the torch optimizer (register_step_pre_hook and regist
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from ._version import __version__
 from .agree import Ranks
 from .backends.devices import collective_device
+from .backends.several import SeveralOptimizers, bare_optimizer, refuse_step_within_backward
 from .backends.torch_plain import TorchBackend, local
-from .backends.torch_support import bare_optimizer, make_torch_backend
+from .backends.torch_support import make_torch_backend
 from .config import FreezeConfig
 from .controller import Controller
 from .faults import compare_before_attach, explained, note_lost_contact, share_timeout
@@ -65,7 +67,10 @@ class TorchController(Controller):
         self._backend.remove()
         self._hooks.remove()
         self._forwards.remove()
-        del self._backend.base_optimizer().smartfrz  # type: ignore[attr-defined]
+        bare = self._backend.base_optimizer()
+        del bare.smartfrz  # type: ignore[attr-defined]
+        if isinstance(bare, SeveralOptimizers):
+            bare.let_go()
 
     def learn(self, *, scheduler: Any = None, total_steps: int | None = None, told_by: str = "learn()") -> None:
         super().learn(scheduler=scheduler, total_steps=total_steps, told_by=told_by)
@@ -92,13 +97,16 @@ class _Hooks:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.controller: TorchController | None = None
-        self._optimizer, self._counts = optimizer, True
+        self._optimizer, self._counts, self._warned = optimizer, True, False
         self._first = optimizer.register_step_pre_hook(self._before)
         self._last: Any = None
         self._load = optimizer.register_load_state_dict_pre_hook(_check_load)
 
     def listen(self, controller: TorchController) -> None:
         self.controller = controller
+        if isinstance(several := self._optimizer, SeveralOptimizers):
+            several.ignores = lambda one: _only_makes_state(one, controller)
+            several.incomplete = self._incomplete
         self.come_last()
         controller._listen(self)
 
@@ -113,9 +121,23 @@ class _Hooks:
             if handle is not None:
                 handle.remove()
 
+    def _incomplete(self) -> None:
+        """Some of several optimizers began another step before the others had taken this one."""
+        assert self.controller is not None
+        self.controller.step_skipped()
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "smartfrz: the optimizers do not all step equally often; only steps that all of them took are counted, and layers freeze "
+                "after those only",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self.controller is None:
             return
+        refuse_step_within_backward()
         if any(x is not None for x in (*args[1:], *kwargs.values())):
             raise ValueError("optimizer.step(closure): smartfrz_ds works with optimizer.step() alone, after backward")
         with explained(self.controller, "the optimizer's step"):
@@ -156,9 +178,13 @@ def _check_load(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None
         )
 
 
+# one, a list of them, or a container such as torchtitan's OptimizersContainer
+OptimizerLike: TypeAlias = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | Any
+
+
 def attach_torch(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: OptimizerLike,
     config: FreezeConfig | Mapping[str, Any] | str | Path | None = None,
     *,
     scheduler: Any = None,
@@ -170,10 +196,12 @@ def attach_torch(
 
     model: the model as the training loop calls it: plain, DistributedDataParallel, `fully_shard`ed (FSDP2) or FullyShardedDataParallel with
         use_orig_params=True (FSDP1), wrapped before.
-    optimizer: made over the wrapped model's parameters. Its groups stay; one that freezes whole becomes an empty one.
+    optimizer: made over the wrapped model's parameters. Its groups stay; one that freezes whole becomes an empty one. Several of them, in a
+        list or in a container that steps them (torchtitan's), are taken together: a step is one in which each of them steps.
     config: the settings: a FreezeConfig, a dict (the section itself, or a whole config with a "smartfrz" section), a path to such a
         JSON file, or None for the defaults.
-    scheduler: of the optimizer; says how long the run is (`total_steps: "auto"`) and what is left of the learning rate.
+    scheduler: of the optimizer (of several, any of theirs, or their container); says how long the run is (`total_steps: "auto"`) and what
+        is left of the learning rate.
     probe_batch: inputs on which the layers' outputs are compared, as of `attach`.
     scaler: the torch.amp.GradScaler, where there is one and the policy reads gradients.
     later: the scheduler and the length of the run come with `controller.learn(…)`, before the first step.
@@ -184,6 +212,7 @@ def attach_torch(
         RanksDisagree: the ranks differ in package versions, settings, models or optimizers.
     """
     bare = bare_optimizer(optimizer)
+    scheduler = next(iter(getattr(scheduler, "schedulers", ())), scheduler)  # a container of one for each optimizer
     there = getattr(bare, "smartfrz", None)
     if isinstance(there, TorchController):
         return there

@@ -16,8 +16,10 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch.optim import Optimizer
 
 from .base import Backend, FreezeError, Released, Sampler, SampleRequest
+from .flat import ALLOWED_WHOLE, FlatBackend
 from .pipeline import of_a_stage
 from .plain import PlainBackend
+from .state_layout import will_be_uncuttable
 from .support import check_engine, check_version
 from .wrapped16 import Bf16Backend, Fp16Backend
 from .zero3 import FrozenStorage, Zero3Backend
@@ -47,6 +49,11 @@ def make_backend(engine: DeepSpeedEngine, *, zero3_frozen: FrozenStorage = "shar
             made = of_a_stage(backend)(engine) if isinstance(engine, PipelineEngine) and isinstance(backend, type) else backend(engine)
             if warning:
                 made.warnings.append(warning)
+            if isinstance(made, FlatBackend) and will_be_uncuttable(made.base_optimizer()):
+                made.warnings.append(
+                    f"{type(made.base_optimizer()).__name__}: once it has stepped, no layer freezes under {made.name}, since its state "
+                    f"can't be cut at the layers' borders in a flat partition; the run goes on unfrozen. {ALLOWED_WHOLE}"
+                )
             return made
     raise ValueError(
         f"smartfrz_ds does not know the optimizer wrapper {type(engine.optimizer).__name__} of DeepSpeed; allowed: "

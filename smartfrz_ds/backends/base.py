@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 from ..layers import Layer, find_layers
 from ..policies.base import Need
+from .state_layout import state_tensors
 
 # A torch Parameter with the ds_* attributes that ZeRO-3 hangs on it (runtime/zero/partition_parameters.py).
 ZeroParam: TypeAlias = Any
@@ -275,10 +276,7 @@ class Backend(ABC):
 
     def optimizer_bytes(self) -> int:
         """Bytes of optimizer state and separate master weights on this rank, counted over the live storages."""
-        tensors = list(self.masters())
-        for state in self.base_optimizer().state.values():
-            tensors += [v for v in state.values() if isinstance(v, Tensor) and v.ndim > 0]
-        return storage_bytes(tensors)
+        return storage_bytes([*self.masters(), *state_tensors(self.base_optimizer().state)])
 
     @abstractmethod
     def sampler(self, requests: Sequence[SampleRequest], numel: int) -> Sampler:
@@ -294,7 +292,7 @@ class Backend(ABC):
 
         Raises:
             RuntimeError: not at a step boundary.
-            ValueError: parameters that this optimizer does not hold, or nothing would be left to train.
+            ValueError: parameters that this optimizer does not hold, state that can't follow them, or nothing would be left to train.
         """
         if not self.is_boundary():
             raise RuntimeError(self.not_a_boundary())
@@ -304,6 +302,12 @@ class Backend(ABC):
             raise ValueError(f"{len(unknown)} parameters are not in the optimizer, first of shape {tuple(unknown[0].shape)}")
         if not known - self.frozen - set(freeze) | set(thaw):
             raise ValueError("nothing would be left to train: keep at least one layer active")
+        if why := self.uncuttable((*freeze, *thaw)):
+            raise ValueError(why)
+
+    def uncuttable(self, changed: Collection[Parameter]) -> str:
+        """Why the optimizer's state can't follow these parameters out of the optimizer, or back; "" where it can. Not collective."""
+        return ""
 
     @abstractmethod
     def change(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool) -> Released:

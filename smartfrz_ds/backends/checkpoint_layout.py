@@ -30,6 +30,7 @@ from .flat import FlatBackend, _Kept, link
 from .layout import PackedLayout, Segment
 from .own_steps import copy_step
 from .plain import PlainBackend
+from .state_layout import pack_state, unpack_state
 from .wrapped16 import Bf16Backend
 from .zero3 import Zero3Backend
 from .zero12 import Zero12Backend
@@ -289,10 +290,12 @@ def kept_state(backend: Backend, only: Collection[Parameter] | None = None) -> t
     tensors: dict[str, Tensor] = {}
     if isinstance(backend, PlainBackend):
         held = [(p, kept) for p, kept in backend._kept.items() if p in names]
-        for k, (param, (master, state)) in enumerate(held):
-            numbers = {key: v for key, v in state.items() if not isinstance(v, Tensor)}
-            about.append({"param": names[param], "numbers": numbers})
-            tensors |= {f"{k}/state/{key}": v for key, v in state.items() if isinstance(v, Tensor)}
+        for param, (master, state) in held:
+            if (packed := pack_state(state)) is None:
+                continue
+            k = len(about)
+            about.append({"param": names[param]} | packed[0])
+            tensors |= {f"{k}/state/{key}": v for key, v in packed[1].items()}
             if master is not None:
                 tensors[f"{k}/master"] = master
     elif isinstance(backend, FlatBackend):
@@ -314,7 +317,8 @@ def load_kept_state(backend: Backend, about: Mapping[str, Any], tensors: Mapping
         mine = {name.removeprefix(f"{k}/"): t for name, t in tensors.items() if name.startswith(f"{k}/")}
         if isinstance(backend, PlainBackend):
             state = {key.removeprefix("state/"): t for key, t in mine.items() if key.startswith("state/")}
-            backend._kept[params[item["param"]]] = (mine.get("master"), state | item["numbers"])
+            param = params[item["param"]]
+            backend._kept[param] = (mine.get("master"), unpack_state(item, state, param))
         elif isinstance(backend, FlatBackend):
             pieces = {params[name]: [Segment(*s) for s in segments] for name, segments in item["pieces"].items()}
             kept = _Kept(PackedLayout(pieces, tuple(item["sizes"])))

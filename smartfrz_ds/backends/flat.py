@@ -8,7 +8,7 @@ master tensors stay the same objects, so every handle to them, a scheduler's too
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,14 @@ from .base import Backend, FreezeError, Released, Sampler, SampleRequest, detach
 from .devices import empty_cache, synchronize
 from .layout import FlatLayout, PackedLayout, bytes_sent, move, plan_moves
 from .own_steps import OwnSteps, Partition, copy_step, zero_step
+from .state_layout import why_uncuttable
 
 MASTER = "master"
+# what state that can't be cut allows, as the end of a message
+ALLOWED_WHOLE = (
+    "Allowed: ZeRO stage 0, or attach_torch (one process, DDP, FSDP2), where each parameter has its own state; or an optimizer whose "
+    "state has the weights' shape, such as AdamW"
+)
 
 
 class _Kept:
@@ -123,6 +129,12 @@ class FlatBackend(Backend):
     @property
     def sharded(self) -> bool:
         return any(layout.world > 1 for layout in self._layouts)
+
+    def uncuttable(self, changed: Collection[Parameter]) -> str:
+        wanted = set(changed)
+        touched = [i for i, group in enumerate(self.groups) if not wanted.isdisjoint(group)]
+        why = why_uncuttable(self.base_optimizer(), [self.master(i) for i in touched])
+        return f"{why}: no layer can leave or join a flat partition of {self.name}. {ALLOWED_WHOLE}" if why else ""
 
     def base_optimizer(self) -> torch.optim.Optimizer:
         return self.wrapper.optimizer
@@ -232,8 +244,6 @@ class FlatBackend(Backend):
         master, state = self.master(index), self.base_optimizer().state
         entries = state.get(master, {})
         flat_keys = [k for k, v in entries.items() if isinstance(v, Tensor) and v.ndim > 0]
-        for key in flat_keys:
-            assert entries[key].shape == master.shape, f"state {key} is not laid out like its parameter"
         rank, world, group = self.group_rank(index), old.world, self.process_group(index)
 
         kept = _Kept(PackedLayout.of(old, leaving))

@@ -198,6 +198,8 @@ class PipelineStage(_Base):
         has become another than its place in the list builds, and whatever a layer's constructor raises.
         """
         self.check_bounds(bounds)
+        if why := self.uncuttable([p for group in self.groups for p in group]):
+            raise ValueError(why)
         self._built = build(self.engine, bounds)
         for index, module in self._built.items():
             own = structure_of(module)
@@ -252,6 +254,8 @@ class PipelineStage(_Base):
         """As every backend, but this stage may be left with nothing to train."""
         if not self.is_boundary():
             raise RuntimeError("freeze and thaw only at a step boundary: not within train_batch")
+        if why := self.uncuttable((*freeze, *thaw)):
+            raise ValueError(why)
 
     def arrange(self, layers: Sequence[Layer], frozen: Collection[str]) -> None:
         """Leave out of the schedule what the frozen front no longer needs. layers: of `pipeline_layers`."""

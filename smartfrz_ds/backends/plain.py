@@ -21,6 +21,7 @@ from torch.nn import Parameter
 from .base import FreezeError, Released, Sampler, SampleRequest, detach_from_training
 from .entries import EntryBackend
 from .own_steps import GroupCounts
+from .state_layout import Overrides, scalars_beside, to_device, to_host
 
 
 class PlainBackend(EntryBackend):
@@ -38,6 +39,7 @@ class PlainBackend(EntryBackend):
             for low, high in zip(self.wrapper.fp16_groups, self.wrapper.fp32_groups, strict=True):
                 self._master.update(zip(low, high, strict=True))
         self._counts = GroupCounts(self._optimizer) if isinstance(self._optimizer, FusedAdam) else None
+        self._overrides = Overrides(self._optimizer)
         self._kept: dict[Parameter, tuple[Tensor | None, dict[str, Any]]] = {}  # host: master, state
 
     def base_optimizer(self) -> torch.optim.Optimizer:
@@ -67,6 +69,7 @@ class PlainBackend(EntryBackend):
 
     def _regroup(self, frozen: set[Parameter]) -> None:
         self.frozen = frozen
+        self._overrides.before()
         for i, order in enumerate(self._order):
             live = [p for p in order if p not in self.frozen]
             if self.wrapper:
@@ -75,6 +78,7 @@ class PlainBackend(EntryBackend):
                 self.wrapper.fp32_groups[i][:] = [self._master[p] for p in live]
             else:
                 self._optimizer.param_groups[i]["params"] = live
+        self._overrides.after()
         if self.wrapper:
             self.wrapper.overflow_checker.params = [p for group in self.wrapper.fp16_groups for p in group]
 
@@ -82,8 +86,7 @@ class PlainBackend(EntryBackend):
         master = self._master.pop(param, None)
         state = self._optimizer.state.pop(param if master is None else master, {})
         if keep:
-            host = {k: v.to("cpu", copy=v.device.type != "cpu") if isinstance(v, Tensor) else v for k, v in state.items()}
-            self._kept[param] = (None if master is None else master.detach().cpu(), host)
+            self._kept[param] = (None if master is None else master.detach().cpu(), to_host(state))
         detach_from_training(param)
 
     def _restore(self, param: Parameter) -> None:
@@ -94,8 +97,7 @@ class PlainBackend(EntryBackend):
             source = param.data if master is None else master
             key = self._master[param] = source.to(device=param.device, dtype=torch.float32, copy=True).requires_grad_(True)
         if state:
-            # torch keeps `step` on the host unless the optimizer is fused or capturable; other tensors sit beside the weights.
-            self._optimizer.state[key] = {k: v.to(param.device) if isinstance(v, Tensor) and v.ndim > 0 else v for k, v in state.items()}
+            self._optimizer.state[key] = to_device(state, param, scalars_beside=scalars_beside(self._optimizer))
 
     def forget(self, params: Iterable[Parameter]) -> None:
         for param in params:

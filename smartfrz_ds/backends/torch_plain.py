@@ -17,6 +17,8 @@ from ..module_hook import ModuleHook
 from ..policies.base import Need
 from .base import FreezeError, Released, Sampler, SampleRequest, storage_bytes
 from .entries import EntryBackend
+from .several import single
+from .state_layout import Overrides, pack_state, scalars_beside, state_tensors, to_device, to_host, unpack_state
 
 
 class TorchBackend(EntryBackend):
@@ -35,6 +37,8 @@ class TorchBackend(EntryBackend):
         self.on_skipped: Callable[[], None] | None = None  # called where a step of before turns out to have been skipped
         self._scale = 0.0  # the scaler's, in the last forward
         self._names = {p: name for name, p in module.named_parameters()}
+        self._owners = [x for x in single(optimizer) for _ in x.param_groups]  # of each group
+        self._overrides = [Overrides(x) for x in single(optimizer)]
         self._kept: dict[Parameter, dict[str, Any]] = {}  # on the host
         self._forwarded = False  # a forward that builds a graph has begun since the last step
         self._handles: list[Any] = []
@@ -79,8 +83,7 @@ class TorchBackend(EntryBackend):
         return param.element_size()
 
     def optimizer_bytes(self) -> int:
-        values = (v for state in self._optimizer.state.values() for v in state.values() if isinstance(v, Tensor) and v.ndim > 0)
-        return storage_bytes(local(v) for v in values)
+        return storage_bytes(state_tensors(self._optimizer.state))
 
     def is_boundary(self) -> bool:
         # Gradients that a step has used may still be there: scripts clear them before the next backward.
@@ -114,24 +117,30 @@ class TorchBackend(EntryBackend):
 
     def change(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool) -> Released:
         before = self.optimizer_bytes()
+        owners = {p: owner for owner, order in zip(self._owners, self._order, strict=True) for p in order}
         for param in freeze:
-            state = self._optimizer.state.pop(param, {})
+            state = owners[param].state.pop(param, {})
             if keep:
-                self._kept[param] = {k: _to_host(v) for k, v in state.items()}
+                self._kept[param] = to_host(state)
             param.grad = None
             param.requires_grad_(False)
-        pattern: dict[str, Any] = {}
-        if type(self._optimizer) in _BEGIN_AT_ZERO:
-            pattern = next((state for state in self._optimizer.state.values() if "step" in state), pattern)
         for param in thaw:
+            owner = owners[param]
             param.requires_grad_(True)
-            if pattern:  # what the next step would make: a checkpoint of before that step must have it
-                self._optimizer.state[param] = {k: _zeros(v, param) for k, v in pattern.items()}
+            if pattern := self._pattern(owner):  # what the next step would make: a checkpoint of before that step must have it
+                owner.state[param] = {k: _zeros(v, param) for k, v in pattern.items()}
             if state := self._kept.pop(param, {}):
-                self._optimizer.state[param] = {k: _to_device(v, param) for k, v in state.items()}
+                owner.state[param] = to_device(state, param, scalars_beside=scalars_beside(owner))
         self._regroup((self.frozen | set(freeze)) - set(thaw))
         self.rewire(freeze, thaw)
         return Released(before - self.optimizer_bytes(), 0)
+
+    @staticmethod
+    def _pattern(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """A state by which another parameter's first one can be made; {} where that is not known."""
+        if type(optimizer) not in _BEGIN_AT_ZERO:
+            return {}
+        return next((state for state in optimizer.state.values() if "step" in state), {})
 
     def give_back(self) -> None:
         """Let everything train again, for a run that goes on without us; collective. State of what was frozen is gone."""
@@ -145,8 +154,12 @@ class TorchBackend(EntryBackend):
 
     def _regroup(self, frozen: set[Parameter]) -> None:
         self.frozen = frozen
+        for overrides in self._overrides:
+            overrides.before()
         for order, group in zip(self._order, self._optimizer.param_groups, strict=False):  # behind them: the user's, of after attach
             group["params"][:] = [p for p in order if p not in frozen]
+        for overrides in self._overrides:
+            overrides.after()
 
     def rewire(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter]) -> None:
         """What the wrapper must do after the optimizer has changed."""
@@ -170,9 +183,10 @@ class TorchBackend(EntryBackend):
         """What this rank holds back for a thaw, as JSON and tensors (its own shards); None where there is nothing."""
         about: list[dict[str, Any]] = []
         tensors: dict[str, Tensor] = {}
-        for k, (param, state) in enumerate(self._kept.items()):
-            about.append({"param": self._names[param], "numbers": {key: v for key, v in state.items() if not isinstance(v, Tensor)}})
-            tensors |= {f"{k}/{key}": v for key, v in state.items() if isinstance(v, Tensor)}
+        for param, state in self._kept.items():
+            if (packed := pack_state(state)) is not None:
+                tensors |= {f"{len(about)}/{key}": v for key, v in packed[1].items()}
+                about.append({"param": self._names[param]} | packed[0])
         return ({"kept": about}, tensors) if about else None
 
     def load_kept_state(self, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -180,7 +194,8 @@ class TorchBackend(EntryBackend):
         params = {name: p for p, name in self._names.items()}
         for k, item in enumerate(about["kept"]):
             mine = {name.removeprefix(f"{k}/"): t for name, t in tensors.items() if name.startswith(f"{k}/")}
-            self._kept[params[item["param"]]] = mine | item["numbers"]
+            param = params[item["param"]]
+            self._kept[param] = unpack_state(item, mine, param)
 
 
 # Optimizers of which a parameter's first state is zero in every entry, a tensor `step` among them.
@@ -214,24 +229,3 @@ def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor: of a DTensor its shard, else the tensor itself."""
     inside = getattr(tensor, "_local_tensor", None)  # torch/distributed/tensor/_api.py: DTensor; to_local() would record a gradient
     return inside if isinstance(inside, Tensor) else tensor
-
-
-def _to_host(value: Any) -> Any:
-    """A copy on the host of a state entry; of a sharded one this rank's part."""
-    if not isinstance(value, Tensor):
-        return value
-    part = local(value.detach())
-    return part.to("cpu", copy=part.device.type != "cpu" or part.untyped_storage().nbytes() != part.nbytes)
-
-
-def _to_device(value: Any, param: Parameter) -> Any:
-    """The inverse of `_to_host`, for the state of `param`. torch keeps `step` on the host unless the optimizer is fused or capturable."""
-    if not isinstance(value, Tensor) or value.ndim == 0:
-        return value
-    value = value.to(local(param).device)
-    if local(param) is param:
-        return value
-    from torch.distributed.tensor import DTensor
-
-    assert isinstance(param, DTensor)
-    return DTensor.from_local(value, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride())

@@ -7,13 +7,13 @@ import torch.distributed as dist
 from packaging.specifiers import SpecifierSet
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .ddp import DdpBackend
 from .fsdp1 import Fsdp1Backend
 from .fsdp2 import FrozenUnits, Fsdp2Backend
+from .several import refuse_in_backward
 from .torch_plain import TorchBackend, Unwrapped
 
 # The backends of DDP and FSDP touch private attributes; each release is looked at and tested before it is added here.
@@ -34,26 +34,6 @@ def check_torch(*, allow_untested: bool) -> str | None:
     raise ValueError(f"{found}. Install a tested one, or set smartfrz.allow_untested_versions to true to try all the same.")
 
 
-def bare_optimizer(optimizer: object) -> torch.optim.Optimizer:
-    """The torch optimizer inside of wrappers such as Accelerate's.
-
-    Raises ValueError for what is no torch optimizer or one that freezing does not work with.
-    """
-    found = optimizer
-    while isinstance(inner := getattr(found, "optimizer", None), torch.optim.Optimizer):
-        found = inner
-    if not isinstance(found, torch.optim.Optimizer):
-        raise ValueError(f"attach_torch takes a torch optimizer, got {type(optimizer).__name__}")
-    if isinstance(found, torch.optim.LBFGS | ZeroRedundancyOptimizer):
-        why = {
-            torch.optim.LBFGS: "evaluates the loss several times a step, and keeps one state for all weights",
-            ZeroRedundancyOptimizer: "spreads its state over the ranks; FSDP2 (fully_shard) does that and freezes",
-        }
-        reason = next(text for kind, text in why.items() if isinstance(found, kind))
-        raise ValueError(f"smartfrz_ds does not work with {type(found).__name__}: it {reason}. Allowed: an optimizer such as AdamW or SGD")
-    return found
-
-
 def make_torch_backend(
     model: nn.Module, optimizer: torch.optim.Optimizer, *, fsdp_frozen: FrozenUnits = "sharded", allow_untested_versions: bool = False
 ) -> TorchBackend:
@@ -64,6 +44,7 @@ def make_torch_backend(
     Raises:
         ValueError: an untested torch under a wrapper, or something in use that freezing does not work with, by name.
     """
+    refuse_in_backward(optimizer)
     module = getattr(model, "_orig_mod", model)  # torch/_dynamo/eval_frame.py: OptimizedModule
     fsdp2 = any(isinstance(m, FSDPModule) for m in module.modules())
     if not fsdp2 and any(isinstance(p, DTensor) for p in module.parameters()):
