@@ -82,7 +82,25 @@ def test_what_the_scripts_are_not_told() -> None:
         assert done.returncode == 2 and words in done.stdout
 
 
-@pytest.mark.parametrize("script", ["slurm.sbatch", "mpirun.sh", "torchrun.sh", "deepspeed.sh"])
+def test_gpu_check_says_what_is_missing() -> None:
+    listed = subprocess.run(["bash", "-c", "nvidia-smi -L | grep -c ^GPU"], capture_output=True, text=True, check=False)
+    found = listed.stdout.strip() or "0"
+    if int(found) > 1:
+        pytest.skip("two GPUs or more are here")
+    done = run(["launch/gpu_check.sh"])
+    assert done.returncode == 2 and f"{found} GPU(s) here, two are needed" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("check", [("zero", "3", "--dtype", "bf16"), ("fsdp2",), ("8bit",), ("profile",)], ids=" ".join)
+def test_gpu_check_on_cpus(check: tuple[str, ...], tmp_path: Path) -> None:
+    """Its checks pass on two CPU processes, so that what fails on GPUs is the GPUs'."""
+    launch("launch/gpu_check.py", *check, "--out", str(tmp_path / "table"), timeout=200)
+    assert (tmp_path / "table").read_text().count("|") == 3
+
+
+@pytest.mark.parametrize("script", ["slurm.sbatch", "mpirun.sh", "torchrun.sh", "deepspeed.sh", "gpu_check.sh"])
 def test_shell_scripts_pass_the_linter(script: str) -> None:
     done = run([str(BIN / "shellcheck"), f"launch/{script}"])
     assert done.returncode == 0, done.stdout

@@ -1,0 +1,244 @@
+"""One check of launch/gpu_check.sh, on every rank: freezing on this machine's accelerators. Prints one row of its table on rank 0.
+
+    deepspeed --num_accelerators 2 launch/gpu_check.py zero 2 --dtype bf16 --out FILE
+    deepspeed --num_accelerators 2 launch/gpu_check.py fsdp2 | 8bit | profile --out FILE
+
+Exact means: the freeze moves no weight, frozen weights stay as they are, and ranks hold the same, each to the last bit. The distance from one
+process in plain torch is a figure, not a test: sums over ranks and fused kernels round in another order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+import smartfrz_ds
+
+WIDTH, BLOCKS, STEPS, BATCH = 256, 8, 8, 16
+FIRST = ["embeddings", "blocks.0", "blocks.1", "blocks.2"]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inp, self.head = nn.Linear(32, WIDTH), nn.Linear(WIDTH, 10)
+        self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inp(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def is_first(name: str) -> bool:
+    return name.startswith("inp.") or ".".join(name.split(".")[:2]) in FIRST
+
+
+def batch(step: int, rank: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(BATCH, 32) and (BATCH,), by step and rank alone."""
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    x, y = torch.randn(BATCH, 32, generator=generator), torch.randint(0, 10, (BATCH,), generator=generator)
+    return x.to(device, dtype), y.to(device)
+
+
+def loss_of(model: Any, step: int, rank: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    x, y = batch(step, rank, device, dtype)
+    return nn.functional.cross_entropy(model(x).float(), y)
+
+
+def full(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all weights on the host, gathered where they are cut. Collective."""
+    with deepspeed.zero.GatheredParameters([p for p in model.parameters() if hasattr(p, "ds_id")]):
+        whole = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in model.named_parameters()}
+        return {n.removeprefix("_orig_mod."): p.detach().float().cpu().clone() for n, p in whole.items()}
+
+
+def plain(dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """The same training in this process alone, in plain torch with fp32 masters."""
+    model = Net().to(device, dtype)
+    masters = {p: p.detach().float().clone().requires_grad_() for p in model.parameters()}
+    optimizer = torch.optim.AdamW(masters.values(), lr=1e-3)
+    world = dist.get_world_size()
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        live = {n: p for n, p in model.named_parameters() if step < STEPS // 2 or not is_first(n)}
+        for rank in range(world):
+            grads = torch.autograd.grad(loss_of(model, step, rank, device, dtype), list(live.values()))
+            for p, g in zip(live.values(), grads, strict=True):
+                own = g.float() / world
+                masters[p].grad = own if masters[p].grad is None else masters[p].grad + own
+        optimizer.step()
+        for p, m in masters.items():
+            p.data.copy_(m.data)
+    return {n: p.detach().float().cpu() for n, p in model.named_parameters()}
+
+
+def engine_of(stage: int, dtype: torch.dtype, optimizer: Any = None) -> Any:
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": BATCH,
+        "gradient_clipping": 0.0,
+        "steps_per_print": 10**9,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "smartfrz": {"policy": "manual", "order": "any"},
+    }
+    if dtype == torch.bfloat16:
+        config["bf16"] = {"enabled": True}
+    if optimizer is None:
+        config["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.01, "torch_adam": True}}
+    model = Net()
+    made = optimizer(model.parameters()) if optimizer is not None else None
+    return smartfrz_ds.initialize(model=model, model_parameters=model.parameters(), optimizer=made, config=config)[0]
+
+
+def train(engine: Any, steps: range, dtype: torch.dtype) -> None:
+    for step in steps:
+        engine.backward(loss_of(engine, step, dist.get_rank(), engine.device, dtype))
+        engine.step()
+
+
+def reserved() -> float:
+    """MB that the allocator holds at most since the last call."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return 0.0
+    most = accelerator.max_memory_reserved() / 1e6
+    accelerator.reset_peak_memory_stats()
+    return float(most)
+
+
+def judge(before: dict[str, Tensor], after: dict[str, Tensor], end: dict[str, Tensor], expected: dict[str, Tensor] | None) -> str:
+    """The row's text; raises AssertionError where what must be exact is not."""
+    froze = max((before[n] - after[n]).abs().max().item() for n in before)
+    moved = max((after[n] - end[n]).abs().max().item() for n in end if is_first(n))
+    trained = max((after[n] - end[n]).abs().max().item() for n in end if not is_first(n))
+    digests: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, [float(w.double().sum()) for w in end.values()])
+    assert froze == 0.0, f"the freeze moved weights by {froze}"
+    assert moved == 0.0, f"frozen weights moved by {moved}"
+    assert trained > 0.0, "nothing trained after the freeze"
+    assert all(d == digests[0] for d in digests), "the ranks hold different weights"
+    away = "" if expected is None else f", from plain torch {max((end[n] - expected[n]).abs().max().item() for n in end):.1e}"
+    return f"exact{away}"
+
+
+def zero(stage: int, dtype: torch.dtype) -> str:
+    engine = engine_of(stage, dtype)
+    train(engine, range(STEPS // 2), dtype)
+    before, peak_before = full(engine.module), reserved()
+    began, held = time.perf_counter(), engine.smartfrz.report().optimizer_bytes
+    engine.smartfrz.freeze(FIRST)
+    get_accelerator().synchronize()
+    pause, peak = time.perf_counter() - began, reserved()
+    after, left = full(engine.module), engine.smartfrz.report().optimizer_bytes
+    train(engine, range(STEPS // 2, STEPS), dtype)
+    text = judge(before, after, full(engine.module), plain(dtype, engine.device))
+    assert left < held, "no optimizer memory was released"
+    return (
+        f"{text}; optimizer {held / 1e6:.1f} -> {left / 1e6:.1f} MB, reserved {peak_before:.0f}, in the freeze {peak:.0f} MB; {pause:.3f} s"
+    )
+
+
+def fsdp2(dtype: torch.dtype) -> str:
+    """Fused AdamW where there is a GPU, each block compiled."""
+    device = torch.device(get_accelerator().current_device_name())
+    model = Net().to(device)
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = fully_shard(torch.compile(block) if device.type != "cpu" else block)
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=device.type != "cpu")
+    controller = smartfrz_ds.attach_torch(model, optimizer, {"policy": "manual", "order": "any", "keep_state": 100})
+
+    def steps(numbers: range) -> None:
+        for step in numbers:
+            optimizer.zero_grad()
+            loss_of(model, step, dist.get_rank(), device, torch.float32).backward()
+            optimizer.step()
+
+    steps(range(STEPS // 2))
+    before, held = full(model), controller.report().optimizer_bytes
+    controller.freeze(FIRST)
+    after, left = full(model), controller.report().optimizer_bytes
+    steps(range(STEPS // 2, STEPS))
+    text = judge(*({n.replace("_orig_mod.", ""): w for n, w in x.items()} for x in (before, after, full(model))), None)
+    controller.thaw(FIRST)  # kept moments and their step counts go back to where the fused kernel wants them
+    steps(range(STEPS, STEPS + 2))
+    return f"{text}; optimizer {held / 1e6:.1f} -> {left / 1e6:.1f} MB; thawed with kept state"
+
+
+def eight_bit(dtype: torch.dtype) -> str:
+    try:
+        import bitsandbytes
+    except ImportError:
+        return "left out: bitsandbytes is not installed"
+    engine = engine_of(2, dtype, lambda params: bitsandbytes.optim.AdamW8bit(params, lr=1e-3, min_8bit_size=64))
+    train(engine, range(2), dtype)
+    try:
+        engine.smartfrz.freeze(FIRST)
+    except ValueError as error:
+        train(engine, range(2, 4), dtype)
+        return f"refused under ZeRO-2 as designed, training went on: {str(error)[:60]}…"
+    raise AssertionError("AdamW8bit under ZeRO-2 was not refused")
+
+
+def profile(dtype: torch.dtype, out: Path) -> str:
+    """A step, a freeze and a step after it; the operations by time go into a file."""
+    engine = engine_of(2, dtype)
+    train(engine, range(3), dtype)
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    kinds += [torch.profiler.ProfilerActivity.CUDA] if get_accelerator().device_name() == "cuda" else []
+    with torch.profiler.profile(activities=kinds) as seen:
+        train(engine, range(3, 4), dtype)
+        engine.smartfrz.freeze(FIRST)
+        train(engine, range(4, 5), dtype)
+    if dist.get_rank() == 0:
+        by = "cuda_time_total" if len(kinds) > 1 else "cpu_time_total"
+        out.with_suffix(".profile.txt").write_text(seen.key_averages().table(sort_by=by, row_limit=40))
+    return f"operations by time: {out.with_suffix('.profile.txt').name}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("check", choices=["zero", "fsdp2", "8bit", "profile"])
+    parser.add_argument("stage", type=int, nargs="?", default=2, choices=range(4), help="of zero (default: 2)")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of DeepSpeed's weights (default: fp32)")
+    parser.add_argument("--out", type=Path, required=True, help="the row is appended to this file")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher's
+    args = parser.parse_args()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    deepspeed.init_distributed(timeout=timedelta(seconds=90), verbose=False)
+    if args.check == "fsdp2":  # DeepSpeed's engine does this itself
+        get_accelerator().set_device(args.local_rank)
+    checks = {"fsdp2": lambda: fsdp2(dtype), "8bit": lambda: eight_bit(dtype), "profile": lambda: profile(dtype, args.out)}
+    text = zero(args.stage, dtype) if args.check == "zero" else checks[args.check]()
+    name = f"ZeRO-{args.stage} {args.dtype}" if args.check == "zero" else args.check
+    if dist.get_rank() == 0:
+        with args.out.open("a") as file:
+            file.write(f"| {name} | {text} |\n")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
