@@ -3,8 +3,8 @@
     deepspeed --num_accelerators 2 launch/gpu_check.py zero 2 --dtype bf16 --out FILE
     deepspeed --num_accelerators 2 launch/gpu_check.py fsdp2 | 8bit | profile --out FILE
 
-Exact means: the freeze moves no weight, frozen weights stay as they are, and ranks hold the same, each to the last bit. The distance from one
-process in plain torch is a figure, not a test: sums over ranks and fused kernels round in another order.
+Exact means: the freeze moves no weight, frozen weights stay as they are, and ranks hold the same, each to the last bit. The distance
+from one process in plain torch is a figure, not a test: sums over ranks and fused kernels round in another order.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,7 @@ def fsdp2(folder: Path) -> None:
     torch_models.steps(model, optimizer, range(3, 6))
     sizes.append(controller.report().optimizer_bytes)
     now = weights(model)
-    saved = {"model": [p.to_local().clone() for p in model.parameters()], "optimizer": optimizer.state_dict()}
+    saved = {"model": [p.to_local().clone() for p in model.parameters()], "optimizer": copy.deepcopy(optimizer.state_dict())}
     controller.save(folder / "fsdp2")
     controller.thaw(FIRST)
     torch_models.steps(model, optimizer, range(6, STEPS))
