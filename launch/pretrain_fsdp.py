@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import smartfrz_ds
 from smartfrz_ds.bench.wire import CollectiveBytes
-from smartfrz_ds.faults import explained
+from smartfrz_ds.distributed.failures import explained
 
 BYTES = 256  # the vocabulary: a byte is a token
 

@@ -15,30 +15,30 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .accelerated import prepare
-    from .agree import RanksDisagree
-    from .backends.base import FreezeError
-    from .config import FreezeConfig
-    from .controller import Controller, Report
-    from .engine import attach, initialize
-    from .events import FreezeEvent, read_events
-    from .hf import FreezeCallback
-    from .torch_loop import TorchController, attach_torch
+    from smartfrz_ds.config.settings import FreezeConfig
+    from smartfrz_ds.integrations.accelerate import prepare
+    from smartfrz_ds.integrations.deepspeed import attach, initialize
+    from smartfrz_ds.integrations.torch import TorchController, attach_torch
+    from smartfrz_ds.integrations.transformers import FreezeCallback
+    from smartfrz_ds.runtime.controller import Controller, Report
+    from smartfrz_ds.telemetry.events import FreezeEvent, read_events
+
+    from .errors import FreezeError, RanksDisagree
 
 _HOMES = {
-    "initialize": "engine",
-    "attach": "engine",
-    "FreezeCallback": "hf",
-    "prepare": "accelerated",
-    "attach_torch": "torch_loop",
-    "Controller": "controller",
-    "TorchController": "torch_loop",
-    "Report": "controller",
-    "FreezeConfig": "config",
-    "FreezeError": "backends.base",
-    "FreezeEvent": "events",
-    "RanksDisagree": "agree",
-    "read_events": "events",
+    "initialize": "integrations.deepspeed",
+    "attach": "integrations.deepspeed",
+    "FreezeCallback": "integrations.transformers",
+    "prepare": "integrations.accelerate",
+    "attach_torch": "integrations.torch",
+    "Controller": "runtime.controller",
+    "TorchController": "integrations.torch",
+    "Report": "runtime.controller",
+    "FreezeConfig": "config.settings",
+    "FreezeError": "errors",
+    "FreezeEvent": "telemetry.events",
+    "RanksDisagree": "errors",
+    "read_events": "telemetry.events",
 }
 
 

@@ -37,7 +37,7 @@ def main() -> None:
         script, arguments = split_arguments(sys.argv[1:])
     except ValueError as error:
         sys.exit(f"smartfrz_ds: {error}")
-    from .hook import install_hook  # here: what is wrong with the arguments is said at once
+    from smartfrz_ds.integrations.initialize_hook import install_hook  # here: what is wrong with the arguments is said at once
 
     install_hook()
     sys.argv = [script, *arguments]

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from smartfrz_ds import build_locks
+from smartfrz_ds.integrations import build_locks
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent

@@ -35,6 +35,6 @@ done
 
 smartfrz_venv test
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
-python "$root/smartfrz_ds/build_locks.py" # what a killed build left would make this one wait indefinitely
+python "$root/smartfrz_ds/integrations/build_locks.py" # what a killed build left would make this one wait indefinitely
 cd "$root"
 exec python -m pytest ${select[@]+"${select[@]}"} ${rest[@]+"${rest[@]}"}

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from smartfrz_ds.backends.layout import FlatLayout
+from smartfrz_ds.backends.cost import Bandwidths, Cost, layout_cost
+from smartfrz_ds.backends.deepspeed.partition import FlatLayout
 from smartfrz_ds.bench import paper
 from smartfrz_ds.bench.zero import ENGINES, bench_zero, engines_of, ideal_seconds, summary, tables
-from smartfrz_ds.cli import app
-from smartfrz_ds.pause import Bandwidths, Cost, layout_cost
+from smartfrz_ds.cli.main import app
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from smartfrz_ds.bench.pipeline import CASES, KINDS, bench_pipeline, ratio, tables
 from smartfrz_ds.bench.pipeline_nets import SLEEPERS, WIDTH, gpt, sleepers
-from smartfrz_ds.cli import app
+from smartfrz_ds.cli.main import app
 from smartfrz_ds.planner import LayerCost, best_cut, simulate
 
 

@@ -14,20 +14,12 @@ from bounds import Noisy, no_noise, noisy, spread
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from smartfrz_ds.bench import policies_nets
-from smartfrz_ds.bench.policies import read_result
-from smartfrz_ds.bench.policies_files import (
-    POLICIES_FILE,
-    Job,
-    TaskFile,
-    find_tasks,
-    plan,
-    read_policies,
-    read_task,
-)
-from smartfrz_ds.bench.policies_nets import build, prepare
-from smartfrz_ds.bench.policies_pool import _Worker, result_file, run_all
-from smartfrz_ds.bench.policies_report import (
+from smartfrz_ds.bench.policies import nets as policies_nets
+from smartfrz_ds.bench.policies.command import read_result
+from smartfrz_ds.bench.policies.files import POLICIES_FILE, Job, TaskFile, find_tasks, plan, read_policies, read_task
+from smartfrz_ds.bench.policies.nets import build, prepare
+from smartfrz_ds.bench.policies.pool import _Worker, result_file, run_all
+from smartfrz_ds.bench.policies.report import (
     Point,
     Row,
     Stat,
@@ -41,9 +33,9 @@ from smartfrz_ds.bench.policies_report import (
     report,
     stat,
 )
-from smartfrz_ds.cli import app
-from smartfrz_ds.flops import FlopMeter, saved_fraction
-from smartfrz_ds.layers import find_layers
+from smartfrz_ds.cli.main import app
+from smartfrz_ds.model.flops import FlopMeter, saved_fraction
+from smartfrz_ds.model.layers import find_layers
 from smartfrz_ds.policies import POLICIES
 
 TASK = """

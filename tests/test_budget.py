@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smartfrz_ds.config import FreezeConfig
-from smartfrz_ds.flops import chain_profile, step_flops
+from smartfrz_ds.config.settings import FreezeConfig
+from smartfrz_ds.model.flops import chain_profile, step_flops
+from smartfrz_ds.model.view import LayerInfo, View
 from smartfrz_ds.policies.attention import AttentionPolicy
-from smartfrz_ds.policies.base import LayerInfo, View
 from smartfrz_ds.policies.budget import Budget
-from smartfrz_ds.policies.plan import plan, remaining_cost
+from smartfrz_ds.policies.budget_solver import plan, remaining_cost
 
 STEPS, INTERVAL, BLOCKS = 400, 10, 8
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import helpers
 import pytest
 
-from smartfrz_ds import build_locks
-from smartfrz_ds.build_locks import BuildLock, clear, filesystem_of, find
+from smartfrz_ds.integrations import build_locks
+from smartfrz_ds.integrations.build_locks import BuildLock, clear, filesystem_of, find
 
 MODULE = Path(build_locks.__file__)
 # torch's own lock, without the seconds that importing torch takes

@@ -18,7 +18,7 @@ from helpers import environment, run_worker
 from oracle import Cell, Net, reference
 from safetensors.torch import load_file
 
-from smartfrz_ds.checkpoint import COMPLETE_FILE, complete_tags, missing_files, pack, unpack, write_atomically, write_complete
+from smartfrz_ds.checkpoint.files import COMPLETE_FILE, complete_tags, missing_files, pack, unpack, write_atomically, write_complete
 
 PLAN = {
     "3": ["freeze", ["embeddings", "blocks.0", "blocks.1"]],

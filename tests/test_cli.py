@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from smartfrz_ds.cli import app
-from smartfrz_ds.events import EventLog, FreezeEvent
+from smartfrz_ds.cli.main import app
+from smartfrz_ds.telemetry.events import EventLog, FreezeEvent
 
 
 def run(*args: str) -> tuple[int, str, str]:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smartfrz_ds.config import FreezeConfig, _section_of, digest, to_markdown, update_docs
+from smartfrz_ds.config.settings import FreezeConfig, _section_of, digest, to_markdown, update_docs
 
 DOC = Path(__file__).parent.parent / "docs" / "configuration.md"
 EXAMPLES = re.findall(r"```json\n(.*?)```", DOC.read_text(encoding="utf-8"), flags=re.DOTALL)

@@ -21,10 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import smartfrz_ds
-from smartfrz_ds.agree import Ranks
-from smartfrz_ds.backends.devices import collective_device, own_random_numbers
-from smartfrz_ds.config import FreezeConfig
-from smartfrz_ds.faults import compare_before_start
+from smartfrz_ds.config.settings import FreezeConfig
+from smartfrz_ds.distributed.collectives import Ranks
+from smartfrz_ds.distributed.devices import collective_device, own_random_numbers
+from smartfrz_ds.distributed.failures import compare_before_start
 
 OWN = torch.device("cuda", 1)
 

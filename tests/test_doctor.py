@@ -18,12 +18,13 @@ import pytest
 import torch
 from torch import nn
 
-from smartfrz_ds import doctor
-from smartfrz_ds.config import FreezeConfig
-from smartfrz_ds.doctor import Finding, examine, render
-from smartfrz_ds.doctor_config import check_config, check_model, load_model, traps
-from smartfrz_ds.doctor_refusals import wrong_values
-from smartfrz_ds.refusals import refused_by
+from smartfrz_ds.cli import doctor
+from smartfrz_ds.cli.doctor import examine, render
+from smartfrz_ds.cli.doctor_config import check_config, check_model, load_model, traps
+from smartfrz_ds.cli.doctor_refusals import wrong_values
+from smartfrz_ds.cli.findings import Finding
+from smartfrz_ds.config.refusals import refused_by
+from smartfrz_ds.config.settings import FreezeConfig
 
 GOOD: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 8,

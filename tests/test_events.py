@@ -14,7 +14,7 @@ import pytest
 from bounds import rounding
 from helpers import run_worker
 
-from smartfrz_ds.events import EventLog, FreezeEvent, RunStart, Status, is_log, read_events, read_log
+from smartfrz_ds.telemetry.events import EventLog, FreezeEvent, RunStart, Status, is_log, read_events, read_log
 
 FREEZE = FreezeEvent(
     kind="freeze",

@@ -24,7 +24,7 @@ from hosts import PORT, Host, both, finish, refusal, two_hosts
 from oracle import Cell, Net, reference
 from safetensors.torch import load_file
 
-from smartfrz_ds.checkpoint import complete_tags
+from smartfrz_ds.checkpoint.files import complete_tags
 
 CELL = Cell("faults", 1, steps=8, width=32)
 LONG, SHORT = 40.0, 8.0  # seconds of the process group's timeout; short where the fault is found by it alone

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from smartfrz_ds.flops import FlopMeter, FlopProfile, chain_profile, estimate_profile, saved_fraction, step_flops
-from smartfrz_ds.freezing import TiedMode, freeze_modules, leaving_params
-from smartfrz_ds.layers import Layer, find_layers
+from smartfrz_ds.model.flops import FlopMeter, FlopProfile, chain_profile, estimate_profile, saved_fraction, step_flops
+from smartfrz_ds.model.freeze_modules import TiedMode, freeze_modules, leaving_params
+from smartfrz_ds.model.layers import Layer, find_layers
 
 aten = torch.ops.aten
 # torch does not count the CPU's fused attention; the same formulas as for the GPU's

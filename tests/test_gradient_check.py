@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import smartfrz_ds
-from smartfrz_ds.gradient_check import MissingGradients
+from smartfrz_ds.errors import MissingGradients
 
 WIDTH, STEPS, FREEZE_AT = 6, 9, 4
 PREFIX = ["embeddings", "blocks.0"]

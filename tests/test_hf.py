@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import smartfrz_ds
-from smartfrz_ds.config import FreezeConfig, with_settings
-from smartfrz_ds.events import FreezeEvent, Status, read_events, read_log
-from smartfrz_ds.hook import install_hook
-from smartfrz_ds.report import load_run
+from smartfrz_ds.config.settings import FreezeConfig, with_settings
+from smartfrz_ds.integrations.initialize_hook import install_hook
+from smartfrz_ds.telemetry.events import FreezeEvent, Status, read_events, read_log
+from smartfrz_ds.telemetry.recorded_run import load_run
 
 Saw = Callable[..., dict[str, Any]]
 REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}

@@ -11,13 +11,13 @@ from torch import nn
 
 import smartfrz_ds
 import smartfrz_ds.policies
-from smartfrz_ds.bench.policies_files import POLICIES_FILE, read_policies
-from smartfrz_ds.bench.policies_files import resolve as of_bench
-from smartfrz_ds.checked import settings_text
-from smartfrz_ds.config import FreezeConfig, digest
-from smartfrz_ds.events import read_events
-from smartfrz_ds.intervals import first_stage, resolve, why_never
+from smartfrz_ds.bench.policies.files import POLICIES_FILE, read_policies
+from smartfrz_ds.bench.policies.files import resolve as of_bench
+from smartfrz_ds.cli.check_config import settings_text
+from smartfrz_ds.config.settings import FreezeConfig, digest
 from smartfrz_ds.predictor.features import MIN_SNAPSHOTS
+from smartfrz_ds.runtime.intervals import first_stage, resolve, why_never
+from smartfrz_ds.telemetry.events import read_events
 
 
 def config(**settings: Any) -> FreezeConfig:

@@ -11,10 +11,10 @@ import transformers
 from torch import nn
 
 import smartfrz_ds
-from smartfrz_ds.config import FreezeConfig
-from smartfrz_ds.doctor_config import check_model
-from smartfrz_ds.keep_active import KeptActive, keep_active, names_inside
-from smartfrz_ds.layers import find_layers
+from smartfrz_ds.cli.doctor_config import check_model
+from smartfrz_ds.config.settings import FreezeConfig
+from smartfrz_ds.model.keep_active import KeptActive, keep_active, names_inside
+from smartfrz_ds.model.layers import find_layers
 
 H = ["transformer.h.0", "transformer.h.1", "transformer.h.2"]
 

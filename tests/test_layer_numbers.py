@@ -11,9 +11,9 @@ from bounds import rounding
 from torch import Tensor, nn
 
 from smartfrz_ds.backends.base import SampleRequest
-from smartfrz_ds.gradients import GradientSums
-from smartfrz_ds.layers import find_layers
-from smartfrz_ds.lr_scale import LrScale, layer_groups
+from smartfrz_ds.model.layers import find_layers
+from smartfrz_ds.signals.gradients import GradientSums
+from smartfrz_ds.signals.lr_scale import LrScale, layer_groups
 
 CPU = torch.device("cpu")
 

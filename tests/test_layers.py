@@ -14,9 +14,9 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from smartfrz_ds.freezing import check_tied, freeze_modules, leaving_params, thaw_modules
-from smartfrz_ds.layers import Layer, find_layers
-from smartfrz_ds.order_check import OrderCheck
+from smartfrz_ds.model.freeze_modules import check_tied, freeze_modules, leaving_params, thaw_modules
+from smartfrz_ds.model.layers import Layer, find_layers
+from smartfrz_ds.model.order_check import OrderCheck
 
 TEXT: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
 

@@ -13,7 +13,7 @@ from helpers import TESTS, environment, launch
 
 import smartfrz_ds
 from smartfrz_ds.__main__ import split_arguments
-from smartfrz_ds.events import read_events
+from smartfrz_ds.telemetry.events import read_events
 
 SCRIPT = TESTS / "somebodys_script.py"
 

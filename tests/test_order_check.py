@@ -11,8 +11,8 @@ import transformers
 from torch import Tensor, nn
 
 import smartfrz_ds
-from smartfrz_ds.layers import find_layers
-from smartfrz_ds.order_check import OrderCheck
+from smartfrz_ds.model.layers import find_layers
+from smartfrz_ds.model.order_check import OrderCheck
 
 TEXT: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
 

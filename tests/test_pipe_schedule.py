@@ -9,7 +9,7 @@ from deepspeed.runtime.pipe import schedule
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smartfrz_ds.backends.pipe_schedule import FreeBuffer, FreeInput, FrozenForwardPass, PrunedTrainSchedule, RecvConstant
+from smartfrz_ds.backends.pipeline.schedule import FreeBuffer, FreeInput, FrozenForwardPass, PrunedTrainSchedule, RecvConstant
 
 
 def of(stage: int, stages: int, micro: int, first_active: int) -> list[schedule.PipeInstruction]:

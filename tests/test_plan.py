@@ -14,9 +14,9 @@ from helpers import run_worker
 from test_planner import layer, naps, uniform
 from typer.testing import CliRunner
 
-from smartfrz_ds.cli import app
-from smartfrz_ds.flops import FlopMeter
-from smartfrz_ds.layers import find_layers
+from smartfrz_ds.cli.main import app
+from smartfrz_ds.model.flops import FlopMeter
+from smartfrz_ds.model.layers import find_layers
 from smartfrz_ds.planner import Cluster, DoesNotFit, Link, Phase, best_cut, estimate_costs, freeze_plan, load_costs, simulate
 
 

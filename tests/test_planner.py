@@ -16,7 +16,7 @@ from helpers import run_worker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smartfrz_ds.backends.pipe_schedule import PrunedTrainSchedule
+from smartfrz_ds.backends.pipeline.schedule import PrunedTrainSchedule
 from smartfrz_ds.planner import (
     Cluster,
     Deadlock,

@@ -22,7 +22,7 @@ from oracle import Cell, Net, layer_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from smartfrz_ds.layers import find_layers
+from smartfrz_ds.model.layers import find_layers
 from smartfrz_ds.policies import FreezeOutPolicy, LayerInfo, RandomPolicy, View
 from smartfrz_ds.predictor.similarity import centered_gram
 

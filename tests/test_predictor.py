@@ -17,15 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from smartfrz_ds.policies.base import LayerInfo, View, Window
-from smartfrz_ds.predictor import (
-    MIN_SNAPSHOTS,
-    FeatureExtractor,
-    FreezePredictor,
-    linear_cka,
-    load_predictor,
-    save_predictor,
-)
+from smartfrz_ds.model.view import LayerInfo, View, Window
+from smartfrz_ds.predictor import MIN_SNAPSHOTS, FeatureExtractor, FreezePredictor, linear_cka, load_predictor, save_predictor
 from smartfrz_ds.predictor.features import SCALAR_FEATURES, TOKEN_FEATURES, FeatureBatch
 from smartfrz_ds.predictor.model import parameter_count, predictor_notes
 from smartfrz_ds.predictor.probe import PROBE_FEATURES

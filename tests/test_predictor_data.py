@@ -14,14 +14,14 @@ from bounds import rounding
 from torch import Tensor, nn
 
 from smartfrz_ds.predictor import Recorder, linear_cka
-from smartfrz_ds.predictor.branches import branch, branched_runs, collect_branches
-from smartfrz_ds.predictor.collect import collect, collect_dataset, collect_script, one_thread, read_dataset, record
-from smartfrz_ds.predictor.dataset import make_examples
-from smartfrz_ds.predictor.labelling import label_dataset, labels_of
-from smartfrz_ds.predictor.labels import CONVERGED, LabelSettings, converged_at, prefix_settled, settled, similarity_of
 from smartfrz_ds.predictor.recorder import NEVER, read_recording
-from smartfrz_ds.predictor.runs import SETTINGS, Run, Training, freezing_plan, plan
-from smartfrz_ds.predictor.truth import branch_examples
+from smartfrz_ds.predictor.recording.branches import branch, branched_runs, collect_branches
+from smartfrz_ds.predictor.recording.collect import collect, collect_dataset, collect_script, one_thread, read_dataset, record
+from smartfrz_ds.predictor.recording.labels import CONVERGED, LabelSettings, converged_at, prefix_settled, settled, similarity_of
+from smartfrz_ds.predictor.recording.runs import SETTINGS, Run, Training, freezing_plan, plan
+from smartfrz_ds.predictor.training.counterfactual_eval import branch_examples
+from smartfrz_ds.predictor.training.dataset import make_examples
+from smartfrz_ds.predictor.training.labelling import label_dataset, labels_of
 
 SMALL_RUN = Run(net="mlp", data="digits", optimizer="adamw-cosine", regime="scratch", seed=7, steps=80)
 
@@ -284,7 +284,7 @@ def test_a_data_set_is_made_labelled_and_read(tmp_path: Path) -> None:
 
 
 def test_two_workers_make_the_same_files_and_another_seed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from smartfrz_ds.predictor import collect as module
+    from smartfrz_ds.predictor.recording import collect as module
 
     runs = [SMALL_RUN, replace(SMALL_RUN, seed=8)]
     monkeypatch.setattr(module, "plan", lambda seed, quick: runs)  # two short runs instead of the five of the quick scale

@@ -18,13 +18,15 @@ from test_predictor import NETWORK, NORMS
 from torch import Tensor
 from typer.testing import CliRunner
 
-from smartfrz_ds.cli import app
+from smartfrz_ds.cli.main import app
 from smartfrz_ds.predictor import DEFAULT_PREDICTOR, load_predictor
-from smartfrz_ds.predictor.ablate import replay
-from smartfrz_ds.predictor.calibrate import calibrate, evaluate_predictor
-from smartfrz_ds.predictor.collect import collect, one_thread, read_dataset
-from smartfrz_ds.predictor.dataset import Examples, make_examples
-from smartfrz_ds.predictor.evaluate import (
+from smartfrz_ds.predictor.model import PredictorConfig, parameter_count, predictor_notes
+from smartfrz_ds.predictor.recording.collect import collect, one_thread, read_dataset
+from smartfrz_ds.predictor.recording.runs import Run, plan
+from smartfrz_ds.predictor.training.ablate import replay
+from smartfrz_ds.predictor.training.calibrate import calibrate, evaluate_predictor
+from smartfrz_ds.predictor.training.dataset import Examples, make_examples
+from smartfrz_ds.predictor.training.evaluate import (
     PRECISION_TARGET,
     auc,
     auc_in_time,
@@ -34,12 +36,10 @@ from smartfrz_ds.predictor.evaluate import (
     platt,
     reliability,
 )
-from smartfrz_ds.predictor.fit import calibrated_apart, fit, held_out_scores, judge_logits, score
-from smartfrz_ds.predictor.model import PredictorConfig, parameter_count, predictor_notes
-from smartfrz_ds.predictor.reference import PublishedPredictor, fit_reference, raw_windows
-from smartfrz_ds.predictor.runs import Run, plan
-from smartfrz_ds.predictor.simple import fit_regression
-from smartfrz_ds.predictor.train import train_predictor
+from smartfrz_ds.predictor.training.fit import calibrated_apart, fit, held_out_scores, judge_logits, score
+from smartfrz_ds.predictor.training.logistic_baseline import fit_regression
+from smartfrz_ds.predictor.training.published_form import PublishedPredictor, fit_reference, raw_windows
+from smartfrz_ds.predictor.training.train import train_predictor
 
 SMALL_RUN = Run(net="mlp", data="digits", optimizer="adamw-cosine", regime="scratch", seed=7, steps=80)
 
@@ -152,8 +152,8 @@ def test_scores_are_those_of_the_predictor_in_a_run(quick: tuple[Path, Path, dic
     """The evaluation's batched scores, and FreezePredictor.probabilities stage by stage, with the probe and without."""
     data, examples = examples_of(quick[0])
     model = load_predictor(quick[1])
-    from smartfrz_ds.predictor.dataset import stage_views
     from smartfrz_ds.predictor.features import FeatureExtractor
+    from smartfrz_ds.predictor.training.dataset import stage_views
 
     together = score(model, examples)
     recording, extractor = data.recordings[0], FeatureExtractor()
@@ -303,7 +303,7 @@ def test_the_shipped_predictor_and_its_card_belong_together() -> None:
 
 def test_the_shipped_predictor_says_what_it_said_when_it_was_made() -> None:
     """On made-up movements, a fixed small set: the same probabilities to four digits on any machine."""
-    from smartfrz_ds.predictor.card import fixed_set_probabilities
+    from smartfrz_ds.predictor.training.card import fixed_set_probabilities
 
     notes = predictor_notes(DEFAULT_PREDICTOR)
     found = fixed_set_probabilities(load_predictor())

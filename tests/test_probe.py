@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from smartfrz_ds.flops import FlopMeter
-from smartfrz_ds.forward_mode import ForwardMode
-from smartfrz_ds.layers import find_layers
-from smartfrz_ds.order_check import OrderCheck
+from smartfrz_ds.model.activation_checkpointing import RecomputeBoundary
+from smartfrz_ds.model.flops import FlopMeter
+from smartfrz_ds.model.forward_mode import ForwardMode
+from smartfrz_ds.model.layers import find_layers
+from smartfrz_ds.model.order_check import OrderCheck
 from smartfrz_ds.predictor.similarity import centered_gram, probe_rows
-from smartfrz_ds.probe import Probe
-from smartfrz_ds.recompute import RecomputeBoundary
+from smartfrz_ds.signals.probe import Probe
 
 CPU = torch.device("cpu")
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import smartfrz_ds
-from smartfrz_ds.keep_active import keep_active, names_inside
-from smartfrz_ds.layers import Layer, find_layers
-from smartfrz_ds.order_check import OrderCheck
+from smartfrz_ds.model.keep_active import keep_active, names_inside
+from smartfrz_ds.model.layers import Layer, find_layers
+from smartfrz_ds.model.order_check import OrderCheck
 
 LLAMA = "model.language_model.embeddings model.language_model.layers.0 model.language_model.layers.1 head"
 CLIP = "embeddings model.vision_tower.encoder.layers.0 model.vision_tower.encoder.layers.1"

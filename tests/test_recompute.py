@@ -19,9 +19,9 @@ import torch
 from helpers import run_worker
 from oracle import INPUTS, Net
 
-from smartfrz_ds.forward_mode import ForwardMode
-from smartfrz_ds.layers import find_layers
-from smartfrz_ds.recompute import RecomputeBoundary
+from smartfrz_ds.model.activation_checkpointing import RecomputeBoundary
+from smartfrz_ds.model.forward_mode import ForwardMode
+from smartfrz_ds.model.layers import find_layers
 
 STAGES = (0, 2, 3)
 REGIONS = ("none", "torch-reentrant", "torch-non-reentrant", "deepspeed", "deepspeed-non-reentrant")

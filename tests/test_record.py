@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from helpers import TESTS, environment, run_worker
 
-from smartfrz_ds.events import EventLog, FreezeEvent, RunStart, read_events, read_log
-from smartfrz_ds.report import find_log, load_run
+from smartfrz_ds.telemetry.events import EventLog, FreezeEvent, RunStart, read_events, read_log
+from smartfrz_ds.telemetry.recorded_run import find_log, load_run
 
 FRONT = ["embeddings", "blocks.0"]
 

@@ -16,8 +16,8 @@ from helpers import run_worker
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
-from smartfrz_ds.backends.fsdp2 import check_late_attributes
-from smartfrz_ds.refusals import ENDING, REFUSALS, no_keys, refused_by
+from smartfrz_ds.backends.torch.fsdp2 import check_late_attributes
+from smartfrz_ds.config.refusals import ENDING, REFUSALS, no_keys, refused_by
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.world_size(2)

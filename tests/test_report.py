@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from smartfrz_ds.events import EventLog, FreezeEvent, Record, RunStart, Status
-from smartfrz_ds.report import find_log, load_run, summary, write_report
+from smartfrz_ds.telemetry.events import EventLog, FreezeEvent, Record, RunStart, Status
+from smartfrz_ds.telemetry.recorded_run import find_log, load_run
+from smartfrz_ds.telemetry.report import summary, write_report
 
 pytest.importorskip("matplotlib")
 CHARTS = ("frozen", "probabilities", "loss", "step-time", "optimizer", "gradients", "savings", "learning-rate")

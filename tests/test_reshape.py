@@ -16,10 +16,10 @@ from bounds import noisy, spread
 from helpers import run_worker
 from typer.testing import CliRunner
 
-from smartfrz_ds.backends.reshape import reshape
-from smartfrz_ds.backends.reshape_states import Stage, entry_of, new_stages, whole_states
-from smartfrz_ds.checkpoint import COMPLETE_FILE, SIDE_FILE, complete_tags, digest_of, pack, unpack, unpack_tensors, write_complete
-from smartfrz_ds.cli import app
+from smartfrz_ds.checkpoint.files import COMPLETE_FILE, SIDE_FILE, complete_tags, digest_of, pack, unpack, unpack_tensors, write_complete
+from smartfrz_ds.checkpoint.reshape import reshape
+from smartfrz_ds.checkpoint.reshape_states import Stage, entry_of, new_stages, whole_states
+from smartfrz_ds.cli.main import app
 
 ALL = ["embeddings", *(f"layers.{i}" for i in range(1, 7))]
 # Stages of 6 and 5 entries. Saved with stage 0 frozen as a whole; then a thaw out of the kept state.
@@ -287,7 +287,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(two: Path, tmp_path: Path) 
 @pytest.mark.world_size(2)
 def test_a_kill_leaves_no_half_checkpoint(two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process dies in front of every file in turn; another try ends well."""
-    from smartfrz_ds.backends import reshape as module
+    from smartfrz_ds.checkpoint import reshape as module
 
     out, synced = tmp_path / "new", module._sync
     for files in range(0, 20, 3):

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from smartfrz_ds.config import FreezeConfig
-from smartfrz_ds.jsonable import decode, encode
+from smartfrz_ds.config.settings import FreezeConfig
+from smartfrz_ds.model.tensor_json import decode, encode
 from smartfrz_ds.policies import (
     POLICIES,
     SHARED_SETTINGS,

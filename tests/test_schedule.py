@@ -11,7 +11,7 @@ from deepspeed.runtime.lr_schedules import WarmupCosineLR, WarmupDecayLR
 from torch.optim import lr_scheduler as s
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from smartfrz_ds.schedule import RemainingLr, current_lr, forecast, total_steps_of
+from smartfrz_ds.signals.lr_forecast import RemainingLr, current_lr, forecast, total_steps_of
 
 Make = Callable[[torch.optim.Optimizer], Any]
 SCHEDULERS: dict[str, tuple[Make, int | None]] = {

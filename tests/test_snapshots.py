@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smartfrz_ds.history import History
-from smartfrz_ds.snapshots import sample_indices
+from smartfrz_ds.signals.history import History
+from smartfrz_ds.signals.snapshots import sample_indices
 
 
 def draw(numel: int, size: int, seed: int = 0) -> torch.Tensor:

@@ -28,9 +28,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import smartfrz_ds
-from smartfrz_ds.layers import find_layers
-from smartfrz_ds.lr_scale import layer_groups
-from smartfrz_ds.module_hook import ModuleHook
+from smartfrz_ds.model.hooks import ModuleHook
+from smartfrz_ds.model.layers import find_layers
+from smartfrz_ds.signals.lr_scale import layer_groups
 
 PREFIX = {
     "3": ["freeze", ["embeddings", "blocks.0", "blocks.1"]],

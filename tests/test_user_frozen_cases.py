@@ -18,8 +18,8 @@ from torch.nn import Parameter
 
 import smartfrz_ds
 from smartfrz_ds.backends.base import insert_in_order
-from smartfrz_ds.layers import find_layers
-from smartfrz_ds.lr_scale import layer_groups
+from smartfrz_ds.model.layers import find_layers
+from smartfrz_ds.signals.lr_scale import layer_groups
 
 MANUAL = {"policy": "manual"}
 

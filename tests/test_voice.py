@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from helpers import TESTS, environment, launch
 
-from smartfrz_ds.events import FreezeEvent
-from smartfrz_ds.outcome import Stages, outcome
+from smartfrz_ds.telemetry.events import FreezeEvent
+from smartfrz_ds.telemetry.outcome import Stages, outcome
 
 
 @pytest.mark.world_size(2)

@@ -22,7 +22,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from worker_exact import engine_for, full
 
-from smartfrz_ds import checkpoint, resume
+from smartfrz_ds.checkpoint import deepspeed as resume
+from smartfrz_ds.checkpoint import files as checkpoint
 
 
 class Killer:

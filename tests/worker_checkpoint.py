@@ -20,7 +20,7 @@ from deepspeed.utils import safe_get_full_optimizer_state
 from safetensors.torch import save_file
 from worker_exact import engine_for, full
 
-from smartfrz_ds.checkpoint import COMPLETE_FILE, SIDE_FILE
+from smartfrz_ds.checkpoint.files import COMPLETE_FILE, SIDE_FILE
 
 
 def moved() -> torch.nn.Module:
@@ -180,7 +180,7 @@ def errors(folder: Path) -> dict[str, Any]:
 
 
 def write_list(folder: Path) -> None:
-    from smartfrz_ds.checkpoint import write_complete
+    from smartfrz_ds.checkpoint.files import write_complete
 
     write_complete(folder, 4)
 

@@ -35,8 +35,8 @@ from torch_models import load, save, wrap
 from worker_exact import engine_for, full
 
 import smartfrz_ds
-from smartfrz_ds import engine as engine_module
-from smartfrz_ds import faults
+from smartfrz_ds.distributed import failures as faults
+from smartfrz_ds.integrations import deepspeed as engine_module
 
 # Freezes after steps 2, 4 and 6 of 8.
 SETTINGS: dict[str, Any] = {

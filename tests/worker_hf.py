@@ -41,7 +41,7 @@ from transformers import (
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import smartfrz_ds
-from smartfrz_ds.layers import find_layers
+from smartfrz_ds.model.layers import find_layers
 
 VOCABULARY, TOKENS, BATCH, STEPS, LR, DECAY = 40, 8, 2, 12, 1e-2, 0.1
 # Freezes at the steps 2 (the embeddings), 4 and 6, and no more than 60 % of the layers.

@@ -15,7 +15,7 @@ from deepspeed.utils.z3_leaf_module import unset_z3_leaf_modules
 from torch import Tensor, nn
 
 import smartfrz_ds
-from smartfrz_ds.doctor_refusals import check_together
+from smartfrz_ds.cli.doctor_refusals import check_together
 
 STEPS, AT = 7, {2: "embeddings", 3: "model.layers.0", 4: "model.layers.2"}  # a prefix grows, then one behind an active layer
 KINDS = ("Mixtral", "Qwen2Moe", "Qwen3Moe")

@@ -14,7 +14,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import Tensor, nn
 
 import smartfrz_ds
-from smartfrz_ds.backends.pipeline_layers import module_at
+from smartfrz_ds.backends.pipeline.layers import module_at
 
 
 class Block(nn.Module):

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import smartfrz_ds
-from smartfrz_ds.backends.pipeline_layers import module_at
+from smartfrz_ds.backends.pipeline.layers import module_at
 
 BLOCKS = 8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

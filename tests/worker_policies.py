@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from worker_exact import full
 
 import smartfrz_ds
-from smartfrz_ds.policies.base import Decision, View
+from smartfrz_ds.model.view import View
+from smartfrz_ds.policies.base import Decision
 
 PROBE = 6  # inputs
 

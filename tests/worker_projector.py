@@ -13,7 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 import smartfrz_ds
-from smartfrz_ds.layers import find_layers
+from smartfrz_ds.model.layers import find_layers
 
 
 def run(kind: str, folder: Path) -> dict[str, Any]:

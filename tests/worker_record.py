@@ -10,7 +10,7 @@ import ranks
 import torch.distributed as dist
 
 import smartfrz_ds
-from smartfrz_ds.events import FreezeEvent, read_log
+from smartfrz_ds.telemetry.events import FreezeEvent, read_log
 
 FRONT = ["embeddings", "blocks.0"]
 

@@ -19,9 +19,10 @@ from deepspeed.utils import groups
 from torch import nn
 
 import smartfrz_ds
-from smartfrz_ds.backends import probing, support
-from smartfrz_ds.doctor_refusals import check_together
-from smartfrz_ds.refusals import refused_by
+from smartfrz_ds.backends import probing
+from smartfrz_ds.backends.deepspeed import compat as support
+from smartfrz_ds.cli.doctor_refusals import check_together
+from smartfrz_ds.config.refusals import refused_by
 
 
 def base(stage: int) -> dict[str, Any]:

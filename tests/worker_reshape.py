@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from worker_pipeline import DTYPES, engine_for, weights
 
-from smartfrz_ds.backends.flat import FlatBackend
-from smartfrz_ds.backends.reshape import reshape
+from smartfrz_ds.backends.deepspeed.flat import FlatBackend
+from smartfrz_ds.checkpoint.reshape import reshape
 
 
 def train(engine: Any, case: dict[str, Any], first: int, end: int) -> list[Tensor]:

@@ -18,8 +18,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import smartfrz_ds
 from smartfrz_ds.bench.memory import reset_peak, resident_bytes
 from smartfrz_ds.bench.wire import CollectiveBytes
-from smartfrz_ds.policies.base import Decision, View
-from smartfrz_ds.snapshots import sample_indices, sampled_params
+from smartfrz_ds.model.view import View
+from smartfrz_ds.policies.base import Decision
+from smartfrz_ds.signals.snapshots import sample_indices, sampled_params
 
 HALF = ["embeddings", "blocks.0", "blocks.1", "blocks.2"]
 ENGINES: dict[str, dict[str, Any]] = {

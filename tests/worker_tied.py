@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import smartfrz_ds
-from smartfrz_ds.backends.pipeline_layers import module_at, shared_weights
+from smartfrz_ds.backends.pipeline.layers import module_at, shared_weights
 
 VOCABULARY, BLOCKS = 11, 6
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -24,8 +24,8 @@ from torch_models import full, load, made, refusal, save, settings, steps, whole
 
 import smartfrz_ds
 from smartfrz_ds.bench.wire import CollectiveBytes
-from smartfrz_ds.snapshots import Snapshots
-from smartfrz_ds.status import gradient_bytes
+from smartfrz_ds.signals.snapshots import Snapshots
+from smartfrz_ds.telemetry.status import gradient_bytes
 
 COUNTED = CollectiveBytes()
 BUCKETS: list[int] = []

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from torch_models import full, group_of_one, load, made, refusal, save, settings, whole, wrap
 
 import smartfrz_ds
-from smartfrz_ds import torch_loop
+from smartfrz_ds.integrations import torch as torch_loop
 
 # What freezes and thaws before which of nine steps: a prefix, one more in the middle, part of the prefix again.
 PLAN = {2: ("freeze", ["embeddings", "blocks.0"]), 4: ("freeze", ["blocks.2"]), 6: ("thaw", ["blocks.0"])}

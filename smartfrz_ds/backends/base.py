@@ -14,16 +14,14 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from ..layers import Layer, find_layers
-from ..policies.base import Need
+from smartfrz_ds.errors import FreezeError
+from smartfrz_ds.model.layers import Layer, find_layers
+from smartfrz_ds.model.view import Need
+
 from .state_layout import state_tensors
 
 # A torch Parameter with the ds_* attributes that ZeRO-3 hangs on it (runtime/zero/partition_parameters.py).
 ZeroParam: TypeAlias = Any
-
-
-class FreezeError(RuntimeError):
-    """A freeze or thaw went wrong after it had begun: the engine's state can't be trusted any more, on any rank."""
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch.nn import Parameter
 
-from ..backends.layout import STAGING_BYTES, FlatLayout
-from ..pause import Bandwidths, Cost, layout_cost
+from smartfrz_ds.backends.cost import Bandwidths, Cost, layout_cost
+from smartfrz_ds.backends.deepspeed.partition import STAGING_BYTES, FlatLayout
 
 BEGIN = "<!-- table: begin (made by smartfrz_ds/bench/paper.py) -->"
 END = "<!-- table: end -->"

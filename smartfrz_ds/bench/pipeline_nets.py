@@ -9,7 +9,7 @@ import torch
 from deepspeed.pipe import LayerSpec
 from torch import Tensor, nn
 
-from .policies_nets import TransformerBlock
+from smartfrz_ds.bench.policies.nets import TransformerBlock
 
 WIDTH = 4  # of what the sleeping layers hand on
 VOCABULARY = 256

@@ -16,9 +16,9 @@ from deepspeed.runtime.pipe import schedule
 from torch import Tensor
 
 import smartfrz_ds
+from smartfrz_ds.backends.pipeline.schedule import wrap_instruction
+from smartfrz_ds.planner import LayerCost, simulate
 
-from ..backends.pipe_schedule import wrap_instruction
-from ..planner import LayerCost, simulate
 from .launching import Settings, worker_main
 from .pipeline import CASES, FRACTIONS, KINDS
 from .pipeline_nets import VOCABULARY, WIDTH, gpt, sleepers

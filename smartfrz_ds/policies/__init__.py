@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from smartfrz_ds.model.view import LayerInfo, Need, View, Window
+
 from .attention import AttentionPolicy
 from .autofreeze import AutoFreezePolicy
-from .base import ChecksStart, Decision, LayerInfo, Need, Policy, SetsLr, View, Window
-from .chance import RandomPolicy
+from .base import ChecksStart, Decision, Policy, SetsLr
 from .egeria import EgeriaPolicy
 from .freezeout import FreezeOutPolicy
-from .late import LatePolicy
 from .linear import LinearPolicy
 from .manual import ManualPolicy
+from .one_shot import LatePolicy
 from .pipetransformer import PipeTransformerPolicy
+from .random_layers import RandomPolicy
 from .weight_drift import WeightDriftPolicy
 
 POLICIES: dict[str, type[Policy]] = {

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from smartfrz_ds.model.view import Need, View
 from smartfrz_ds.predictor.features import MIN_SNAPSHOTS, FeatureExtractor
 from smartfrz_ds.predictor.model import load_predictor
 
-from .base import Decision, Need, View, judges
+from .base import Decision, judges
 from .budget import Budget
 
 

@@ -9,7 +9,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .base import Decision, Need, View, front_while, gradient_norms, judges
+from smartfrz_ds.model.view import Need, View
+
+from .base import Decision, front_while, gradient_norms, judges
 
 
 class AutoFreezePolicy:

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from smartfrz_ds.flops import saved_fraction, step_flops
+from smartfrz_ds.model.flops import saved_fraction, step_flops
+from smartfrz_ds.model.view import View
 
-from .base import Decision, View, body, judges
-from .plan import plan, remaining_cost
+from .base import Decision, body, judges
+from .budget_solver import plan, remaining_cost
 
 _TRUST = 0.5  # exponent on the odds of having converged: how far the predictor may move a layer away from the common freezing time
 _LIMIT = 2.0  # log odds beyond this distance from the middle layer's say nothing more

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smartfrz_ds.jsonable import decode, encode
+from smartfrz_ds.model.tensor_json import decode, encode
+from smartfrz_ds.model.view import Need, View
 
-from .base import Decision, Need, View, body, front_while, judges
+from .base import Decision, body, front_while, judges
 
 
 class EgeriaPolicy:

@@ -9,7 +9,9 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
-from .base import Decision, LayerInfo, Need, View
+from smartfrz_ds.model.view import LayerInfo, Need, View
+
+from .base import Decision
 
 Growth = Literal["linear", "squared", "cubic"]
 _POWERS: dict[Growth, int] = {"linear": 1, "squared": 2, "cubic": 3}

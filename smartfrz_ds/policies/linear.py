@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .base import Decision, LayerInfo, Need, View
+from smartfrz_ds.model.view import LayerInfo, Need, View
+
+from .base import Decision
 
 _DEFAULT_START, _DEFAULT_END = 0.2, 0.8  # shares of the run
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .base import Decision, Need, View
+from smartfrz_ds.model.view import Need, View
+
+from .base import Decision
 
 
 class ManualPolicy:

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .base import Decision, LayerInfo, Need, View, body, front_while, gradient_norms
+from smartfrz_ds.model.view import LayerInfo, Need, View
+
+from .base import Decision, body, front_while, gradient_norms
 
 _EPOCHS = 10  # the paper's runs on images; a run without a given interval is cut into as many
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from .base import Decision, LayerInfo, Need, View, judges
+from smartfrz_ds.model.view import LayerInfo, Need, View
+
+from .base import Decision, judges
 from .timing import check_share, check_step, step_of
 
 

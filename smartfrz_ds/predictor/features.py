@@ -21,7 +21,7 @@ from .probe import RATIO_LIMIT as _RATIO_LIMIT
 from .probe import ProbeTracker, log_lr_ratio
 
 if TYPE_CHECKING:  # policies import this module
-    from smartfrz_ds.policies.base import View, Window
+    from smartfrz_ds.model.view import View, Window
 
 TOKEN_FEATURES = (
     "age",  # share of the window's steps that lie between this snapshot and the newest, 1 (oldest) .. 0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:  # policies import this module
-    from smartfrz_ds.policies.base import View
+    from smartfrz_ds.model.view import View
 
 PROBE_FEATURES = (
     "log_change",  # log(1 - CKA between this freezing stage and the last one) of the layer's output on the probe

@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from smartfrz_ds.layers import Layer, LayerKind, find_layers
-from smartfrz_ds.sampling import sample_indices, sampled_params
+from smartfrz_ds.model.layers import Layer, LayerKind, find_layers
+from smartfrz_ds.model.sampling import sample_indices, sampled_params
 
 from .similarity import gram_vector, probe_rows
 

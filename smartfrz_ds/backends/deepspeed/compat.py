@@ -1,0 +1,229 @@
+"""What this package was tested with, and what it refuses at start rather than get wrong later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups
+from packaging.specifiers import SpecifierSet
+
+from smartfrz_ds.backends.probing import CannotTell, ask, ask_count, ask_switch
+from smartfrz_ds.config.refusals import REFUSALS, Refusal, number, other_optimizer, section
+
+from .leaf_modules import describe_leaf_modules
+
+# The backends touch private attributes; each release is looked at and tested before it is added here.
+TESTED_DEEPSPEED = SpecifierSet("==0.19.8")
+
+
+def check_version(*, allow_untested: bool) -> str | None:
+    """Refuse a DeepSpeed that was not tested, or return a warning when the user insists.
+
+    Raises:
+        ValueError: names the installed and the tested versions and the setting that overrides it.
+    """
+    if TESTED_DEEPSPEED.contains(deepspeed.__version__, prereleases=True):
+        return None
+    found = f"DeepSpeed {deepspeed.__version__} is not among the tested versions ({TESTED_DEEPSPEED})"
+    if allow_untested:
+        return found + "; going on because smartfrz.allow_untested_versions is true"
+    raise ValueError(f"{found}. Install a tested one, or set smartfrz.allow_untested_versions to true to try all the same.")
+
+
+def check_engine(engine: DeepSpeedEngine) -> None:
+    """Refuse an engine that uses what freezing does not work with yet.
+
+    Raises:
+        ValueError: names each feature, the key that turned it on and who set it, and what to do instead; or the attribute without which
+            it can't be told whether a feature is on.
+    """
+    raw = config_of(engine)
+    refused, unknown = [], []
+    for key, test in _USES.items():
+        refusal: Refusal = REFUSALS[key]
+        try:
+            if test(engine):
+                given = f"the optimizer {type(engine.basic_optimizer).__name__} that was given to deepspeed.initialize"
+                refused.append(f"{refusal.said(raw, given if key == 'optimizer' else '')}: {refusal.remedy}")
+        except Exception as error:  # fails closed: a feature may be on, and a freeze would then be silently wrong
+            unknown.append(f"{refusal.name}: {_what_is_missing(error)}")
+    for name, probe in _PROBES.items():
+        try:
+            refused += probe(engine, raw)
+        except Exception as error:
+            unknown.append(f"{name}: {_what_is_missing(error)}")
+    if not refused and not unknown:
+        return
+    lines = []
+    if refused:
+        lines.append(f"smartfrz_ds does not work yet with{_listed(refused)}")
+    if unknown:
+        lines.append(
+            f"smartfrz_ds cannot tell whether a feature is on that it does not work with:{_listed(unknown)}\nInstall a DeepSpeed that "
+            f"was tested ({TESTED_DEEPSPEED})"
+        )
+    raise ValueError("\n".join([*lines, "Set smartfrz.enabled to false to train without it."]))
+
+
+def config_of(engine: DeepSpeedEngine) -> dict[str, Any]:
+    """The config that DeepSpeed has read (runtime/config.py), to say who turned a feature on; empty where it can't be found."""
+    found = getattr(getattr(engine, "_config", None), "_param_dict", None)
+    return dict(found) if isinstance(found, dict) else {}
+
+
+def _listed(parts: list[str]) -> str:
+    return f" {parts[0]}" if len(parts) == 1 else "".join(f"\n- {part}" for part in parts)
+
+
+def _what_is_missing(error: Exception) -> str:
+    why = str(error) if isinstance(error, CannotTell) else f"raises {type(error).__name__}: {error}"
+    return f"cannot tell whether it is on: DeepSpeed {deepspeed.__version__} {why}"
+
+
+def _pipeline(engine: DeepSpeedEngine) -> bool:
+    return isinstance(engine, PipelineEngine)
+
+
+def _stage(engine: DeepSpeedEngine) -> int:
+    return ask_count(engine, "zero_optimization_stage()")
+
+
+def _offload(engine: DeepSpeedEngine, which: str, option: str) -> Any:
+    """An option of an offload section (runtime/zero/offload_config.py); None where the section is missing."""
+    found = ask(engine, f"_config.zero_config.{which}")
+    return None if found is None else ask(found, option)
+
+
+def _on_nvme(engine: DeepSpeedEngine) -> bool:
+    devices = [_offload(engine, which, "device") for which in ("offload_optimizer", "offload_param")]
+    known = {"none", "cpu", "nvme"}  # OffloadDeviceEnum
+    names = {str(getattr(device, "value", device)) for device in devices if device is not None}
+    if names - known:
+        raise CannotTell(f"has unknown offload devices: {sorted(names - known)}")
+    return "nvme" in names
+
+
+def _partial(engine: DeepSpeedEngine) -> bool:
+    ratio = _offload(engine, "offload_optimizer", "ratio")
+    return _stage(engine) == 3 and ratio is not None and float(ratio) < 1.0
+
+
+def _super_offload(engine: DeepSpeedEngine) -> bool:
+    # engine.py: DeepSpeed's own super_offload() asks with a default of False
+    return _stage(engine) == 3 and _offload(engine, "offload_optimizer", "super_offload") not in (None, False)
+
+
+def _tensor_parallel(engine: DeepSpeedEngine) -> bool:
+    if _pipeline(engine):
+        return False
+    return ask_count(engine, "autotp_size()") > 1 or _mpu_tensor_size(ask(engine, "mpu")) > 1
+
+
+def _mpu_tensor_size(mpu: Any) -> int:
+    """Ranks of one tensor-parallel group, as the mpu names it (utils/bwc.py); 1 where it knows of none."""
+    if hasattr(mpu, "initialize_sequence_parallel"):  # utils/groups.py: Ulysses' mpu, whose "model parallel" group is the sequence's
+        return 1
+    for name in ("get_tensor_model_parallel_world_size", "get_slice_parallel_world_size", "get_model_parallel_world_size"):
+        if hasattr(mpu, name):
+            return int(getattr(mpu, name)())
+    return 1
+
+
+def _sequence_parallel(engine: DeepSpeedEngine) -> bool:
+    # The key alone, without data_parallel_size, makes no groups, but divides the batch (runtime/config.py).
+    return ask_count(groups, "_get_sequence_parallel_world_size()") > 1 or number(config_of(engine).get("sequence_parallel_size")) > 1
+
+
+def _other_mpu(engine: DeepSpeedEngine) -> bool:
+    """An mpu that is neither AutoTP's nor Ulysses': those have names of their own."""
+    if _pipeline(engine) or ask(engine, "mpu") is None:
+        return False
+    return not _tensor_parallel(engine) and not _sequence_parallel(engine)
+
+
+def _hpz_before(engine: DeepSpeedEngine) -> bool:
+    """Whether weights have a second partition that this engine did not ask for (stage3.py takes the group from a global)."""
+    if _stage(engine) != 3 or ask_count(engine, "zero_hpz_partition_size()") > 1:
+        return False
+    # set on every parameter of a ZeRO-3 engine (partition_parameters.py)
+    second = any(ask(p, "ds_secondary_tensor") is not None for p in engine.module.parameters())
+    return second or ask(groups, "_get_zero_param_intra_parallel_group()") is not None
+
+
+def _quantized(engine: DeepSpeedEngine) -> bool:
+    names = ("zero_quantized_weights()", "zero_quantized_gradients()", "zero_quantized_nontrainable_weights()")
+    return any(ask_switch(engine, name) for name in names)
+
+
+def _low_precision(engine: DeepSpeedEngine) -> bool:
+    return any(ask_switch(engine, f"{kind}_master_weights_and_gradients()") for kind in ("fp16", "bf16"))
+
+
+def _decoupled(engine: DeepSpeedEngine) -> bool:
+    # DataStates falls back to a plain engine where its library is missing; the config says what was asked for
+    return ask_switch(engine, "checkpoint_engine.is_decoupled()") or ask_switch(engine, "_config.datastates_config.enabled")
+
+
+#: By the id of refusals.REFUSALS. Each test names every attribute that it needs: where one is missing, `ask` raises, and the start is
+#: refused.
+_USES: dict[str, Callable[[DeepSpeedEngine], bool]] = {
+    # the methods of a pipeline's engine; other engines have neither
+    "pipeline_fp16": lambda e: _pipeline(e) and ask_switch(e, "fp16_enabled()"),
+    "pipeline_reentrant": lambda e: _pipeline(e) and ask_switch(e, "_reentrant_activation_checkpointing()"),
+    "pipeline_tensor": lambda e: _pipeline(e) and ask_count(e, "grid.get_slice_parallel_world_size()") > 1,
+    # deepspeed.initialize (deepspeed/__init__.py) picks the engine's class by this
+    "hybrid_engine": lambda e: ask_switch(e, "_config.hybrid_engine.enabled"),
+    "granularity": lambda e: _stage(e) == 3 and ask_count(e, "zero_module_granularity_threshold()") > 0,
+    "partial_offload": _partial,
+    "super_offload": _super_offload,
+    "nvme": _on_nvme,
+    "moe": lambda e: ask_switch(e, "has_moe_layers"),
+    "tensor_parallel": _tensor_parallel,
+    "sequence_parallel": _sequence_parallel,
+    "mpu": _other_mpu,
+    "hpz": lambda e: ask_count(e, "zero_hpz_partition_size()") > 1,
+    "hpz_before": _hpz_before,
+    "quantized": _quantized,
+    "zenflow": lambda e: ask_switch(e, "zenflow"),
+    "deepcompile": lambda e: ask_switch(e, "is_deepcompile_enabled()"),
+    "decoupled": _decoupled,
+    "low_precision": _low_precision,
+    "optimizer": lambda e: other_optimizer(type(ask(e, "basic_optimizer")).__name__),
+    "autocast": lambda e: ask(e, "torch_autocast_z0_gradscaler") is not None,
+    "no_optimizer": lambda e: ask(e, "basic_optimizer") is None,
+}
+
+
+def _leaf_modules(engine: DeepSpeedEngine, raw: dict[str, Any]) -> list[str]:
+    """Leaf modules matter to ZeRO-3 alone; DeepSpeed marks them at every stage (runtime/engine.py, _configure_distributed_model)."""
+    if _stage(engine) != 3 or ask(engine, "basic_optimizer") is None:
+        return []
+    is_leaf = ask(deepspeed.utils, "z3_leaf_module")
+    marked = [m for m in engine.module.modules() if is_leaf(m)]
+    # stage3.py: {module: parameters} of those whose gradients one hook reduces together; says the truth if the mark is renamed
+    hooked = list(ask(engine, "optimizer.leaf_parameters"))
+    by_size = ask_count(engine, "zero_module_granularity_threshold()") > 0  # has a name of its own
+    found = [] if by_size else list(dict.fromkeys([*marked, *hooked]))
+    return [f"{said}: {remedy}" for said, remedy in describe_leaf_modules(engine.module, found, section(raw, "zero_optimization"))]
+
+
+def _waiting_gradients(engine: DeepSpeedEngine, raw: dict[str, Any]) -> list[str]:
+    """Backend.is_boundary looks for gradients of another dtype, which stage_1_and_2.py puts into `grad_accum` where it keeps them apart."""
+    # BF16_Optimizer, which serves stage 1 with fp32 accumulation (engine.py), has no such attribute: its own are looked at in wrapped16.py.
+    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer) and ask_switch(engine, "optimizer.use_separate_grad_accum"):
+        for group in ask(engine, "optimizer.bit16_groups"):
+            for param in group:
+                ask(param, "grad_accum")
+    return []
+
+
+#: What is more than on or off: what is refused of it, in full.
+_PROBES: dict[str, Callable[[DeepSpeedEngine, dict[str, Any]], list[str]]] = {
+    "ZeRO-3 leaf modules": _leaf_modules,
+    "gradients of another dtype that wait for a step": _waiting_gradients,
+}

@@ -1,0 +1,352 @@
+"""Wrappers that keep a parameter group in one flat buffer: what ZeRO-1/2, BF16_Optimizer and FP16_Optimizer have in common.
+
+A change of the layout goes group by group: state tensor by state tensor (each old one is let go before the next new one is made),
+then the low-precision weights, then whatever the wrapper derives from both. The torch optimizer, its parameter groups and the
+master tensors stay the same objects, so every handle to them, a scheduler's too, stays valid.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+from smartfrz_ds.backends.base import Backend, Released, Sampler, SampleRequest, detach_from_training
+from smartfrz_ds.backends.state_layout import why_uncuttable
+from smartfrz_ds.distributed.devices import empty_cache, synchronize
+from smartfrz_ds.errors import FreezeError
+
+from .partition import FlatLayout, PackedLayout, bytes_sent, move, plan_moves
+from .step_counts import OwnSteps, Partition, copy_step, zero_step
+
+MASTER = "master"
+# what state that can't be cut allows, as the end of a message
+ALLOWED_WHOLE = (
+    "Allowed: ZeRO stage 0, or attach_torch (one process, DDP, FSDP2), where each parameter has its own state; or an optimizer whose "
+    "state has the weights' shape, such as AdamW"
+)
+
+
+class _Kept:
+    """Released state of some parameters on the host of the ranks that owned it."""
+
+    def __init__(self, layout: PackedLayout) -> None:
+        self.layout = layout
+        self.step: dict[Parameter, Any] = {}
+        self.tensors: dict[str, Tensor] = {}
+
+    def part(self, params: Sequence[Parameter], rank: int) -> _Kept:
+        """The same of these parameters only, packed anew. rank: whose tensors these are."""
+        part = _Kept(PackedLayout.of(self.layout, params))
+        mine = [s for p in params for s in self.layout.segments(p) if s.rank == rank]
+        part.step = {p: self.step[p] for p in params if p in self.step}
+        for key, tensor in self.tensors.items():
+            part.tensors[key] = torch.cat([tensor[s.offset : s.offset + s.numel] for s in mine]) if mine else tensor[:0]
+        return part
+
+
+class FlatBackend(Backend):
+    """The common part; a subclass says where its wrapper keeps things."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self.wrapper = engine.optimizer
+        self._groups = [list(group) for group in self.low_precision_groups()]
+        self._placeholders: dict[int, Parameter] = {}
+        self._layouts = [self.layout(i, group) for i, group in enumerate(self._groups)]
+        self._kept: dict[Parameter, _Kept] = {}
+        self._own_steps = OwnSteps(self.base_optimizer(), self._partitions)
+
+    # --- what a subclass says -----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def low_precision_groups(self) -> list[list[Parameter]]:
+        """The wrapper's own lists of model parameters, one a group."""
+
+    @abstractmethod
+    def layout(self, index: int, params: Sequence[Parameter]) -> FlatLayout:
+        """The layout that the wrapper gives group `index` when it holds `params`."""
+
+    @abstractmethod
+    def master(self, index: int) -> Tensor:
+        """This rank's fp32 partition of group `index`: the tensor that the torch optimizer steps."""
+
+    @abstractmethod
+    def process_group(self, index: int) -> dist.ProcessGroup | None:
+        """The ranks that share group `index`; None where every rank holds all of it."""
+
+    @abstractmethod
+    def before_change(self) -> None:
+        """Let go of what hangs on the old layout (hooks, links, gradient buffers): a view of an old tensor would keep it alive."""
+
+    @abstractmethod
+    def install(self, index: int, layout: FlatLayout) -> None:
+        """Give the wrapper the new low-precision buffer of a changed group. The master is in place already."""
+
+    @abstractmethod
+    def after_change(self) -> None:
+        """Rebuild what the wrapper derives from all groups together (numbering, hooks, links)."""
+
+    def detach(self, param: Parameter) -> None:
+        """Make a parameter that has left the optimizer a plain constant of the model."""
+        detach_from_training(param)
+        for name in ("_hp_mapping", "_dp_group", "_hp_grad", "grad_accum", "param_idx_in_group"):
+            # tensor_fragment.py and mixed_precision_linkage.py: without these DeepSpeed treats it as never optimized.
+            if hasattr(param, name):
+                delattr(param, name)
+
+    def low_precision(self, param: Parameter, start: int, numel: int) -> Tensor:
+        """Elements [start, start + numel) of what this rank holds of the weights themselves, flat."""
+        return param.data.view(-1)[start : start + numel]
+
+    #: whether the wrapper can't do with an empty group
+    needs_placeholder = True
+
+    # --- Backend ------------------------------------------------------------------------------------------------------------
+
+    def check_adopt(self, params: Mapping[Parameter, int], names: Mapping[Parameter, str]) -> None:
+        super().check_adopt(params, names)
+        for param, index in params.items():
+            if param.dtype != (wanted := self.groups[index][0].dtype):
+                raise ValueError(
+                    f"thaw: {names[param]!r} has dtype {param.dtype}, its parameter group {index} is one flat buffer of {wanted}; allowed: "
+                    "the group's dtype"
+                )
+
+    def adopt(self, params: Mapping[Parameter, int], order: Mapping[Parameter, int]) -> None:
+        super().adopt(params, order)
+        for param in params:
+            if not param.data.is_contiguous():  # channels_last: the flat buffer has no such thing
+                param.data = param.data.contiguous()
+
+    @property
+    def groups(self) -> list[list[Parameter]]:
+        return self._groups
+
+    @property
+    def sharded(self) -> bool:
+        return any(layout.world > 1 for layout in self._layouts)
+
+    def uncuttable(self, changed: Collection[Parameter]) -> str:
+        wanted = set(changed)
+        touched = [i for i, group in enumerate(self.groups) if not wanted.isdisjoint(group)]
+        why = why_uncuttable(self.base_optimizer(), [self.master(i) for i in touched])
+        return f"{why}: no layer can leave or join a flat partition of {self.name}. {ALLOWED_WHOLE}" if why else ""
+
+    def base_optimizer(self) -> torch.optim.Optimizer:
+        return self.wrapper.optimizer
+
+    def masters(self) -> list[Tensor]:
+        return [self.master(i) for i in range(len(self.groups))]
+
+    def _partitions(self) -> list[Partition]:
+        return [(self.master(i), self._layouts[i], self.group_rank(i)) for i in range(len(self.groups))]
+
+    def group_rank(self, index: int) -> int:
+        """This process's partition of group `index`."""
+        return dist.get_rank(self.process_group(index)) if self._layouts[index].world > 1 else 0
+
+    def sampler(self, requests: Sequence[SampleRequest], numel: int) -> Sampler:
+        sampler = Sampler(numel)
+        where = {p: i for i in range(len(self.groups)) for p in self._layouts[i].params}
+        wanted: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for r in requests:
+            index = where[r.param]
+            if self._layouts[index].world == 1 and not self.speaks_for_replicas:
+                continue  # every rank holds everything; one is enough
+            for s in self._layouts[index].segments(r.param):
+                if s.rank == self.group_rank(index):
+                    mine = (r.elements >= s.start) & (r.elements < s.start + s.numel)
+                    wanted.setdefault(index, []).append((r.elements[mine] - s.start + s.offset, r.slots[mine]))
+        for index, parts in wanted.items():
+            master = self.master(index)
+            sampler.parts.append((master, torch.cat([e for e, _ in parts]).to(master.device), torch.cat([s for _, s in parts])))
+        return sampler
+
+    def change(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool) -> Released:
+        before, moved = self.optimizer_bytes(), 0
+        synchronize(self.device)
+        self.before_change()
+        self.frozen = (self.frozen | set(freeze)) - set(thaw)
+        old = self._layouts
+        new = [self._new_layout(i) for i in range(len(self.groups))]
+        changed = [i for i in range(len(self.groups)) if not _same(old[i].params, new[i].params)]
+        for i in changed:
+            moved += self._move_state(i, old[i], new[i], [p for p in freeze if p in old[i].offsets], keep)
+        for param in freeze:
+            self._own_steps.drop(param)
+        for param in thaw:
+            self._kept.pop(param, None)
+        for param in freeze:
+            self.detach(param)
+        for param in thaw:
+            param.requires_grad_(True)
+        self._layouts = new
+        for i in changed:
+            self.install(i, new[i])
+        self.after_change()
+        synchronize(self.device)
+        empty_cache(self.device)
+        return Released(before - self.optimizer_bytes(), moved)
+
+    def kept_layouts(self, params: Sequence[Parameter]) -> list[PackedLayout]:
+        """Where the state of these parameters waits on the host, as far as it was kept; each layout with these parameters only."""
+        kept = {id(k): k for k in (self._kept[p] for p in params if p in self._kept)}
+        return [PackedLayout({p: k.layout.pieces[p] for p in params if self._kept.get(p) is k}, k.layout.sizes) for k in kept.values()]
+
+    def forget(self, params: Iterable[Parameter]) -> None:
+        """Drop kept state; tensors shared with parameters that still wait are dropped with the last of them."""
+        for param in params:
+            self._kept.pop(param, None)
+
+    def verify(self) -> None:
+        super().verify()
+        for i, layout in enumerate(self._layouts):
+            master = self.master(i)
+            if master.numel() != layout.partition_size:
+                raise FreezeError(f"group {i}: the master partition has {master.numel()} elements, the layout {layout.partition_size}")
+            for key, value in self.base_optimizer().state.get(master, {}).items():
+                if isinstance(value, Tensor) and value.ndim > 0 and value.shape != master.shape:
+                    raise FreezeError(f"group {i}: state {key} has shape {tuple(value.shape)}, its master {tuple(master.shape)}")
+        self.verify_weights()
+
+    def verify_weights(self) -> None:
+        """The part of `verify` that concerns the weights' own buffers."""
+        for i, layout in enumerate(self._layouts):
+            stepped = self.base_optimizer().param_groups[i]["params"]
+            if len(stepped) != 1 or stepped[0] is not self.master(i):
+                raise FreezeError(f"group {i}: the optimizer does not step the master partition")
+            storages = {p.untyped_storage().data_ptr() for p in layout.params}
+            if len(storages) > 1:
+                raise FreezeError(f"group {i}: its parameters no longer share one flat buffer")
+            if storages & {p.untyped_storage().data_ptr() for p in self.frozen}:
+                raise FreezeError(f"group {i}: a frozen parameter still holds the flat buffer")
+
+    # --- moving state -------------------------------------------------------------------------------------------------------
+
+    def _new_layout(self, index: int) -> FlatLayout:
+        params = self.active(index)
+        if not params and self.needs_placeholder:
+            # A group that the user made never disappears: schedulers and checkpoints count groups, and the wrappers read the
+            # first parameter of each. The placeholder is zeros, gets no gradient, and so stays zeros.
+            if index not in self._placeholders:
+                first, world = self.groups[index][0], self._layouts[index].world
+                self._placeholders[index] = Parameter(torch.zeros(2 * world, dtype=first.dtype, device=first.device))
+                if hasattr(self.wrapper, "param_names"):
+                    self.wrapper.param_names[self._placeholders[index]] = f"smartfrz_placeholder_{index}"
+            params = [self._placeholders[index]]
+        return self.layout(index, params)
+
+    def _move_state(self, index: int, old: FlatLayout, new: FlatLayout, leaving: list[Parameter], keep: bool) -> int:
+        master, state = self.master(index), self.base_optimizer().state
+        entries = state.get(master, {})
+        flat_keys = [k for k, v in entries.items() if isinstance(v, Tensor) and v.ndim > 0]
+        rank, world, group = self.group_rank(index), old.world, self.process_group(index)
+
+        kept = _Kept(PackedLayout.of(old, leaving))
+        if keep:
+            for param in leaving:
+                self._kept[param] = kept
+            kept.step = {p: self._step_of(p, entries) for p in leaving}
+            to_host = plan_moves(old, kept.layout, leaving)
+        coming = [p for p in new.params if p not in old.offsets and p is not self._placeholders.get(index)]
+        stay = plan_moves(old, new, new.params)
+        back = {id(k): k for k in (self._kept[p] for p in coming if p in self._kept)}
+        returns = [(k, plan_moves(k.layout, new, [p for p in coming if self._kept.get(p) is k])) for k in back.values()]
+        moved = 0
+        for key in [MASTER, *flat_keys]:
+            source = master.detach() if key == MASTER else entries[key]
+            host = source.cpu()
+            if keep:
+                kept.tensors[key] = torch.empty(kept.layout.sizes[rank], dtype=host.dtype)
+                move(to_host, host, kept.tensors[key], rank=rank, world=1, group=None)
+            if source.device.type != "cpu":
+                source.untyped_storage().resize_(0)  # no second copy on the device: the host has it
+            target = torch.zeros(new.partition_size, dtype=source.dtype, device=source.device)
+            move(stay, host, target, rank=rank, world=world, group=group)
+            moved += bytes_sent(stay, target.element_size())
+            if key == MASTER:
+                self._fill_from_weights([p for p in coming if p not in self._kept], new, target, rank)
+            for k, moves in returns:
+                if key in k.tensors:
+                    move(moves, k.tensors[key], target, rank=rank, world=world, group=group)
+                    moved += bytes_sent(moves, target.element_size())
+            if key == MASTER:
+                master.data = _pinned_like(target, source)
+            else:
+                entries[key] = _pinned_like(target, source)
+            del source, host, target
+        self._set_own_steps(coming, entries)
+        return moved
+
+    def _fill_from_weights(self, params: Sequence[Parameter], layout: FlatLayout, target: Tensor, rank: int) -> None:
+        """Start the masters of thawed parameters from the weights themselves, which every rank holds whole."""
+        for param in params:
+            for s in layout.segments(param):
+                if s.rank == rank:
+                    target[s.offset : s.offset + s.numel].copy_(self.low_precision(param, s.start, s.numel))
+
+    def _step_of(self, param: Parameter, entries: dict[str, Any]) -> Any:
+        return copy_step(self._own_steps.count.get(param, entries.get("step")))
+
+    def _set_own_steps(self, coming: Sequence[Parameter], entries: dict[str, Any]) -> None:
+        """Give thawed parameters a step count of their own, unless it equals the group's."""
+        if "step" not in entries:
+            return
+        for param in coming:
+            step = self._kept[param].step[param] if param in self._kept else None
+            if step is None:  # nothing was kept, or the group had not stepped yet when the parameter left it
+                step = zero_step(entries["step"])
+            if float(step) != float(entries["step"]):
+                self._own_steps.set(param, step)
+
+
+def flatten(layout: FlatLayout) -> Tensor:
+    """A new buffer with the parameters' values, and the parameters pointed into it."""
+    first = layout.params[0]
+    flat = torch.zeros(layout.numel, dtype=first.dtype, device=first.device)
+    for param in layout.params:
+        part = flat[layout.offsets[param] : layout.offsets[param] + param.numel()]
+        part.copy_(param.data.view(-1))
+        param.data = part.view(param.shape)
+    return flat
+
+
+def unlink(wrapper: Any, groups: Iterable[Iterable[Any]]) -> None:
+    """Take the gradient hooks and the links to the masters (utils/mixed_precision_linkage.py) off ZeRO-1/2 or BF16_Optimizer."""
+    for hook in wrapper._grad_acc_hooks:
+        hook.remove()
+    wrapper._grad_acc_hooks = []
+    for group in groups:
+        for param in group:
+            param._hp_mapping = None
+
+
+def link(wrapper: Any, masters: Sequence[Tensor]) -> None:
+    """Link weights, masters and states of ZeRO-1/2 or BF16_Optimizer anew.
+
+    DeepSpeed links the states of all groups after the first group's first step, when the others have none yet, and then raises "not
+    found in optimizer state fragment" for those; a change of the layout is a good moment to do it right.
+    """
+    wrapper._link_all_hp_params()
+    wrapper._hp_optimizer_states_linked = False
+    if all(wrapper.optimizer.state.get(m) for m in masters):
+        wrapper._lazy_init_hp_params_optimizer_state()
+
+
+def _same(a: Sequence[Parameter], b: Sequence[Parameter]) -> bool:
+    return [id(p) for p in a] == [id(p) for p in b]
+
+
+def _pinned_like(tensor: Tensor, model: Tensor) -> Tensor:
+    """`tensor`, page-locked if `model` was (offloaded state with pin_memory)."""
+    if model.device.type != "cpu" or not torch.cuda.is_available() or not model.is_pinned():
+        return tensor
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().pin_memory(tensor)

@@ -1,0 +1,27 @@
+"""DeepSpeed's model files of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_MODEL_STATES = "*mp_rank_00_model_states.pt"  # DeepSpeed's file with the client_state (runtime/engine.py, _get_ckpt_name)
+
+
+def read_model_states(folder: Path, pattern: str = _MODEL_STATES) -> list[dict[str, Any]]:
+    """DeepSpeed's model files of a tag, in the order of their ranks, mapped into memory rather than read where their format allows.
+
+    Raises ValueError for one that can't be read.
+    """
+    states = []
+    for path in sorted(folder.glob(pattern), key=lambda p: [int(x) for x in p.name.split("_") if x.isdigit()]):
+        try:
+            try:
+                states.append(torch.load(path, map_location="cpu", weights_only=False, mmap=True))
+            except RuntimeError:  # DeepSpeed's checkpoint_serialization: false writes torch's old format, which can't be mapped
+                states.append(torch.load(path, map_location="cpu", weights_only=False))
+        except Exception as error:
+            raise ValueError(f"{path} can't be read: {type(error).__name__}: {error}") from error
+    return states

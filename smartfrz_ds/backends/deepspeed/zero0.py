@@ -1,0 +1,114 @@
+"""ZeRO stage 0: one state entry per parameter. The bare torch optimizer, or DeepSpeed's FP16_UnfusedOptimizer around it.
+
+Touched in DeepSpeed 0.19.8:
+  runtime/engine.py            engine.optimizer, engine.basic_optimizer, micro_steps
+  runtime/fp16/unfused_optimizer.py   fp16_groups, fp32_groups, overflow_checker
+  runtime/utils.py             CheckOverflow.params
+  ops/adam/fused_adam.py       one step count a group, kept in the state of its last parameter
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from deepspeed.ops.adam import FusedAdam
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from torch import Tensor
+from torch.nn import Parameter
+
+from smartfrz_ds.backends.base import Released, Sampler, SampleRequest, detach_from_training
+from smartfrz_ds.backends.entries import EntryBackend
+from smartfrz_ds.backends.state_layout import Overrides, scalars_beside, to_device, to_host
+from smartfrz_ds.errors import FreezeError
+
+from .step_counts import GroupCounts
+
+
+class PlainBackend(EntryBackend):
+    """Drops and restores state entries in place; nothing is communicated."""
+
+    name = "ZeRO-0"
+
+    def __init__(self, engine: Any) -> None:
+        self.wrapper: FP16_UnfusedOptimizer | None = engine.optimizer if isinstance(engine.optimizer, FP16_UnfusedOptimizer) else None
+        self._optimizer: torch.optim.Optimizer = self.wrapper.optimizer if self.wrapper else engine.optimizer
+        # unfused_optimizer.py: fp16_groups holds the trainable model parameters, fp32_groups their masters, pairwise.
+        super().__init__(engine, self.wrapper.fp16_groups if self.wrapper else [g["params"] for g in self._optimizer.param_groups])
+        self._master: dict[Parameter, Tensor] = {}
+        if self.wrapper:
+            for low, high in zip(self.wrapper.fp16_groups, self.wrapper.fp32_groups, strict=True):
+                self._master.update(zip(low, high, strict=True))
+        self._counts = GroupCounts(self._optimizer) if isinstance(self._optimizer, FusedAdam) else None
+        self._overrides = Overrides(self._optimizer)
+        self._kept: dict[Parameter, tuple[Tensor | None, dict[str, Any]]] = {}  # host: master, state
+
+    def base_optimizer(self) -> torch.optim.Optimizer:
+        return self._optimizer
+
+    def masters(self) -> list[Tensor]:
+        return list(self._master.values())
+
+    def sampler(self, requests: Sequence[SampleRequest], numel: int) -> Sampler:
+        sampler = Sampler(numel)
+        if self.speaks_for_replicas:  # every rank holds everything; one is enough
+            for r in requests:
+                buffer = self._master.get(r.param, r.param)
+                sampler.parts.append((buffer, r.elements.to(buffer.device), r.slots))
+        return sampler
+
+    def change(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool) -> Released:
+        before = self.optimizer_bytes()
+        if self._counts:
+            self._counts.level()
+        for param in freeze:
+            self._release(param, keep)
+        for param in thaw:
+            self._restore(param)
+        self._regroup((self.frozen | set(freeze)) - set(thaw))
+        return Released(before - self.optimizer_bytes(), 0)
+
+    def _regroup(self, frozen: set[Parameter]) -> None:
+        self.frozen = frozen
+        self._overrides.before()
+        for i, order in enumerate(self._order):
+            live = [p for p in order if p not in self.frozen]
+            if self.wrapper:
+                self.wrapper.fp16_groups[i] = live
+                # The torch group's list and the wrapper's are one object (unfused_optimizer.py, __init__).
+                self.wrapper.fp32_groups[i][:] = [self._master[p] for p in live]
+            else:
+                self._optimizer.param_groups[i]["params"] = live
+        self._overrides.after()
+        if self.wrapper:
+            self.wrapper.overflow_checker.params = [p for group in self.wrapper.fp16_groups for p in group]
+
+    def _release(self, param: Parameter, keep: bool) -> None:
+        master = self._master.pop(param, None)
+        state = self._optimizer.state.pop(param if master is None else master, {})
+        if keep:
+            self._kept[param] = (None if master is None else master.detach().cpu(), to_host(state))
+        detach_from_training(param)
+
+    def _restore(self, param: Parameter) -> None:
+        master, state = self._kept.pop(param, (None, {}))
+        param.requires_grad_(True)
+        key: Tensor = param
+        if self.wrapper:
+            source = param.data if master is None else master
+            key = self._master[param] = source.to(device=param.device, dtype=torch.float32, copy=True).requires_grad_(True)
+        if state:
+            self._optimizer.state[key] = to_device(state, param, scalars_beside=scalars_beside(self._optimizer))
+
+    def forget(self, params: Iterable[Parameter]) -> None:
+        for param in params:
+            self._kept.pop(param, None)
+
+    def verify(self) -> None:
+        super().verify()
+        if not self.wrapper:
+            return
+        for low, high, group in zip(self.wrapper.fp16_groups, self.wrapper.fp32_groups, self._optimizer.param_groups, strict=True):
+            if group["params"] is not high or len(low) != len(high):
+                raise FreezeError("FP16_UnfusedOptimizer: the masters and the optimizer's parameters no longer match")

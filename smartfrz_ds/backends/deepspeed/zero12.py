@@ -1,0 +1,179 @@
+"""ZeRO stages 1 and 2: DeepSpeedZeroOptimizer, changed in place.
+
+Touched in DeepSpeed 0.19.8, all in runtime/zero/stage_1_and_2.py unless named. `install` and `after_change` redo, for the groups that
+changed, what DeepSpeedZeroOptimizer.__init__ does once:
+  per group    bit16_groups, round_robin_bit16_{groups,indices,meta,padding,offsets}, bit16_groups_flat,
+               parallel_partitioned_bit16_groups, groups_padding, single_partition_of_fp32_groups, partition_size, params_in_partition,
+               params_not_in_partition, first_offset, param_buffer_of_bit16_for_cpu_offload_groups, real_dp_process_group
+  numbering    param_id, param_dict, params_already_reduced, is_param_in_current_partition, Parameter.param_idx_in_group
+  gradients    averaged_gradients, all_grad_tensors, previous_reduced_grads, extra_large_param_to_reduce and the dictionaries that
+               initialize_gradient_partitioning_data_structures fills; Parameter.grad_accum
+  offload      accumulated_grads_in_cpu, norm_for_param_grads, grad_position, _offload_accumulated_param_ids,
+               temp_grad_buffer_for_{cpu,gpu}_offload, offload_gradient_dict
+  dropping     micro_step_id, _epilogue_ran_this_backward
+  hooks        _grad_acc_hooks, create_gradient_handling_hooks
+  links        _link_all_hp_params, _hp_optimizer_states_linked, _lazy_init_hp_params_optimizer_state, _enable_universal_checkpoint,
+               _create_param_mapping, _create_optimizer_mapping (utils/mixed_precision_linkage.py)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+from torch import Tensor
+from torch.nn import Parameter
+
+from .flat import FlatBackend, flatten, link, unlink
+from .partition import FlatLayout
+
+
+class Zero12Backend(FlatBackend):
+    """Partitions stay balanced: the kept elements are dealt out anew, and only what changes its owner is sent."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self.name = self.wrapper.zero_stage_string + (" with offloaded optimizer" if self.wrapper.cpu_offload else "")
+
+    def low_precision_groups(self) -> list[list[Parameter]]:
+        return self.wrapper.bit16_groups
+
+    def master(self, index: int) -> Tensor:
+        return self.wrapper.single_partition_of_fp32_groups[index]
+
+    def process_group(self, index: int) -> dist.ProcessGroup | None:
+        return self.wrapper.real_dp_process_group[index]
+
+    def layout(self, index: int, params: Sequence[Parameter]) -> FlatLayout:
+        zero, world = self.wrapper, dist.get_world_size(self.process_group(index))
+        order = list(params)
+        if zero.round_robin_gradients:
+            order, _ = zero._round_robin_reorder(order, world)
+        align = 16 // math.gcd(16, order[0].element_size()) if zero.parameter_alignment else 1
+        padding, end = [], 0
+        for position, param in enumerate(order):
+            end += param.numel()
+            padding.append(0 if position == len(order) - 1 else -end % align)
+            end += padding[-1]
+        return FlatLayout(tuple(order), world, zero.nccl_start_alignment_factor * world, tuple(padding))
+
+    def gradients_pending(self) -> bool:
+        zero = self.wrapper
+        pending = any(g is not None for d in (zero.averaged_gradients, zero.all_grad_tensors) for g in d.values())
+        # With offload, an accumulated gradient waits on the host; the ids are cleared by every step.
+        return pending or bool(zero.cpu_offload and zero._offload_accumulated_param_ids)
+
+    def pending_params(self) -> list[Parameter]:
+        held = super().pending_params()
+        if held or not self.gradients_pending():
+            return held
+        zero = self.wrapper
+        groups = {i for d in (zero.averaged_gradients, zero.all_grad_tensors) for i, g in d.items() if g is not None}
+        return [p for i in (groups or range(len(self.groups))) for p in self.active(i)]
+
+    def drop_gradients(self) -> None:
+        # What a step that overflows does (step, reset of the dictionaries); zero_grad leaves what was reduced already, and DeepSpeed's
+        # next backward would add to it.
+        zero = self.wrapper
+        super().drop_gradients()
+        for gradients in (zero.averaged_gradients, zero.all_grad_tensors):
+            gradients.update(dict.fromkeys(gradients))
+        zero.micro_step_id = INITIAL_MICRO_STEP_ID
+        zero._epilogue_ran_this_backward = False
+        if zero.cpu_offload:
+            zero._offload_accumulated_param_ids = set()
+
+    def before_change(self) -> None:
+        zero = self.wrapper
+        if zero.cpu_offload:
+            zero._wait_for_offload_copies()
+        unlink(zero, zero.bit16_groups)
+        zero.previous_reduced_grads.clear()
+        zero.extra_large_param_to_reduce.clear()
+        zero.averaged_gradients.clear()
+        zero.all_grad_tensors.clear()
+        zero.offload_gradient_dict.clear()
+        if zero.cpu_offload:
+            for master in zero.single_partition_of_fp32_groups:
+                master.grad = None  # persistent gradient buffers, made anew at the end
+
+    def install(self, index: int, layout: FlatLayout) -> None:
+        zero, params = self.wrapper, self.active(index) or [self._placeholders[index]]
+        world, rank, size = layout.world, self.group_rank(index), layout.partition_size
+        for position, param in enumerate(params):
+            vars(param).update(grad_accum=None, param_idx_in_group=position)  # attributes that DeepSpeed hangs on parameters
+        position_of = {id(p): k for k, p in enumerate(layout.params)}
+        zero.bit16_groups[index] = params
+        zero.round_robin_bit16_groups[index] = list(layout.params)
+        zero.round_robin_bit16_indices[index] = [position_of[id(p)] for p in params]
+        zero.round_robin_bit16_meta[index] = [torch.zeros_like(p.data, device="meta") for p in layout.params]
+        zero.round_robin_bit16_padding[index] = list(layout.padding)
+        zero.round_robin_bit16_offsets[index] = [layout.offsets[p] for p in layout.params]
+
+        flat = zero.bit16_groups_flat[index] = flatten(layout)
+        zero.parallel_partitioned_bit16_groups[index] = zero.get_data_parallel_partitions(flat, index)
+
+        used = sum(p.numel() for p in layout.params) + sum(layout.padding)
+        zero.groups_padding[index] = min(size, max(0, (rank + 1) * size - used))
+        zero.partition_size[index] = size
+        mine, others, first_offset = zero.get_partition_info(zero.round_robin_bit16_groups[index], size, rank, list(layout.padding))
+        zero.params_in_partition[index], zero.params_not_in_partition[index], zero.first_offset[index] = mine, others, first_offset
+        assert zero.partition_count[index] == world
+        if zero.cpu_offload:
+            buffer = torch.zeros(size, dtype=flat.dtype, device=self.master(index).device)
+            zero.param_buffer_of_bit16_for_cpu_offload_groups[index] = self._pinned(buffer)
+
+    def after_change(self) -> None:
+        zero = self.wrapper
+        self._number_params()
+        if zero.cpu_offload:
+            self._prepare_offload()
+        for name in (
+            "param_to_partition_ids",
+            "is_partition_reduced",
+            "remaining_grads_in_partition",
+            "total_grads_in_partition",
+            "is_grad_computed",
+            "grad_partition_insertion_offset",
+            "grad_start_offset",
+            "first_param_index_in_partition",
+        ):
+            setattr(zero, name, {})
+        zero.initialize_gradient_partitioning_data_structures()
+        zero.reset_partition_gradient_structures()
+        zero._release_ipg_buffers()
+        if zero.partition_gradients or zero.overlap_comm or zero.use_grad_accum_attribute or zero.contiguous_gradients:
+            zero.create_gradient_handling_hooks()
+        link(zero, self.masters())
+        zero._enable_universal_checkpoint()
+        zero._param_slice_mappings = zero._create_param_mapping()
+        if zero.cpu_offload:
+            zero._create_optimizer_mapping()
+
+    def _number_params(self) -> None:
+        zero = self.wrapper
+        params = [p for group in zero.bit16_groups for p in group]
+        zero.param_id = {id(p): k for k, p in enumerate(params)}
+        zero.param_dict = dict(enumerate(params))
+        zero.params_already_reduced = [False] * len(params)
+        here = {id(p) for group in zero.params_in_partition for p in group}
+        zero.is_param_in_current_partition = {k: id(p) in here for k, p in enumerate(params)}
+
+    def _prepare_offload(self) -> None:
+        zero = self.wrapper
+        zero.accumulated_grads_in_cpu, zero.norm_for_param_grads, zero.grad_position = {}, {}, {}
+        zero._offload_accumulated_param_ids = set()
+        largest = max(p.numel() for group in zero.bit16_groups for p in group)
+        zero.temp_grad_buffer_for_cpu_offload = self._pinned(torch.zeros(largest, dtype=zero.dtype, device=zero.device))
+        zero.temp_grad_buffer_for_gpu_offload = torch.zeros(largest, dtype=zero.dtype, device=get_accelerator().current_device_name())
+        for i, master in enumerate(zero.single_partition_of_fp32_groups):
+            zero.get_grad_position(i, zero.params_in_partition[i], zero.first_offset[i], zero.partition_size[i])
+            master.grad = self._pinned(torch.zeros(int(zero.partition_size[i]), dtype=master.dtype, device=zero.device))
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        return get_accelerator().pin_memory(tensor) if self.wrapper.cpu_offload_pin_memory else tensor

@@ -1,0 +1,290 @@
+"""ZeRO stage 3: DeepSpeedZeroOptimizer_Stage3, changed in place and without communication.
+
+Every parameter is cut over the ranks by itself, so nothing changes its owner when others leave: each rank closes the gaps in its own
+buffers. Touched in DeepSpeed 0.19.8, all in runtime/zero/stage3.py unless named:
+  sub-groups   fp16_groups, fp16_partitioned_groups, fp16_partitioned_groups_flat{,_numel,_id}, fp32_partitioned_groups_flat,
+               sub_group_to_group_id, sub_group_process_groups, sub_group_partition_counts, groups_padding, subgroup_to_device,
+               next_swappable_fp32_partitioned_groups, debug_fp16_grads
+  buffers      lp_param_buffer, param_groups_fp16_flat_cpu_memory, grad_partitions_flat_buffer and the private dictionary
+               __param_id_to_grad_partition, averaged_gradients, norm_for_param_grads, Parameter.ds_tensor
+  numbering    param_dict, params_already_reduced, grad_position
+  hooks        _grad_acc_hooks (made here: DeepSpeed's own way gathers every parameter to do it)
+  coordinator  runtime/zero/partitioned_param_coordinator.py: _invalidate_trace and the cache of __params_to_release;
+               runtime/zero/parameter_offload.py: partition_all_parameters, persistent_parameters
+  parameters   runtime/zero/partition_parameters.py: ds_status, ds_persist, ds_active_sub_modules, ds_numel, partition, all_gather
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.utils import count_used_parameters_in_backward
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.utils.torch import register_grad_hook
+from torch import Tensor
+
+from smartfrz_ds.backends.base import Released, Sampler, SampleRequest, ZeroParam
+from smartfrz_ds.errors import FreezeError
+
+from .flat import FlatBackend
+from .partition import FlatLayout
+from .replicas import Replicas
+
+_GRAD_PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
+FrozenStorage = Literal["sharded", "replicated", "auto"]
+
+
+class Zero3Backend(FlatBackend):
+    """A "group" of this backend is one of DeepSpeed's sub-groups. An empty one leaves DeepSpeed's lists and comes back with a thaw.
+
+    frozen: where the weights of frozen layers live: "sharded" as before, "replicated" whole on every rank (never gathered again), or
+    "auto": replicated as long as the memory that the freezes have released on this rank pays for it.
+    """
+
+    needs_placeholder = False
+
+    def __init__(self, engine: Any, frozen: FrozenStorage = "sharded") -> None:
+        zero = engine.optimizer
+        self._masters: list[Tensor] = list(zero.fp32_partitioned_groups_flat)
+        self._group_ids: list[int] = [zero.sub_group_to_group_id[i] for i in range(len(zero.fp16_groups))]
+        self._process_groups = list(zero.sub_group_process_groups)
+        on = zero.subgroup_to_device if zero.offload_optimizer else {}  # stage3.py: made only with an offloaded optimizer
+        self._devices = [on.get(i) for i in range(len(zero.fp16_groups))]
+        if zero.fp32_partitioned_groups_flat[0] is zero.fp16_partitioned_groups_flat[0]:
+            # _create_fp32_partitions has such a branch; with string devices, as in this version, it is never taken.
+            raise ValueError("smartfrz_ds does not work with ZeRO-3 masters that are the weights' own buffer")
+        super().__init__(engine)
+        offloads = [name for name in ("optimizer", "param") if getattr(zero, f"offload_{name}")]
+        self.name = "ZeRO-3" + (f" with offloaded {' and '.join(offloads)}" if offloads else "")
+        self._replicas = Replicas(zero, frozen)
+        self._gathered = 0  # bytes of weights that the last change gathered to stay whole
+
+    # --- FlatBackend ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def sharded(self) -> bool:
+        return dist.get_world_size() > 1
+
+    def low_precision_groups(self) -> list[list[ZeroParam]]:
+        return self.wrapper.fp16_groups
+
+    @property
+    def param_groups(self) -> list[list[ZeroParam]]:
+        groups: list[list[ZeroParam]] = [[] for _ in self.base_optimizer().param_groups]
+        for index, params in zip(self._group_ids, self.groups, strict=True):
+            groups[index] += params
+        return groups
+
+    def layout(self, index: int, params: Sequence[ZeroParam]) -> FlatLayout:
+        return FlatLayout(tuple(params), 1, sizes=tuple(p.partition_numel() for p in params))
+
+    def master(self, index: int) -> Tensor:
+        return self._masters[index]
+
+    def process_group(self, index: int) -> dist.ProcessGroup | None:
+        return None
+
+    def low_precision(self, param: ZeroParam, start: int, numel: int) -> Tensor:
+        return param.ds_tensor.data.view(-1)[start : start + numel]
+
+    def change(self, freeze: Sequence[ZeroParam], thaw: Sequence[ZeroParam], *, keep: bool) -> Released:
+        released = super().change(freeze, thaw, keep=keep)
+        return Released(released.bytes, released.moved_bytes + self._gathered * (dist.get_world_size() - 1))
+
+    def gathered_by(self, frozen: Collection[ZeroParam]) -> int:
+        """Bytes of weights, whole, that would be gathered to stay whole if these parameters were the frozen ones."""
+        return self._replicas.gathered_by(set(frozen), self._released_by(frozen))
+
+    def _released_by(self, frozen: Collection[ZeroParam]) -> dict[ZeroParam, int]:
+        return {p: self._optimizer_bytes_of(p) for p in frozen}
+
+    def gradients_pending(self) -> bool:
+        # Set by the epilogue of a backward, counted at the next forward, both reset by step() and zero_grad().
+        return self.wrapper._epilogue_ran_this_backward or self.wrapper.micro_step_id > 0
+
+    def pending_params(self) -> list[ZeroParam]:
+        return super().pending_params() or (self.trained() if self.gradients_pending() else [])
+
+    def sampler(self, requests: Sequence[SampleRequest], numel: int) -> Sampler:
+        sampler = Sampler(numel)
+        rank = dist.get_rank()
+        where = {p: (i, layout.offsets[p]) for i, layout in enumerate(self._layouts) for p in layout.params}
+        for r in requests:
+            param: ZeroParam = r.param
+            index, offset = where[param]
+            size = param.partition_numel()  # rank r owns the flat elements [r * size, (r + 1) * size)
+            mine = r.elements // size == rank
+            master = self.master(index)
+            sampler.parts.append((master, (r.elements[mine] % size + offset).to(master.device), r.slots[mine]))
+        return sampler
+
+    def detach(self, param: ZeroParam) -> None:
+        param.grad = None
+        param.requires_grad_(False)
+        shard = param.ds_tensor
+        if shard.data.untyped_storage().nbytes() != shard.data.nbytes:
+            shard.data = shard.data.clone()  # one view would keep the buffer of all shards alive
+
+    def before_change(self) -> None:
+        zero = self.wrapper
+        for hook in zero._grad_acc_hooks:
+            hook.remove()
+        zero._grad_acc_hooks = []
+        zero.averaged_gradients = {}
+        # The buffer in which gradients are accumulated: gone before anything new is made.
+        getattr(zero, _GRAD_PARTITIONS).clear()
+        zero.grad_partitions_flat_buffer = None
+        if zero.offload_optimizer:
+            for master in self._masters:
+                master.grad = None
+
+    def install(self, index: int, layout: FlatLayout) -> None:
+        pass  # the weights of all sub-groups share a buffer: after_change makes it
+
+    def after_change(self) -> None:
+        zero = self.wrapper
+        live = [i for i, layout in enumerate(self._layouts) if layout.params]
+        groups: list[list[ZeroParam]] = [list(self._layouts[i].params) for i in live]
+        zero.fp16_groups = groups
+        zero.fp16_partitioned_groups = [[p.ds_tensor for p in group] for group in groups]
+        zero.fp16_partitioned_groups_flat_numel = [self._layouts[i].numel for i in live]
+        zero.fp16_partitioned_groups_flat_id = [[p.ds_id for p in group] for group in groups]
+        zero.sub_group_to_group_id = {k: self._group_ids[i] for k, i in enumerate(live)}
+        zero.sub_group_process_groups = [self._process_groups[i] for i in live]
+        zero.sub_group_partition_counts = [dist.get_world_size(g) for g in zero.sub_group_process_groups]
+        last = [dist.get_rank(g) == dist.get_world_size(g) - 1 for g in zero.sub_group_process_groups]
+        zero.groups_padding = [[p.padding_size() if is_last else 0 for p in group] for group, is_last in zip(groups, last, strict=True)]
+        zero.fp32_partitioned_groups_flat = [self._masters[i] for i in live]
+        zero.debug_fp16_grads = [{} for _ in live]
+        if zero.offload_optimizer:
+            zero.subgroup_to_device = {k: self._devices[i] for k, i in enumerate(live)}
+        self._lay_out_weights(live)
+        zero.next_swappable_fp32_partitioned_groups = []
+        zero._create_next_swappable_fp32_groups()
+        self._number_params(groups)
+        self._make_gradient_buffers(groups)
+        self._make_hooks(groups)
+        self._renew_trace()
+        self._gathered = self._replicas.update(self.frozen, self._released_by(self.frozen))
+
+    # --- the parts ------------------------------------------------------------------------------------------------------------
+
+    def _lay_out_weights(self, live: list[int]) -> None:
+        """New buffers for the shards of the active parameters; shards that were there already keep their values."""
+        zero = self.wrapper
+        zero.fp16_partitioned_groups_flat = []
+        if zero.offload_param:
+            # One host buffer for each parameter group of the optimizer (_create_param_groups_fp16_flat_cpu_memory).
+            zero.param_groups_fp16_flat_cpu_memory = []
+            for group_id in dict.fromkeys(self._group_ids[i] for i in live):
+                members = [i for i in live if self._group_ids[i] == group_id]
+                self._one_buffer(members, zero.param_groups_fp16_flat_cpu_memory.append)
+        else:
+            self._one_buffer(live, lambda buffer: setattr(zero, "lp_param_buffer", buffer))
+
+    def _one_buffer(self, members: list[int], keep: Callable[[Tensor], None]) -> None:
+        zero, total = self.wrapper, sum(self._layouts[i].numel for i in members)
+        first: ZeroParam = self._layouts[members[0]].params[0]
+        shard = first.ds_tensor
+        buffer = torch.zeros(total, dtype=shard.dtype, device=shard.device)
+        if zero.offload_param and zero.offload_param_pin_memory:
+            buffer = get_accelerator().pin_memory(buffer)
+        keep(buffer)
+        begin = 0
+        for i in members:
+            layout = self._layouts[i]
+            flat = buffer.narrow(0, begin, layout.numel)
+            param: ZeroParam
+            for param, size in zip(layout.params, layout.sizes, strict=True):
+                part = flat.narrow(0, layout.offsets[param], size)
+                part.copy_(param.ds_tensor.data.view(-1))
+                param.ds_tensor.data = part
+            zero.fp16_partitioned_groups_flat.append(flat)
+            begin += layout.numel
+
+    def _number_params(self, groups: list[list[ZeroParam]]) -> None:
+        zero = self.wrapper
+        ids = {zero.get_param_id(p): p for group in groups for p in group}
+        zero.param_dict = ids
+        zero.params_already_reduced = dict.fromkeys(ids, False)
+        zero.grad_position = {}
+        zero.set_grad_positions()
+        if zero.offload_optimizer:
+            zero.norm_for_param_grads = {}
+            zero._offload_boundary_param_ids = set()
+
+    def _make_gradient_buffers(self, groups: list[list[ZeroParam]]) -> None:
+        zero = self.wrapper
+        params = [p for group in groups for p in group]
+        buffer = torch.zeros(sum(p.partition_numel() for p in params), dtype=zero.gradient_accumulation_dtype, device=zero.device)
+        if zero.offload_optimizer_pin_memory:
+            buffer = get_accelerator().pin_memory(buffer)
+        zero.grad_partitions_flat_buffer = buffer
+        parts, begin = getattr(zero, _GRAD_PARTITIONS), 0
+        for p in params:
+            parts[p.ds_id] = buffer.narrow(0, begin, p.partition_numel())
+            begin += p.partition_numel()
+        if zero.offload_optimizer:
+            for k, master in enumerate(zero.fp32_partitioned_groups_flat):
+                gradient = torch.zeros(master.numel(), dtype=master.dtype, device=zero.device)
+                if zero.offload_optimizer_pin_memory:
+                    gradient = get_accelerator().pin_memory(gradient)
+                master.grad = gradient.to(zero.subgroup_to_device[k])
+
+    def _make_hooks(self, groups: list[list[ZeroParam]]) -> None:
+        """What create_reduce_and_remove_grad_hooks does, without gathering each parameter: the hook needs no data."""
+        zero = self.wrapper
+        params = [p for group in groups for p in group]
+
+        def hook_of(param: ZeroParam) -> Callable[..., None]:
+            def reduce_and_remove(*_: Any) -> None:
+                refresh = zero.should_refresh_expected_hook_count()
+                zero.reenter_backward_if_needed()
+                zero.reduce_ready_partitions_and_remove_grads(param)
+                expected = count_used_parameters_in_backward(params) if refresh else zero._max_expected_hooks_seen
+                zero.update_hook_state_and_maybe_run_epilogue(expected)
+
+            return reduce_and_remove
+
+        zero._grad_acc_hooks = [register_grad_hook(p, hook_of(p)) for p in params]
+        zero._remaining_grad_acc_hooks = 0
+
+    def _renew_trace(self) -> None:
+        """Let the coordinator record the order of modules anew.
+
+        A frozen prefix only shortens the trace, so DeepSpeed never sees a mismatch and goes on prefetching for a backward that no longer
+        happens; and what it once computed to be releasable is cached by step.
+        """
+        coordinator = self.wrapper._get_param_coordinator()
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
+        cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+        for cell in getattr(cached, "__closure__", None) or ():  # instrument_w_nvtx hides the lru_cache in its closure
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
+
+    def _optimizer_bytes_of(self, param: ZeroParam) -> int:
+        """Optimizer bytes that freezing `param` released on this rank: its master and moments, gradients not counted."""
+        return int(param.partition_numel()) * 4 * 3
+
+    def leave(self) -> None:
+        self._replicas.leave()
+
+    def verify_weights(self) -> None:
+        zero = self.wrapper
+        param: ZeroParam
+        for i, layout in enumerate(self._layouts):
+            for param in layout.params:
+                if param.ds_tensor.numel() != param.partition_numel():
+                    raise FreezeError(f"sub-group {i}: a shard has {param.ds_tensor.numel()} elements, not {param.partition_numel()}")
+        buffers = {flat.untyped_storage().data_ptr() for flat in zero.fp16_partitioned_groups_flat}
+        frozen: set[ZeroParam] = set(self.frozen)
+        if any(p.ds_tensor.untyped_storage().data_ptr() in buffers for p in frozen):
+            raise FreezeError("a frozen parameter still holds the buffer of the active shards")
+        if any(p.ds_status == ZeroParamStatus.INFLIGHT for p in frozen):
+            raise FreezeError("a frozen parameter is being gathered")

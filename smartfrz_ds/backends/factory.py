@@ -1,0 +1,72 @@
+"""All that knows the inside of an engine. `make_backend` picks the one that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch.optim import Optimizer
+
+from smartfrz_ds.backends.deepspeed.compat import check_engine, check_version
+from smartfrz_ds.backends.deepspeed.flat import ALLOWED_WHOLE, FlatBackend
+from smartfrz_ds.backends.deepspeed.half import Bf16Backend, Fp16Backend
+from smartfrz_ds.backends.deepspeed.zero0 import PlainBackend
+from smartfrz_ds.backends.deepspeed.zero3 import FrozenStorage, Zero3Backend
+from smartfrz_ds.backends.deepspeed.zero12 import Zero12Backend
+from smartfrz_ds.backends.pipeline.stage import of_a_stage
+from smartfrz_ds.errors import FreezeError
+
+from .base import Backend, Released, Sampler, SampleRequest
+from .state_layout import will_be_uncuttable
+
+
+def make_backend(engine: DeepSpeedEngine, *, zero3_frozen: FrozenStorage = "sharded", allow_untested_versions: bool = False) -> Backend:
+    """The backend for this engine.
+
+    zero3_frozen: where ZeRO-3 keeps the weights of frozen layers, see Zero3Backend.
+
+    Raises:
+        ValueError: an untested DeepSpeed, or something in use that freezing does not work with yet, by name.
+    """
+    warning = check_version(allow_untested=allow_untested_versions)
+    check_engine(engine)
+    backends: list[tuple[type, Callable[[DeepSpeedEngine], Backend]]] = [
+        (DeepSpeedZeroOptimizer_Stage3, partial(Zero3Backend, frozen=zero3_frozen)),
+        (DeepSpeedZeroOptimizer, Zero12Backend),
+        (BF16_Optimizer, Bf16Backend),
+        (FP16_Optimizer, Fp16Backend),
+        (FP16_UnfusedOptimizer, PlainBackend),
+        (Optimizer, PlainBackend),
+    ]
+    for optimizer, backend in backends:
+        if isinstance(engine.optimizer, optimizer) and not _variant(engine.optimizer, optimizer):
+            made = of_a_stage(backend)(engine) if isinstance(engine, PipelineEngine) and isinstance(backend, type) else backend(engine)
+            if warning:
+                made.warnings.append(warning)
+            if isinstance(made, FlatBackend) and will_be_uncuttable(made.base_optimizer()):
+                made.warnings.append(
+                    f"{type(made.base_optimizer()).__name__}: once it has stepped, no layer freezes under {made.name}, since its state "
+                    f"can't be cut at the layers' borders in a flat partition; the run goes on unfrozen. {ALLOWED_WHOLE}"
+                )
+            return made
+    raise ValueError(
+        f"smartfrz_ds does not know the optimizer wrapper {type(engine.optimizer).__name__} of DeepSpeed; allowed: "
+        f"{', '.join(known.__name__ for known, _ in backends)}. Set smartfrz.enabled to false to train without it."
+    )
+
+
+def _variant(wrapper: Any, known: type) -> bool:
+    """Whether this is a subclass that DeepSpeed made of one of its wrappers (SuperOffload's, ZenFlow's): it steps in another way."""
+    own = type(wrapper)
+    return own is not known and known is not Optimizer and own.__module__.split(".")[0] == "deepspeed"
+
+
+__all__ = ["Backend", "FreezeError", "Released", "SampleRequest", "Sampler", "make_backend"]

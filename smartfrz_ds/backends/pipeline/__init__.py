@@ -1,0 +1,1 @@
+"""Pipelines: the schedule, tied weights, and moving layers between stages."""

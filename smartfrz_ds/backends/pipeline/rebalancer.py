@@ -1,0 +1,232 @@
+"""Whether layers should move to other pipeline stages after a freeze, and to which: measured costs, one simulated step, the best cut.
+
+Rank 0 decides with what all ranks have measured in training; the bounds are broadcast.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+from smartfrz_ds.backends.cost import Bandwidths
+from smartfrz_ds.config.sections import PipelineSettings
+from smartfrz_ds.distributed.collectives import Ranks
+from smartfrz_ds.planner import Cluster, DoesNotFit, LayerCost, Link, best_cut, simulate
+from smartfrz_ds.planner.width import Width, better_width
+
+from .stage import PipelineStage
+from .timing import EntryTimes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Move:
+    """bounds: of the stages in the pipeline's list, from now on. gain: how many times faster a step is predicted to be with them than with
+    those before. problem: why nothing moves though it should, empty where it does."""
+
+    bounds: tuple[int, ...]
+    gain: float
+    problem: str = ""
+
+
+class Rebalancer:
+    """Of one pipeline. Collective throughout, in the same order on every rank.
+
+    due: whether the layout has changed since the stages were last looked at.
+    """
+
+    def __init__(self, backend: PipelineStage, ranks: Ranks, settings: PipelineSettings) -> None:
+        self._backend, self._ranks, self._settings = backend, ranks, settings
+        self._known: dict[int, EntryTimes] = {}
+        self._weights: dict[int, tuple[int, int]] = {}  # of each entry: elements that train while it is active, bytes
+        self._rates = (0.0, 0.0)  # of an active weight: seconds of its update, bytes of gradient and optimizer state
+        self.due = False
+        self.first_bounds = self.bounds  # as the user's PipelineModule was cut
+        backend.time_entries()
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """Of the stages, now."""
+        return tuple(self._backend.partition() or ())
+
+    def remove(self) -> None:
+        """Take all hooks away."""
+        if self._backend.clock is not None:
+            self._backend.clock.remove()
+
+    def decide(self, bandwidths: Bandwidths, *, moves: bool) -> tuple[Move | None, Width | None]:
+        """The move that is worth it (if any may be), and the width that would be worth more: None where none is, or where some costs are
+        not measured yet (then it stays due)."""
+        costs = self.costs()
+        told = b""
+        if self._ranks.rank == 0 and costs is not None:
+            width = None
+            try:
+                move = self._choose(costs) if moves else None
+                if self._backend.can_be_reshaped:
+                    width = self._wider(costs, move.bounds if move else self.bounds, bandwidths)
+            except Exception as error:  # the others wait for an answer
+                move = Move(bounds=self.bounds, gain=1.0, problem=f"the layers stay where they are: {type(error).__name__}: {error}")
+            told = json.dumps([move and asdict(move), width and asdict(width)]).encode()
+        told = self._ranks.broadcast_bytes(told)
+        self.due = not told
+        move, width = json.loads(told) if told else (None, None)
+        return move and Move(**_tuple_of(move, "bounds")), width and Width(**_tuple_of(width, "parts"))
+
+    def check(self, bounds: Sequence[int]) -> None:
+        """Raise ValueError or RuntimeError, on every rank, where the stages can't get these bounds now; nothing is changed."""
+        options = self._ranks.everybodys(self._backend.group_options())
+        structures = {int(i): told for part in self._ranks.everybodys(self._backend.structure()) for i, told in part.items()}
+
+        def prepare() -> None:
+            if any(own != options[0] for own in options):
+                raise ValueError(
+                    "the stages' optimizers have parameter groups of different settings; allowed where layers move: the same everywhere"
+                )
+            self._backend.prepare(bounds, structures)
+
+        try:
+            self._ranks.together(prepare)
+        except Exception:
+            self._backend.unprepare()
+            raise
+
+    def move(self, bounds: Sequence[int]) -> int:
+        """Move layers so that these are the bounds, after `check`. Returns the bytes that crossed ranks, over all ranks."""
+        return self._ranks.sum(self._backend.rebalance(bounds))
+
+    def gain(self, bounds: Sequence[int]) -> float:
+        """How many times faster a step is predicted to be with these bounds than now; 1 where costs are not known."""
+        costs = self.costs()
+        if costs is None:
+            return 1.0
+        return self._seconds(costs, self.bounds) / max(self._seconds(costs, bounds), 1e-12)
+
+    def costs(self) -> list[LayerCost] | None:
+        """Of each entry of the pipeline's list, seconds and bytes as measured, the same on every rank; None: not enough was measured.
+
+        A backward that was never seen counts as twice the forward.
+        """
+        backend = self._backend
+        clock, pipe = backend.clock, backend.engine.module
+        assert clock is not None
+        own = backend.entry_weights()
+        active = sum(elements for index, (elements, _) in own.items() if index in backend.computed[0])
+        told = self._ranks.everybodys(
+            {
+                "times": {index: asdict(times) for index, times in clock.times().items()},
+                "weights": own,
+                "update": clock.update_seconds,
+                "held": 0.0 if not active else (backend.optimizer_bytes() + backend.gradient_bytes()) / active,
+            }
+        )
+        for index in {index for t in told for index in t["times"]}:
+            self._merge(index, [EntryTimes(**t["times"][index]) for t in told if index in t["times"]])
+        self._weights = {index: tuple(w) for t in told for index, w in t["weights"].items()}
+        updates = [t["update"] for t in told if t["update"] is not None]
+        # Where a freeze has just emptied a stage, what it knew before is known from the others.
+        self._rates = (fmean(updates) if updates else self._rates[0], max([t["held"] for t in told] + [self._rates[1]]))
+        if any(self._known[index].forward is None for index in self._known):
+            return None
+        return [self._cost(index) for index in range(len(pipe._layer_specs))]
+
+    def _merge(self, index: int, seen: Sequence[EntryTimes]) -> None:
+        """Take up what the replicas of one entry have seen; what none has seen stays what it was."""
+        known = self._known.setdefault(index, EntryTimes())
+        if forwards := [t.forward for t in seen if t.forward is not None]:
+            known.forward = fmean(forwards)
+        for kind in {kind for t in seen for kind in t.backward}:
+            known.backward[kind] = fmean([t.backward[kind] for t in seen if kind in t.backward])
+        for t in seen:
+            # A frozen entry keeps nothing; what it would keep is known from when it was active.
+            known.kept_bytes = t.kept_bytes or known.kept_bytes
+            known.output_bytes = t.output_bytes or known.output_bytes
+
+    def _cost(self, index: int) -> LayerCost:
+        known = self._known[index]
+        forward, elements = known.forward or 0.0, self._weights.get(index, (0, 0))[0]
+        of_both, of_weight, of_input = (known.backward.get(kind) for kind in ("both", "weight", "input"))
+        if of_both is None and of_weight is not None:
+            of_both = 2 * of_weight
+        if of_both is None:
+            of_both = 2 * forward if of_input is None or index in self._backend.computed[0] else of_input
+        if of_weight is None:
+            of_weight = of_both / 2 if elements else 0.0
+        return LayerCost(
+            forward=forward,
+            backward_input=max(0.0, of_both - of_weight),
+            backward_weight=of_weight,
+            optimizer=self._rates[0] * elements,
+            weights=elements,
+            output_bytes=known.output_bytes or 0,
+            activation_bytes=known.kept_bytes or 0,
+        )
+
+    def _choose(self, costs: Sequence[LayerCost]) -> Move | None:
+        """On rank 0."""
+        now, first = self.bounds, self._backend.first_entry
+        active = self._backend.computed[0]
+        memory = [self._weights.get(i, (0, 0))[1] + (c.weights * self._rates[1] if i in active else 0.0) for i, c in enumerate(costs)]
+        kept = [float(c.activation_bytes) if i >= first else 0.0 for i, c in enumerate(costs)]
+        limit = self._settings.memory_bytes
+        backend = self._backend
+        try:
+            best = best_cut(
+                self._thinned(costs),
+                len(now) - 1,
+                backend.engine.micro_batches,
+                first,
+                memory if limit is not None else None,
+                limit,
+                activations_per_layer=kept if limit is not None else None,
+                current=now,
+                pinned=backend.pinned,
+            )
+            gain = self._seconds(costs, now) / max(self._seconds(costs, best), 1e-12)
+        except DoesNotFit as error:
+            return Move(bounds=now, gain=1.0, problem=f"smartfrz.pipeline.{error}: the layers stay where they are")
+        if tuple(best) == now or gain < self._settings.min_gain:
+            return None
+        return Move(bounds=tuple(best), gain=gain)
+
+    def _wider(self, costs: Sequence[LayerCost], bounds: Sequence[int], bandwidths: Bandwidths) -> Width | None:
+        """On rank 0: fewer stages with more replicas, where that is worth it. Links are as fast as the exchanges that were measured."""
+        engine, first = self._backend.engine, self._backend.first_entry
+        width = next((p.element_size() for p in engine.module.parameters()), 4)
+        link = Link(latency=bandwidths.latency, bandwidth=bandwidths.network)
+        cluster = Cluster(
+            zero=engine.zero_optimization_stage(),
+            between_stages=link,
+            between_replicas=link,
+            gradient_bytes=width,
+            weight_bytes=width,
+            state_bytes=12 if width < 4 else 8,  # fp32 has no master weights of its own
+        )
+        return better_width(
+            self._thinned(costs),
+            len(self.bounds) - 1,
+            engine.grid.get_data_parallel_world_size(),
+            engine.micro_batches,
+            first,
+            current=bounds,
+            start=self.first_bounds,
+            cluster=cluster,
+            memory_limit=self._settings.memory_bytes,
+            min_gain=self._settings.min_gain,
+        )
+
+    def _seconds(self, costs: Sequence[LayerCost], bounds: Sequence[int]) -> float:
+        backend = self._backend
+        return simulate(self._thinned(costs), bounds, backend.engine.micro_batches, backend.first_entry).makespan
+
+    def _thinned(self, costs: Sequence[LayerCost]) -> list[LayerCost]:
+        """As the simulator wants them: a frozen entry behind the first active one has no gradients of weights."""
+        active, first = self._backend.computed[0], self._backend.first_entry
+        none = {"backward_weight": 0.0, "optimizer": 0.0, "weights": 0, "activation_bytes": 0}
+        return [c if i in active or i < first else LayerCost(**(asdict(c) | none)) for i, c in enumerate(costs)]
+
+
+def _tuple_of(fields: dict[str, Any], key: str) -> dict[str, Any]:
+    return fields | {key: tuple(fields[key])}  # JSON knows lists only

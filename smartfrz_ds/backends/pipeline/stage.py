@@ -1,0 +1,292 @@
+"""Pipelines (PipelineEngine): each stage's optimizer is changed by the backend of its wrapper; here is what the stages add together.
+
+Touched in DeepSpeed 0.19.8:
+  runtime/pipe/engine.py   stage_id, num_stages, micro_batches, grid, pipe_buffers, num_pipe_buffers, _INSTRUCTION_MAP, _train_schedule,
+                           _exec_optimizer_step, _exec_forward_pass, _exec_backward_pass
+  runtime/engine.py        clip_fp32_gradients
+  runtime/pipe/module.py   parts
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import nn
+from torch.nn import Parameter
+
+from smartfrz_ds.backends.base import Backend
+from smartfrz_ds.backends.deepspeed.flat import FlatBackend
+from smartfrz_ds.backends.deepspeed.half import Bf16Backend
+from smartfrz_ds.model.freeze_modules import TiedMode
+from smartfrz_ds.model.layers import Layer
+from smartfrz_ds.model.view import Need
+
+from .layers import PipelineLayer, held_modules, pipeline_layers, tied_uses, user_frozen_entries
+from .move_layers import build, check_bounds, rebalance, structure_of
+from .schedule import (
+    FreeBuffer,
+    FreeInput,
+    FrozenForwardPass,
+    PrunedTrainSchedule,
+    RecvConstant,
+    free_buffer,
+    free_input,
+    frozen_forward_pass,
+    recv_constant,
+)
+from .tied import TiedWeights, pinned_entries
+from .timing import StageClock
+
+if TYPE_CHECKING:
+    _Base = Backend
+else:
+    _Base = object
+
+
+def _optimizer_step(engine: Any, **kwargs: Any) -> None:
+    engine.smartfrz.before_step()
+    engine.smartfrz.backend.before_optimizer()
+    engine._exec_optimizer_step(**kwargs)
+    engine.smartfrz.backend.tied.after_step()
+    if (clock := engine.smartfrz.backend.clock) is not None:
+        clock.end_step(sum(p.numel() for p in engine.smartfrz.backend.trained()))
+
+
+def _reduce_tied_grads(engine: Any) -> None:
+    engine.smartfrz.backend.tied.reduce()
+
+
+def _forward_pass(engine: Any, buffer_id: int) -> None:
+    clock = engine.smartfrz.backend.clock
+    # without gradients: an evaluation
+    with nullcontext() if clock is None or not torch.is_grad_enabled() else clock.forward():
+        engine._exec_forward_pass(buffer_id)
+
+
+def _frozen_forward_pass(engine: Any, buffer_id: int) -> None:
+    clock = engine.smartfrz.backend.clock
+    with nullcontext() if clock is None else clock.forward(frozen=True):
+        frozen_forward_pass(engine, buffer_id)
+
+
+def _backward_pass(engine: Any, buffer_id: int) -> None:
+    backend = engine.smartfrz.backend
+    with nullcontext() if backend.clock is None else backend.clock.backward(*backend.computed):
+        engine._exec_backward_pass(buffer_id)
+
+
+class PrunedPipeline:
+    """Mixed into a freezing PipelineEngine."""
+
+    # _exec_schedule looks an instruction up by its exact type
+    _INSTRUCTION_MAP = MappingProxyType(
+        {
+            **PipelineEngine._INSTRUCTION_MAP,
+            schedule.ReduceTiedGrads: _reduce_tied_grads,
+            schedule.ForwardPass: _forward_pass,
+            schedule.BackwardPass: _backward_pass,
+            FrozenForwardPass: _frozen_forward_pass,
+            FreeBuffer: free_buffer,
+            FreeInput: free_input,
+            RecvConstant: recv_constant,
+            schedule.OptimizerStep: _optimizer_step,
+        }
+    )
+
+    def _train_schedule(self) -> schedule.TrainSchedule:
+        return self.smartfrz.backend.schedule()  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def clip_fp32_gradients(self) -> None:
+        """Clip by the norm over all stages.
+
+        DeepSpeed 0.19.8 counts the first stage only in fp32 without ZeRO (runtime/utils.py, clip_grad_norm_: the first rank of the
+        pipeline's group), and fails on a stage without gradients.
+        """
+        engine: Any = self
+        params = [p for p in engine.module.parameters() if p.grad is not None]
+        square = torch.zeros((), dtype=torch.float32, device=engine.device)
+        for param in params:
+            if not getattr(param, "ds_pipe_replicated", False):  # one of two copies of a tied weight counts
+                square += param.grad.float().norm() ** 2
+        dist.all_reduce(square, group=engine.grid.get_pipe_parallel_group())
+        factor = torch.clamp(engine.gradient_clipping() / (square.sqrt() + 1e-6), max=1.0)
+        for param in params:
+            param.grad.mul_(factor)
+
+
+class PipelineStage(_Base):
+    """Mixed in before the backend of the stage's optimizer wrapper.
+
+    first_active: the stage that holds the first active layer; all in front of it are wholly frozen. first_entry: where in the pipeline's
+        list that layer begins.
+    """
+
+    first_active = 0
+    first_entry = 0
+    staged = True
+    takes_none = "a pipeline's stages are laid out over what trains at the start"
+    missing: Mapping[Need, str] = MappingProxyType(
+        {
+            "gradients": "gradients, which a pipeline does not give yet",
+            "activations": "a probe batch, which a pipeline does not take yet",
+            "lr_scale": "learning rates of single layers, which a pipeline does not give yet",
+        }
+    )
+    #: the setting `smartfrz.tied`
+    tied_mode: TiedMode = "train"
+    _built: Mapping[int, nn.Module] = MappingProxyType({})
+    clock: StageClock | None = None
+    #: what a backward of this stage computes: the entries with weights that train, and whether the gradient of its input is wanted
+    computed: tuple[frozenset[int], bool] = (frozenset(), True)
+
+    @cached_property
+    def tied(self) -> TiedWeights:
+        return TiedWeights(self, self.tied_mode)
+
+    def find_layers(self, model: nn.Module, patterns: str | Sequence[str]) -> tuple[Layer, ...]:
+        """Collective; the same on every rank. Raises ValueError for patterns: a pipeline's layers are its list's entries."""
+        if patterns != "auto":
+            raise ValueError(f"smartfrz.layers: got {list(patterns)}; allowed: 'auto' in a pipeline, whose layers are those of its list")
+        self.user_frozen_entries = user_frozen_entries(model)
+        return pipeline_layers(model)
+
+    def partition(self) -> list[int] | None:
+        return [int(bound) for bound in self.engine.module.parts]
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.engine.device)  # a stage can be left without any parameter
+
+    def time_entries(self) -> None:
+        """Begin to time what each entry of the list costs (`clock`)."""
+        if self.clock is None:
+            self.clock = StageClock(self.engine.module, self.base_optimizer(), self.device)
+
+    def entry_weights(self) -> dict[int, tuple[int, int]]:
+        """Of each entry that this rank holds and that has a module: its weights that the optimizer knows, and the bytes of all of it."""
+        known, out = {p for group in self.groups for p in group}, {}
+        for index, module in held_modules(self.engine.module).items():
+            held = [*module.parameters(), *module.buffers()]
+            out[index] = sum(p.numel() for p in module.parameters() if p in known), sum(t.nbytes for t in held)
+        return out
+
+    def gradient_bytes(self) -> int:
+        """Of the gradients that this stage holds before a step, in the dtype of its weights."""
+        return sum(p.nbytes for p in self.trained())
+
+    def check_bounds(self, bounds: Sequence[int]) -> None:
+        """Raise ValueError where the stages can't get these borders, RuntimeError where nothing can be moved now."""
+        check_bounds(self.engine.module, bounds, pinned_entries(self.engine.module))
+        if not self.is_boundary():
+            raise RuntimeError("layers move only at a step boundary: not within train_batch")
+        if self.engine.is_compiled:
+            raise RuntimeError("layers of a compiled pipeline (engine.compile) can't move: the new stage would run them uncompiled")
+
+    def prepare(self, bounds: Sequence[int], structures: Mapping[int, Sequence[Any]]) -> None:
+        """Check, and build what comes to this stage: what can go wrong on one rank goes wrong here.
+
+        structures: of each entry, as `structure` gives it on the rank that holds it. Raises as `check_bounds`, ValueError where an entry
+        has become another than its place in the list builds, and whatever a layer's constructor raises.
+        """
+        self.check_bounds(bounds)
+        if why := self.uncuttable([p for group in self.groups for p in group]):
+            raise ValueError(why)
+        self._built = build(self.engine, bounds)
+        for index, module in self._built.items():
+            own = structure_of(module)
+            emptied = [[name, [0]] for name, _ in structures[index]]  # a module of the user's list that was here before (rebalance.py)
+            if own not in (structures[index], emptied):
+                raise ValueError(
+                    f"entry {index} of the pipeline's list was changed after it was built (its parameters or buffers are others); allowed: "
+                    "entries that a new stage can build again"
+                )
+
+    def unprepare(self) -> None:
+        """Let go of what `prepare` built: nothing moves after all."""
+        self._built = {}
+
+    def structure(self) -> dict[int, list[Any]]:
+        """Of each module entry that this rank holds: names and shapes of its parameters and buffers."""
+        return {index: structure_of(module) for index, module in held_modules(self.engine.module).items()}
+
+    @property
+    def pinned(self) -> tuple[int, int] | None:
+        """The last tied entry on the first stage and the first one on the last stage; None: nothing is tied."""
+        module = self.engine.module
+        uses = tied_uses(module).values()
+        return (max(front for front, _ in uses), min(rear for _, rear in uses)) if uses and module.num_stages > 1 else None
+
+    @property
+    def can_be_reshaped(self) -> bool:
+        """Whether `smartfrz reshape` takes this pipeline's checkpoints (reshape_source.py)."""
+        zero, engine = self.engine._config.zero_config, self.engine
+        odd = zero.round_robin_gradients or zero.parameter_alignment
+        plain16 = engine.bfloat16_enabled() and not engine.zero_optimization()
+        return not (pinned_entries(engine.module) or odd or plain16)
+
+    def rebalance(self, bounds: Sequence[int]) -> int:
+        """Move layers to these borders. Collective, after `prepare`. Returns the bytes that this rank sent."""
+        sent = rebalance(self, bounds, self._built)
+        self._built = {}
+        self.verify()
+        if self.clock is not None:
+            self.clock.watch()
+        return sent
+
+    @property
+    def sharded(self) -> bool:
+        return True  # a layer's weights are on its stage only
+
+    @property
+    def speaks_for_replicas(self) -> bool:
+        return bool(self.engine.grid.get_data_parallel_id() == 0)
+
+    def check(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter]) -> None:
+        """As every backend, but this stage may be left with nothing to train."""
+        if not self.is_boundary():
+            raise RuntimeError("freeze and thaw only at a step boundary: not within train_batch")
+        if why := self.uncuttable((*freeze, *thaw)):
+            raise ValueError(why)
+
+    def arrange(self, layers: Sequence[Layer], frozen: Collection[str]) -> None:
+        """Leave out of the schedule what the frozen front no longer needs. layers: of `pipeline_layers`."""
+        engine = self.engine
+        first = next(x.first for x in layers if isinstance(x, PipelineLayer) and (x.numel or x.borrows) and x.name not in frozen)
+        self.first_entry, self.first_active = first, bisect_right(engine.module.parts, first) - 1
+        active = frozenset(i for x in layers if isinstance(x, PipelineLayer) and x.name not in frozen for i in range(x.first, x.last + 1))
+        self.computed = active, engine.stage_id > self.first_active
+        self.tied.arrange(layers, frozen)
+        if self.clock is not None:
+            self.clock.weigh()
+        for held in engine.pipe_buffers.values():
+            held.clear()  # what an old schedule left; the next one takes as many as it needs
+        engine.num_pipe_buffers = 0
+
+    def before_optimizer(self) -> None:
+        """Right before the optimizer's step: BF16_Optimizer's norm (runtime/utils.py, get_global_norm_of_tensors) can't do with no gradient
+        at all; on a frozen stage the placeholder's, zeros, stand in."""
+        if isinstance(self, Bf16Backend):
+            for index in range(len(self.groups)):
+                if not self.active(index):
+                    self.wrapper.fp32_groups_has_gradients[index] = [True]
+
+    def schedule(self) -> schedule.TrainSchedule:
+        """The next train_batch's."""
+        engine = self.engine
+        reduces = isinstance(self, FlatBackend)
+        return PrunedTrainSchedule(engine.micro_batches, engine.num_stages, engine.stage_id, self.first_active, reduces=reduces)
+
+
+def of_a_stage(inner: type[Backend]) -> type[Backend]:
+    """The backend of a pipeline's stage whose optimizer `inner` knows."""
+    return type(f"Pipeline{inner.__name__}", (PipelineStage, inner), {})

@@ -1,0 +1,1 @@
+"""FSDP2, FSDP1, DDP and one process, without DeepSpeed."""

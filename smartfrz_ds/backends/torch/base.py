@@ -1,0 +1,233 @@
+"""Plain torch in one process, and what every run without DeepSpeed has in common: one state entry a parameter in a torch optimizer.
+
+DDP, FSDP2 and FSDP1 build on it (ddp.py, fsdp2.py, fsdp1.py). Nothing private of torch is touched here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from smartfrz_ds.backends.base import Released, Sampler, SampleRequest, storage_bytes
+from smartfrz_ds.backends.entries import EntryBackend
+from smartfrz_ds.backends.state_layout import Overrides, pack_state, scalars_beside, state_tensors, to_device, to_host, unpack_state
+from smartfrz_ds.errors import FreezeError
+from smartfrz_ds.model.hooks import ModuleHook
+from smartfrz_ds.model.view import Need
+
+from .several import single
+
+
+class TorchBackend(EntryBackend):
+    """One process with plain torch (or several that each hold all weights).
+
+    wrapped: the model as the user calls it. module: the model inside of the wrapper, whose structure has the layers.
+    optimizer: the torch optimizer.
+    """
+
+    name = "torch"
+
+    def __init__(self, wrapped: nn.Module, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(wrapped, [group["params"] for group in optimizer.param_groups])
+        self.wrapped, self.module, self._optimizer = wrapped, module, optimizer
+        self.scaler: Any = None
+        self.on_skipped: Callable[[], None] | None = None  # called where a step of before turns out to have been skipped
+        self._scale = 0.0  # the scaler's, in the last forward
+        self._names = {p: name for name, p in module.named_parameters()}
+        self._owners = [x for x in single(optimizer) for _ in x.param_groups]  # of each group
+        self._overrides = [Overrides(x) for x in single(optimizer)]
+        self._kept: dict[Parameter, dict[str, Any]] = {}  # on the host
+        self._forwarded = False  # a forward that builds a graph has begun since the last step
+        self._handles: list[Any] = []
+
+    def listen(self) -> None:
+        """Hook the model: from now on this backend knows when a forward begins."""
+        modules = dict.fromkeys((self.wrapped, self.module))
+        self._handles += [m.register_forward_pre_hook(ModuleHook(self._note_forward)) for m in modules]
+
+    def _note_forward(self, module: nn.Module, args: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        if self.scaler is not None and module is self.wrapped:
+            # torch/amp/grad_scaler.py: on an overflow optimizer.step() isn't called, and the scale gets lower.
+            scale = self.loss_scale()
+            if self._forwarded and scale < self._scale and self.on_skipped is not None:
+                self.on_skipped()
+            self._scale = scale
+        self._forwarded = True
+
+    def stepped(self) -> None:
+        """The optimizer has just used the gradients: what is left of them waits for zero_grad only."""
+        self._forwarded = False
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def base_optimizer(self) -> torch.optim.Optimizer:
+        return self._optimizer
+
+    def masters(self) -> list[Tensor]:
+        return []
+
+    def loss_scale(self) -> float:
+        return float(self.scaler.get_scale()) if self.scaler is not None else 1.0
+
+    def gradient_itemsize(self, param: Parameter) -> int:
+        """Bytes an element of this parameter's gradient takes in its reduction."""
+        return param.element_size()
+
+    def optimizer_bytes(self) -> int:
+        return storage_bytes(state_tensors(self._optimizer.state))
+
+    def is_boundary(self) -> bool:
+        # Gradients that a step has used may still be there: scripts clear them before the next backward.
+        clear = all(p.grad is None for p in self.trained()) and not self.gradients_pending()
+        return clear or not self._forwarded
+
+    boundary_words = "after optimizer.step() and before the next forward (or with all gradients cleared by zero_grad)"
+
+    def drop_gradients(self) -> None:
+        for param in self.trained():
+            param.grad = None
+
+    def check(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter]) -> None:
+        if not self.is_boundary():
+            raise RuntimeError(self.not_a_boundary())
+        if len(self._optimizer.param_groups) != len(self._order):
+            raise ValueError(
+                f"the optimizer has {len(self._optimizer.param_groups)} parameter groups, at attach_torch it had {len(self._order)}; "
+                "allowed: add_param_group before attach_torch, or between controller.release() and another attach_torch"
+            )
+        super().check(freeze, thaw)
+
+    def sampler(self, requests: Sequence[SampleRequest], numel: int) -> Sampler:
+        sampler = Sampler(numel)
+        if self.speaks_for_replicas:  # every rank holds everything; one is enough
+            sampler.parts += [(r.param, r.elements.to(r.param.device), r.slots) for r in requests]
+        return sampler
+
+    def copied_bytes(self, freeze: Iterable[Parameter], thaw: Iterable[Parameter]) -> int:
+        return 2 * sum(local(p).nbytes for p in thaw)  # two moments, as large as the weights
+
+    def change(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool) -> Released:
+        before = self.optimizer_bytes()
+        owners = {p: owner for owner, order in zip(self._owners, self._order, strict=True) for p in order}
+        for param in freeze:
+            state = owners[param].state.pop(param, {})
+            if keep:
+                self._kept[param] = to_host(state)
+            param.grad = None
+            param.requires_grad_(False)
+        for param in thaw:
+            owner = owners[param]
+            param.requires_grad_(True)
+            if pattern := self._pattern(owner):  # what the next step would make: a checkpoint of before that step must have it
+                owner.state[param] = {k: _zeros(v, param) for k, v in pattern.items()}
+            if state := self._kept.pop(param, {}):
+                owner.state[param] = to_device(state, param, scalars_beside=scalars_beside(owner))
+        self._regroup((self.frozen | set(freeze)) - set(thaw))
+        self.rewire(freeze, thaw)
+        return Released(before - self.optimizer_bytes(), 0)
+
+    @staticmethod
+    def _pattern(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """A state by which another parameter's first one can be made; {} where that is not known."""
+        if type(optimizer) not in _BEGIN_AT_ZERO:
+            return {}
+        return next((state for state in optimizer.state.values() if "step" in state), {})
+
+    def give_back(self) -> None:
+        """Let everything train again, for a run that goes on without us; collective. State of what was frozen is gone."""
+        thaw = [p for group in self._groups for p in group if p in self.frozen]
+        self._kept.clear()
+        for param in thaw:
+            param.requires_grad_(True)
+        self._regroup(set())
+        if thaw:
+            self.rewire((), thaw)
+
+    def _regroup(self, frozen: set[Parameter]) -> None:
+        self.frozen = frozen
+        for overrides in self._overrides:
+            overrides.before()
+        for order, group in zip(self._order, self._optimizer.param_groups, strict=False):  # behind them: the user's, of after attach
+            group["params"][:] = [p for p in order if p not in frozen]
+        for overrides in self._overrides:
+            overrides.after()
+
+    def rewire(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter]) -> None:
+        """What the wrapper must do after the optimizer has changed."""
+
+    def forget(self, params: Iterable[Parameter]) -> None:
+        for param in params:
+            self._kept.pop(param, None)
+
+    def verify(self) -> None:
+        super().verify()
+        held = [p for group in self._optimizer.param_groups for p in group["params"]]
+        if self.frozen.intersection(held) or self.frozen.intersection(self._optimizer.state):
+            raise FreezeError("a frozen parameter is still in the torch optimizer")
+        expected = sum(len(order) for order in self._order) - len(self.frozen)
+        if len(held) != expected or len(self._optimizer.param_groups) != len(self._order):
+            raise FreezeError(f"the torch optimizer holds {len(held)} parameters instead of {expected}")
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------------------
+
+    def kept_state(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """What this rank holds back for a thaw, as JSON and tensors (its own shards); None where there is nothing."""
+        about: list[dict[str, Any]] = []
+        tensors: dict[str, Tensor] = {}
+        for param, state in self._kept.items():
+            if (packed := pack_state(state)) is not None:
+                tensors |= {f"{len(about)}/{key}": v for key, v in packed[1].items()}
+                about.append({"param": self._names[param]} | packed[0])
+        return ({"kept": about}, tensors) if about else None
+
+    def load_kept_state(self, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """The inverse, on the same number of ranks."""
+        params = {name: p for p, name in self._names.items()}
+        for k, item in enumerate(about["kept"]):
+            mine = {name.removeprefix(f"{k}/"): t for name, t in tensors.items() if name.startswith(f"{k}/")}
+            param = params[item["param"]]
+            self._kept[param] = unpack_state(item, mine, param)
+
+
+# Optimizers of which a parameter's first state is zero in every entry, a tensor `step` among them.
+_BEGIN_AT_ZERO = (torch.optim.Adam, torch.optim.AdamW)
+
+
+def _zeros(value: Any, param: Parameter) -> Any:
+    """The first state of `param` at an entry where another parameter's state has `value`."""
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return torch.zeros_like(value) if isinstance(value, Tensor) else value
+    return torch.zeros_like(param, dtype=value.dtype, memory_format=torch.preserve_format)
+
+
+# What FSDP can't give a policy.
+FSDP_MISSING: Mapping[Need, str] = {"gradients": "gradients, which FSDP brings to a rank in pieces only"}
+
+
+class Unwrapped(TorchBackend):
+    """Several processes that each hold all weights, and no wrapper that says how their gradients meet."""
+
+    name = "torch, no wrapper"
+
+    def __init__(self, wrapped: nn.Module, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(wrapped, module, optimizer)
+        self.warnings.append(
+            f"{dist.get_world_size()} processes, but the model is neither in DDP nor in FSDP: it is taken to be the same on all of them"
+        )
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor: of a DTensor its shard, else the tensor itself."""
+    inside = getattr(tensor, "_local_tensor", None)  # torch/distributed/tensor/_api.py: DTensor; to_local() would record a gradient
+    return inside if isinstance(inside, Tensor) else tensor

@@ -1,0 +1,66 @@
+"""Which backend fits a model without DeepSpeed, what torch it was tested with, and what is refused at start."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from packaging.specifiers import SpecifierSet
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from .base import TorchBackend, Unwrapped
+from .ddp import DdpBackend
+from .fsdp1 import Fsdp1Backend
+from .fsdp2 import FrozenUnits, Fsdp2Backend
+from .several import refuse_in_backward
+
+# The backends of DDP and FSDP touch private attributes; each release is looked at and tested before it is added here.
+TESTED_TORCH = SpecifierSet("==2.13.*")
+
+
+def check_torch(*, allow_untested: bool) -> str | None:
+    """Refuse a torch that was not tested, or return a warning when the user insists.
+
+    Raises:
+        ValueError: names the installed and the tested versions and the setting that overrides it.
+    """
+    if TESTED_TORCH.contains(torch.__version__.split("+")[0], prereleases=True):
+        return None
+    found = f"torch {torch.__version__} is not among the tested versions ({TESTED_TORCH})"
+    if allow_untested:
+        return found + "; going on because smartfrz.allow_untested_versions is true"
+    raise ValueError(f"{found}. Install a tested one, or set smartfrz.allow_untested_versions to true to try all the same.")
+
+
+def make_torch_backend(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, fsdp_frozen: FrozenUnits = "sharded", allow_untested_versions: bool = False
+) -> TorchBackend:
+    """The backend for this model.
+
+    fsdp_frozen: where FSDP2 keeps the weights of frozen units, see Fsdp2Backend.
+
+    Raises:
+        ValueError: an untested torch under a wrapper, or something in use that freezing does not work with, by name.
+    """
+    refuse_in_backward(optimizer)
+    module = getattr(model, "_orig_mod", model)  # torch/_dynamo/eval_frame.py: OptimizedModule
+    fsdp2 = any(isinstance(m, FSDPModule) for m in module.modules())
+    if not fsdp2 and any(isinstance(p, DTensor) for p in module.parameters()):
+        raise ValueError(
+            "smartfrz_ds does not work yet with: tensor parallelism (DTensors that no fully_shard has made): leave parallelize_module out"
+        )
+    if not fsdp2 and not isinstance(module, DistributedDataParallel | FullyShardedDataParallel):
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        return (Unwrapped if several else TorchBackend)(model, module, optimizer)  # nothing private is touched there
+    warning = check_torch(allow_untested=allow_untested_versions)
+    made: TorchBackend
+    if isinstance(module, DistributedDataParallel):
+        made = DdpBackend(module, getattr(module.module, "_orig_mod", module.module), optimizer)
+    elif isinstance(module, FullyShardedDataParallel):
+        made = Fsdp1Backend(module, module.module, optimizer)
+    else:
+        made = Fsdp2Backend(model, module, optimizer, frozen=fsdp_frozen)
+    made.warnings += [warning] if warning else []
+    return made

@@ -1,0 +1,1 @@
+"""`smartfrz bench policies`: the same tasks, seeds and engine for every policy."""

@@ -1,0 +1,115 @@
+"""Worker processes for `smartfrz bench policies`: each imports DeepSpeed once and does many runs; one that dies is replaced."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Generator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from .files import Job
+
+_TAIL = 3000  # characters of a dead worker's output that go into the message
+
+
+def run_all(jobs: Sequence[Job], out: Path, workers: int) -> Generator[tuple[Job, str | None]]:
+    """Run the jobs, `workers` (>= 1) at a time, and give each as it ends, with None or what went wrong.
+
+    out: a result goes to out/runs/NAME.json, what a worker prints to out/log/worker-N.txt, pretrained networks to out/cache. Leaving
+    the iterator early ends the workers.
+    """
+    todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    for job in jobs:
+        todo.put(job)
+    ended: queue.SimpleQueue[tuple[Job, str | None]] = queue.SimpleQueue()
+    crew = [_Worker(out, number) for number in range(min(workers, len(jobs)))]
+    threads = [threading.Thread(target=_work, args=(worker, todo, ended), daemon=True) for worker in crew]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in jobs:
+            yield ended.get()
+    finally:
+        for worker in crew:
+            worker.stop()
+        for thread in threads:
+            thread.join(timeout=10)
+
+
+def result_file(out: Path, job: Job) -> Path:
+    return out / "runs" / f"{job.name}.json"
+
+
+def _work(worker: _Worker, todo: queue.SimpleQueue[Job], ended: queue.SimpleQueue[tuple[Job, str | None]]) -> None:
+    while not worker.stopped:
+        try:
+            job = todo.get_nowait()
+        except queue.Empty:
+            worker.close()
+            return
+        try:
+            error = worker.do(job)
+        except Exception as failure:  # whoever waits for this job must hear of it
+            error = f"{type(failure).__name__}: {failure}"
+        ended.put((job, error))
+
+
+class _Worker:
+    """One process at a time (policies_worker.py); `do` starts it where there is none."""
+
+    def __init__(self, out: Path, number: int) -> None:
+        self._out = out
+        self._log = out / "log" / f"worker-{number}.txt"
+        self._process: subprocess.Popen[str] | None = None
+        self.stopped = False
+
+    def do(self, job: Job) -> str | None:
+        """Run a job and wait for its end; None, or what went wrong."""
+        process = self._process
+        if process is None:
+            self._process = process = self._start()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps({"job": job.to_json(), "file": str(result_file(self._out, job))}) + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if answer:
+            return json.loads(answer)["error"]
+        self._process = None
+        code = _end(process)
+        return f"the worker died with exit code {code}; the end of {self._log}:\n{self._log.read_text(errors='replace')[-_TAIL:]}"
+
+    def close(self) -> None:
+        """Let the process end by itself: its input is over."""
+        process, self._process = self._process, None
+        if process is not None:
+            _end(process)
+
+    def stop(self) -> None:
+        """End the process now."""
+        self.stopped = True
+        process = self._process
+        if process is not None and process.poll() is None:
+            process.terminate()
+
+    def _start(self) -> subprocess.Popen[str]:
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "smartfrz_ds.bench.policies.worker", str(self._out / "cache")]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+        with self._log.open("a") as log:  # the process keeps its own handle
+            return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+
+
+def _end(process: subprocess.Popen[str]) -> int:
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with suppress(BrokenPipeError):
+                pipe.close()
+    return process.wait()

@@ -1,0 +1,178 @@
+"""One training of `smartfrz bench policies` on a real DeepSpeed engine, and the process that does one after the other.
+
+`python -m smartfrz_ds.bench.policies.worker CACHE_DIR` reads one line a run from its standard input, {"job": …, "file": …}, writes the
+result to that file, and answers with a line on its standard output: {"error": null} or {"error": "…"}. It ends with its input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import logging
+import math
+import os
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import logger
+from torch import nn
+from torch.nn import functional as F
+
+import smartfrz_ds
+from smartfrz_ds.model.layers import find_layers
+
+from .files import Job, TaskFile
+from .nets import Batch, prepare
+
+Result = dict[str, Any]
+
+
+def run(job: Job, cache_dir: Path) -> Result:
+    """Train once and measure. Needs a process group (`alone`). cache_dir: for pretrained networks.
+
+    Gives: metric (share of right answers on what is held out) and loss there (cross-entropy, nats); flops and full_flops (training FLOPs,
+    forward and backward, as they were and with nothing frozen) and saved, the share that was saved; seconds and cpu_seconds of the
+    training, without set-up and evaluation; total_seconds of everything; layers, frozen [step, names], warnings.
+
+    Raises whatever the engine raises: settings that a run refuses are a ValueError.
+    """
+    began = time.perf_counter()
+    task = job.settings
+    training = prepare(task, job.seed, cache_dir)
+    engine: Any = smartfrz_ds.initialize(
+        model=training.model,
+        model_parameters=_groups(training.model),
+        config=deepspeed_config(task, job.zero_stage),
+        smartfrz=job.section,
+        **({"probe_batch": training.probe} if job.section.get("probe") else {}),
+    )[0]
+    controller: smartfrz_ds.Controller = engine.smartfrz
+    engine.train()
+    start, cpu_start = time.perf_counter(), time.process_time()
+    for _ in range(task.steps):
+        inputs, answers = next(training.batches)
+        engine.backward(_loss(engine(**inputs), answers))
+        engine.step()
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    report = controller.report()
+    assert report.step == task.steps, (report.step, task.steps)
+    full_flops, flops = controller.state_dict()["flops"]
+    metric, loss = _evaluate(engine, training.held_out)
+    return {
+        "metric": metric,
+        "loss": loss,
+        "flops": flops,
+        "full_flops": full_flops,
+        "saved": report.saved_flops_fraction,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "total_seconds": time.perf_counter() - began,
+        "layers": list(report.layers),
+        "frozen": [[event.step, list(event.layers)] for event in report.events if event.kind == "freeze"],
+        "warnings": [event.message for event in report.events if event.kind == "warning"],
+    }
+
+
+def deepspeed_config(task: TaskFile, zero_stage: int) -> dict[str, Any]:
+    """The DeepSpeed JSON of a task: fp32, torch's AdamW, gradient clipping at 1, DeepSpeed's own schedulers."""
+    warmup = max(2, round(task.warmup * task.steps))  # DeepSpeed's schedulers make 2 of anything less
+    schedulers: dict[str, dict[str, Any]] = {
+        "linear": {"type": "WarmupDecayLR", "params": {"warmup_max_lr": task.lr, "total_num_steps": task.steps}},
+        "cosine": {"type": "WarmupCosineLR", "params": {"total_num_steps": task.steps}},
+        "constant": {"type": "WarmupLR", "params": {"warmup_max_lr": task.lr}},
+    }
+    scheduler = schedulers[task.schedule]
+    scheduler["params"] |= {"warmup_num_steps": warmup, "warmup_type": "linear"}
+    return {
+        "train_micro_batch_size_per_gpu": task.batch,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+        "steps_per_print": 10**9,
+        "optimizer": {"type": "AdamW", "params": {"lr": task.lr, "weight_decay": task.weight_decay, "torch_adam": True}},
+        "scheduler": scheduler,
+        "zero_optimization": {"stage": zero_stage},
+    }
+
+
+@contextlib.contextmanager
+def alone() -> Any:
+    """A process group of this process alone, over gloo, and one thread."""
+    torch.set_num_threads(1)
+    logger.setLevel(logging.ERROR)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        # The processes meet in a file: no port that somebody could take. DeepSpeed wants the names all the same (comm/comm.py).
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        deepspeed.init_distributed(dist_backend="gloo", init_method=f"file://{folder}/store", rank=0, world_size=1, verbose=False)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+            # DeepSpeed's CPU communication op leaves 69 MB in shared memory (ops/csrc cpu/comm/shm.cpp) under the port's name.
+            for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+                left.unlink(missing_ok=True)
+
+
+def _groups(model: nn.Module) -> list[dict[str, Any]]:
+    """A parameter group for each layer, in every run alike: some policies set learning rates of single layers."""
+    return [{"params": list(layer.params)} for layer in find_layers(model) if layer.params]
+
+
+def _loss(output: Any, answers: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    logits = output if isinstance(output, torch.Tensor) else output.logits
+    return F.cross_entropy(logits.flatten(0, -2), answers.flatten(), reduction=reduction)
+
+
+@torch.no_grad()
+def _evaluate(engine: Any, batches: tuple[Batch, ...]) -> tuple[float, float]:
+    """Share of right answers, mean loss."""
+    engine.eval()
+    right, loss, count = 0, 0.0, 0
+    for inputs, answers in batches:
+        output = engine(**inputs)
+        logits = output if isinstance(output, torch.Tensor) else output.logits
+        right += int((logits.argmax(-1) == answers).sum())
+        loss += float(_loss(output, answers, "sum"))
+        count += answers.numel()
+    return right / count, loss / count if math.isfinite(loss) else math.nan
+
+
+def main() -> None:
+    cache_dir = Path(sys.argv[1])
+    # The answers alone go to the standard output; whatever else is printed goes where errors go.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    with alone():
+        for line in sys.stdin:
+            order = json.loads(line)
+            error = None
+            try:
+                result = run(Job.from_json(order["job"]), cache_dir)
+                write_result(Path(order["file"]), order["job"], result)
+            except Exception:
+                error = traceback.format_exc()
+            gc.collect()  # an engine is full of cycles
+            answers.write(json.dumps({"error": error}) + "\n")
+
+
+def write_result(file: Path, job: dict[str, Any], result: Result) -> None:
+    """Whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps({"job": job, "result": result}, indent=1))
+    os.replace(partial, file)
+
+
+if __name__ == "__main__":
+    main()

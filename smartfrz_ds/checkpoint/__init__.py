@@ -1,0 +1,1 @@
+"""The freeze state in checkpoints, and checkpoints for another number of stages."""

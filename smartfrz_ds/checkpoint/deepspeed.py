@@ -1,0 +1,233 @@
+"""Checkpoints of a freezing engine: what happens around DeepSpeed's own save and load, in which order.
+
+Saving: the old list of the folder goes, the freeze state is written, DeepSpeed writes, the new list is written, `latest` is replaced. A
+process that dies in between leaves a tag that does not count as complete, and the one before untouched. Loading: everything that can be
+wrong is found out before anything is changed; then the layout, DeepSpeed's load, and the freeze state.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from smartfrz_ds.backends.deepspeed import checkpoint_parts as layout
+from smartfrz_ds.distributed.collectives import Ranks
+from smartfrz_ds.distributed.failures import Writes
+from smartfrz_ds.runtime.controller import Controller
+from smartfrz_ds.runtime.user_frozen import Restored
+
+from .files import (
+    COMPLETE_FILE,
+    MARKER,
+    SIDE_FILE,
+    Found,
+    digest_of,
+    find,
+    kept_file,
+    pack,
+    pack_tensors,
+    read_kept,
+    write_atomically,
+    write_complete,
+)
+
+
+def find_together(ranks: Ranks, load_dir: str | Path, tag: str | None, *, universal: bool) -> Found | None:
+    """`find` on rank 0, for all ranks; `history` is filled on rank 0 only.
+
+    Raises:
+        ValueError: as `find`, on every rank.
+    """
+    ranks.agree(f"load tag {tag}", "tags to load")
+    found: Found | None = None
+
+    def look() -> dict[str, Any] | None:
+        nonlocal found
+        found = find(load_dir, tag, universal=universal)
+        if found is None:
+            return None
+        return {"tag": found.tag, "state": None if found.state is None else found.state | {"history": {}}, "warning": found.warning}
+
+    answer = ranks.of_rank_0(look)
+    if ranks.rank == 0 and found is not None and found.warning:
+        warnings.warn(f"smartfrz: {found.warning}", RuntimeWarning, stacklevel=4)
+    return found if ranks.rank == 0 or answer is None else Found(**answer)
+
+
+def hide_marker(client_state: Any) -> Any:
+    """What the user saved, without what this package put beside it."""
+    return {k: v for k, v in client_state.items() if k != MARKER} if isinstance(client_state, dict) else client_state
+
+
+class Checkpoints:
+    """The two sequences, for one engine."""
+
+    def __init__(self, controller: Controller) -> None:
+        self.controller, self.backend, self.ranks = controller, controller.backend, controller.ranks
+
+    # --- saving ---------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def saved(self, save_dir: str | Path, tag: str, *, save_latest: bool) -> Iterator[dict[str, Any]]:
+        """Around DeepSpeed's save (without its own `latest`); gives the marker for client_state. Collective.
+
+        Raises:
+            OSError or RuntimeError: a file can't be written, on every rank.
+        """
+        folder = Path(save_dir) / tag
+        self.controller.settle()
+        digest = self._write_state(folder, tag)
+        writes = Writes()
+        with layout.saving(self.backend), writes.watched(self.backend.engine.checkpoint_engine):
+            yield {"format": 1, "tag": tag, "digest": digest}
+        self.ranks.together(writes.check)
+        self._barrier()  # DeepSpeed has one of its own at its end; not to depend on it
+
+        def declare() -> None:
+            if self.ranks.rank == 0:
+                write_complete(folder, self.controller.step)
+                if save_latest:
+                    write_atomically(Path(save_dir) / "latest", tag.encode())
+
+        self.ranks.together(declare)
+        self.controller.last_checkpoint = str(folder)
+
+    def _write_state(self, folder: Path, tag: str) -> str:
+        kept = layout.kept_state(self.backend)
+        writes = kept is not None and (self.ranks.rank == 0 or self.backend.sharded)
+        data = pack_tensors(*kept) if kept is not None and writes else b""
+
+        def write_kept() -> None:
+            if self.ranks.rank == 0:
+                (folder / COMPLETE_FILE).unlink(missing_ok=True)  # a tag that is written again is incomplete from here on
+            if writes:
+                write_atomically(folder / kept_file(self.ranks.rank), data)
+
+        self.ranks.together(write_kept)
+        digests = [d.decode() for d in self.ranks.gather_bytes((digest_of(data) if writes else "-" * 64).encode())]
+        told = b""
+        private = layout.private_state(self.backend)
+        privates = self.ranks.everybodys(private) if self.backend.staged else None
+
+        def write_side() -> None:
+            nonlocal told
+            if self.ranks.rank == 0:
+                state = self.controller.state_dict() | {
+                    "world": len(digests),
+                    "sharded": self.backend.sharded,
+                    "private": private,
+                    "privates": privates,
+                    "parts": self.backend.partition(),
+                    "kept": {str(rank): d for rank, d in enumerate(digests) if d[0] != "-"},
+                }
+                side = pack(state)
+                write_atomically(folder / SIDE_FILE, side)
+                told = digest_of(side).encode()
+
+        self.ranks.together(write_side)
+        return self.ranks.broadcast_bytes(told).decode()
+
+    # --- loading --------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def loaded(self, load_dir: str | Path, found: Found, *, universal: bool, module_only: bool, optimizer: bool) -> Iterator[None]:
+        """Around DeepSpeed's load of `found`. Collective, at a step boundary where the frozen set is another than now.
+
+        Raises:
+            ValueError: the freeze state does not fit this model or this run; nothing was changed, but where a pipeline's layers are.
+            RuntimeError: not at a step boundary; nothing was changed.
+        """
+        state, before, folder = found.state, self.controller.frozen, Path(load_dir) / found.tag
+        moments = optimizer and not module_only
+        if state is not None:
+            self.controller.check_state(state)
+            if moments and self.backend.staged and not universal:
+                self._check_width(state, folder)
+            needs_same = state["sharded"] and not universal and (moments or layout.weights_are_cut(self.backend))
+            if needs_same and state["world"] != len(self.ranks.gather_bytes(b"0")):
+                raise ValueError(
+                    f"{folder} was saved by {state['world']} ranks: with another number convert it first (ds_to_universal "
+                    "--inject_missing_state) and set checkpoint.load_universal to true"
+                )
+            if universal and self.backend.staged:
+                raise ValueError(
+                    f"{folder}: a pipeline can't load a universal checkpoint with a freeze state; allowed: the same ranks and stages"
+                )
+        kept = self._read_kept(folder, state) if state is not None and moments and not universal else None
+        frozen = set(state["frozen"]) if state is not None else set()
+        if universal and (emptied := layout.emptied_groups(self.backend, self.controller.leaving(frozen))):
+            raise ValueError(f"{folder}: a universal checkpoint can't be loaded where parameter groups {emptied} are frozen as a whole")
+        if moments and self.backend.staged and not universal:
+            self.controller.restore_bounds(None if state is None else state.get("parts"))
+            if state is not None:
+                self.ranks.together(lambda: layout.check_groups(self.backend, state["privates"][self.ranks.rank]))
+        restored = Restored()
+        if state is None:
+            self.controller.restore_layout(frozen)
+        else:
+            by_position = moments and not universal and not self.backend.staged
+            restored = self.controller.restore_layout_of(state, by_position=by_position)
+            if not module_only:  # before the load: a bare optimizer may hold what the user froze
+                self.controller.hand_back(restored.were_users)
+        with layout.loading(self.backend):
+            yield
+            if universal:
+                layout.load_frozen_weights(self.backend, folder)
+        if module_only:
+            # Only weights were asked for: the run stays what it is.
+            own = {*before, *restored.taken}
+            if own != set(self.controller.frozen):
+                self.controller.restore_layout(own)
+            self.controller.hand_back(restored.taken)
+            self.controller.loaded_weights(str(folder))
+            return
+        if state is None:
+            self.controller.start_over(_applied_steps(self.backend.engine), str(folder))
+        else:
+            self.controller.take_up(state, str(folder))
+        if moments:
+            self.backend.forget([p for group in self.backend.groups for p in group])  # it belongs to the run as it was before
+            private = {} if state is None else state["privates"][self.ranks.rank] if self.backend.staged else state["private"]
+            layout.load_private_state(self.backend, private, universal=universal)
+        if kept is not None:
+            layout.load_kept_state(self.backend, *kept)
+        self.controller.last_checkpoint = str(folder)
+
+    def _check_width(self, state: Mapping[str, Any], folder: Path) -> None:
+        """Raise ValueError where a pipeline of other numbers of stages or replicas saved this. Collective."""
+        parts, world = self.backend.partition() or [], len(self.ranks.gather_bytes(b"0"))
+        theirs = state.get("parts") or parts
+        stages, replicas = len(parts) - 1, world // (len(parts) - 1)
+        if (len(theirs), state["world"]) != (len(parts), world):
+            old = f"{len(theirs) - 1} x {state['world'] // (len(theirs) - 1)}"
+            raise ValueError(
+                f"{folder} was saved by a pipeline of {old} (stages x replicas), this one has {stages} x {replicas}: write it anew with "
+                f"`smartfrz reshape {folder.parent} --tag {folder.name} --pp {stages} --dp {replicas}`"
+            )
+
+    def _read_kept(self, folder: Path, state: Mapping[str, Any]) -> Any:
+        """This rank's file of kept state, checked; None where there is none or nobody wants it."""
+        if not state["kept"] or not self.controller.keeps_state:
+            return None
+        rank = self.ranks.rank if state["sharded"] else 0
+        read: Any = None
+
+        def look() -> None:
+            nonlocal read
+            read = read_kept(folder, state["kept"], rank)
+
+        self.ranks.together(look)
+        return read
+
+    def _barrier(self) -> None:
+        if not self.ranks.alone:
+            dist.barrier()
+
+
+def _applied_steps(engine: Any) -> int:
+    return int(engine.global_steps) - int(engine.skipped_steps)  # runtime/engine.py; global_steps counts skipped ones too

@@ -1,0 +1,99 @@
+"""The freeze state of a run without DeepSpeed, in files beside the user's own checkpoint.
+
+Whoever wrote the checkpoint (torch.distributed.checkpoint, torch.save, a Trainer): its optimizer has only the active layers, so the frozen
+set must be known before it is loaded. Two files of the user's folder hold it, in the formats of checkpoint.py:
+  smartfrz.safetensors          the freeze state; replaced in one piece
+  smartfrz_kept_N.safetensors   optimizer state that rank N holds back for a thaw (keep_state), where there is any
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from smartfrz_ds.backends.torch.base import TorchBackend
+from smartfrz_ds.runtime.controller import Controller
+
+from .files import SIDE_FILE, digest_of, kept_file, pack, pack_tensors, read_kept, unpack, write_atomically
+
+
+def save_beside(controller: Controller, backend: TorchBackend, folder: str | Path) -> None:
+    """Write the freeze state into `folder`. Collective, between steps.
+
+    Raises:
+        OSError or RuntimeError: a file can't be written, on every rank.
+    """
+    folder, ranks = Path(folder), controller.ranks
+    controller.settle()
+    kept = backend.kept_state()
+    writes = kept is not None and (ranks.rank == 0 or backend.sharded)
+    data = pack_tensors(*kept) if kept is not None and writes else b""
+
+    def write_kept() -> None:
+        if writes:
+            write_atomically(folder / kept_file(ranks.rank), data)
+
+    ranks.together(write_kept)
+    digests = [d.decode() for d in ranks.gather_bytes((digest_of(data) if writes else "-" * 64).encode())]
+
+    def write_side() -> None:
+        if ranks.rank == 0:
+            about = {"world": len(digests), "sharded": backend.sharded, "kept": {str(r): d for r, d in enumerate(digests) if d[0] != "-"}}
+            write_atomically(folder / SIDE_FILE, pack(controller.state_dict() | about))
+
+    ranks.together(write_side)
+
+
+def restore_from(controller: Controller, backend: TorchBackend, folder: str | Path) -> None:
+    """Bring the layout to what `save_beside` wrote, and take the freeze state up. Collective, at a step boundary.
+
+    Raises:
+        ValueError: there is no freeze state, it is damaged or of another model; nothing was changed.
+    """
+    folder, ranks = Path(folder), controller.ranks
+    whole: dict[str, Any] = {}
+
+    def read() -> dict[str, Any]:
+        nonlocal whole
+        whole = _read(folder)
+        return whole | {"history": {}}
+
+    told = ranks.of_rank_0(read)
+    state = whole if ranks.rank == 0 else told
+    controller.check_state(state)
+    kept: Any = None
+
+    def look() -> None:
+        nonlocal kept
+        kept = read_kept(folder, state["kept"], ranks.rank if backend.sharded else 0)
+
+    if state["kept"] and controller.keeps_state:
+        if state["sharded"] == backend.sharded and (not backend.sharded or state["world"] == len(ranks.gather_bytes(b"0"))):
+            ranks.together(look)
+        elif ranks.rank == 0:
+            warnings.warn(
+                f"smartfrz: {folder} was saved by {state['world']} rank(s) in another way: optimizer state that was held back for a thaw "
+                "is lost, layers that are thawed begin with fresh moments",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+    restored = controller.restore_layout_of(state)
+    controller.hand_back(restored.were_users)
+    controller.take_up(state, str(folder))
+    if kept is not None:
+        backend.load_kept_state(*kept)
+    controller.last_checkpoint = str(folder)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / SIDE_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is missing: controller.save({str(folder)!r}) writes it, beside the checkpoint of the same step. Where the run was "
+            "killed while it saved, go on from the checkpoint before"
+        )
+    try:
+        return unpack(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} can't be read: {error}") from error

@@ -1,0 +1,1 @@
+"""The `smartfrz` command."""

@@ -1,0 +1,77 @@
+"""`smartfrz doctor`, third part: values that DeepSpeed itself refuses, and what a JSON and a model together turn on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from torch import nn
+
+from smartfrz_ds.config.refusals import ENDING, REFUSALS, section, zero_stage
+from smartfrz_ds.config.settings import _read
+
+from .findings import Finding
+
+
+def wrong_values(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Values of a DeepSpeed config that DeepSpeed can't start with, as pairs of text and remedy. Nothing where it isn't installed."""
+    try:
+        # What runtime/config.py calls for each section; its whole parser needs a process group.
+        from deepspeed.runtime.config import _reject_removed_config_keys
+        from deepspeed.runtime.precision_config import get_bfloat16_config, get_float16_config
+        from deepspeed.runtime.zero.config import get_zero_config
+    except ModuleNotFoundError:  # the check of versions says so
+        return []
+    except ImportError as error:
+        return [(f"the values of the DeepSpeed config can't be checked: {error}", "install a DeepSpeed that was tested")]
+    if removed := _refused_values("", _reject_removed_config_keys, raw):
+        return removed  # they are unknown to their section too
+    checks = {"zero_optimization": get_zero_config, "bf16": get_bfloat16_config, "fp16": get_float16_config}
+    return [found for key, check in checks.items() if raw.get(key) is not None for found in _refused_values(key, check, raw)]
+
+
+def _refused_values(key: str, check: Callable[[dict[str, Any]], Any], raw: Mapping[str, Any]) -> list[tuple[str, str]]:
+    answer = "correct it: DeepSpeed ends with this error at the start (deepspeed.ai/docs/config-json)"
+    try:
+        check(dict(raw))
+    except ValidationError as error:
+        return [(_in_words(key, dict(e)), answer) for e in error.errors()]
+    except Exception as error:
+        return [(f"{key + ': ' if key else ''}{' '.join(str(error).split())}", answer)]
+    return []
+
+
+def _in_words(section_name: str, error: Mapping[str, Any]) -> str:
+    where = ".".join([section_name, *map(str, error["loc"])])
+    if where == "zero_optimization.stage":  # pydantic lists DeepSpeed's enumeration, in which 3 has two names
+        return f"{where}: got {error['input']!r}; allowed: 0, 1, 2, 3"
+    why = str(error["msg"]).removeprefix("Assertion failed, ").removeprefix("Value error, ")
+    got = f"got {error['input']!r}; " if isinstance(error["input"], str | int | float | list) else ""
+    return f"{where}: {got}{why[:1].lower()}{why[1:]}"
+
+
+def check_together(model: nn.Module, config: Path | Mapping[str, Any] | None) -> list[Finding]:
+    """What is refused at start because of a model, in the words of the start.
+
+    Args:
+        model: as the run builds it; it is not changed.
+        config: a DeepSpeed JSON or its content; None: that is not known.
+    """
+    try:
+        from deepspeed.moe.layer import MoE
+
+        from smartfrz_ds.backends.deepspeed.leaf_modules import describe_leaf_modules, leaves_by_config
+    except ImportError:
+        return []
+    raw: Mapping[str, Any] = {} if config is None else config if isinstance(config, Mapping) else _read(config)[0]
+    found = []
+    if any(isinstance(m, MoE) for m in model.modules()) and not REFUSALS["moe"].keys(raw):
+        found.append((REFUSALS["moe"].said(raw), REFUSALS["moe"].remedy))
+    zero = section(raw, "zero_optimization")
+    if zero_stage(raw) == 3 and not REFUSALS["granularity"].keys(raw):
+        with contextlib.suppress(ValidationError):  # the check of the JSON says so
+            found += describe_leaf_modules(model, leaves_by_config(model, zero), zero)
+    return [Finding("model", "problem", f"{said}: {ENDING}", remedy) for said, remedy in found]

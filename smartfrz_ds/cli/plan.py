@@ -1,0 +1,174 @@
+"""The `smartfrz plan` command: from its options to a plan, and the plan as a table."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from pathlib import Path
+
+from smartfrz_ds.planner.costs import Cluster, LayerCost, Link, estimate_costs, load_costs
+from smartfrz_ds.planner.cut import DoesNotFit
+from smartfrz_ds.planner.plan import Phase, Plan, Step, freeze_plan
+from smartfrz_ds.planner.simulate import check_schedule
+
+_DEFAULT_FRACTIONS = "0.25,0.5,0.75"
+
+
+def planned(
+    *,
+    profile: Path | None,
+    shape: dict[str, int | None],
+    tflops: float,
+    recompute: bool,
+    stages: int,
+    replicas: int,
+    micro_batches: int,
+    zero: int,
+    bandwidth: float,
+    latency: float,
+    overlap: bool,
+    element_bytes: int,
+    memory_limit: float | None,
+    parts: str | None,
+    order: str,
+    frozen: str | None,
+    schedule: str | None,
+    steps: int,
+) -> Plan:
+    """The plan for the options of `smartfrz plan`, in their units: TFLOP/s, GB/s, microseconds, GB.
+
+    ValueError names the option and what is allowed.
+    """
+    check_schedule(order, "--order")
+    for option, value in (("--tflops", tflops), ("--bandwidth", bandwidth)):
+        if not value > 0:
+            raise ValueError(f"{option}: got {value:g}; allowed: a number above 0")
+    if (profile is None) == (shape["layers"] is None):
+        raise ValueError("--profile, --layers: allowed: one of the two, a file with measured costs or a number of blocks")
+    if frozen is not None and schedule is not None:
+        raise ValueError("--frozen, --schedule: allowed: at most one of the two")
+    if zero > 1 and stages > 1:
+        raise ValueError(f"--zero: got {zero} with --pp {stages}; allowed in a pipeline: 0 or 1")
+    costs = load_costs(profile) if profile else _estimated(shape, tflops, recompute, replicas if zero else 1)
+    if stages > len(costs):
+        raise ValueError(f"--pp: got {stages}; allowed: at most {len(costs)}, one layer a stage")
+    link = Link(latency=latency * 1e-6, bandwidth=bandwidth * 1e9)
+    cluster = Cluster(
+        replicas=replicas,
+        zero=zero,
+        between_stages=link,
+        between_replicas=link,
+        gradient_bytes=element_bytes,
+        weight_bytes=element_bytes,
+        state_bytes=12 if element_bytes < 4 else 8,  # fp32 weights are their own master
+        overlap=overlap,
+    )
+    if schedule is not None:
+        phases = parse_schedule(schedule, len(costs))
+    else:
+        phases = parse_fractions(_DEFAULT_FRACTIONS if frozen is None else frozen, len(costs))
+    try:
+        return freeze_plan(
+            costs,
+            phases,
+            stages=stages,
+            micro_batches=micro_batches,
+            cluster=cluster,
+            steps=steps,
+            parts=None if parts is None else parse_parts(parts, len(costs), stages),
+            schedule="gpipe" if order == "gpipe" else "1f1b",
+            memory_limit=None if memory_limit is None else memory_limit * 1e9,
+        )
+    except DoesNotFit:
+        allowed = f"GB with which some cut of {len(costs)} layers into {stages} stages keeps to it on every rank"
+        raise ValueError(f"--memory-limit: got {memory_limit:g}; allowed: {allowed}") from None
+
+
+def parse_parts(text: str, layers: int, stages: int) -> list[int]:
+    """Bounds of --parts: "0,9,18"."""
+    try:
+        bounds = [int(part) for part in text.split(",")]
+    except ValueError:
+        bounds = []
+    if len(bounds) != stages + 1 or bounds[0] != 0 or bounds[-1] != layers or any(a >= b for a, b in pairwise(bounds)):
+        raise ValueError(f"--parts: got {text!r}; allowed: {stages + 1} rising numbers from 0 to {layers}, by commas")
+    return bounds
+
+
+def parse_fractions(text: str, layers: int) -> list[Phase]:
+    """Cases of --frozen: "0.25,0.5" of all layers, front first; rounded down. Each has the whole run as its share."""
+    return [Phase(share=1.0, frozen=_layers("--frozen", text, part, layers)) for part in text.split(",")]
+
+
+def parse_schedule(text: str, layers: int) -> list[Phase]:
+    """Phases of --schedule: "0.4:0,0.6:0.5", the share of the run and the fraction of layers that is frozen in it."""
+    allowed = "SHARE:FRACTION by commas, e.g. 0.4:0,0.6:0.5; shares above 0 that add up to 1"
+    phases = []
+    for part in text.split(","):
+        share, colon, fraction = part.partition(":")
+        if not colon or not 0 < _number(share) <= 1:
+            raise ValueError(f"--schedule: got {text!r}; allowed: {allowed}")
+        phases.append(Phase(share=_number(share), frozen=_layers("--schedule", text, fraction, layers)))
+    if not math.isclose(sum(p.share for p in phases), 1, abs_tol=1e-6):
+        raise ValueError(f"--schedule: got {text!r}, whose shares add up to {sum(p.share for p in phases):g}; allowed: {allowed}")
+    return phases
+
+
+def render(plan: Plan, *, of_run: bool) -> str:
+    """The plan as a table for people. of_run: the phases make up a run, so hours are told."""
+    whole = plan.unfrozen
+    rows = [["share", "frozen", "pruned", "", "re-balanced", "", "idle", "to replicas", "between stages", "layers of the stages"]]
+    rows.append(["", "0", _ms(whole.seconds), "1.00x", _ms(whole.seconds), "1.00x", *_traffic(whole)])
+    for p in plan.phases:
+        speeds = [x for s in (p.pruned, p.rebalanced) for x in (_ms(s.seconds), f"{whole.seconds / s.seconds if s.seconds else 1:.2f}x")]
+        rows.append([f"{p.share:.0%}" if of_run else "", str(p.frozen), *speeds, *_traffic(p.rebalanced)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.rjust(width) if i < 9 else cell for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows
+    ]
+    lines.append("")
+    lines.append(
+        "Step times per optimizer step. To replicas: sent by the busiest rank; between stages: by all of one pipeline; idle: share of time."
+    )
+    if of_run:
+        hours = plan.hours
+        for name, label in (("pruned", "pruned"), ("rebalanced", "re-balanced")):
+            saved = hours["unfrozen"] - hours[name]
+            share = saved / hours["unfrozen"] if hours["unfrozen"] else 0.0
+            lines.append(
+                f"{label}: {hours[name]:.1f} of {hours['unfrozen']:.1f} hours for {plan.steps} steps, "
+                f"saves {saved:.1f} h ({share:.0%}), {saved * plan.ranks:.0f} device hours on {plan.ranks} devices"
+            )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _estimated(shape: dict[str, int | None], tflops: float, recompute: bool, shards: int) -> list[LayerCost]:
+    sizes = {name: value for name, value in shape.items() if value is not None}
+    return estimate_costs(**sizes, flops=tflops * 1e12, shards=shards, recompute=recompute)
+
+
+def _layers(option: str, text: str, fraction: str, layers: int) -> int:
+    value = _number(fraction)
+    if not 0 <= value < 1:
+        raise ValueError(f"{option}: got {text!r}; allowed: fractions of the layers from 0 to below 1")
+    return min(int(value * layers + 1e-9), layers - 1)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms" if seconds < 10 else f"{seconds:.2f} s"
+
+
+def _traffic(step: Step) -> list[str]:
+    layers = "+".join(str(b - a) for a, b in zip(step.parts, step.parts[1:], strict=False))
+    return [f"{step.idle:.0%}", _size(step.replica_bytes), _size(step.stage_bytes), layers]
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

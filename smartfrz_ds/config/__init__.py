@@ -1,0 +1,1 @@
+"""The settings of a run: the "smartfrz" section of a DeepSpeed JSON."""

@@ -1,0 +1,160 @@
+"""The few collectives with which ranks see that they agree. All run over the default process group."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from smartfrz_ds.errors import RanksDisagree
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """All processes of the run.
+
+    device: where small tensors must live for the group's backend (the model's device).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.alone = not dist.is_initialized() or dist.get_world_size() == 1
+        self.count = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+
+    def agree(self, what: str, about: str) -> None:
+        """Compare `what` with all other ranks.
+
+        Raises:
+            RanksDisagree: on every rank, with each rank's digest and the texts that differ, each once.
+        """
+        own = hashlib.sha256(what.encode()).digest()
+        digests = self.gather_bytes(own)
+        if any(d != own for d in digests):
+            listed = ", ".join(f"rank {r}: {d.hex()[:16]}" for r, d in enumerate(digests))
+            texts = self.everybodys(what)
+            told = "; ".join(f"rank {r}: {text}" for r, text in enumerate(texts) if text not in texts[:r])
+            raise RanksDisagree(f"the ranks have different {about} ({listed}). This is rank {self.rank}. {told}")
+
+    def all_ready(self, problem: str, error: type[Exception]) -> None:
+        """Say whether this rank can go on.
+
+        Raises:
+            RuntimeError or ValueError: on the ranks that could go on, when another can't, with its text. A rank with a problem returns, to
+                raise its own.
+        """
+        kind = 0 if not problem else 2 if issubclass(error, ValueError) else 1
+        kinds = [k[0] for k in self.gather_bytes(bytes([kind]))]
+        if not any(kinds):
+            return
+        problems = self.everybodys(problem)
+        if problem:
+            return
+        told = "; ".join(f"rank {r} could not go on: {p}" for r, p in enumerate(problems) if p)
+        raised = ValueError if 2 in kinds else RuntimeError
+        raise raised(f"nothing was changed: {told}")
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Run something local that can fail, and give back what it gives. Collective.
+
+        Raises: on the rank where it fails its own error, on all others as `all_ready`.
+        """
+        try:
+            made = action()
+        except Exception as error:
+            self.all_ready(str(error) or type(error).__name__, type(error))
+            raise
+        self.all_ready("", ValueError)
+        return made
+
+    def of_rank_0(self, make: Callable[[], Any]) -> Any:
+        """What `make` gives on rank 0 (JSON-able), on every rank. Collective; it is called on rank 0 only.
+
+        Raises:
+            ValueError: `make` raised; on every rank, with its text.
+        """
+        told = b""
+        if self.rank == 0:
+            try:
+                told = json.dumps({"answer": make()}).encode()
+            except Exception as error:  # the others wait for an answer
+                told = json.dumps({"error": str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"}).encode()
+        heard = json.loads(self.broadcast_bytes(told))
+        if "error" in heard:
+            raise ValueError(heard["error"])
+        return heard["answer"]
+
+    def union(self, names: Iterable[str]) -> list[str]:
+        """The names of all ranks, each once, in the order of the ranks; the same on every rank."""
+        return list(dict.fromkeys(name for part in self.everybodys(list(names)) for name in part))
+
+    def merged(self, names: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+        """Under each key the names of all ranks, each once, in the order of the ranks; the same on every rank. Collective."""
+        told = self.everybodys({key: list(some) for key, some in names.items()})
+        keys = dict.fromkeys(key for part in told for key in part)
+        return {key: list(dict.fromkeys(name for part in told for name in part.get(key, ()))) for key in keys}
+
+    def everybodys(self, own: Any) -> list[Any]:
+        """What each rank has (JSON-able), in the order of the ranks."""
+        if self.alone:
+            return [own]
+        # Not dist.all_gather_object: that takes the process's current device, which need not be the group's before an engine exists.
+        data = pickle.dumps(own)
+        sizes = [int.from_bytes(size, "little") for size in self.gather_bytes(len(data).to_bytes(8, "little"))]
+        padded = self.gather_bytes(data.ljust(max(sizes), b"\0"))
+        return [pickle.loads(part[:size]) for part, size in zip(padded, sizes, strict=True)]
+
+    def broadcast(self, numbers: Sequence[float]) -> list[float]:
+        """Rank 0's numbers, on every rank; the same count everywhere."""
+        if self.alone:
+            return list(numbers)
+        tensor = torch.tensor(list(numbers), dtype=torch.float64, device=self.device)
+        dist.broadcast(tensor, src=0)
+        return tensor.tolist()
+
+    def broadcast_bytes(self, data: bytes) -> bytes:
+        """Rank 0's bytes, on every rank; what the others pass is ignored."""
+        if self.alone:
+            return data
+        count = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
+        dist.broadcast(count, src=0)
+        buffer = torch.empty(int(count.item()), dtype=torch.uint8)
+        if self.rank == 0 and data:
+            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        buffer = buffer.to(self.device)
+        dist.broadcast(buffer, src=0)
+        return buffer.cpu().numpy().tobytes()
+
+    def gather_bytes(self, own: bytes) -> list[bytes]:
+        """What each rank passed, by rank; the same length everywhere."""
+        if self.alone:
+            return [own]
+        mine = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(self.device)
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, mine)
+        return [t.cpu().numpy().tobytes() for t in everyone]
+
+    def sum(self, number: int) -> int:
+        """The sum over all ranks; exact up to 2^53."""
+        return int(self.sums([number])[0])
+
+    def least(self, numbers: Sequence[float]) -> list[float]:
+        """The smallest of all ranks' values, number by number; the same count everywhere."""
+        return self._reduced(numbers, dist.ReduceOp.MIN)
+
+    def sums(self, numbers: Sequence[float]) -> list[float]:
+        """The sums over all ranks, number by number, in float64; the same count everywhere."""
+        return self._reduced(numbers, dist.ReduceOp.SUM)
+
+    def _reduced(self, numbers: Sequence[float], how: Any) -> list[float]:
+        if self.alone:
+            return list(numbers)
+        tensor = torch.tensor(list(numbers), dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=how)
+        return tensor.tolist()

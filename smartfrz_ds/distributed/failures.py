@@ -1,0 +1,198 @@
+"""What ranks say when one of them can't go on: different at the start, lost in mid-run, a file that one could not write.
+
+docs/faults.md lists the faults, tests/test_faults.py makes each of them happen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from smartfrz_ds._version import __version__
+from smartfrz_ds.config.settings import FreezeConfig, digest
+from smartfrz_ds.errors import FreezeError
+from smartfrz_ds.model.layers import shape_of
+
+from .collectives import Ranks
+from .devices import collective_device
+
+# Sections of the DeepSpeed JSON by which the ranks' collectives are laid out. Others, such as log paths, may differ.
+_COLLECTIVE = (
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "communication_data_type",
+    "data_types",
+    "optimizer",
+    "pipeline",
+)
+# Gloo raises a bare RuntimeError: its text names a source file of its own, or a lost socket.
+_GLOO = ("gloo", "connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting")
+
+
+def compare_before_start(model: Any, settings: FreezeConfig, config: Any) -> None:
+    """See that all ranks are about to build the same engine. Collective; does nothing where the process group isn't there yet.
+
+    A difference that comes out later comes out as a hang, or as an error of the communication library that names no cause.
+    config: the DeepSpeed JSON, its path, or None.
+
+    Raises:
+        RanksDisagree: on every rank, with this rank's versions, settings or model.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    ranks = Ranks(collective_device())
+    ranks.agree(f"smartfrz_ds {__version__}, deepspeed {deepspeed.__version__}, torch {torch.__version__}", "package versions")
+    ranks.agree(f"settings {digest(settings)}", "smartfrz settings")
+    ranks.agree(_collective_part(config), "DeepSpeed settings")
+    if isinstance(model, nn.Module) and not isinstance(model, deepspeed.pipe.PipelineModule):  # whose stages have layers of their own
+        ranks.agree(_outline(model), "models")
+
+
+def _collective_part(config: Any) -> str:
+    if isinstance(config, str | Path) and Path(config).is_file():
+        config = json.loads(Path(config).read_text())
+    if not isinstance(config, Mapping):
+        return "DeepSpeed settings given in another way"
+    return json.dumps({key: config[key] for key in _COLLECTIVE if key in config}, sort_keys=True, default=lambda x: type(x).__name__)
+
+
+def _outline(model: nn.Module) -> str:
+    about = [(name, tuple(shape_of(p)), p.dtype, p.requires_grad) for name, p in model.named_parameters()]
+    total = sum(prod(shape) for _, shape, _, _ in about)
+    trained = sum(requires_grad for *_, requires_grad in about)
+    short = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
+    return f"{type(model).__name__} with {len(about)} parameters, {trained} trainable, {total} weights; names, shapes and dtypes {short}"
+
+
+def compare_before_attach(settings: FreezeConfig, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+    """The same for a run without DeepSpeed, in `attach_torch`: its wrapper is there, and FSDP2's has compared nothing. Collective.
+
+    Raises:
+        RanksDisagree: on every rank, with this rank's settings, model or optimizer.
+    """
+    if ranks.alone:
+        return
+    ranks.agree(f"settings {digest(settings)}", "smartfrz settings")
+    ranks.agree(_outline(model), "models")
+    groups = [len(group["params"]) for group in optimizer.param_groups]
+    ranks.agree(f"{type(optimizer).__name__} with {groups} parameters in its groups", "optimizers")
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether an error says that another rank, or the way to it, is gone."""
+    if isinstance(error, dist.DistError):  # NCCL and the store
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _GLOO)
+
+
+def note_lost_contact(controller: Any, error: BaseException, doing: str) -> None:
+    """Add to the error of a lost rank the step, its usual causes and the way back; once."""
+    if not is_lost_contact(error) or any(note.startswith("smartfrz") for note in getattr(error, "__notes__", ())):
+        return
+    last = controller.last_checkpoint
+    way = "; this process has neither saved nor loaded a checkpoint yet"
+    if last is not None:
+        way = f": {controller.resumed_by} the last complete checkpoint, {last}"
+    error.add_note(
+        f"smartfrz: rank {controller.ranks.rank} lost contact with another rank in {doing}, {controller.step} steps into the run. "
+        "That rank ended (its own output says why), hangs for longer than the process group's timeout, or the link to it is down. "
+        f"What to do: end all ranks and start the run again{way}"
+    )
+
+
+def share_timeout() -> None:
+    """Give every process group that has torch's default timeout the one of the main group.
+
+    DeepSpeed 0.19.8 makes its groups without the timeout that init_distributed got (comm/torch.py: new_group), and so does torch for the
+    dimensions of a device mesh: a lost rank would be found after torch's 10 minutes (NCCL) or 30 (gloo), whatever the user asked for; and a
+    longer one would not be waited for.
+    """
+    if not dist.is_initialized():
+        return
+    device = torch.device(get_accelerator().device_name())  # a kind of device, as the groups list them
+    wanted = _timeout(dist.group.WORLD, device)
+    for group in list(c10d._world.pg_map):
+        own = _timeout(group, device)
+        if wanted is not None and own is not None and own != wanted and own == c10d._get_default_timeout(dist.get_backend(group)):
+            c10d._set_pg_timeout(wanted, group)
+
+
+def _timeout(group: Any, device: torch.device) -> Any:
+    if c10d._rank_not_in_group(group) or device not in group._device_types:
+        return None
+    return getattr(getattr(group._get_backend(device), "options", None), "_timeout", None)
+
+
+@contextmanager
+def explained(controller: Any, doing: str) -> Iterator[None]:
+    """Around something collective: an error of a lost rank gets a note with the step, its usual causes and the way back.
+
+    controller: of the run. doing: what the block does, for the note ("backward").
+    """
+    try:
+        yield
+    except FreezeError:
+        raise  # says it all itself
+    except RuntimeError as error:
+        note_lost_contact(controller, error, doing)
+        raise
+
+
+class Writes:
+    """While DeepSpeed saves: a file that this rank can't write is remembered, so that it goes through DeepSpeed's collectives with the
+    others, who would wait for it, and all of them can raise afterwards."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self.path = Path()
+
+    @contextmanager
+    def watched(self, checkpoint_engine: Any) -> Iterator[None]:
+        """checkpoint_engine: DeepSpeed's (runtime/checkpoint_engine), all of whose files go through makedirs and save."""
+        originals = {name: getattr(checkpoint_engine, name) for name in ("makedirs", "save")}
+
+        def guarded(original: Any) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                if self.error is not None:
+                    return None
+                try:
+                    return original(*args, **kwargs)
+                except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+                    # makedirs(path, ...) and save(state_dict, path)
+                    paths = [x for x in (*args, *kwargs.values()) if isinstance(x, str | Path)]
+                    self.error, self.path = error, Path(paths[0]) if paths else Path()
+                    return None
+
+            return call
+
+        for name, original in originals.items():
+            setattr(checkpoint_engine, name, guarded(original))
+        try:
+            yield
+        finally:
+            for name in originals:
+                delattr(checkpoint_engine, name)
+
+    def check(self) -> None:
+        """Raises OSError with what could not be written."""
+        if self.error is None:
+            return
+        there = next((p for p in self.path.absolute().parents if p.is_dir()), Path("/"))
+        free = shutil.disk_usage(there).free / 1e6
+        raise OSError(f"{self.path} could not be written ({free:.0f} MB are free there): {self.error}") from self.error

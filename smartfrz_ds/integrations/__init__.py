@@ -1,0 +1,1 @@
+"""The doors: DeepSpeed, torch, the Hugging Face Trainer and Accelerate."""

@@ -1,0 +1,128 @@
+"""Accelerate's way in: `smartfrz_ds.prepare(accelerator, model, optimizer, …)` in place of `accelerator.prepare(model, optimizer, …)`."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.scheduler import AcceleratedScheduler
+from accelerate.utils import DistributedType
+
+from smartfrz_ds.checkpoint.files import SIDE_FILE
+from smartfrz_ds.config.settings import FreezeConfig, with_settings
+from smartfrz_ds.signals.lr_forecast import total_steps_of
+
+from .deepspeed import ConfigSource
+from .initialize_hook import engine_of, install_hook, remove_hook
+from .torch import TorchController, attach_torch
+
+
+def prepare(
+    accelerator: Any, *objects: Any, config: ConfigSource = None, probe_batch: Any = None, device_placement: Any = None, **settings: Any
+) -> Any:
+    """accelerator.prepare(*objects), with freezing on. Collective.
+
+    accelerator: with DeepSpeed, FSDP2, DDP or one process.
+    objects: a model and its optimizer among them, and the scheduler if there is one.
+    config: the settings: a dict, the path of a DeepSpeed JSON or a FreezeConfig; None takes the "smartfrz" section of the DeepSpeed config
+        (without DeepSpeed: the defaults). settings: single ones by name, over those of `config`. probe_batch: as of `attach`.
+    device_placement: accelerator.prepare's.
+    Returns what accelerator.prepare returns. The controller is `accelerator.smartfrz` (None with DeepSpeed and `enabled: false`).
+    `accelerator.save_state` and `load_state` take the freeze state along.
+
+    Raises:
+        ValueError: wrong settings; not one model and one optimizer; one that freezing does not work with.
+        RanksDisagree: the ranks differ in settings, package version or layers.
+    """
+    models = [x for x in objects if isinstance(x, torch.nn.Module)]
+    if len(models) != 1 or sum(_is_optimizer(x) for x in objects) != 1:
+        raise ValueError(f"prepare takes one model and its optimizer, got {', '.join(type(x).__name__ for x in objects) or 'nothing'}")
+
+    def over(source: ConfigSource) -> FreezeConfig:
+        return with_settings(source if config is None else config, settings)
+
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        install_hook(over, probe_batch=probe_batch, later=True)
+        try:
+            result = accelerator.prepare(*objects, device_placement=device_placement)
+        finally:
+            remove_hook()
+        accelerator.smartfrz = getattr(engine_of(models[0]), "smartfrz", None)
+        if accelerator.smartfrz is not None:
+            accelerator.smartfrz.learn(scheduler=_as_stepped(result))
+        return result
+    chosen = over(None)
+    result = accelerator.prepare(*objects, device_placement=device_placement)
+    model = next(x for x in result if isinstance(x, torch.nn.Module))
+    optimizer = next(x for x in result if _is_optimizer(x))
+    controller = attach_torch(
+        model, optimizer, chosen, scheduler=_as_stepped(result), probe_batch=probe_batch, scaler=getattr(accelerator, "scaler", None)
+    )
+    accelerator.smartfrz = controller
+    _take_along(accelerator, controller)
+    return result
+
+
+class PerStep:
+    """A scheduler as Accelerate steps it: `times` times for each step of the optimizer. For forecasts and the length of the run."""
+
+    def __init__(self, scheduler: Any, times: int) -> None:
+        self.scheduler, self.times = scheduler, times
+        length = total_steps_of(scheduler)
+        self.total_num_steps = None if length is None else -(-length // times)
+
+    @property
+    def optimizer(self) -> Any:
+        return self.scheduler.optimizer
+
+    def step(self) -> None:
+        for _ in range(self.times):
+            self.scheduler.step()
+
+
+def _as_stepped(prepared: Any) -> Any:
+    """The scheduler among what accelerator.prepare returned, or None (there is none, or a DeepSpeed engine has it)."""
+    found = next((x for x in prepared if type(x) is AcceleratedScheduler), None)
+    if found is None:
+        return None
+    several = found.step_with_optimizer and not found.split_batches  # accelerate/scheduler.py: step
+    return PerStep(found.scheduler, found.optimizers[0].accelerator_state.num_processes if several else 1)
+
+
+def _is_optimizer(x: Any) -> bool:
+    return isinstance(x, torch.optim.Optimizer) or type(x).__name__ == "DummyOptim"  # accelerate/utils/deepspeed.py
+
+
+def _take_along(accelerator: Any, controller: TorchController) -> None:
+    """Let save_state and load_state of this accelerator carry the freeze state."""
+    accelerator.register_save_state_pre_hook(lambda models, weights, folder: controller.save(folder))
+
+    # Around it, not by Accelerate's hooks: for FSDP those come only when the optimizer is loaded (accelerate/accelerator.py: load_state).
+    load_state = accelerator.load_state
+
+    def load(input_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        folder = os.path.expanduser(input_dir) if input_dir is not None else _newest(accelerator)
+        if folder is None or not Path(folder).is_dir():
+            return load_state(input_dir, *args, **kwargs)  # which says what is wrong
+        there = (Path(folder) / SIDE_FILE).is_file()
+        if there:
+            controller.restore(folder)
+        else:  # a state of before
+            controller.restore_layout(())
+        result = load_state(input_dir, *args, **kwargs)
+        if not there:
+            controller.start_over(controller.backend.step_count(), folder)
+        return result
+
+    accelerator.load_state = load
+
+
+def _newest(accelerator: Any) -> str | None:
+    """The folder that load_state() takes by itself; None: none."""
+    if not accelerator.project_configuration.automatic_checkpoint_naming:
+        return None
+    folders = [str(x) for x in (Path(accelerator.project_dir) / "checkpoints").iterdir()]
+    return max(folders, key=lambda x: int(re.findall(r"[\/]?([0-9]+)(?=[^\/]*$)", x)[0]))

@@ -1,0 +1,230 @@
+"""The Hugging Face Trainer's way in: a callback.
+
+With DeepSpeed the engine must freeze before the Trainer loads a checkpoint into it, and a callback hears of the engine only afterwards. So
+while the Trainer prepares (and only then) deepspeed.initialize is hooked. Without DeepSpeed the callback attaches to the optimizer, before
+the Trainer loads its state.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from smartfrz_ds.checkpoint.files import SIDE_FILE
+from smartfrz_ds.config.settings import FreezeConfig, with_settings
+from smartfrz_ds.model.hooks import ModuleHook
+from smartfrz_ds.runtime.controller import Controller
+
+from .deepspeed import ConfigSource
+from .initialize_hook import engine_of, install_hook, remove_hook
+from .torch import TorchController, attach_torch
+
+# transformers/trainer.py: the last thing before training that a checkpoint is read for; and what is written behind the model's weights
+_LOAD, _SAVE = "_load_optimizer_and_scheduler", "_save_optimizer_and_scheduler"
+
+
+class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Freezes layers while a Trainer trains: with DeepSpeed (ZeRO 0 to 3), FSDP2, DDP or in one process.
+
+    config: the settings: a dict, the path of a DeepSpeed JSON or a FreezeConfig; None takes the "smartfrz" section of the DeepSpeed config
+        that the Trainer uses (without DeepSpeed: the defaults). settings: single ones by name, over those of `config`.
+    probe_batch: as of `smartfrz_ds.attach`.
+    Where `total_steps` is "auto", the length of the run is the Trainer's. `controller` is the controller of the training that is going on,
+    or of the last one; None before the first, and with `enabled: false`.
+
+    Raises ValueError for wrong settings; those that stand in the DeepSpeed config are read when training starts.
+    """
+
+    def __init__(self, config: ConfigSource = None, *, probe_batch: Any = None, **settings: Any) -> None:
+        self.controller: Controller | None = None
+        self._config, self._settings, self._probe_batch = config, settings, probe_batch
+        # Without a config only names can be looked at: the rest stands in a JSON that isn't known yet.
+        with_settings(config, settings if config is not None else {k: v for k, v in settings.items() if k not in FreezeConfig.model_fields})
+        self._trainer: Any = None
+        self._attached: TorchController | None = None  # where there is no DeepSpeed engine
+        self._watch: Any = None
+        self._sees_loss = False
+
+    # --- before training ------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Called by the Trainer for its TrainerState: when it is built, when train() begins, before anything is prepared, and in a save."""
+        if not _has(self._trainer, self):
+            self._trainer = _trainer_of(self)
+        trainer = self._trainer
+        # accelerator.free_memory() has emptied this when train() begins (accelerate/accelerator.py); in a save, where rank 0 alone comes
+        # here, the optimizer is in it.
+        if trainer is None or not trainer.accelerator._optimizers:
+            self._prepare()
+        return {"args": self._given(), "attributes": {}}
+
+    def _given(self) -> dict[str, Any]:
+        """The arguments that this was made with, JSON-able."""
+        config = self._config
+        if isinstance(config, FreezeConfig):
+            return {"config": config.model_dump(mode="json", exclude_unset=True), **self._settings}
+        return {"config": str(config) if isinstance(config, Path) else config, **self._settings}
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The Trainer is built; nothing is prepared before train()."""
+        self._undo()
+
+    def _prepare(self) -> None:
+        self._undo()
+        self._let_go()
+        trainer = self._trainer
+        if trainer is not None:
+            callbacks = trainer.callback_handler.callbacks
+            callbacks.sort(key=lambda other: other is not self)  # what we add to a log is for all that read logs
+            if (engine := engine_of(trainer.model)) is not None and hasattr(engine, "smartfrz"):
+                engine.smartfrz.release()  # of a training that broke off
+        if AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
+            install_hook(self._settings_over, probe_batch=self._probe_batch, later=True)
+        elif trainer is not None:
+            _before_load(trainer)
+
+    def _undo(self) -> None:
+        remove_hook()
+        if self._trainer is not None:
+            self._trainer.__dict__.pop(_LOAD, None)
+
+    def _settings_over(self, source: ConfigSource) -> FreezeConfig:
+        return with_settings(source if self._config is None else self._config, self._settings)
+
+    def _load(self, trainer: Any, checkpoint: str, load: Callable[[], None]) -> None:
+        """Around the Trainer's own loading of the optimizer, without DeepSpeed: the optimizer must hold then what it held in the save."""
+        self._trainer = trainer
+        settings, there = self._settings_over(None), (Path(checkpoint) / SIDE_FILE).is_file()
+        if not settings.enabled and not there:
+            load()
+            return
+        controller = self._attach(settings)
+        if there:
+            controller.restore(checkpoint)
+        load()
+        if not there:  # of a run without this callback
+            controller.start_over(trainer.state.global_step, checkpoint)
+
+    def _attach(self, settings: FreezeConfig) -> TorchController:
+        trainer = self._trainer
+        self._attached = attach_torch(
+            trainer.model_wrapped,
+            trainer.optimizer,
+            settings,
+            scheduler=trainer.lr_scheduler,
+            probe_batch=self._probe_batch,
+            scaler=getattr(trainer.accelerator, "scaler", None),
+            later=True,
+        )
+        self._attached.learn(scheduler=trainer.lr_scheduler, total_steps=trainer.state.max_steps, told_by="the Trainer")
+        setattr(trainer, _SAVE, partial(self._save, getattr(trainer, _SAVE)))
+        return self._attached
+
+    def _save(self, save: Callable[[str], None], folder: str) -> None:
+        """Around the Trainer's own saving of the optimizer, without DeepSpeed. First comes what must be known to load that: a run that is
+        killed while it saves leaves no optimizer without it."""
+        assert self._attached is not None
+        self._attached.save(folder)
+        save(folder)
+
+    # --- training -------------------------------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, lr_scheduler: Any = None, **_: Any) -> None:
+        """Everything is prepared, and a checkpoint loaded."""
+        self._undo()
+        if AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
+            engine = engine_of(model)
+            if engine is None:
+                raise RuntimeError("FreezeCallback: the DeepSpeed engine was made without it; give it to the Trainer before train()")
+            self.controller = getattr(engine, "smartfrz", None)
+            if self.controller is not None:
+                own = lr_scheduler if engine.lr_scheduler is None else None  # the Trainer's, which the engine doesn't know
+                self.controller.learn(scheduler=own, total_steps=state.max_steps, told_by="the Trainer")
+            return
+        settings = self._settings_over(None)
+        if self._attached is None and settings.enabled:
+            self._trainer = self._trainer or _trainer_of(self)
+            if self._trainer is None:
+                raise RuntimeError("FreezeCallback: no transformers.Trainer has it; without DeepSpeed it works in one only")
+            self._attach(settings)
+        self.controller = self._attached
+        if self.controller is not None:
+            self._watch = model.register_forward_hook(ModuleHook(self._saw_output))
+
+    def _saw_output(self, module: Any, args: Any, output: Any) -> None:
+        """The loss of a micro-batch, which with DeepSpeed the engine's backward sees."""
+        if module.training and self.controller is not None:
+            loss = output.get("loss") if isinstance(output, dict) else None
+            if loss is not None:
+                self._sees_loss = True
+                self.controller.saw_loss(loss)
+
+    def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, Any], **_: Any) -> None:
+        """Adds `smartfrz/…` to what the Trainer logs of a training step, and shows its metrics to the guard."""
+        if self.controller is None:
+            return
+        # A Trainer with a loss of its own doesn't let the model make one: then the logged one must do.
+        seen = "" if self._watch is not None and not self._sees_loss else "loss"
+        self.controller.observe(**{k: float(v) for k, v in logs.items() if isinstance(v, int | float) and k != seen})
+        if "loss" not in logs and "train_loss" not in logs:
+            return
+        report = self.controller.report()
+        more = {
+            "smartfrz/frozen_layers": len(report.frozen),
+            "smartfrz/saved_flops": report.saved_flops_fraction,
+            "smartfrz/optimizer_bytes": report.optimizer_bytes,
+        }
+        logs.update(more)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(more)  # the Trainer has put a copy there already
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The model is the user's again."""
+        self._undo()
+        if self._attached is not None and args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._attached.loaded_weights(state.best_model_checkpoint)  # without DeepSpeed the Trainer loads them itself
+        self._let_go()
+        if self.controller is not None and not self.controller.released:
+            self.controller.release()
+
+    def _let_go(self) -> None:
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
+        if self._attached is not None:
+            self._attached.release()  # the Trainer's next training goes on with this optimizer
+            self._attached = None
+            self._trainer.__dict__.pop(_SAVE, None)
+
+
+def _has(trainer: Any, callback: FreezeCallback) -> bool:
+    return any(c is callback for c in getattr(getattr(trainer, "callback_handler", None), "callbacks", ()))
+
+
+def _trainer_of(callback: FreezeCallback) -> Any:
+    """The Trainer that has this callback, which it is never told; the one that is training, where there are several. None: none has."""
+    # Only by type: an isinstance on everything that lives would wake lazy objects.
+    trainers = [x for x in gc.get_objects() if issubclass(type(x), Trainer)]
+    having = [x for x in trainers if _has(x, callback)]
+    return max(having, key=lambda x: getattr(x, "is_in_train", False), default=None)
+
+
+def _before_load(trainer: Any) -> None:
+    """Let the callback work around this trainer's loading of its optimizer, once."""
+
+    def load(checkpoint: Any) -> None:
+        del trainer.__dict__[_LOAD]
+        plain = partial(getattr(trainer, _LOAD), checkpoint)
+        # not the one of before: the Trainer makes callbacks anew where it restores their states
+        now = next((c for c in trainer.callback_handler.callbacks if isinstance(c, FreezeCallback)), None)
+        plain() if now is None or checkpoint is None else now._load(trainer, checkpoint, plain)
+
+    setattr(trainer, _LOAD, load)

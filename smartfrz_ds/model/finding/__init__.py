@@ -1,0 +1,1 @@
+"""Finds the layers of a model by its structure, or by patterns of names."""

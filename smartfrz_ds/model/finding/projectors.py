@@ -1,0 +1,182 @@
+"""Projectors: what carries one tower of blocks over to the next, as between a vision tower and a language model.
+
+A projector is a layer of its own: freezing a tower leaves it training. It is found by where it is and by the widths that it joins; names
+help only where these leave it open.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import nn
+
+from .facts import LISTS, class_of, common_parent, is_vectors, looks_like_embedding, parent_of, shape_of
+
+_FOLDED = 16  # most features of a tower that a projector takes as one (pixel shuffle: 4; concatenated layers of features: 6)
+
+# Names that say what a module is for. The first are given to nothing else; the second also to heads, as in contrastive models.
+_SURELY = re.compile(r"projector|multi_?modal|(^|_)mm_|connector|merger|(^|_)mlp1$|aligner|resampler|abstractor|bridge|enc_to_dec")
+_PERHAPS = re.compile(r"(^|_)proj(_|\d*$)|projection")
+
+
+def surely_named(path: str) -> bool:
+    """Whether the last part of a name is one that people give to projectors only."""
+    return _SURELY.search(path.rsplit(".", 1)[-1].lower()) is not None
+
+
+def perhaps_named(path: str) -> bool:
+    """Whether the last part of a name is one that people give to projectors, among others."""
+    return surely_named(path) or _PERHAPS.search(path.rsplit(".", 1)[-1].lower()) is not None
+
+
+def projector_list(parent: nn.Module, child: nn.Module) -> bool:
+    """Whether `child` is a list of modules of the class of a projector beside it: no blocks, but more of the same (Qwen3-VL's mergers)."""
+    items = {class_of(item) for item in child.children()}
+    return len(items) == 1 and any(
+        class_of(other) in items and surely_named(name) for name, other in parent.named_children() if other is not child
+    )
+
+
+@dataclass(frozen=True)
+class Border:
+    """Between block `at` and the next one.
+
+    Args:
+        at: number of the block in front.
+        top: path of the innermost module that holds both blocks.
+        front, back: paths of the children of `top` that hold the block in front and the one behind.
+        sure: whether towers of different kinds meet here by their structure, rather than stages of one.
+        mixed: whether the two blocks are of different classes.
+        width: of the block in front.
+        behind: widths of all blocks behind.
+    """
+
+    at: int
+    top: str
+    front: str
+    back: str
+    sure: bool
+    mixed: bool
+    width: int
+    behind: frozenset[int]
+
+
+class Borders:
+    """Where towers meet in a model. blocks: names of the model's blocks, front to back, as `layer_structure` finds them."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[Sequence[str]]) -> None:
+        self._model = model
+        self._blocks = [paths[0] for paths in blocks]
+        self._widths = [_width(model.get_submodule(path)) for path in self._blocks]
+        found = (self._border(at, a, b) for at, (a, b) in enumerate(pairwise(self._blocks)))
+        self.between: dict[int, Border] = {border.at: border for border in found if border is not None}
+
+    def _border(self, at: int, a: str, b: str) -> Border | None:
+        top = common_parent([a, b])
+        depth = len(top.split(".")) + 1 if top else 1
+        front, back = (".".join(path.split(".")[:depth]) for path in (a, b))
+        kinds = [class_of(self._model.get_submodule(path)) for path in (top, front, back)]
+        if kinds[0] is nn.ModuleList or front == a or back == b:
+            return None  # blocks or stages of one list
+        one, other = self._model.get_submodule(a), self._model.get_submodule(b)
+        mixed = class_of(one) is not class_of(other)
+        lists = any(kind in LISTS for kind in kinds)  # as a ResNet's layer1 and layer2
+        sure = kinds[0] not in LISTS and ((mixed and not lists) or self._embeds(back))
+        return Border(at, top, front, back, sure, mixed, self._widths[at], frozenset(self._widths[at + 1 :]))
+
+    def _embeds(self, path: str) -> bool:
+        """Whether what is below `path` takes an input of its own: embeddings outside of its blocks."""
+        inside = tuple(f"{block}." for block in self._blocks)
+        return any(
+            issubclass(class_of(module), nn.Embedding) and not f"{path}.{name}".startswith(inside)
+            for name, module in self._model.get_submodule(path).named_modules()
+        )
+
+    def is_projector(self, path: str, module: nn.Module, at: int) -> bool:
+        """Whether a module that is registered between block `at` and the next one carries over to the next tower."""
+        border = self.between.get(at)
+        if border is None or is_vectors(module):
+            return False
+        takes, gives = _ends(module)
+        reaches = gives in border.behind and gives != border.width
+        if path.startswith(f"{border.back}."):  # in front of the next tower's blocks, not beside them: Idefics' modality_projection
+            return border.sure and perhaps_named(path) and self._blocks[at + 1].removeprefix(f"{parent_of(path)}.").count(".") > 1
+        if path.startswith(f"{border.front}."):  # a part of the tower in front, behind its blocks: Qwen2-VL's merger; not a pooler
+            return surely_named(path) or (border.sure and reaches)
+        if perhaps_named(path):
+            return True
+        if border.sure:  # not an output layer
+            return not gives or gives in border.behind
+        onward = border.mixed or gives != self._widths[at + 1]  # to the next tower, or past a tower of the same kind; not to the next stage
+        return bool(onward and reaches and border.width and takes % border.width == 0)
+
+    def in_front(self, path: str, module: nn.Module, others: Collection[str], *, sure: bool = False) -> int | None:
+        """The number of the block in front of which a projector runs that is registered elsewhere, behind all towers or before them.
+
+        Args:
+            path, module: of the candidate.
+            others: paths of what is registered in the same place.
+            sure: whether only a name that nothing else has will do.
+
+        Returns:
+            None where it isn't one: an output layer, or a projection of a contrastive model.
+        """
+        if is_vectors(module) or looks_like_embedding(path, module):
+            return None
+        top = parent_of(path)
+        inside = f"{top}." if top else ""
+        units: dict[str, list[int]] = {}  # child of `top` that holds the blocks -> their numbers
+        for number, block in enumerate(self._blocks):
+            if not block.startswith(inside):
+                return None  # beside a part of the towers only
+            units.setdefault(block.removeprefix(inside).split(".")[0], []).append(number)
+        takes, gives = _ends(module)
+        names = list(units)
+        for i in range(len(names) - 1, 0, -1):
+            first = units[names[i]][0]
+            if self._widths[first] != gives or first - 1 not in self.between:
+                continue
+            fronts = {self._widths[number] for name in names[:i] for number in units[name]}
+            if not any(takes % width == 0 and takes // width <= _FOLDED for width in fronts if width):
+                continue
+            if surely_named(path):
+                return first
+            pair = any(_ends(self._model.get_submodule(x)) == (gives, gives) for x in others if x != path and parent_of(x) == top)
+            if not sure and takes != gives and gives not in fronts and not pair:
+                return first
+        return None
+
+    def adopts(self, path: str, at: int) -> bool:
+        """Whether a norm or parameter beside the towers around border `at` goes with the projector there.
+
+        A norm does, and a parameter that has the width of the tower behind and not of the one in front (LLaVA-NeXT's image_newline).
+        """
+        border = self.between[at]
+        if parent_of(path) != border.top:
+            return False
+        found: object = getattr(self._model.get_submodule(border.top), path.rpartition(".")[2])
+        if isinstance(found, nn.Parameter):
+            shape = shape_of(found)
+            return bool(shape) and shape[-1] != border.width and shape[-1] in border.behind
+        return isinstance(found, nn.Module) and is_vectors(found)
+
+
+def _width(block: nn.Module) -> int:
+    """The width of a block's residual stream: the size that most of its weights have. LoRA's ranks don't count."""
+    sizes = Counter(n for name, p in block.named_parameters() if "lora_" not in name for n in set(shape_of(p)[:2]))
+    return max(sizes, key=lambda n: (sizes[n], n), default=0)
+
+
+def _ends(module: nn.Module) -> tuple[int, int]:
+    """Width of what a module takes and gives, by its first and last matrix; (0, 0) without any."""
+    widths = []
+    for m in module.modules():
+        if isinstance(m, nn.Linear):
+            widths.append((m.in_features, m.out_features))
+        elif isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            widths.append((m.in_channels, m.out_channels))
+    return (widths[0][0], widths[-1][1]) if widths else (0, 0)

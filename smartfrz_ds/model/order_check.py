@@ -1,0 +1,109 @@
+"""Is the order of the layers, read off the structure, the order in which the model uses them?"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from itertools import groupby, pairwise
+from typing import Any
+
+from torch import nn
+
+from smartfrz_ds.model.finding.facts import class_of
+
+from .hooks import ModuleHook
+from .layers import Layer
+
+_SHOWN = 60  # entries of the forward in a message
+
+
+class OrderCheck:
+    """Compares the order of the layers with the order in which the first forward of `model` uses them; then it removes its hooks.
+
+    A layer counts from its first use, the head and a projector from their last. An embedding must come before the layer behind it (a
+    decoder's embedding may run before the encoder), wherever it is: inside another layer, such as a whole language model, it doesn't count.
+    Layers that the forward does not call as modules are left out.
+    When the orders differ: ValueError with both, out of that forward (strict), or a UserWarning. A projector alone that runs elsewhere, or
+    a head that begins earlier, always warns: while it is active, back-propagation runs up to its first part.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], strict: bool = True) -> None:
+        self.done = False
+        self._layers = layers
+        self._strict = strict
+        self._names: list[str] = []  # by number of the module
+        self._free: set[int] = set()  # numbers of embeddings inside of layers that are none
+        self._used: dict[tuple[int, int], list[int]] = {}  # (position of the layer, number of the module) -> its first and last call
+        self._calls = 0
+        paths = {module: name for name, module in model.named_modules()}
+        owner = {module: layer.position for layer in reversed(layers) for top in layer.modules for module in top.modules()}
+        self._handles = []
+        for module, position in owner.items():
+            if next(module.parameters(recurse=False), None) is None:
+                continue
+            number = len(self._names)
+            self._names.append(paths.get(module, type(module).__name__))
+            if layers[position].kind == "block" and issubclass(class_of(module), nn.Embedding):
+                self._free.add(number)
+            self._handles.append(module.register_forward_pre_hook(ModuleHook(partial(self._note, position, number))))
+        # first of all pre-hooks of the root, which may be a layer's module itself
+        self._handles.append(model.register_forward_pre_hook(ModuleHook(self._start), prepend=True))
+        self._handles.append(model.register_forward_hook(ModuleHook(self._compare)))
+
+    def remove(self) -> None:
+        """Remove the hooks; nothing will be compared any more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _start(self, module: nn.Module, args: Any) -> None:
+        self._used.clear()  # whatever ran outside a whole forward, or in one that failed
+        self._calls = 0
+
+    def _note(self, position: int, number: int, module: nn.Module, args: Any) -> None:
+        self._calls += 1
+        self._used.setdefault((position, number), [self._calls, 0])[1] = self._calls
+
+    def _compare(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.remove()
+        self.done = True
+        first: dict[int, int] = {}
+        rank_of: dict[int, float] = {}
+        for (position, number), (begin, end) in self._used.items():
+            if number in self._free:
+                continue
+            first.setdefault(position, begin)
+            late = self._layers[position].kind == "head" or self._layers[position].projector
+            rank_of[position] = max(end, rank_of.get(position, 0)) if late else first[position]
+        seen = sorted(first)
+        for p, behind in reversed(list(pairwise(seen))):
+            if self._layers[p].kind == "embedding" and rank_of[p] < rank_of[behind]:
+                rank_of[p] = rank_of[behind] - 0.5 ** (behind - p)  # runs early enough, however early
+        actual = sorted(seen, key=rank_of.__getitem__)
+        firm = [p for p in actual if not self._layers[p].projector]
+        if actual != seen:
+            self._tell(
+                "the forward uses the layers in another order than the model's structure shows.\n"
+                f"  structure: {', '.join(self._layers[p].name for p in seen)}\n  forward:   {self._ran()}\n"
+                'List the layers front to back, "smartfrz": {"layers": [...]}, or set "order": "any", which demands no order',
+                self._strict and firm != sorted(firm),
+            )
+        elif len(seen) > 1 and self._layers[seen[-1]].kind == "head" and first[seen[-1]] < first[seen[-2]]:
+            self._tell(
+                f"a part of layer {self._layers[seen[-1]].name!r} runs before other layers: while it is active, back-propagation runs up "
+                'to that part. To give it to a layer in front, list the layers explicitly: "smartfrz": {"layers": [...]}',
+                strict=False,
+            )
+
+    def _ran(self) -> str:
+        """The layers in the order in which their modules first ran; a layer that ran in several places with the first module of each."""
+        runs = [(p, [number for _, number in uses]) for p, uses in groupby(self._used, key=lambda use: use[0])]
+        places = [p for p, _ in runs]
+        shown = [self._layers[p].name + (f" ({self._names[numbers[0]]})" if places.count(p) > 1 else "") for p, numbers in runs[:_SHOWN]]
+        return ", ".join(shown + ["…"] * (len(runs) > _SHOWN))
+
+    def _tell(self, message: str, strict: bool) -> None:
+        if strict:
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=2)

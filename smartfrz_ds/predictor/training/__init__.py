@@ -1,0 +1,1 @@
+"""Everything that makes default.safetensors out of recorded runs, and measures it."""

@@ -1,0 +1,130 @@
+"""Labels of a whole data set, on disk, and how much they hang on their constants."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from smartfrz_ds.predictor.recorder import Recording
+from smartfrz_ds.predictor.recording.branches import HARMLESS, Branch
+from smartfrz_ds.predictor.recording.collect import Dataset, read_dataset
+from smartfrz_ds.predictor.recording.labels import RULES, LabelSettings, at_steps, similarity_of
+
+from .evaluate import auc
+
+LABELS_VERSION = 1
+_SIMILARITIES = (0.90, 0.95, 0.97, 0.98, 0.99, 0.995)
+
+
+def label_dataset(folder: Path, settings: LabelSettings | None = None) -> dict[str, Any]:
+    """Labels every recording of the data set in `folder`: writes labels.safetensors and labels.json beside it, and returns the latter.
+
+    labels.safetensors: of each run NAME "NAME.similarity", (evaluations, layers) fp32, what the rule compares, and "NAME.converged", bool.
+    labels.json: the settings, the share of labels that are positive, and "sensitivity" (sensitivity_of).
+    Raises ValueError as read_dataset does.
+    """
+    settings = settings or LabelSettings()
+    data = read_dataset(folder)
+    tensors = {}
+    for recording in data.recordings:
+        value = similarity_of(recording.cka, recording.kinds, settings)
+        tensors[f"{recording.name}.similarity"] = value.float()
+        tensors[f"{recording.name}.converged"] = value >= settings.similarity
+    positive = sum(float(t.double().mean()) for name, t in tensors.items() if name.endswith(".converged")) / len(data.recordings)
+    result = {
+        "version": LABELS_VERSION,
+        "settings": asdict(settings),
+        "runs": len(data.recordings),
+        "positive_share": positive,
+        "sensitivity": sensitivity_of(data, settings),
+    }
+    partial = folder / "labels.safetensors.partial"
+    save_file(tensors, partial)
+    os.replace(partial, folder / "labels.safetensors")
+    (folder / "labels.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def labels_of(folder: Path) -> LabelSettings:
+    """The settings that the data set in `folder` was labelled with, the defaults where it wasn't. Raises ValueError for a bad file."""
+    file = folder / "labels.json"
+    if not file.is_file():
+        return LabelSettings()
+    try:
+        return LabelSettings(**json.loads(file.read_text())["settings"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: got no label settings ({error}); allowed: a file made by `smartfrz label`") from error
+
+
+def sensitivity_of(data: Dataset, settings: LabelSettings) -> list[dict[str, Any]]:
+    """How the labels change with their constants, one row each: other similarities with the same rule, then other rules.
+
+    "positive_share": of all labels, runs alike. "agreement": share equal to the labels of `settings`. Against the counterfactual
+    branches, where there are some: "fires": share of them where the label is true; "harmless": share of those that cost less than a
+    point; "mean_cost", "worst_cost": of those, in accuracy, 0..1; "mean_loss_cost": of those, relative; "auc": of the similarity that
+    the rule compares, against "harmless". None where nothing is there.
+    """
+    rows = [replace(settings, similarity=s) for s in sorted({*_SIMILARITIES, settings.similarity})]
+    rows += [replace(settings, rule=rule) for rule in RULES if rule != settings.rule]
+    if settings.tie_embeddings:
+        rows.append(replace(settings, tie_embeddings=False))
+    base = [_labels(r, settings) for r in data.recordings]
+    table = []
+    for other in rows:
+        labels = [_labels(r, other) for r in data.recordings]
+        table.append(
+            {
+                **asdict(other),
+                "positive_share": _mean([float(x.double().mean()) for x in labels]),
+                "agreement": _mean([float((x == y).double().mean()) for x, y in zip(labels, base, strict=True)]),
+                **_against_truth(data.recordings, data.branches, other),
+            }
+        )
+    return table
+
+
+def branch_similarity(recordings: Sequence[Recording], branches: Sequence[Branch], settings: LabelSettings) -> torch.Tensor:
+    """What the rule compares, of the last layer of each branch's prefix when it was frozen: (branches,) fp64, NaN without recording."""
+    by_name = {r.name: r for r in recordings}
+    values = []
+    for b in branches:
+        r = by_name.get(b.run)
+        values.append(
+            float("nan")
+            if r is None
+            else float(at_steps(similarity_of(r.cka, r.kinds, settings), r.cka_steps, torch.tensor([b.step]))[0, b.frozen - 1])
+        )
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _labels(recording: Recording, settings: LabelSettings) -> torch.Tensor:
+    return similarity_of(recording.cka, recording.kinds, settings) >= settings.similarity
+
+
+def _against_truth(recordings: Sequence[Recording], branches: Sequence[Branch], settings: LabelSettings) -> dict[str, float | None]:
+    value = branch_similarity(recordings, branches, settings)
+    there = ~value.isnan()
+    cost = torch.tensor([b.cost for b in branches], dtype=torch.float64)[there]
+    loss_cost = torch.tensor([b.loss_cost for b in branches], dtype=torch.float64)[there]
+    value = value[there]
+    called = value >= settings.similarity
+    some = bool(called.any())
+    return {
+        "fires": float(called.double().mean()) if len(value) else None,
+        "harmless": float((cost[called] < HARMLESS).double().mean()) if some else None,
+        "mean_cost": float(cost[called].mean()) if some else None,
+        "worst_cost": float(cost[called].max()) if some else None,
+        "mean_loss_cost": float(loss_cost[called].mean()) if some else None,
+        "auc": auc(value, cost < HARMLESS) if len(value) else None,
+    }
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,1 @@
+"""The loop: the controller, the freezer and the policy's stage."""

@@ -1,0 +1,58 @@
+"""The rules that hold for every policy and for a user's own hand: which layers may freeze now. Pure functions over the ordered layers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Literal
+
+from smartfrz_ds.model.layers import Layer
+
+Order = Literal["front_to_back", "any"]
+
+
+def candidates(layers: Sequence[Layer], frozen: Collection[str], kept_active: Collection[str]) -> tuple[str, ...]:
+    """The layers that a policy may freeze at all: not the head, not frozen, not kept active, with weights that train."""
+    return tuple(
+        layer.name
+        for layer in layers
+        if layer.kind != "head" and layer.numel and layer.name not in frozen and layer.name not in kept_active
+    )
+
+
+def allowed(
+    layers: Sequence[Layer], frozen: Collection[str], wanted: Collection[str], *, order: Order, max_frozen_fraction: float
+) -> frozenset[str]:
+    """The part of a policy's wish that `order` and `max_frozen_fraction` (of all layers, in (0, 1]) allow, front layers first."""
+    room = int(max_frozen_fraction * len(layers) + 1e-9) - len(frozen)
+    chosen: list[str] = []
+    for layer in layers:
+        if layer.name in frozen or not layer.numel:
+            continue
+        if layer.name in wanted and len(chosen) < room:
+            chosen.append(layer.name)
+        elif order == "front_to_back":
+            break
+    return frozenset(chosen)
+
+
+def check_order(layers: Sequence[Layer], frozen: Collection[str], order: Order) -> None:
+    """Raise ValueError where a set of frozen layers has a hole that `order` forbids, naming both layers."""
+    if order != "front_to_back":
+        return
+    active = next((x.name for x in layers if x.name not in frozen and x.numel), None)
+    behind = False
+    for layer in layers:
+        behind = behind or layer.name == active
+        if behind and layer.name in frozen:
+            raise ValueError(
+                f"layer {layer.name!r} can't be frozen while {active!r} in front of it is active "
+                '(smartfrz.order is "front_to_back"; allowed with "any")'
+            )
+
+
+def check_known(layers: Sequence[Layer], wanted: Iterable[str], action: str) -> None:
+    """Raise ValueError for names that are no layers. action: what was asked for, for the message."""
+    names = [layer.name for layer in layers]
+    unknown = sorted(set(wanted) - set(names))
+    if unknown:
+        raise ValueError(f"{action}: {unknown} are not layers of this model; allowed: {names}")

@@ -1,0 +1,188 @@
+"""Was that freeze a mistake? Watches a metric of the run after each freeze and says when to take it back.
+
+The metric is smoothed exponentially (every value of it counts, from the first one on). The level at the moment of a freeze is that
+freeze's baseline. If the smoothed metric rises above `baseline + tolerance * |baseline|`, or is no number, within `window` steps, the
+freeze is a mistake. `Guard` decides and knows no ranks; `GuardedRun` brings it the values of all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from smartfrz_ds.distributed.collectives import Ranks
+from smartfrz_ds.telemetry.metric_feed import MetricFeed
+
+
+@dataclass
+class Watch:
+    """One freeze under watch. layers: what it froze; step: when, in steps; baseline: the smoothed metric then."""
+
+    layers: tuple[str, ...]
+    step: int
+    baseline: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """layers: to be thawed, the mistaken freeze's and those frozen after it; reason: one short line."""
+
+    layers: tuple[str, ...]
+    reason: str
+
+
+class Guard:
+    """tolerance: relative worsening, > 0 (0.02 is 2 %). window: steps, >= 1. smoothing: the weight of the past in [0, 1): 0 takes each
+    value as it is, 0.9 averages over about 10. wait: freezing stages that a layer waits normally, >= 0.
+
+    The metric is one where lower is better. Values go in with `add`, one a step at most, the same on all ranks while a freeze is watched
+    (`watching`); before that each rank may add its own, and hand in the mean of the ranks' `level` as the baseline (smoothing is linear).
+    """
+
+    def __init__(self, *, tolerance: float, window: int, smoothing: float, wait: int) -> None:
+        self.tolerance, self.window, self.smoothing, self.wait = tolerance, window, smoothing, wait
+        self.level: float | None = None
+        self._watches: list[Watch] = []
+        self._taken_back: dict[str, int] = {}
+        self._waits: dict[str, int] = {}
+
+    @property
+    def watching(self) -> bool:
+        return bool(self._watches)
+
+    @property
+    def waiting(self) -> frozenset[str]:
+        """Layers that no policy may freeze yet."""
+        return frozenset(self._waits)
+
+    def add(self, value: float) -> None:
+        """The metric of one step. While nothing is watched a value that is no finite number is left out: it could never be forgotten."""
+        if not math.isfinite(value) and not self._watches:
+            return
+        self.level = value if self.level is None else self.smoothing * self.level + (1 - self.smoothing) * value
+
+    def froze(self, layers: Sequence[str], step: int, baseline: float) -> None:
+        """Watch this freeze from now on. baseline: finite, the same on all ranks; the smoothed metric goes on from it."""
+        assert math.isfinite(baseline), baseline
+        self.level = baseline
+        self._watches.append(Watch(tuple(layers), step, baseline))
+
+    def thawed(self, layers: Collection[str]) -> None:
+        """Layers that somebody thawed: no longer watched."""
+        for watch in self._watches:
+            watch.layers = tuple(name for name in watch.layers if name not in layers)
+        self._watches = [watch for watch in self._watches if watch.layers]
+
+    def judge(self, step: int) -> Verdict | None:
+        """What to take back at this step, if anything: the oldest mistaken freeze, and with it all later ones that are still watched.
+
+        Watches that have lasted their window end here. The layers of a verdict are dealt with: they are no longer watched, and wait
+        `max(wait, 1) * 2^n` freezing stages when they are taken back for the n-th time. The level falls back to the mistake's baseline.
+        """
+        assert self.level is not None or not self._watches
+        verdict = None
+        for i, watch in enumerate(self._watches):
+            limit = watch.baseline + self.tolerance * abs(watch.baseline)
+            if step <= watch.step or self.level is None or self.level <= limit:  # not so for NaN
+                continue
+            layers = tuple(name for later in self._watches[i:] for name in later.layers)
+            reason = (
+                f"guard: the smoothed metric is {self.level:.6g}, {step - watch.step} steps after the freeze of step {watch.step}; "
+                f"then it was {watch.baseline:.6g}, allowed is {limit:.6g}"
+            )
+            verdict = Verdict(layers, reason)
+            for name in layers:
+                self._taken_back[name] = self._taken_back.get(name, 0) + 1
+                self._waits[name] = max(self.wait, 1) * 2 ** self._taken_back[name]
+            self._watches, self.level = self._watches[:i], watch.baseline
+            break
+        self._watches = [watch for watch in self._watches if step - watch.step < self.window]
+        return verdict
+
+    def stage_passed(self) -> None:
+        """A freezing stage went by: those that wait have one less to wait for."""
+        self._waits = {name: left - 1 for name, left in self._waits.items() if left > 1}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers and names."""
+        return {
+            "level": self.level,
+            "watches": [asdict(watch) for watch in self._watches],
+            "taken_back": dict(self._taken_back),
+            "waits": dict(self._waits),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.level = state["level"]
+        self._watches = [Watch(tuple(w["layers"]), int(w["step"]), float(w["baseline"])) for w in state["watches"]]
+        self._taken_back, self._waits = dict(state["taken_back"]), dict(state["waits"])
+
+
+class GuardedRun:
+    """A `Guard` with its metric, on all ranks. One reduction of two numbers a step while a freeze is watched, one a freeze."""
+
+    FOLD = 64  # steps whose losses may wait on the device
+
+    def __init__(self, guard: Guard, metric: str, ranks: Ranks) -> None:
+        self.guard, self.feed, self._ranks = guard, MetricFeed(metric), ranks
+        self._seen = False  # any value since the last look
+
+    def after_step(self, step: int) -> Verdict | None:
+        """To be called after every step. Collective while a freeze is watched."""
+        self.feed.end_step(applied=True)
+        if not self.guard.watching:
+            if len(self.feed) >= self.FOLD:
+                self._fold()
+            return None
+        values = self.feed.take()
+        value = self._mean(values[-1] if values else None)
+        if value is not None:
+            self._seen = True
+            self.guard.add(value)
+        return self.guard.judge(step)
+
+    def froze(self, layers: Sequence[str], step: int) -> bool:
+        """Watch a freeze, if the metric was ever seen. Collective. False where it wasn't: then there is no level to compare with."""
+        self._fold()
+        baseline = self._mean(self.guard.level)
+        if baseline is not None:
+            self.guard.froze(layers, step, baseline)
+        return baseline is not None
+
+    def settle(self) -> None:
+        """Bring all ranks to the mean of what they saw, so that one state stands for all. Collective; for a checkpoint.
+
+        Outside of a watch each rank smooths its own values; smoothing is linear, so the mean goes on as the mean of all would.
+        """
+        self._fold()
+        if not self.guard.watching:
+            self.guard.level = self._mean(self.guard.level)
+        self._seen = self._ranks.sums([float(self._seen)])[0] > 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers and names; the same on every rank right after `settle`."""
+        return self.guard.state_dict() | {"seen": self._seen}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.guard.load_state_dict(state)
+        self._seen = bool(state.get("seen", False))
+        self.feed = MetricFeed(self.feed.metric)
+
+    def was_blind(self) -> bool:
+        """Whether no value at all came since the last time this was asked."""
+        self._fold()
+        blind, self._seen = not self._seen, False
+        return blind
+
+    def _fold(self) -> None:
+        values = self.feed.take()
+        self._seen = self._seen or bool(values)
+        for value in values:
+            self.guard.add(value)
+
+    def _mean(self, own: float | None) -> float | None:
+        """Over the ranks that have a value; None where none has."""
+        total, count = self._ranks.sums([0.0 if own is None else own, float(own is not None)])
+        return total / count if count else None

@@ -1,0 +1,116 @@
+"""Frozen stays frozen, whatever other code does to `requires_grad`.
+
+PEFT's `set_adapter` and `disable_adapter`, `model.requires_grad_(True)` and unfreezing schedules switch the flag of frozen parameters back
+on. No weight would move, but gradients would be computed and kept. A hook on each frozen parameter runs if one gets a gradient, and costs
+nothing otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
+
+from smartfrz_ds.backends.base import Backend
+from smartfrz_ds.model.hooks import ModuleHook
+
+
+@dataclass(frozen=True)
+class Intrusion:
+    """What switching frozen parameters on has cost in one step.
+
+    layers: names of the layers of which gradients were computed, or that were switched on. bytes: of gradients that were computed on this
+    rank, and dropped; 0 where it was noticed before.
+    """
+
+    layers: tuple[str, ...]
+    bytes: int
+
+    def text(self, step: int) -> str:
+        """The warning."""
+        cost = (
+            f"their gradients were computed in step {step} ({self.bytes} bytes on this rank) and dropped, and that step's FLOPs are not "
+            "counted as saved"
+            if self.bytes
+            else "it was noticed before a gradient was computed"
+        )
+        names = ", ".join(self.layers[:5]) + (f", … ({len(self.layers)} in all)" if len(self.layers) > 5 else "")
+        return (
+            f"other code has set requires_grad=True on parameters of the frozen layers {names} (an adapter switch of PEFT, "
+            f"model.requires_grad_(True) or an unfreezing schedule do that); {cost}. No weight has moved. The layers stay frozen: from "
+            "now on the flags are put back before each forward. To train a layer again call thaw([…]) of the controller. Said once"
+        )
+
+
+class KeptFrozen:
+    """Watches the frozen parameters of one engine.
+
+    model: the model whose forward begins a step.
+    The flags themselves are only read where a change of the layout or a checkpoint needs them, and before each forward once other code is
+    known to switch them (FSDP1, whose parameters run no hooks: from the beginning).
+    """
+
+    def __init__(self, model: nn.Module, backend: Backend) -> None:
+        self._backend = backend
+        self._layer_of: Mapping[Parameter, str] = {}
+        self._handles: dict[Parameter, RemovableHandle] = {}
+        self._came: dict[Parameter, int] = {}  # in this step: parameter -> bytes of its gradients
+        self._meddled = not backend.runs_grad_hooks
+        self._said = False
+        self._forward = model.register_forward_pre_hook(ModuleHook(self._before_forward), prepend=True)
+
+    def follow(self, frozen: Collection[Parameter], layer_of: Mapping[Parameter, str]) -> None:
+        """Watch exactly these. They may be frozen already. layer_of: parameter -> the name of its layer."""
+        self._layer_of = layer_of
+        for param in [p for p in self._handles if p not in frozen]:
+            self._handles.pop(param).remove()
+        for param in frozen:
+            if param not in self._handles:
+                flag = param.requires_grad
+                param.requires_grad_(True)  # torch/_tensor.py registers no hook without it, but keeps one
+                self._handles[param] = param.register_post_accumulate_grad_hook(self._got_gradient)
+                param.requires_grad_(flag)
+
+    def put_back(self) -> None:
+        """Switch every frozen parameter off again that other code has switched on. Reads all flags."""
+        for param in self._handles:
+            if self._backend.takes_part(param):
+                self._note(param)
+
+    def after_step(self) -> Intrusion | None:
+        """What other code has cost since the last call; None where it did nothing."""
+        if not self._came:
+            return None
+        self._meddled = True
+        self.put_back()  # those too that this step did not use
+        layers = dict.fromkeys(name for p, name in self._layer_of.items() if p in self._came)
+        intrusion = Intrusion(tuple(layers), sum(self._came.values()))
+        self._came.clear()
+        return intrusion
+
+    def first_time(self) -> bool:
+        """True at the first call."""
+        said, self._said = self._said, True
+        return not said
+
+    def remove(self) -> None:
+        """Take all hooks away."""
+        self.follow((), {})
+        self._forward.remove()
+
+    def _got_gradient(self, param: Tensor) -> None:
+        self._note(param)  # type: ignore[arg-type]
+
+    def _note(self, param: Parameter) -> None:
+        spent = param.grad.nbytes if param.grad is not None else 0
+        self._came[param] = self._came.get(param, 0) + spent
+        self._backend.take_out(param)
+
+    def _before_forward(self, module: nn.Module, args: Any) -> None:
+        if self._meddled and self._handles and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.put_back()

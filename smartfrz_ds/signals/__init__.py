@@ -1,0 +1,1 @@
+"""What a policy gets to see, gathered while training runs."""

@@ -1,0 +1,187 @@
+"""What some policies need beyond sampled weights: gradients, a probe batch, learning rates of single layers. And its refusal, at start."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from smartfrz_ds.backends.base import Backend, SampleRequest
+from smartfrz_ds.config.settings import FreezeConfig
+from smartfrz_ds.model.layers import Layer
+from smartfrz_ds.model.view import Need, infos
+from smartfrz_ds.policies import check_needs
+from smartfrz_ds.policies.base import Policy, SetsLr
+
+from .gradients import GradientSums
+from .lr_scale import LrScale
+from .probe import Probe
+from .snapshots import Snapshots
+
+_MOST_PROBE = 128  # a policy may keep an [inputs, inputs] matrix a layer in its state, which goes into the header of a checkpoint's file
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """total_steps: of the run, None when unknown. freeze_interval: in steps. keep_active: layers that no policy ever freezes.
+    probe_batch: what a forward of the model takes, None where the user gave none."""
+
+    total_steps: int | None
+    freeze_interval: int
+    keep_active: frozenset[str]
+    probe_batch: Any = None
+
+
+class Supplies:
+    """Gets for one run's policy what it needs, and nothing that it doesn't.
+
+    seen: what the policy's view gets of it at a freezing stage, on rank 0: `gradients` and `grams`.
+
+    Raises ValueError, by name: the run can't give what the policy needs; `probe` is set without a batch, or does not fit it.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        config: FreezeConfig,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        backend: Backend,
+        snapshots: Snapshots,
+        run: RunFacts,
+    ) -> None:
+        self._policy, self._layers, self._backend, self._run = policy, layers, backend, run
+        self._interval = run.freeze_interval
+        self._probe: Probe | None = None
+        self._sums: GradientSums | None = None
+        self._scale: LrScale | None = None
+        if config.probe is not None and config.policy != "manual":
+            if backend.staged:  # its layers live on different ranks
+                raise ValueError(f"smartfrz.probe: got {config.probe}; allowed in a pipeline: null")
+            if config.probe > _MOST_PROBE:
+                raise ValueError(f"smartfrz.probe: got {config.probe}; allowed: an integer from 2 to {_MOST_PROBE}, or null")
+            if run.probe_batch is None:
+                raise ValueError(
+                    f"smartfrz.probe: got {config.probe}, but no batch was given; allowed: null, or give probe_batch=… to "
+                    "smartfrz_ds.initialize or attach"
+                )
+            self._probe = Probe(backend.caller(model), layers, run.probe_batch, config.probe, backend.device)
+        given: set[Need] = {"weights", "gradients", "lr_scale"}
+        given -= set(backend.missing)
+        why: dict[Need, str] = dict(backend.missing)
+        if self._probe is not None:
+            given.add("activations")
+        if run.total_steps is not None:
+            given.add("total_steps")
+        if "lr_scale" in policy.needs and "lr_scale" in given and not config.dry_run:
+            try:
+                self._scale = LrScale(backend.base_optimizer(), backend.param_groups, layers)
+            except ValueError as error:
+                given.remove("lr_scale")
+                why["lr_scale"] = str(error)
+        check_needs(policy, given, why)
+        if self._scale is not None:
+            self._scale.start()
+        if "gradients" in policy.needs:
+            names = [layer.name for layer in layers]
+            self._sums = GradientSums(names, snapshots.requests, config.sample_size, backend.device, backend.loss_scale)
+        self._spent: dict[str, float] = {}
+        self.seen: dict[str, Mapping[str, Tensor]] = {}
+
+    def try_probe(self) -> None:
+        """One forward of the probe batch, so that one which does not fit is found before training. Collective.
+
+        Raises ValueError that names it.
+        """
+        if self._probe is None:
+            return
+        try:
+            self._probe.grams(keep=False)
+        except Exception as error:
+            raise ValueError(f"probe_batch: the model's forward does not take it ({type(error).__name__}: {error})") from error
+
+    # --- at every step --------------------------------------------------------------------------------------------------------
+
+    def before_step(self, step: int) -> None:
+        """Before the optimizer takes the step that follows `step` steps."""
+        if self._sums is not None and step % self._interval == 0:  # an interval was over, whether a freezing stage came of it or not
+            self._sums.restart()
+        if self._scale is not None and isinstance(self._policy, SetsLr):
+            self._scale.set(self._policy.lr_scales(step, self._run.total_steps, infos(self._layers), self._run.keep_active))
+
+    def end_step(self, *, applied: bool) -> None:
+        """After the optimizer has taken a step, or skipped it."""
+        if self._sums is not None:
+            self._sums.end_step(applied=applied)
+        if self._scale is not None and applied:
+            for name, lr in self._scale.rates.items():
+                self._spent[name] = self._spent.get(name, 0.0) + lr
+
+    def lr_spent(self, schedule: float) -> float | Mapping[str, float]:
+        """The sum of the learning rates of all steps so far: of each layer where they are scaled, else that of the schedule."""
+        return schedule if self._scale is None else {info.name: self._spent.get(info.name, 0.0) for info in infos(self._layers)}
+
+    # --- at a freezing stage --------------------------------------------------------------------------------------------------
+
+    def gather(self, active: Collection[str]) -> None:
+        """Fill `seen`. active: the layers whose gradients are wanted. Collective where there is anything to gather."""
+        if self._sums is not None:
+            self.seen["gradients"] = self._sums.take(active)
+        if self._probe is not None:
+            self.seen["grams"] = self._probe.grams(keep=self._backend.rank == 0)
+
+    def remove(self) -> None:
+        """Take all hooks away."""
+        if self._sums is not None:
+            self._sums.remove()
+        if self._scale is not None:
+            self._scale.remove()
+
+    def regroup(self) -> None:
+        """Layers that the user froze have joined parameter groups, or left them again.
+
+        Raises ValueError where learning rates of single layers are set, and a group holds weights of several layers now.
+        """
+        if self._scale is not None:
+            try:
+                self._scale.regroup(self._backend.param_groups, self._layers)
+            except ValueError as error:
+                raise ValueError(
+                    f"thaw: policy {self._policy.name!r} sets learning rates of single layers and needs {error}. A layer that required no "
+                    "gradient at the start has no group of its own; allowed: leave it trainable at the start and call freeze for it before "
+                    "the first step, or another policy"
+                ) from error
+
+    def watch(self, requests: Sequence[Sequence[SampleRequest]]) -> None:
+        """What is sampled, after a change of the layout: layers may have come that the user had frozen."""
+        if self._sums is not None:
+            self._sums.watch(requests)
+
+    def thawed(self, names: Collection[str]) -> None:
+        """These layers train again."""
+        if self._sums is not None:
+            self._sums.forget(names)
+
+    # --- checkpoints ----------------------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Bring what the ranks hold apart to rank 0. Collective; before a state is saved."""
+        if self._sums is not None:
+            self._sums.settle()
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able, whole on rank 0 after `settle`."""
+        return {"gradients": None if self._sums is None else self._sums.state_dict(), "lr_spent": dict(self._spent)}
+
+    def restart(self, policy: Policy) -> None:
+        """Begin anew, for another policy of the same kind."""
+        self._policy = policy
+        self.load_state_dict({})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Rank 0's state, on every rank; an empty one begins anew."""
+        if self._sums is not None:
+            self._sums.load_state_dict(state.get("gradients"))
+        self._spent = {name: float(lr) for name, lr in state.get("lr_spent", {}).items()}

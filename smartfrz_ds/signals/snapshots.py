@@ -1,0 +1,64 @@
+"""Which weights of each layer are sampled, and how the samples reach rank 0.
+
+The indices are drawn once, from the seed and the layer's position, and are the same on every rank: a sampled weight has a trajectory
+(re-drawn ones have none). Each rank reads those that it owns; one reduction of [layers, sample_size] floats brings them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from smartfrz_ds.backends.base import Backend, Sampler, SampleRequest
+from smartfrz_ds.model.layers import Layer, shape_of
+from smartfrz_ds.model.sampling import sample_indices, sampled_params
+
+
+class Snapshots:
+    """Takes snapshots of the active layers of one engine."""
+
+    def __init__(self, layers: Sequence[Layer], backend: Backend, *, sample_size: int, seed: int) -> None:
+        self.backend = backend
+        self.sample_size = sample_size
+        self.rows = len(layers)
+        self._seed = seed
+        self.plan(layers)
+        self._sampler: Sampler | None = None
+
+    def plan(self, layers: Sequence[Layer]) -> None:
+        """Choose the weights; again after layers have moved between ranks: the same ones, wherever they are now."""
+        self.requests = [self._plan(layer, row, self._seed) for row, layer in enumerate(layers)]  # of each layer
+
+    def _plan(self, layer: Layer, row: int, seed: int) -> list[SampleRequest]:
+        params = sampled_params(layer)
+        sizes = [prod(shape_of(p)) for p in params]
+        if not sum(sizes):
+            return []
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + layer.position) % 2**63)
+        chosen = sample_indices(sum(sizes), self.sample_size, generator)
+        requests, begin = [], 0
+        for param, size in zip(params, sizes, strict=True):
+            columns = ((chosen >= begin) & (chosen < begin + size)).nonzero().view(-1)
+            if columns.numel():
+                requests.append(SampleRequest(param, chosen[columns] - begin, row * self.sample_size + columns))
+            begin += size
+        return requests
+
+    def compile(self, active: Sequence[int]) -> None:
+        """Prepare for the layers at these positions; to be called at start and after every change of the layout."""
+        requests = [r for row in active for r in self.requests[row]]
+        self._sampler = self.backend.sampler(requests, self.rows * self.sample_size)
+
+    def take(self) -> Tensor | None:
+        """The samples of all layers, (layers, sample_size) fp32 on the host, on rank 0, else None. Rows of layers that were not
+        compiled are zeros. Collective where the engine's state is sharded."""
+        assert self._sampler is not None
+        values = self._sampler.read(self.backend.device)
+        if self.backend.sharded:
+            # Each weight has one owner and zeros elsewhere, so the sum is the value, bit for bit.
+            dist.reduce(values, dst=0)
+        return values.view(self.rows, self.sample_size).cpu() if self.backend.rank == 0 else None

@@ -1,0 +1,1 @@
+"""What a person gets to see: events, status, the log and the report."""

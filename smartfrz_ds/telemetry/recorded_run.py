@@ -1,0 +1,191 @@
+"""A run as its log tells it."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .events import FreezeEvent, Record, RunStart, Status, is_log, read_log
+from .outcome import Stages, outcome
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One run out of a log, resumed or not, oldest first.
+
+    starts: one for each process that trained, and for each time that a run went back to a checkpoint; none in logs that were written
+        before there were such lines.
+    events: all of them, as they happened, those that a rollback took back too.
+    statuses: without those that a rollback took back.
+    live: all records in their order, without what a rollback took back.
+    resumes, rollbacks: how often the run went on in another process, and in the same one from an earlier checkpoint.
+    last_load: the checkpoint that was loaded after the last step, if one was.
+    notes: what a reader must know of the log itself.
+    """
+
+    starts: list[RunStart] = field(default_factory=list)
+    events: list[FreezeEvent] = field(default_factory=list)
+    statuses: list[Status] = field(default_factory=list)
+    live: list[Record] = field(default_factory=list)
+    resumes: int = 0
+    rollbacks: int = 0
+    last_load: FreezeEvent | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """All layers, front to back; without a start line those that the log names, in the order in which it does."""
+        if self.starts:
+            return self.starts[-1].layers
+        named = {name: None for e in self.events for name in (*e.frozen, *e.layers, *e.probabilities)}
+        return tuple(named)
+
+    @property
+    def last_step(self) -> int:
+        last = max((r.step for r in self.live), default=0)
+        return max(last, self.last_load.from_step) if self.last_load is not None else last
+
+    @property
+    def dry(self) -> bool:
+        """Whether the run only decided."""
+        return self.starts[-1].dry_run if self.starts else any(e.dry_run for e in self.events)
+
+    def changes(self) -> list[FreezeEvent]:
+        """The freezes and thaws, without those that a rollback took back."""
+        return [e for e in self.live if isinstance(e, FreezeEvent) and e.kind in ("freeze", "thaw")]
+
+    def _marks(self) -> list[tuple[int, frozenset[str]]]:
+        """What is frozen (in a dry run: would be) from which step on, oldest first."""
+        if self.dry:
+            wanted: set[str] = set()
+            marks = []
+            for e in self.live:
+                wanted |= set(e.layers) if isinstance(e, FreezeEvent) and e.kind == "decision" else set()
+                marks.append((e.step, frozenset(wanted)))
+            return marks
+        changes = set(map(id, self.changes()))
+        return [(r.step, frozenset(r.frozen)) for r in self.live if not isinstance(r, FreezeEvent) or id(r) in changes]
+
+    def outcome(self) -> str:
+        """What froze, or why nothing did: as the run itself has told it last, else as far as its events tell."""
+        last = self.statuses[-1] if self.statuses else None
+        if last is not None and last.outcome and not any(e.step > last.step for e in self.changes()):
+            return last.outcome
+        start, stages = self.starts[-1] if self.starts else None, Stages()
+        for e in self.live:
+            if isinstance(e, FreezeEvent) and e.kind in ("freeze", "decision") and e.probabilities:
+                stages.judged(e.step, e.layers, e.probabilities, e.reasons)
+        return outcome(
+            step=self.last_step,
+            layers=self.layers,
+            frozen=() if self.dry else self.frozen,
+            events=[e for e in self.live if isinstance(e, FreezeEvent)],
+            policy=start.policy if start and start.policy else "policy",
+            stages=stages,
+            first_stage=start.first_stage if start else None,
+            total_steps=start.total_steps if start else None,
+            dry_run=self.dry,
+        )
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The layers that are (or would be) frozen at the end, in order."""
+        marks = self._marks()
+        return tuple(name for name in self.layers if marks and name in marks[-1][1])
+
+    def frozen_spans(self) -> dict[str, list[tuple[int, int]]]:
+        """For each layer the spans of steps in which it was frozen, or in a dry run would be from the first decision on."""
+        spans: dict[str, list[tuple[int, int]]] = {name: [] for name in self.layers}
+        since: dict[str, int] = {}
+        for step, frozen in self._marks():
+            for name in frozen - since.keys():
+                since[name] = step
+            for name in since.keys() - frozen:
+                if step > (begun := since.pop(name)):
+                    spans.setdefault(name, []).append((begun, step))
+        for name, step in since.items():
+            spans.setdefault(name, []).append((step, self.last_step))
+        return spans
+
+
+def find_log(run_dir: Path) -> Path:
+    """The log of a run: `run_dir` itself where it is a file, else the one log among the *.jsonl files in it, or in the folders in it.
+    Copies of what a resume has cut from a log (NAME.cut-STEP.jsonl) don't count.
+
+    Raises ValueError: there is none, or there are several.
+    """
+    if run_dir.is_file():
+        return run_dir
+    if not run_dir.is_dir():
+        raise ValueError(f"{run_dir}: no such folder or file")
+    for pattern in ("*.jsonl", "*/*.jsonl"):
+        found = [p for p in sorted(run_dir.glob(pattern)) if not re.search(r"\.cut-\d+(-\d+)?$", p.stem) and p.is_file() and is_log(p)]
+        if len(found) > 1:
+            raise ValueError(f"{run_dir} holds several logs; name one of them: {', '.join(map(str, found))}")
+        if found:
+            return found[0]
+    raise ValueError(
+        f'{run_dir}: no log of smartfrz in it (a *.jsonl file with an event in it). A run writes one where "log_path" is set in the '
+        '"smartfrz" section of its DeepSpeed JSON; a log that lies elsewhere can be named itself'
+    )
+
+
+def load_run(path: Path) -> Run:
+    """The last run of a log. A resumed one is one run, without what was lived through twice.
+
+    Raises ValueError: no line at all, or a broken one that is not the last.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        records = read_log(path)
+    notes = [str(w.message).removeprefix(f"{path}: ") for w in caught]
+    if not records:
+        raise ValueError(f"{path}: the log is empty: the run has written no whole line yet")
+    lines: list[Record] = []
+    earlier = 0
+    back: int | None = None  # the step of a checkpoint that was loaded into the running run, until training goes on
+    for record in records:
+        if isinstance(record, FreezeEvent) and record.goes_back:
+            back = record.step
+        elif isinstance(record, RunStart) and record.step == back:
+            back = None
+        elif lines and record.step < lines[-1].step:
+            if isinstance(record, RunStart) and record.step > 0:  # resumed from a checkpoint
+                lines = [x for x in lines if x.step <= record.step]
+            else:
+                earlier, lines, back = earlier + 1, [], None
+        elif isinstance(record, RunStart) and record.step == 0 and any(not _at_the_start(x) for x in lines):
+            earlier, lines = earlier + 1, []
+        lines.append(record)
+    if earlier:
+        notes.append(f"the file also holds {earlier} earlier run{'s' * (earlier > 1)}, which this report leaves out")
+    run, back = Run(notes=notes), None
+    for record in lines:
+        if isinstance(record, RunStart):
+            if record.step == back:
+                run.rollbacks += 1
+                run.live = [x for x in run.live if x.step <= record.step]
+            elif run.starts:
+                run.resumes += 1
+            back = None
+        if isinstance(record, FreezeEvent):
+            run.events.append(record)
+            if record.kind == "load":
+                back = record.step if record.goes_back else back
+                run.last_load = record
+                continue
+        if not (isinstance(record, FreezeEvent) and record.kind == "warning"):
+            run.last_load = None
+        run.live.append(record)
+        run.starts = [x for x in run.live if isinstance(x, RunStart)]
+    run.statuses = [x for x in run.live if isinstance(x, Status)]
+    if not run.statuses:
+        run.notes.append("there are no status lines: no losses, times and bytes over the run (an old log, or one that has just begun)")
+    return run
+
+
+def _at_the_start(record: Record) -> bool:
+    """Whether a line may stand in front of the first start: warnings at attach, changes by hand before the first step."""
+    return isinstance(record, FreezeEvent) and record.step == 0

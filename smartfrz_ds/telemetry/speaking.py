@@ -1,0 +1,141 @@
+"""The controller's side of what a run says: the facts for its lines (voice.py) and for what it froze or why it didn't (outcome.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smartfrz_ds.config.settings import SECTION
+from smartfrz_ds.model.layers import Layer
+
+from .events import FreezeEvent
+from .outcome import Stages, outcome
+from .run_log import RunLog
+from .voice import Voice, event_text, start_text
+from .words import layer_names, some
+
+if TYPE_CHECKING:
+    from smartfrz_ds.runtime.controller import Controller
+
+
+class Speaker:
+    """Says what one controller does, each thing once. Made on every rank; only rank 0 speaks.
+
+    log: the run's record. layers: all, as they were found. saved: gives the share of the training FLOPs that was saved so far.
+    """
+
+    def __init__(self, run: Controller, log: RunLog, layers: Sequence[Layer], saved: Callable[[], float]) -> None:
+        self._run, self._log, self._layers, self._saved = run, log, layers, saved
+        self._voice = Voice(run.backend.rank == 0)
+        self.stages = Stages()
+        self.length_from = ""  # where the length of the run was read
+        self._started = self._ended = not run.config.enabled  # there only because a checkpoint has frozen layers
+        self._held: list[str] = []
+        log.on_cut = self._log_was_cut
+        self._voice.at_exit(self)
+
+    def start(self) -> None:
+        """The run begins, and its length is known as far as it ever will be."""
+        run = self._run
+        if not self._started:
+            self._started = True
+            self._voice.say(
+                start_text(
+                    engine=run.backend.name,
+                    ranks=run.ranks.count,
+                    policy=run.config.policy,
+                    layers=run.layers,
+                    own=sum(not layer.numel and not layer.is_borrower for layer in self._layers),
+                    length=self._length(),
+                    total_steps=run.total_steps,
+                    first_stage=run.first_stage,
+                    log=_log(self._log.path, self._log.wanted_path),
+                    dry_run=run.config.dry_run,
+                )
+            )
+            if run.total_steps is None and run.config.total_steps == "auto" and run.config.policy != "manual":
+                self._voice.say(
+                    "the length of the run is unknown: neither a scheduler nor a Trainer says it, and the policy can't tell what is still "
+                    f'to come. Set "total_steps" in the "{SECTION}" section to the number of optimizer steps of the whole run (null: it is '
+                    "meant to be unknown)",
+                    level=logging.WARNING,
+                )
+        held, self._held = self._held, []
+        for text in held:
+            self._voice.say(text)
+
+    def _length(self) -> str:
+        run = self._run
+        if run.total_steps is None:
+            return "length of the run unknown" + (f" ({SECTION}.total_steps is null)" if run.config.total_steps is None else "")
+        return f"{some(run.total_steps, 'step')} ({self.length_from})"
+
+    def event(self, event: FreezeEvent, *, by_policy: bool) -> None:
+        """Something happened."""
+        text = event_text(event, self._run.layers, policy=self._run.config.policy if by_policy else None)
+        if text:
+            self._voice.say(text)
+
+    def resumed(self, folder: str, stages: Mapping[str, Any] | None) -> None:
+        """A checkpoint was loaded before the first step. stages: of its `Stages`, None: it has none."""
+        run = self._run
+        self.stages = Stages.from_state(stages)
+        frozen = f": {layer_names(run.frozen, run.layers)}" if run.frozen else ""
+        source = f" from checkpoint {folder}" if folder else ""
+        text = f"goes on at step {run.step:,}{source}; {len(run.frozen)} of {some(len(run.layers), 'layer')} frozen{frozen}"
+        if self._started:
+            self._voice.say(text)
+        else:
+            self._held = [text]
+
+    def _log_was_cut(self, kept: Path) -> None:
+        self._voice.say(f"the log was cut back to the checkpoint; the part behind it is in {kept}")
+
+    def note(self, text: str) -> None:
+        """Anything else."""
+        self._voice.say(text)
+
+    def outcome(self) -> str:
+        """What froze so far, or why nothing did."""
+        run = self._run
+        return outcome(
+            step=run.step,
+            layers=run.layers,
+            frozen=run.frozen,
+            events=self._log.events,
+            policy=run.config.policy,
+            stages=self.stages,
+            threshold=run.threshold,
+            first_stage=run.first_stage,
+            total_steps=run.total_steps,
+            dry_run=run.config.dry_run,
+        )
+
+    def end(self) -> None:
+        """The run is over. Nothing is said of a controller that took no step, nor a second time."""
+        run = self._run
+        if self._ended or not self._log.trained:
+            return
+        self._ended = True
+        of = f" of {run.total_steps:,}" if run.total_steps else ""
+        saved = f"; {100 * self._saved():.1f} % of the training FLOPs saved" if run.frozen else ""
+        self._voice.say(f"end at step {run.step:,}{of}: {self.outcome()}{saved}")
+
+    def __del__(self) -> None:
+        # A controller that was dropped without release, for example as a local variable of main().
+        with contextlib.suppress(Exception):
+            self.end()
+
+
+def scheduler_name(scheduler: Any) -> str:
+    """A scheduler for people: its type, or that of the one that it wraps (Accelerate)."""
+    return f"scheduler {type(getattr(scheduler, 'scheduler', scheduler)).__name__}"
+
+
+def _log(path: Path | None, wanted: Path | None) -> str:
+    if path is None:
+        return f"no log ({SECTION}.log_path is not set)"
+    return f"log {path}" + ("" if path == wanted else f" (another engine of this process writes to {wanted})")

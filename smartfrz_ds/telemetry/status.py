@@ -1,0 +1,180 @@
+"""How a run stands, every few steps: the lines of the log between the events, and the monitor's curves.
+
+Costs a clock a step, and every `status_interval` steps one small reduction; nothing where no rank has a log or a monitor.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from smartfrz_ds._version import __version__
+from smartfrz_ds.backends.base import Backend
+from smartfrz_ds.backends.torch.base import TorchBackend
+from smartfrz_ds.distributed.collectives import Ranks
+from smartfrz_ds.model.layers import Layer, shape_of
+
+from .events import RunStart, Status
+from .metric_feed import MetricFeed
+from .run_log import RunLog
+
+if TYPE_CHECKING:
+    from smartfrz_ds.runtime.controller import Controller
+
+_FOLD = 64  # steps whose losses may wait on the device
+_REMEMBERED = 256  # step times without frozen layers that stand for "without freezing"
+
+
+class RunStatus:
+    """Measures a run for its log. Made at attach, on every rank; collective.
+
+    interval: steps from one status to the next.
+    """
+
+    def __init__(self, log: RunLog, backend: Backend, ranks: Ranks, layers: Sequence[Layer], interval: int) -> None:
+        self._log, self._backend, self._ranks, self._layers, self.interval = log, backend, ranks, layers, interval
+        self._on = ranks.sums([float(log.wanted)])[0] > 0
+        self._feed = MetricFeed("loss")
+        self._losses: list[float] = []
+        self._told_start = False
+        self._left: float | None = None
+        self._seconds: dict[bool, list[float]] = {False: [], True: []}  # of steps without and with frozen layers, since the last status
+        self._usual: deque[float] = deque(maxlen=_REMEMBERED)
+        self._usual_before: float | None = None  # of the run that was resumed
+        self._gained, self._own_seconds = 0.0, 0.0
+        self.outcome: Callable[[], str] = str  # what froze so far, or why nothing did
+        self._known = True  # whether the gain of all steps with frozen layers could be told
+
+    def loss(self, loss: Any) -> None:
+        """A micro-batch's loss."""
+        if self._on:
+            self._feed.loss(loss)
+
+    def tell(self, metrics: Mapping[str, float]) -> None:
+        """What a user observed."""
+        if self._on:
+            self._feed.tell(metrics)
+
+    def skipped(self) -> None:
+        """The optimizer skipped this step."""
+        self._feed.end_step(applied=False)
+        self._left = None
+
+    def begin(self, run: Controller) -> None:
+        """First in the work after a step. run.step: not yet counted up."""
+        if not self._on:
+            return
+        if self._left is not None:
+            self._seconds[bool(run.frozen)].append(time.perf_counter() - self._left)
+        self._feed.end_step(applied=True)
+        if len(self._feed) >= _FOLD:
+            self._losses += self._feed.take()
+        if not self._told_start:
+            self._told_start = True
+            self._log.write(self._start(run))
+
+    def end(self, run: Controller, *, own_seconds: float, lr: float, saved: float) -> None:
+        """Last in the work after a step; collective when a status is due. own_seconds: that this package has used so far; saved: share of
+        the FLOPs."""
+        if not self._on:
+            return
+        if run.step % self.interval == 0 or run.step == run.total_steps:
+            self._log.write(self._status(run, own_seconds, lr, saved))
+        self._left = time.perf_counter()
+
+    def restart(self, state: Mapping[str, Any] | None = None) -> None:
+        """A checkpoint was loaded. state: of `state_dict`; None: nothing is known."""
+        state = state or {}
+        self._told_start, self._left = False, None
+        self._seconds, self._losses, self._feed = {False: [], True: []}, [], MetricFeed("loss")
+        self._usual.clear()
+        self._usual_before = state.get("usual_seconds")
+        self._gained, self._known = float(state.get("gained_seconds", 0.0)), bool(state.get("known", True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers; this rank's."""
+        return {"usual_seconds": self._without(), "gained_seconds": self._gained, "known": self._known}
+
+    def _without(self) -> float | None:
+        """Seconds of a step without frozen layers."""
+        return median(self._usual) if self._usual else self._usual_before
+
+    def _status(self, run: Controller, own_seconds: float, lr: float, saved: float) -> Status:
+        free, frozen = self._seconds[False], self._seconds[True]
+        self._usual.extend(free)
+        usual = self._without()
+        if frozen and usual is not None:
+            self._gained += len(frozen) * (usual - median(frozen))
+        self._known = self._known and not (frozen and usual is None)
+        self._gained -= own_seconds - self._own_seconds
+        self._own_seconds = own_seconds
+        losses = self._losses + self._feed.take()
+        self._losses, self._seconds = [], {False: [], True: []}
+        sent = gradient_bytes(self._backend)
+        own = [self._backend.optimizer_bytes(), sent or 0, float(sent is None), sum(losses), len(losses)]
+        held, handed, unknown, loss, count = self._ranks.sums(own)
+        told = run.metrics
+        return Status(
+            step=run.step,
+            time=time.time(),
+            loss=loss / count if count else told.get("loss"),
+            step_seconds=median(free + frozen) if free or frozen else None,
+            frozen=run.frozen,
+            optimizer_bytes=int(held),
+            gradient_bytes=None if unknown else int(handed),
+            saved_flops_fraction=saved,
+            hours_saved=self._gained / 3600 if self._known else None,
+            lr=lr,
+            metrics=told,
+            usual_seconds=usual,
+            outcome=self.outcome(),
+        )
+
+    def _start(self, run: Controller) -> RunStart:
+        sent = gradient_bytes(self._backend)
+        held, handed, unknown = self._ranks.sums([self._backend.optimizer_bytes(), sent or 0, float(sent is None)])
+        return RunStart(
+            step=run.step,
+            time=time.time(),
+            layers=run.layers,
+            kinds=tuple(layer.kind for layer in self._layers),
+            weights=tuple(layer.numel for layer in self._layers),
+            frozen=run.frozen,
+            policy=run.config.policy,
+            engine=self._backend.name,
+            version=__version__,
+            ranks=1 if self._ranks.alone else dist.get_world_size(),
+            total_steps=run.total_steps,
+            dry_run=run.config.dry_run,
+            first_stage=run.first_stage,
+            optimizer_bytes=int(held),
+            gradient_bytes=None if unknown else int(handed),
+        )
+
+
+def gradient_bytes(backend: Backend) -> int | None:
+    """Bytes of gradients that this rank hands to reductions in a step, without padding; 0 where nobody shares them; None: not known.
+
+    DeepSpeed: the active parameters in `communication_data_type`, under ZeRO-2 and 3 once for each micro-batch (runtime/engine.py,
+    allreduce_gradients; runtime/zero/stage_1_and_2.py, stage3.py). Elsewhere one reduction a step, under FSDP2 in its `reduce_dtype`.
+    """
+    active = backend.trained()
+    elements = [prod(shape_of(p)) for p in active]
+    engine = backend.engine
+    if isinstance(engine, DeepSpeedEngine):
+        if engine.seq_dp_world_size <= 1:
+            return 0
+        reductions = engine.gradient_accumulation_steps() if engine.zero_optimization_stage() >= 2 else 1
+        return reductions * sum(elements) * int(engine.communication_data_type.itemsize)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return 0
+    if not isinstance(backend, TorchBackend) or backend.name not in ("DDP", "FSDP2"):  # FSDP1's parameters don't show their whole shapes
+        return None
+    return sum(n * backend.gradient_itemsize(p) for n, p in zip(elements, active, strict=True))
