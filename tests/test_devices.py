@@ -22,7 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import smartfrz_ds
 from smartfrz_ds.config.settings import FreezeConfig
-from smartfrz_ds.distributed.collectives import Ranks
+from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.distributed.devices import collective_device, own_random_numbers
 from smartfrz_ds.distributed.failures import compare_before_start
 
@@ -84,7 +84,7 @@ def start_torch() -> None:
 
 
 def disagree() -> None:
-    Ranks(collective_device()).everybodys("a text")
+    Collectives(collective_device()).gather_objects("a text")
 
 
 @pytest.mark.parametrize("bound", [OWN, None], ids=["bound", "not bound"])

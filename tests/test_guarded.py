@@ -54,7 +54,7 @@ def test_settings_cannot_be_changed_inside_either(controller: Any) -> None:
 def test_what_does_something_can_be_set(controller: Any) -> None:
     controller.freeze(["blocks.1"])
     controller.last_checkpoint = "somewhere"
-    controller.settle = lambda: None  # a method that a test or a subclass replaces
+    controller.sync_for_checkpoint = lambda: None  # a method that a test or a subclass replaces
     assert controller.frozen == ("blocks.1",)
 
 

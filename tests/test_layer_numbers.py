@@ -170,7 +170,7 @@ def test_a_state_goes_on_and_a_foreign_one_leaves_the_interval_unknown() -> None
     backward(model, 0)
     sums.end_step(applied=True)
     sums.forget([names[1]])
-    sums.settle()
+    sums.sync_for_checkpoint()
     state = json.loads(json.dumps(sums.state_dict()))
     expected = sums.take(names)
     assert list(expected) == [names[0], names[2]], "a layer that trained in a part of the interval has no number"

@@ -88,7 +88,7 @@ def full_disk(_: Any) -> None:
 
 
 def die_saving(engine: Any) -> None:
-    engine.smartfrz.settle = die
+    engine.smartfrz.sync_for_checkpoint = die
 
 
 def raise_in_step(_: Any) -> None:

@@ -90,7 +90,7 @@ class Backend(ABC):
         return dist.get_rank() if dist.is_initialized() else 0
 
     @property
-    def speaks_for_replicas(self) -> bool:
+    def is_sampling_rank(self) -> bool:
         """Whether this process reads samples of what every data-parallel rank holds alike."""
         return self.rank == 0
 
@@ -116,13 +116,13 @@ class Backend(ABC):
     missing: Mapping[Need, str] = {}
 
     #: whether the data-parallel ranks are not alike: each process holds a part of the model (a pipeline's stage)
-    staged = False
+    is_pipeline = False
 
     def partition(self) -> list[int] | None:
         """Where the stages of a pipeline begin and end in its list of layers, (stages + 1,); None where there are none."""
         return None
 
-    def caller(self, model: nn.Module) -> nn.Module:
+    def forward_module(self, model: nn.Module) -> nn.Module:
         """What to call for a forward of `model`, all ranks together."""
         return model
 
@@ -142,7 +142,7 @@ class Backend(ABC):
         param.grad = None
         param.requires_grad_(False)
 
-    def arrange(self, layers: Sequence[Layer], frozen: Collection[str]) -> None:  # noqa: B027 (most engines have nothing to do)
+    def on_layout_changed(self, layers: Sequence[Layer], frozen: Collection[str]) -> None:  # noqa: B027 (most engines have nothing to do)
         """Called after every change of the layout, and at the start: what the engine does beyond its optimizer. frozen: names."""
 
     @property

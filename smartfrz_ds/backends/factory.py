@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from smartfrz_ds.backends.deepspeed.compat import check_engine, check_version
 from smartfrz_ds.backends.deepspeed.flat import ALLOWED_WHOLE, FlatBackend
 from smartfrz_ds.backends.deepspeed.half import Bf16Backend, Fp16Backend
-from smartfrz_ds.backends.deepspeed.zero0 import PlainBackend
+from smartfrz_ds.backends.deepspeed.zero0 import Zero0Backend
 from smartfrz_ds.backends.deepspeed.zero3 import FrozenStorage, Zero3Backend
 from smartfrz_ds.backends.deepspeed.zero12 import Zero12Backend
 from smartfrz_ds.backends.pipeline.stage import of_a_stage
@@ -43,8 +43,8 @@ def make_backend(engine: DeepSpeedEngine, *, zero3_frozen: FrozenStorage = "shar
         (DeepSpeedZeroOptimizer, Zero12Backend),
         (BF16_Optimizer, Bf16Backend),
         (FP16_Optimizer, Fp16Backend),
-        (FP16_UnfusedOptimizer, PlainBackend),
-        (Optimizer, PlainBackend),
+        (FP16_UnfusedOptimizer, Zero0Backend),
+        (Optimizer, Zero0Backend),
     ]
     for optimizer, backend in backends:
         if isinstance(engine.optimizer, optimizer) and not _variant(engine.optimizer, optimizer):

@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from smartfrz_ds.backends.deepspeed import checkpoint_parts as layout
-from smartfrz_ds.distributed.collectives import Ranks
+from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.distributed.failures import Writes
 from smartfrz_ds.runtime.controller import Controller
 from smartfrz_ds.runtime.user_frozen import Restored
@@ -37,13 +37,13 @@ from .files import (
 )
 
 
-def find_together(ranks: Ranks, load_dir: str | Path, tag: str | None, *, universal: bool) -> Found | None:
+def find_together(ranks: Collectives, load_dir: str | Path, tag: str | None, *, universal: bool) -> Found | None:
     """`find` on rank 0, for all ranks; `history` is filled on rank 0 only.
 
     Raises:
         ValueError: as `find`, on every rank.
     """
-    ranks.agree(f"load tag {tag}", "tags to load")
+    ranks.assert_same(f"load tag {tag}", "tags to load")
     found: Found | None = None
 
     def look() -> dict[str, Any] | None:
@@ -53,7 +53,7 @@ def find_together(ranks: Ranks, load_dir: str | Path, tag: str | None, *, univer
             return None
         return {"tag": found.tag, "state": None if found.state is None else found.state | {"history": {}}, "warning": found.warning}
 
-    answer = ranks.of_rank_0(look)
+    answer = ranks.from_rank0(look)
     if ranks.rank == 0 and found is not None and found.warning:
         warnings.warn(f"smartfrz: {found.warning}", RuntimeWarning, stacklevel=4)
     return found if ranks.rank == 0 or answer is None else Found(**answer)
@@ -80,12 +80,12 @@ class Checkpoints:
             OSError or RuntimeError: a file can't be written, on every rank.
         """
         folder = Path(save_dir) / tag
-        self.controller.settle()
+        self.controller.sync_for_checkpoint()
         digest = self._write_state(folder, tag)
         writes = Writes()
         with layout.saving(self.backend), writes.watched(self.backend.engine.checkpoint_engine):
             yield {"format": 1, "tag": tag, "digest": digest}
-        self.ranks.together(writes.check)
+        self.ranks.run_on_all_ranks(writes.check)
         self._barrier()  # DeepSpeed has one of its own at its end; not to depend on it
 
         def declare() -> None:
@@ -94,7 +94,7 @@ class Checkpoints:
                 if save_latest:
                     write_atomically(Path(save_dir) / "latest", tag.encode())
 
-        self.ranks.together(declare)
+        self.ranks.run_on_all_ranks(declare)
         self.controller.last_checkpoint = str(folder)
 
     def _write_state(self, folder: Path, tag: str) -> str:
@@ -108,11 +108,11 @@ class Checkpoints:
             if writes:
                 write_atomically(folder / kept_file(self.ranks.rank), data)
 
-        self.ranks.together(write_kept)
+        self.ranks.run_on_all_ranks(write_kept)
         digests = [d.decode() for d in self.ranks.gather_bytes((digest_of(data) if writes else "-" * 64).encode())]
         told = b""
         private = layout.private_state(self.backend)
-        privates = self.ranks.everybodys(private) if self.backend.staged else None
+        privates = self.ranks.gather_objects(private) if self.backend.is_pipeline else None
 
         def write_side() -> None:
             nonlocal told
@@ -129,7 +129,7 @@ class Checkpoints:
                 write_atomically(folder / SIDE_FILE, side)
                 told = digest_of(side).encode()
 
-        self.ranks.together(write_side)
+        self.ranks.run_on_all_ranks(write_side)
         return self.ranks.broadcast_bytes(told).decode()
 
     # --- loading --------------------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ class Checkpoints:
         moments = optimizer and not module_only
         if state is not None:
             self.controller.check_state(state)
-            if moments and self.backend.staged and not universal:
+            if moments and self.backend.is_pipeline and not universal:
                 self._check_width(state, folder)
             needs_same = state["sharded"] and not universal and (moments or layout.weights_are_cut(self.backend))
             if needs_same and state["world"] != len(self.ranks.gather_bytes(b"0")):
@@ -154,7 +154,7 @@ class Checkpoints:
                     f"{folder} was saved by {state['world']} ranks: with another number convert it first (ds_to_universal "
                     "--inject_missing_state) and set checkpoint.load_universal to true"
                 )
-            if universal and self.backend.staged:
+            if universal and self.backend.is_pipeline:
                 raise ValueError(
                     f"{folder}: a pipeline can't load a universal checkpoint with a freeze state; allowed: the same ranks and stages"
                 )
@@ -162,15 +162,15 @@ class Checkpoints:
         frozen = set(state["frozen"]) if state is not None else set()
         if universal and (emptied := layout.emptied_groups(self.backend, self.controller.leaving(frozen))):
             raise ValueError(f"{folder}: a universal checkpoint can't be loaded where parameter groups {emptied} are frozen as a whole")
-        if moments and self.backend.staged and not universal:
+        if moments and self.backend.is_pipeline and not universal:
             self.controller.restore_bounds(None if state is None else state.get("parts"))
             if state is not None:
-                self.ranks.together(lambda: layout.check_groups(self.backend, state["privates"][self.ranks.rank]))
+                self.ranks.run_on_all_ranks(lambda: layout.check_groups(self.backend, state["privates"][self.ranks.rank]))
         restored = Restored()
         if state is None:
             self.controller.restore_layout(frozen)
         else:
-            by_position = moments and not universal and not self.backend.staged
+            by_position = moments and not universal and not self.backend.is_pipeline
             restored = self.controller.restore_layout_of(state, by_position=by_position)
             if not module_only:  # before the load: a bare optimizer may hold what the user froze
                 self.controller.hand_back(restored.were_users)
@@ -187,12 +187,12 @@ class Checkpoints:
             self.controller.loaded_weights(str(folder))
             return
         if state is None:
-            self.controller.start_over(_applied_steps(self.backend.engine), str(folder))
+            self.controller.reset(_applied_steps(self.backend.engine), str(folder))
         else:
             self.controller.take_up(state, str(folder))
         if moments:
             self.backend.forget([p for group in self.backend.groups for p in group])  # it belongs to the run as it was before
-            private = {} if state is None else state["privates"][self.ranks.rank] if self.backend.staged else state["private"]
+            private = {} if state is None else state["privates"][self.ranks.rank] if self.backend.is_pipeline else state["private"]
             layout.load_private_state(self.backend, private, universal=universal)
         if kept is not None:
             layout.load_kept_state(self.backend, *kept)
@@ -221,7 +221,7 @@ class Checkpoints:
             nonlocal read
             read = read_kept(folder, state["kept"], rank)
 
-        self.ranks.together(look)
+        self.ranks.run_on_all_ranks(look)
         return read
 
     def _barrier(self) -> None:

@@ -25,7 +25,7 @@ def save_beside(controller: Controller, backend: TorchBackend, folder: str | Pat
         OSError or RuntimeError: a file can't be written, on every rank.
     """
     folder, ranks = Path(folder), controller.ranks
-    controller.settle()
+    controller.sync_for_checkpoint()
     kept = backend.kept_state()
     writes = kept is not None and (ranks.rank == 0 or backend.sharded)
     data = pack_tensors(*kept) if kept is not None and writes else b""
@@ -34,7 +34,7 @@ def save_beside(controller: Controller, backend: TorchBackend, folder: str | Pat
         if writes:
             write_atomically(folder / kept_file(ranks.rank), data)
 
-    ranks.together(write_kept)
+    ranks.run_on_all_ranks(write_kept)
     digests = [d.decode() for d in ranks.gather_bytes((digest_of(data) if writes else "-" * 64).encode())]
 
     def write_side() -> None:
@@ -42,7 +42,7 @@ def save_beside(controller: Controller, backend: TorchBackend, folder: str | Pat
             about = {"world": len(digests), "sharded": backend.sharded, "kept": {str(r): d for r, d in enumerate(digests) if d[0] != "-"}}
             write_atomically(folder / SIDE_FILE, pack(controller.state_dict() | about))
 
-    ranks.together(write_side)
+    ranks.run_on_all_ranks(write_side)
 
 
 def restore_from(controller: Controller, backend: TorchBackend, folder: str | Path) -> None:
@@ -59,7 +59,7 @@ def restore_from(controller: Controller, backend: TorchBackend, folder: str | Pa
         whole = _read(folder)
         return whole | {"history": {}}
 
-    told = ranks.of_rank_0(read)
+    told = ranks.from_rank0(read)
     state = whole if ranks.rank == 0 else told
     controller.check_state(state)
     kept: Any = None
@@ -70,7 +70,7 @@ def restore_from(controller: Controller, backend: TorchBackend, folder: str | Pa
 
     if state["kept"] and controller.keeps_state:
         if state["sharded"] == backend.sharded and (not backend.sharded or state["world"] == len(ranks.gather_bytes(b"0"))):
-            ranks.together(look)
+            ranks.run_on_all_ranks(look)
         elif ranks.rank == 0:
             warnings.warn(
                 f"smartfrz: {folder} was saved by {state['world']} rank(s) in another way: optimizer state that was held back for a thaw "

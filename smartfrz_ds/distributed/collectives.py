@@ -16,7 +16,7 @@ from smartfrz_ds.errors import RanksDisagree
 T = TypeVar("T")
 
 
-class Ranks:
+class Collectives:
     """All processes of the run.
 
     device: where small tensors must live for the group's backend (the model's device).
@@ -28,7 +28,7 @@ class Ranks:
         self.count = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
 
-    def agree(self, what: str, about: str) -> None:
+    def assert_same(self, what: str, about: str) -> None:
         """Compare `what` with all other ranks.
 
         Raises:
@@ -38,11 +38,11 @@ class Ranks:
         digests = self.gather_bytes(own)
         if any(d != own for d in digests):
             listed = ", ".join(f"rank {r}: {d.hex()[:16]}" for r, d in enumerate(digests))
-            texts = self.everybodys(what)
+            texts = self.gather_objects(what)
             told = "; ".join(f"rank {r}: {text}" for r, text in enumerate(texts) if text not in texts[:r])
             raise RanksDisagree(f"the ranks have different {about} ({listed}). This is rank {self.rank}. {told}")
 
-    def all_ready(self, problem: str, error: type[Exception]) -> None:
+    def raise_if_any_failed(self, problem: str, error: type[Exception]) -> None:
         """Say whether this rank can go on.
 
         Raises:
@@ -53,27 +53,27 @@ class Ranks:
         kinds = [k[0] for k in self.gather_bytes(bytes([kind]))]
         if not any(kinds):
             return
-        problems = self.everybodys(problem)
+        problems = self.gather_objects(problem)
         if problem:
             return
         told = "; ".join(f"rank {r} could not go on: {p}" for r, p in enumerate(problems) if p)
         raised = ValueError if 2 in kinds else RuntimeError
         raise raised(f"nothing was changed: {told}")
 
-    def together(self, action: Callable[[], T]) -> T:
+    def run_on_all_ranks(self, action: Callable[[], T]) -> T:
         """Run something local that can fail, and give back what it gives. Collective.
 
-        Raises: on the rank where it fails its own error, on all others as `all_ready`.
+        Raises: on the rank where it fails its own error, on all others as `raise_if_any_failed`.
         """
         try:
             made = action()
         except Exception as error:
-            self.all_ready(str(error) or type(error).__name__, type(error))
+            self.raise_if_any_failed(str(error) or type(error).__name__, type(error))
             raise
-        self.all_ready("", ValueError)
+        self.raise_if_any_failed("", ValueError)
         return made
 
-    def of_rank_0(self, make: Callable[[], Any]) -> Any:
+    def from_rank0(self, make: Callable[[], Any]) -> Any:
         """What `make` gives on rank 0 (JSON-able), on every rank. Collective; it is called on rank 0 only.
 
         Raises:
@@ -92,15 +92,15 @@ class Ranks:
 
     def union(self, names: Iterable[str]) -> list[str]:
         """The names of all ranks, each once, in the order of the ranks; the same on every rank."""
-        return list(dict.fromkeys(name for part in self.everybodys(list(names)) for name in part))
+        return list(dict.fromkeys(name for part in self.gather_objects(list(names)) for name in part))
 
     def merged(self, names: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
         """Under each key the names of all ranks, each once, in the order of the ranks; the same on every rank. Collective."""
-        told = self.everybodys({key: list(some) for key, some in names.items()})
+        told = self.gather_objects({key: list(some) for key, some in names.items()})
         keys = dict.fromkeys(key for part in told for key in part)
         return {key: list(dict.fromkeys(name for part in told for name in part.get(key, ()))) for key in keys}
 
-    def everybodys(self, own: Any) -> list[Any]:
+    def gather_objects(self, own: Any) -> list[Any]:
         """What each rank has (JSON-able), in the order of the ranks."""
         if self.alone:
             return [own]
@@ -142,13 +142,13 @@ class Ranks:
 
     def sum(self, number: int) -> int:
         """The sum over all ranks; exact up to 2^53."""
-        return int(self.sums([number])[0])
+        return int(self.all_reduce_sum([number])[0])
 
-    def least(self, numbers: Sequence[float]) -> list[float]:
+    def all_reduce_min(self, numbers: Sequence[float]) -> list[float]:
         """The smallest of all ranks' values, number by number; the same count everywhere."""
         return self._reduced(numbers, dist.ReduceOp.MIN)
 
-    def sums(self, numbers: Sequence[float]) -> list[float]:
+    def all_reduce_sum(self, numbers: Sequence[float]) -> list[float]:
         """The sums over all ranks, number by number, in float64; the same count everywhere."""
         return self._reduced(numbers, dist.ReduceOp.SUM)
 

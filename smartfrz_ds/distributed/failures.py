@@ -26,7 +26,7 @@ from smartfrz_ds.config.settings import FreezeConfig, digest
 from smartfrz_ds.errors import FreezeError
 from smartfrz_ds.model.layers import shape_of
 
-from .collectives import Ranks
+from .collectives import Collectives
 from .devices import collective_device
 
 # Sections of the DeepSpeed JSON by which the ranks' collectives are laid out. Others, such as log paths, may differ.
@@ -56,12 +56,12 @@ def compare_before_start(model: Any, settings: FreezeConfig, config: Any) -> Non
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    ranks = Ranks(collective_device())
-    ranks.agree(f"smartfrz_ds {__version__}, deepspeed {deepspeed.__version__}, torch {torch.__version__}", "package versions")
-    ranks.agree(f"settings {digest(settings)}", "smartfrz settings")
-    ranks.agree(_collective_part(config), "DeepSpeed settings")
+    ranks = Collectives(collective_device())
+    ranks.assert_same(f"smartfrz_ds {__version__}, deepspeed {deepspeed.__version__}, torch {torch.__version__}", "package versions")
+    ranks.assert_same(f"settings {digest(settings)}", "smartfrz settings")
+    ranks.assert_same(_collective_part(config), "DeepSpeed settings")
     if isinstance(model, nn.Module) and not isinstance(model, deepspeed.pipe.PipelineModule):  # whose stages have layers of their own
-        ranks.agree(_outline(model), "models")
+        ranks.assert_same(_outline(model), "models")
 
 
 def _collective_part(config: Any) -> str:
@@ -80,7 +80,7 @@ def _outline(model: nn.Module) -> str:
     return f"{type(model).__name__} with {len(about)} parameters, {trained} trainable, {total} weights; names, shapes and dtypes {short}"
 
 
-def compare_before_attach(settings: FreezeConfig, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+def compare_before_attach(settings: FreezeConfig, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Collectives) -> None:
     """The same for a run without DeepSpeed, in `attach_torch`: its wrapper is there, and FSDP2's has compared nothing. Collective.
 
     Raises:
@@ -88,10 +88,10 @@ def compare_before_attach(settings: FreezeConfig, model: nn.Module, optimizer: t
     """
     if ranks.alone:
         return
-    ranks.agree(f"settings {digest(settings)}", "smartfrz settings")
-    ranks.agree(_outline(model), "models")
+    ranks.assert_same(f"settings {digest(settings)}", "smartfrz settings")
+    ranks.assert_same(_outline(model), "models")
     groups = [len(group["params"]) for group in optimizer.param_groups]
-    ranks.agree(f"{type(optimizer).__name__} with {groups} parameters in its groups", "optimizers")
+    ranks.assert_same(f"{type(optimizer).__name__} with {groups} parameters in its groups", "optimizers")
 
 
 def is_lost_contact(error: BaseException) -> bool:

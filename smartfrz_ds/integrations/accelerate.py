@@ -114,7 +114,7 @@ def _take_along(accelerator: Any, controller: TorchController) -> None:
             controller.restore_layout(())
         result = load_state(input_dir, *args, **kwargs)
         if not there:
-            controller.start_over(controller.backend.step_count(), folder)
+            controller.reset(controller.backend.step_count(), folder)
         return result
 
     accelerator.load_state = load

@@ -25,7 +25,7 @@ from smartfrz_ds.backends.pipeline.stage import PrunedPipeline
 from smartfrz_ds.checkpoint.deepspeed import Checkpoints, find_together, hide_marker
 from smartfrz_ds.checkpoint.files import MARKER
 from smartfrz_ds.config.settings import FreezeConfig
-from smartfrz_ds.distributed.collectives import Ranks
+from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.distributed.failures import compare_before_start, explained, share_timeout
 from smartfrz_ds.model.layers import find_layers
 from smartfrz_ds.policies import POLICIES, SetsLr
@@ -45,7 +45,7 @@ class FreezingMixin(CompleteCheckpoints):
 
     def backward(self, loss: Any, *args: Any, **kwargs: Any) -> Any:
         """DeepSpeedEngine.backward; the guard sees the loss."""
-        self.smartfrz.saw_loss(loss)
+        self.smartfrz.record_loss(loss)
         with explained(self.smartfrz, "backward"):
             return super().backward(loss, *args, **kwargs)  # type: ignore[misc]
 
@@ -159,7 +159,7 @@ class FreezingPipelineMixin(PrunedPipeline, FreezingMixin):
         """PipelineEngine.train_batch, then the controller if that was a successful optimizer update."""
         with explained(self.smartfrz, "train_batch"):
             loss = super().train_batch(data_iter)  # type: ignore[misc]
-            self.smartfrz.saw_loss(loss)
+            self.smartfrz.record_loss(loss)
             if self.was_step_applied():  # type: ignore[attr-defined]
                 self.smartfrz.after_step()
             else:
@@ -180,7 +180,7 @@ class RestoringMixin:
         if isinstance(self, FreezingMixin):
             return super().load_checkpoint(load_dir, tag, *args, **kwargs)  # type: ignore[misc]
         universal = bool(self.load_universal_checkpoint())  # type: ignore[attr-defined]
-        found = find_together(Ranks(self.device), load_dir, tag, universal=universal)  # type: ignore[attr-defined]
+        found = find_together(Collectives(self.device), load_dir, tag, universal=universal)  # type: ignore[attr-defined]
         parts = list(getattr(self.module, "parts", []))  # type: ignore[attr-defined]
         if found is not None and found.state is not None and (found.state["frozen"] or (found.state.get("parts") or parts) != parts):
             _turn_on(self, self._smartfrz_settings.model_copy(update={"policy": "manual"}))

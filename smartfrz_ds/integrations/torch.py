@@ -20,7 +20,7 @@ from smartfrz_ds.backends.torch.compat import make_torch_backend
 from smartfrz_ds.backends.torch.several import SeveralOptimizers, bare_optimizer, refuse_step_within_backward
 from smartfrz_ds.checkpoint.torch import restore_from, save_beside
 from smartfrz_ds.config.settings import FreezeConfig
-from smartfrz_ds.distributed.collectives import Ranks
+from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.distributed.devices import collective_device
 from smartfrz_ds.distributed.failures import compare_before_attach, explained, note_lost_contact, share_timeout
 from smartfrz_ds.model.hooks import ModuleHook
@@ -62,7 +62,7 @@ class TorchController(Controller):
         if self.released:
             return
         self._backend.give_back()
-        self._backend.arrange(self._layers, ())
+        self._backend.on_layout_changed(self._layers, ())
         super().release()
         self._backend.remove()
         self._hooks.remove()
@@ -165,7 +165,7 @@ def _only_makes_state(optimizer: torch.optim.Optimizer, controller: TorchControl
         return False
     grads = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     moves = any(bool(g.any()) for g in grads)
-    return controller.ranks.sums([float(moves)])[0] == 0.0
+    return controller.ranks.all_reduce_sum([float(moves)])[0] == 0.0
 
 
 def _check_load(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -217,9 +217,9 @@ def attach_torch(
     if isinstance(there, TorchController):
         return there
     share_timeout()
-    ranks = Ranks(collective_device(local(p) for p in model.parameters()))
-    ranks.agree(f"smartfrz_ds {__version__}, torch {torch.__version__}", "package versions")
-    settings, backend = ranks.together(lambda: _prepare(model, bare, config))
+    ranks = Collectives(collective_device(local(p) for p in model.parameters()))
+    ranks.assert_same(f"smartfrz_ds {__version__}, torch {torch.__version__}", "package versions")
+    settings, backend = ranks.run_on_all_ranks(lambda: _prepare(model, bare, config))
     compare_before_attach(settings, model, bare, ranks)
     backend.scaler = scaler
     backend.listen()

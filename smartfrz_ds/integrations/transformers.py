@@ -111,7 +111,7 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             controller.restore(checkpoint)
         load()
         if not there:  # of a run without this callback
-            controller.start_over(trainer.state.global_step, checkpoint)
+            controller.reset(trainer.state.global_step, checkpoint)
 
     def _attach(self, settings: FreezeConfig) -> TorchController:
         trainer = self._trainer
@@ -165,7 +165,7 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             loss = output.get("loss") if isinstance(output, dict) else None
             if loss is not None:
                 self._sees_loss = True
-                self.controller.saw_loss(loss)
+                self.controller.record_loss(loss)
 
     def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, Any], **_: Any) -> None:
         """Adds `smartfrz/…` to what the Trainer logs of a training step, and shows its metrics to the guard."""

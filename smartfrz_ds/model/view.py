@@ -85,6 +85,6 @@ class View:
     flops_done: float = 0.0
 
 
-def infos(layers: Sequence[Layer]) -> tuple[LayerInfo, ...]:
+def layer_infos(layers: Sequence[Layer]) -> tuple[LayerInfo, ...]:
     """What a policy may know of the layers."""
     return tuple(LayerInfo(name=layer.name, kind=layer.kind, numel=layer.numel) for layer in layers)

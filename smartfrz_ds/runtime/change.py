@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 from smartfrz_ds.backends.base import Backend, Released
 from smartfrz_ds.config.settings import FreezeConfig
-from smartfrz_ds.distributed.collectives import Ranks
+from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.model.freeze_modules import freeze_modules, thaw_modules
 from smartfrz_ds.model.layers import Layer
 
@@ -28,7 +28,7 @@ class Change:
 
 def plan_change(
     backend: Backend,
-    ranks: Ranks,
+    ranks: Collectives,
     layers: Sequence[Layer],
     *,
     before: set[str],
@@ -50,14 +50,14 @@ def plan_change(
         thaw = [p for layer in layers for p in (*layer.params, *layer.copies) if p in backend.frozen and p not in target]
         backend.check(freeze, thaw)
     except (ValueError, RuntimeError) as error:
-        ranks.all_ready(str(error), type(error))
+        ranks.raise_if_any_failed(str(error), type(error))
         raise
-    ranks.all_ready("", ValueError)
+    ranks.raise_if_any_failed("", ValueError)
     return Change(gone=frozenset(after - before), back=frozenset(before - after), freeze=tuple(freeze), thaw=tuple(thaw))
 
 
 def carry_out(
-    change: Change, backend: Backend, ranks: Ranks, model: nn.Module, layers: Sequence[Layer], config: FreezeConfig, *, keep: bool
+    change: Change, backend: Backend, ranks: Collectives, model: nn.Module, layers: Sequence[Layer], config: FreezeConfig, *, keep: bool
 ) -> tuple[Released, int]:
     """Do it. Collective. Returns what this rank released, and the bytes that all ranks released. An error in here leaves it half-done."""
     released = backend.change(change.freeze, change.thaw, keep=keep)

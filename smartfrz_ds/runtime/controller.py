@@ -20,19 +20,19 @@ from smartfrz_ds.backends.cost import Bandwidths, PausePrediction
 from smartfrz_ds.backends.pipeline.rebalancer import Rebalancer
 from smartfrz_ds.backends.pipeline.stage import PipelineStage
 from smartfrz_ds.config.settings import FreezeConfig, digest
-from smartfrz_ds.distributed.collectives import Ranks
+from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.model.activation_checkpointing import RecomputeBoundary
 from smartfrz_ds.model.flops import FlopMeter, FlopTally, chain_profile
 from smartfrz_ds.model.forward_mode import ForwardMode
 from smartfrz_ds.model.freeze_modules import check_tied, thaw_modules
 from smartfrz_ds.model.keep_active import keep_active, names_inside
 from smartfrz_ds.model.order_check import OrderCheck
-from smartfrz_ds.model.view import View, infos
+from smartfrz_ds.model.view import View, layer_infos
 from smartfrz_ds.planner.width import Width
 from smartfrz_ds.policies.base import Decision
 from smartfrz_ds.signals.history import History
 from smartfrz_ds.signals.lr_forecast import RemainingLr, current_lr, total_steps_of
-from smartfrz_ds.signals.policy_inputs import RunFacts, Supplies
+from smartfrz_ds.signals.policy_inputs import PolicyInputs, RunInfo
 from smartfrz_ds.signals.snapshots import Snapshots
 from smartfrz_ds.telemetry.events import FreezeEvent
 from smartfrz_ds.telemetry.run_log import RunLog
@@ -46,7 +46,7 @@ from .guarded_attributes import GuardedAttributes
 from .intervals import Intervals, resolve, why_never
 from .kept_frozen import KeptFrozen
 from .missing_grad_check import GradientCheck
-from .policy_stage import decide, policy_of, tell
+from .policy_stage import broadcast_decision, build_policy, decide
 from .user_frozen import UserFrozen, whole_numel
 
 
@@ -112,13 +112,13 @@ class Controller(GuardedAttributes, LayoutControl):
         self.config = config
         self._model = model
         self._backend = backend
-        self._ranks = Ranks(backend.device)
+        self._ranks = Collectives(backend.device)
         self._layers = backend.find_layers(model, config.layers)
         check_tied(self._layers, config.tied)
         self._names = tuple(layer.name for layer in self._layers)
         self._users = UserFrozen(model, self._layers, backend)
-        inside = names_inside(model, self._layers) if config.keep_active or backend.staged else {}
-        if backend.staged:  # a stage holds its own modules only
+        inside = names_inside(model, self._layers) if config.keep_active or backend.is_pipeline else {}
+        if backend.is_pipeline:  # a stage holds its own modules only
             inside = self._ranks.merged(inside)
         kept = keep_active(config.keep_active, self._layers, inside, "smartfrz.keep_active")
         self._kept_active = set(kept.names)
@@ -131,10 +131,12 @@ class Controller(GuardedAttributes, LayoutControl):
         self._early_state: Mapping[str, Any] | None = None
         self.released = False
         self._awaits = later
-        self._hire(manual=later)
-        self._ranks.agree(f"settings {digest(config)}, package {version}, layers {self._names}", "settings, package versions or layers")
+        self._build_policy(manual=later)
+        self._ranks.assert_same(
+            f"settings {digest(config)}, package {version}, layers {self._names}", "settings, package versions or layers"
+        )
 
-        self._supplies.try_probe()
+        self._inputs.try_probe()
 
         self._history = History(config.window)
         self._remaining_lr = RemainingLr(scheduler, self.total_steps)
@@ -147,7 +149,7 @@ class Controller(GuardedAttributes, LayoutControl):
         self._speaker = Speaker(self, self._log, self._layers, lambda: self._tally.saved_fraction)
         self._status.outcome = self._speaker.outcome
         # It compares in the first forward, then removes its hooks. A pipeline's order is its list of layers; "any" asks for none.
-        self._order = None if backend.staged or config.order == "any" else OrderCheck(model, self._layers)
+        self._order = None if backend.is_pipeline or config.order == "any" else OrderCheck(model, self._layers)
 
         self._flops, self._tally = FlopMeter(model, self._layers, config.tied), FlopTally(self._layers)
         names = {p: name for name, p in model.named_parameters()}
@@ -156,14 +158,14 @@ class Controller(GuardedAttributes, LayoutControl):
             model,
             names,
             self._ranks,
-            self._ranks.union(names.values()) if backend.staged else None,
+            self._ranks.union(names.values()) if backend.is_pipeline else None,
             mode=self._mode,
             doubt=config.gradient_check,
             warn=self._warn,
         )
         # In a pipeline the schedule keeps the boundary open, and reentrant checkpointing is refused.
-        self._recompute = RecomputeBoundary(() if backend.staged else self._layers, on_late=self._check_late, mode=self._mode)
-        self._kept = KeptFrozen(backend.caller(model), backend)
+        self._recompute = RecomputeBoundary(() if backend.is_pipeline else self._layers, on_late=self._check_late, mode=self._mode)
+        self._kept = KeptFrozen(backend.forward_module(model), backend)
         self._guard = self._make_guard()
         self._rebalancer: Rebalancer | None = None
         if isinstance(backend, PipelineStage):
@@ -196,23 +198,23 @@ class Controller(GuardedAttributes, LayoutControl):
         if not later:
             self._speaker.start()
 
-    def _hire(self, *, manual: bool = False) -> None:
+    def _build_policy(self, *, manual: bool = False) -> None:
         """Make the policy and what it needs. manual: a stand-in that decides nothing, until `learn` was called. Collective."""
         config = self.config.model_copy(update={"policy": "manual"}) if manual else self.config
         try:  # a file or a batch may be missing on one rank alone
             self._intervals = resolve(config, self.total_steps, provisional=manual or not config.enabled)
-            run = RunFacts(
+            run = RunInfo(
                 total_steps=self.total_steps,
                 freeze_interval=self._intervals.freeze_interval,
                 keep_active=frozenset(self._kept_active),
                 probe_batch=self._probe_batch,
             )
-            self._policy = policy_of(config, self._layers, self.total_steps)
-            self._supplies = Supplies(self._policy, config, self._model, self._layers, self._backend, self._snapshots, run)
+            self._policy = build_policy(config, self._layers, self.total_steps)
+            self._inputs = PolicyInputs(self._policy, config, self._model, self._layers, self._backend, self._snapshots, run)
         except (ValueError, OSError) as error:
-            self._ranks.all_ready(str(error), type(error))
+            self._ranks.raise_if_any_failed(str(error), type(error))
             raise
-        self._ranks.all_ready("", ValueError)
+        self._ranks.raise_if_any_failed("", ValueError)
 
     # --- what a user sees -----------------------------------------------------------------------------------------------------
 
@@ -237,7 +239,7 @@ class Controller(GuardedAttributes, LayoutControl):
             RanksDisagree: the ranks named different layers.
         """
         wanted = _as_set(names)
-        self._ranks.agree(f"freeze {sorted(wanted)} at step {self.step} on top of {self.frozen}", "layers to freeze")
+        self._ranks.assert_same(f"freeze {sorted(wanted)} at step {self.step} on top of {self.frozen}", "layers to freeze")
         theirs = wanted.intersection(self._users.names)
         check_known(self._layers, wanted - theirs, "freeze")
         blocked = sorted((wanted - theirs) & self._kept_active)
@@ -258,7 +260,7 @@ class Controller(GuardedAttributes, LayoutControl):
             quantized weights, a policy that sets learning rates of single layers.
         """
         wanted = _as_set(names)
-        self._ranks.agree(f"thaw {sorted(wanted)} at step {self.step} out of {self.frozen}", "layers to thaw")
+        self._ranks.assert_same(f"thaw {sorted(wanted)} at step {self.step} out of {self.frozen}", "layers to thaw")
         theirs = wanted.intersection(self._users.names)
         check_known(self._layers, wanted - theirs, "thaw")
         for name, params in self._users.partly(wanted - self._frozen).items():
@@ -309,14 +311,14 @@ class Controller(GuardedAttributes, LayoutControl):
             self.__dict__["total_steps"] = total_steps or total_steps_of(scheduler) or known
             if self.total_steps != known:
                 self._speaker.length_from = told_by if total_steps else scheduler_name(scheduler)
-        self._hire()
-        self._supplies.try_probe()
+        self._build_policy()
+        self._inputs.try_probe()
         self._remaining_lr = RemainingLr(scheduler if scheduler is not None else self._remaining_lr.scheduler, self.total_steps)
         self._status.interval = self._intervals.status_interval
         if self._guard is not None:
             self._guard.guard.window = self._intervals.guard_window
         if self._early_state is not None:
-            self._take_up_policy(self._early_state)
+            self._load_policy_state(self._early_state)
             self._early_state = None
         self._warn_if_never()
         self._gradients.record_start(self._backend.trained, stage_follows=self._stage_at(self.step + 1))
@@ -343,15 +345,15 @@ class Controller(GuardedAttributes, LayoutControl):
         self._flops.remove()
         if self._order is not None:
             self._order.remove()
-        self._supplies.remove()
+        self._inputs.remove()
         if self._rebalancer is not None:
             self._rebalancer.remove()
 
-    def settle(self) -> None:
+    def sync_for_checkpoint(self) -> None:
         """Bring what the ranks hold apart from each other together, before rank 0's state is saved for all. Collective."""
-        self._supplies.settle()
+        self._inputs.sync_for_checkpoint()
         if self._guard is not None:
-            self._guard.settle()
+            self._guard.sync_for_checkpoint()
 
     def put_back(self) -> None:
         """Switch frozen parameters off again that other code has switched on (`requires_grad`); before a checkpoint, for example."""
@@ -379,7 +381,7 @@ class Controller(GuardedAttributes, LayoutControl):
         return self._keep_steps > 0
 
     @property
-    def ranks(self) -> Ranks:
+    def ranks(self) -> Collectives:
         """All processes of the run; for checkpoints."""
         return self._ranks
 
@@ -433,7 +435,7 @@ class Controller(GuardedAttributes, LayoutControl):
             "spacing": self._intervals.spacing,
             "guard": None if self._guard is None else self._guard.state_dict(),
             "recompute": self._recompute.state_dict(),
-            "supplies": self._supplies.state_dict(),
+            "supplies": self._inputs.state_dict(),
             "status": self._status.state_dict(),
             "stages": self._speaker.stages.state_dict(),
             **self._log.state_dict(),
@@ -458,7 +460,7 @@ class Controller(GuardedAttributes, LayoutControl):
         for name, theirs, ours in zip(self._names, state.get("sizes", own), own, strict=True):
             if theirs != ours:
                 raise ValueError(f"the freeze state is of another model: its layer {name!r} has {theirs} weights, this model's {ours}")
-        self._ranks.agree(f"load frozen {state['frozen']} at step {state['step']}", "freeze states to load")
+        self._ranks.assert_same(f"load frozen {state['frozen']} at step {state['step']}", "freeze states to load")
 
     def take_up(self, state: Mapping[str, Any], folder: str = "") -> None:
         """All of a freeze state but the layout, after the tensors: counts, the policy's state, history, the log's position.
@@ -491,9 +493,9 @@ class Controller(GuardedAttributes, LayoutControl):
         if self._awaits:
             self._early_state = state
         else:
-            self._take_up_policy(state)
+            self._load_policy_state(state)
 
-    def _take_up_policy(self, state: Mapping[str, Any]) -> None:
+    def _load_policy_state(self, state: Mapping[str, Any]) -> None:
         """The policy's state and what was measured for it, as far as this run's settings and length continue those of the saved run."""
         now = self._intervals.spacing
         saved = state.get("spacing") or now  # older checkpoints don't say
@@ -511,9 +513,9 @@ class Controller(GuardedAttributes, LayoutControl):
                 f"{saved['measured'][1]}, this run has them every {now['measured'][0]} and {now['measured'][1]} steps: frozen layers stay "
                 "frozen, and the policy starts anew. To continue it, set smartfrz.snapshot_interval and freeze_interval to the former"
             )
-        self._supplies.load_state_dict(measured)
+        self._inputs.load_state_dict(measured)
 
-    def start_over(self, step: int, folder: str = "") -> None:
+    def reset(self, step: int, folder: str = "") -> None:
         """Begin to watch anew at `step`, with nothing known: after loading a checkpoint that has no freeze state.
 
         folder: of the checkpoint, for the record.
@@ -541,8 +543,8 @@ class Controller(GuardedAttributes, LayoutControl):
         if self._awaits:
             self._early_state = None
             return
-        self._policy = policy_of(self.config, self._layers, self.total_steps)
-        self._supplies.restart(self._policy)
+        self._policy = build_policy(self.config, self._layers, self.total_steps)
+        self._inputs.restart(self._policy)
 
     # --- the loop -------------------------------------------------------------------------------------------------------------
 
@@ -556,13 +558,13 @@ class Controller(GuardedAttributes, LayoutControl):
         self.step += 1
         self._lr_spent += self._lr
         self._lr = current_lr(self._backend.base_optimizer())
-        if self._backend.staged:
+        if self._backend.is_pipeline:
             if not self._profiled_together:
                 self._profile_together()
         elif self._flops.profile is not None and self._tally.profile is not self._flops.profile:
             self._tally.measured(self._flops.profile)
         self._count_step()
-        self._supplies.end_step(applied=True)
+        self._inputs.end_step(applied=True)
         if self._guard is not None and (verdict := self._guard.after_step(self.step)):
             about = {"reasons": dict.fromkeys(verdict.layers, verdict.reason)}
             self._change(self._frozen - set(verdict.layers), kind="thaw", about=about)
@@ -590,16 +592,16 @@ class Controller(GuardedAttributes, LayoutControl):
         self._lr = current_lr(self._backend.base_optimizer())  # a scheduler, or a load, of the user's comes after `after_step`
         self._gradients.saw(self._backend.gradients_now())
         self._gradients.before_step(self._backend.trained, self.frozen)
-        self._supplies.before_step(self.step)
+        self._inputs.before_step(self.step)
 
     def step_skipped(self) -> None:
         """To be called where the optimizer skipped a step (overflow): it is no step, its loss and gradients don't count."""
-        self._supplies.end_step(applied=False)
+        self._inputs.end_step(applied=False)
         self._status.skipped()
         if self._guard is not None:
             self._guard.feed.end_step(applied=False)
 
-    def saw_loss(self, loss: Any) -> None:
+    def record_loss(self, loss: Any) -> None:
         """A micro-batch's loss, as it goes into backward."""
         self._status.loss(loss)
         if self._guard is not None:
@@ -618,7 +620,7 @@ class Controller(GuardedAttributes, LayoutControl):
         values = self._snapshots.take()
         if values is not None:
             recorded = {layer.name: values[layer.position] for layer in self._layers if layer.name in self._recorded}
-            self._history.record(self.step, self._supplies.lr_spent(self._lr_spent), recorded)
+            self._history.record(self.step, self._inputs.lr_spent(self._lr_spent), recorded)
 
     def _freezing_stage(self, began: float) -> None:
         if self._guard is not None and self._guard.was_blind():
@@ -628,12 +630,12 @@ class Controller(GuardedAttributes, LayoutControl):
             return
         if self._guard is not None and self._guard.guard.watching:
             return  # one freeze at a time, so that the guard knows which one it was
-        self._supplies.gather(self._recorded)
+        self._inputs.gather(self._recorded)
         own: tuple[Decision, frozenset[str], str] = (Decision(), frozenset(), "")
         if self._ranks.rank == 0:
             own = decide(self._policy, self._view, self._allowed, step=self.step)
             self._note = own[0].note or self._note
-        heard = tell(self._ranks, self._names, own, f"step {self.step}, layers {self._names}, frozen {self.frozen}")
+        heard = broadcast_decision(self._ranks, self._names, own, f"step {self.step}, layers {self._names}, frozen {self.frozen}")
         if heard.failure:
             self._warn(heard.failure, once=True)
         self._speaker.stages.judged(
@@ -660,12 +662,12 @@ class Controller(GuardedAttributes, LayoutControl):
             lr_spent=self._lr_spent,
             lr_remaining=None if ahead is None else sum(ahead),
             lr_ahead=None if ahead is None else torch.tensor(ahead, dtype=torch.float64),
-            layers=infos(self._layers),
+            layers=layer_infos(self._layers),
             frozen=self.frozen,
             candidates=self._ready(),
             windows=self._history.windows(),
             window_size=self.config.window,
-            **self._supplies.seen,
+            **self._inputs.seen,
             profile=self._tally.profile,
             flops_full=self._tally.whole,
             flops_done=self._tally.done,
@@ -681,7 +683,7 @@ class Controller(GuardedAttributes, LayoutControl):
         none = [0.0] * len(self._layers)
         own = none if self._flops.profile is None else list(self._flops.profile.forward)
         mine = none if self._flops.profile is None else [float(bool(x.modules or x.borrowed)) for x in self._layers]
-        forward, measured = self._ranks.sums(own), self._ranks.sums(mine)
+        forward, measured = self._ranks.all_reduce_sum(own), self._ranks.all_reduce_sum(mine)
         # A stage that was frozen from the first step on (a resume) has measured nothing: its weights stand for it. An embedding that was
         # looked at costs nothing.
         seen = [(flops, x.numel) for flops, there, x in zip(forward, measured, self._layers, strict=True) if there and flops]

@@ -19,7 +19,7 @@ from smartfrz_ds.backends.base import Backend
 from smartfrz_ds.backends.cost import Bandwidths, PausePrediction, measure_bandwidths, predict_pause
 from smartfrz_ds.backends.pipeline.rebalancer import Rebalancer
 from smartfrz_ds.config.settings import FreezeConfig
-from smartfrz_ds.distributed.collectives import Ranks
+from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.errors import FreezeError
 from smartfrz_ds.model.activation_checkpointing import RecomputeBoundary
 from smartfrz_ds.model.flops import FlopMeter, FlopTally
@@ -27,7 +27,7 @@ from smartfrz_ds.model.freeze_modules import check_tied, freeze_modules, leaving
 from smartfrz_ds.model.layers import Layer
 from smartfrz_ds.planner.width import Width
 from smartfrz_ds.signals.history import History
-from smartfrz_ds.signals.policy_inputs import Supplies
+from smartfrz_ds.signals.policy_inputs import PolicyInputs
 from smartfrz_ds.signals.snapshots import Snapshots
 from smartfrz_ds.telemetry.events import WEIGHTS_ONLY, FreezeEvent
 from smartfrz_ds.telemetry.run_log import RunLog
@@ -50,7 +50,7 @@ class LayoutControl:
     last_checkpoint: str | None
     _model: torch.nn.Module
     _backend: Backend
-    _ranks: Ranks
+    _ranks: Collectives
     _layers: tuple[Layer, ...]
     _names: tuple[str, ...]
     _users: UserFrozen
@@ -61,7 +61,7 @@ class LayoutControl:
     _speaker: Speaker
     _history: History
     _intervals: Intervals
-    _supplies: Supplies
+    _inputs: PolicyInputs
     _gradients: GradientCheck
     _recompute: RecomputeBoundary
     _kept: KeptFrozen
@@ -101,7 +101,7 @@ class LayoutControl:
         """
         if self._rebalancer is None:
             raise ValueError("rebalance: this engine is no pipeline: it has no stages between which layers could move")
-        self._ranks.agree(f"bounds {bounds} at step {self.step}", "bounds")
+        self._ranks.assert_same(f"bounds {bounds} at step {self.step}", "bounds")
         if not self._backend.is_boundary():
             raise RuntimeError("rebalance only at a step boundary: not within train_batch")
         if bounds is None:
@@ -149,7 +149,7 @@ class LayoutControl:
         with self._taking_in(set(self._users.names) - left, self._users.groups_in(users)):
             taken = tuple(name for name in self._users.taken if name not in before)
             if by_position and (ours or taken):
-                self._ranks.together(lambda: self._users.check_positions(users, ours))
+                self._ranks.run_on_all_ranks(lambda: self._users.check_positions(users, ours))
             self._change({*state["frozen"], *ours}, kind="restore", anew=bool(taken))
         return Restored(taken, ours)
 
@@ -165,7 +165,7 @@ class LayoutControl:
         self._frozen.difference_update(names)
         for name in names:
             self._frozen_at.pop(name, None)
-        self._supplies.regroup()
+        self._inputs.regroup()
         self._snapshots.plan(self._layers)
 
     @contextmanager
@@ -185,14 +185,14 @@ class LayoutControl:
             self._frozen |= set(self._users.taken) - before
             try:
                 check_tied(self._layers, self.config.tied)
-                self._supplies.regroup()
+                self._inputs.regroup()
             except ValueError:
                 self._give_back(set(self._users.taken) - before)
                 raise
             self._snapshots.plan(self._layers)
 
         try:
-            self._ranks.together(take)
+            self._ranks.run_on_all_ranks(take)
             yield
         except FreezeError:
             raise
@@ -260,10 +260,10 @@ class LayoutControl:
         for name in back:
             self._frozen_at.pop(name, None)
         self._history.forget(back)
-        self._supplies.thawed(back)
+        self._inputs.thawed(back)
         self._gradients.forget(change.thaw)
         self._after_layout_change()
-        self._supplies.watch(self._snapshots.requests)
+        self._inputs.watch(self._snapshots.requests)
         if kind == "freeze":
             self._check_gradients()
         if self._guard is not None:
@@ -364,7 +364,7 @@ class LayoutControl:
     def _uncuttable(self, frozen: set[str]) -> str:
         """Why the optimizer's state doesn't let these layers be the frozen ones; "" where it does. Collective, and warns once."""
         leaving = [p for p in self.leaving(frozen) if p not in self._backend.frozen]
-        why = next((text for text in self._ranks.everybodys(self._backend.uncuttable(leaving)) if text), "")
+        why = next((text for text in self._ranks.gather_objects(self._backend.uncuttable(leaving)) if text), "")
         if why and not self._warned_uncuttable:
             self._warned_uncuttable = True
             self._warn(f"the policy's freezes are left out, and training goes on: {why}")
@@ -381,22 +381,22 @@ class LayoutControl:
 
     def _predict(self, frozen: set[str]) -> PausePrediction:
         own = predict_pause(self._backend, self.leaving(frozen), self._measured_bandwidths(), keep=self._keep_steps > 0)
-        if not self._backend.staged:
+        if not self._backend.is_pipeline:
             return own
         # Each stage has its own: all wait for the slowest.
-        seconds = -self._ranks.least([-own.seconds])[0]
+        seconds = -self._ranks.all_reduce_min([-own.seconds])[0]
         return PausePrediction(seconds=seconds, moved_bytes=self._of_all_stages(own.moved_bytes), cost=own.cost)
 
     def _of_all_stages(self, moved: int) -> int:
         """Bytes that moved within the replicas of this stage, added up over the stages of a pipeline. Collective there."""
-        if not self._backend.staged:
+        if not self._backend.is_pipeline:
             return moved
-        return int(self._ranks.sums([float(moved) if self._backend.speaks_for_replicas else 0.0])[0])
+        return int(self._ranks.all_reduce_sum([float(moved) if self._backend.is_sampling_rank else 0.0])[0])
 
     def _after_layout_change(self) -> None:
         self._recompute.update(self._frozen)
         self._kept.follow(self._backend.frozen, {p: layer.name for layer in self._layers for p in (*layer.params, *layer.copies)})
-        self._backend.arrange(self._layers, self._frozen)
+        self._backend.on_layout_changed(self._layers, self._frozen)
         self._recorded = {layer.name for layer in self._layers if layer.name not in self._frozen and layer.numel and layer.kind != "head"}
         self._tally.set_frozen(self._frozen)
         self._snapshots.compile([layer.position for layer in self._layers if layer.name in self._recorded])

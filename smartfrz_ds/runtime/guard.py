@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from smartfrz_ds.distributed.collectives import Ranks
+from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.telemetry.metric_feed import MetricFeed
 
 
@@ -125,7 +125,7 @@ class GuardedRun:
 
     FOLD = 64  # steps whose losses may wait on the device
 
-    def __init__(self, guard: Guard, metric: str, ranks: Ranks) -> None:
+    def __init__(self, guard: Guard, metric: str, ranks: Collectives) -> None:
         self.guard, self.feed, self._ranks = guard, MetricFeed(metric), ranks
         self._seen = False  # any value since the last look
 
@@ -151,7 +151,7 @@ class GuardedRun:
             self.guard.froze(layers, step, baseline)
         return baseline is not None
 
-    def settle(self) -> None:
+    def sync_for_checkpoint(self) -> None:
         """Bring all ranks to the mean of what they saw, so that one state stands for all. Collective; for a checkpoint.
 
         Outside of a watch each rank smooths its own values; smoothing is linear, so the mean goes on as the mean of all would.
@@ -159,10 +159,10 @@ class GuardedRun:
         self._fold()
         if not self.guard.watching:
             self.guard.level = self._mean(self.guard.level)
-        self._seen = self._ranks.sums([float(self._seen)])[0] > 0
+        self._seen = self._ranks.all_reduce_sum([float(self._seen)])[0] > 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers and names; the same on every rank right after `settle`."""
+        """Numbers and names; the same on every rank right after `sync_for_checkpoint`."""
         return self.guard.state_dict() | {"seen": self._seen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -184,5 +184,5 @@ class GuardedRun:
 
     def _mean(self, own: float | None) -> float | None:
         """Over the ranks that have a value; None where none has."""
-        total, count = self._ranks.sums([0.0 if own is None else own, float(own is not None)])
+        total, count = self._ranks.all_reduce_sum([0.0 if own is None else own, float(own is not None)])
         return total / count if count else None

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.utils.hooks import RemovableHandle
 
-from smartfrz_ds.distributed.collectives import Ranks
+from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.errors import MissingGradients
 from smartfrz_ds.model.forward_mode import ForwardMode
 
@@ -47,7 +47,7 @@ class GradientCheck:
         self,
         model: Module,
         names: Mapping[Parameter, str],
-        ranks: Ranks,
+        ranks: Collectives,
         everywhere: Sequence[str] | None = None,
         *,
         mode: ForwardMode,
@@ -136,7 +136,7 @@ class GradientCheck:
         absent = live - got
         cut = self._evidence.cut_off(absent, got)
         blind = self._evidence.blind and bool(got)
-        told = self._ranks.least(
+        told = self._ranks.all_reduce_min(
             [
                 *(float(p is None or (p in live and self._seen.get(p, 0) == self._records)) for p in here),
                 *(float(p is None or p not in got) for p in here),

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from smartfrz_ds.config.settings import FreezeConfig
-from smartfrz_ds.distributed.collectives import Ranks
+from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.model.layers import Layer
-from smartfrz_ds.model.view import View, infos
+from smartfrz_ds.model.view import View, layer_infos
 from smartfrz_ds.policies import SHARED_SETTINGS, make_policy
 from smartfrz_ds.policies.base import ChecksStart, Decision, Policy
 
@@ -27,14 +27,14 @@ class Verdict:
     reasons: Mapping[str, str] = field(default_factory=dict)
 
 
-def policy_of(config: FreezeConfig, layers: Sequence[Layer], total_steps: int | None) -> Policy:
+def build_policy(config: FreezeConfig, layers: Sequence[Layer], total_steps: int | None) -> Policy:
     """The configured policy, new. Raises ValueError for what it refuses, the length of the run among it (steps, None: unknown)."""
     settings = dict(resolve(config, total_steps, provisional=config.policy == "manual").policy) | {
         key: getattr(config, key) for key in SHARED_SETTINGS.get(config.policy, ())
     }
     policy = make_policy(config.policy, settings)
     if isinstance(policy, ChecksStart):
-        policy.check_start(total_steps, infos(layers))
+        policy.check_start(total_steps, layer_infos(layers))
     return policy
 
 
@@ -56,7 +56,7 @@ def decide(
         return Decision(), frozenset(), f"policy {policy.name!r} failed at step {step}, nothing was frozen: {error}"
 
 
-def tell(ranks: Ranks, names: Sequence[str], own: tuple[Decision, frozenset[str], str], about: str) -> Verdict:
+def broadcast_decision(ranks: Collectives, names: Sequence[str], own: tuple[Decision, frozenset[str], str], about: str) -> Verdict:
     """Broadcast rank 0's outcome of `decide`, and see that every rank has heard the same. Collective.
 
     names: all layers. own: only rank 0's counts. about: step and frozen set, compared too.
@@ -68,7 +68,7 @@ def tell(ranks: Ranks, names: Sequence[str], own: tuple[Decision, frozenset[str]
     flags = [float(bool(failure))] + [float(name in chosen) for name in names]
     told = ranks.broadcast([*flags, *(decision.probabilities.get(name, float("nan")) for name in names)])
     heard = frozenset(name for name, flag in zip(names, told[1 : 1 + len(names)], strict=True) if flag)
-    ranks.agree(f"{about}, decision {sorted(heard)}", "freezing decisions")
+    ranks.assert_same(f"{about}, decision {sorted(heard)}", "freezing decisions")
     known: dict[str, Any] = {n: p for n, p in zip(names, told[1 + len(names) :], strict=True) if p == p}
     told_failure = (failure or "rank 0: the policy failed; nothing was frozen") if told[0] else ""
     return Verdict(chosen=heard, failure=told_failure, probabilities=known, reasons=dict(decision.reasons))

@@ -85,7 +85,7 @@ class GradientSums:
         rows = (total / world).view(len(self._names), self._size).cpu()
         return {name: row for name, row in zip(self._names, rows, strict=True) if name in active and name not in self._stale}
 
-    def settle(self) -> None:
+    def sync_for_checkpoint(self) -> None:
         """Bring the sums of all ranks to rank 0, where one state can stand for all. Collective; for a checkpoint."""
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.reduce(self._total, dst=0)
@@ -93,7 +93,7 @@ class GradientSums:
                 self._total.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able; whole on rank 0 right after `settle`."""
+        """JSON-able; whole on rank 0 right after `sync_for_checkpoint`."""
         return {"sums": encode(self._total), "stale": sorted(self._stale), "world": _world()}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:

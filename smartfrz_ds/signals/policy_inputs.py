@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from smartfrz_ds.backends.base import Backend, SampleRequest
 from smartfrz_ds.config.settings import FreezeConfig
 from smartfrz_ds.model.layers import Layer
-from smartfrz_ds.model.view import Need, infos
+from smartfrz_ds.model.view import Need, layer_infos
 from smartfrz_ds.policies import check_needs
 from smartfrz_ds.policies.base import Policy, SetsLr
 
@@ -24,7 +24,7 @@ _MOST_PROBE = 128  # a policy may keep an [inputs, inputs] matrix a layer in its
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFacts:
+class RunInfo:
     """total_steps: of the run, None when unknown. freeze_interval: in steps. keep_active: layers that no policy ever freezes.
     probe_batch: what a forward of the model takes, None where the user gave none."""
 
@@ -34,7 +34,7 @@ class RunFacts:
     probe_batch: Any = None
 
 
-class Supplies:
+class PolicyInputs:
     """Gets for one run's policy what it needs, and nothing that it doesn't.
 
     seen: what the policy's view gets of it at a freezing stage, on rank 0: `gradients` and `grams`.
@@ -50,7 +50,7 @@ class Supplies:
         layers: Sequence[Layer],
         backend: Backend,
         snapshots: Snapshots,
-        run: RunFacts,
+        run: RunInfo,
     ) -> None:
         self._policy, self._layers, self._backend, self._run = policy, layers, backend, run
         self._interval = run.freeze_interval
@@ -58,7 +58,7 @@ class Supplies:
         self._sums: GradientSums | None = None
         self._scale: LrScale | None = None
         if config.probe is not None and config.policy != "manual":
-            if backend.staged:  # its layers live on different ranks
+            if backend.is_pipeline:  # its layers live on different ranks
                 raise ValueError(f"smartfrz.probe: got {config.probe}; allowed in a pipeline: null")
             if config.probe > _MOST_PROBE:
                 raise ValueError(f"smartfrz.probe: got {config.probe}; allowed: an integer from 2 to {_MOST_PROBE}, or null")
@@ -67,7 +67,7 @@ class Supplies:
                     f"smartfrz.probe: got {config.probe}, but no batch was given; allowed: null, or give probe_batch=… to "
                     "smartfrz_ds.initialize or attach"
                 )
-            self._probe = Probe(backend.caller(model), layers, run.probe_batch, config.probe, backend.device)
+            self._probe = Probe(backend.forward_module(model), layers, run.probe_batch, config.probe, backend.device)
         given: set[Need] = {"weights", "gradients", "lr_scale"}
         given -= set(backend.missing)
         why: dict[Need, str] = dict(backend.missing)
@@ -109,7 +109,7 @@ class Supplies:
         if self._sums is not None and step % self._interval == 0:  # an interval was over, whether a freezing stage came of it or not
             self._sums.restart()
         if self._scale is not None and isinstance(self._policy, SetsLr):
-            self._scale.set(self._policy.lr_scales(step, self._run.total_steps, infos(self._layers), self._run.keep_active))
+            self._scale.set(self._policy.lr_scales(step, self._run.total_steps, layer_infos(self._layers), self._run.keep_active))
 
     def end_step(self, *, applied: bool) -> None:
         """After the optimizer has taken a step, or skipped it."""
@@ -121,7 +121,7 @@ class Supplies:
 
     def lr_spent(self, schedule: float) -> float | Mapping[str, float]:
         """The sum of the learning rates of all steps so far: of each layer where they are scaled, else that of the schedule."""
-        return schedule if self._scale is None else {info.name: self._spent.get(info.name, 0.0) for info in infos(self._layers)}
+        return schedule if self._scale is None else {info.name: self._spent.get(info.name, 0.0) for info in layer_infos(self._layers)}
 
     # --- at a freezing stage --------------------------------------------------------------------------------------------------
 
@@ -166,13 +166,13 @@ class Supplies:
 
     # --- checkpoints ----------------------------------------------------------------------------------------------------------
 
-    def settle(self) -> None:
+    def sync_for_checkpoint(self) -> None:
         """Bring what the ranks hold apart to rank 0. Collective; before a state is saved."""
         if self._sums is not None:
-            self._sums.settle()
+            self._sums.sync_for_checkpoint()
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able, whole on rank 0 after `settle`."""
+        """JSON-able, whole on rank 0 after `sync_for_checkpoint`."""
         return {"gradients": None if self._sums is None else self._sums.state_dict(), "lr_spent": dict(self._spent)}
 
     def restart(self, policy: Policy) -> None:

@@ -18,7 +18,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from smartfrz_ds._version import __version__
 from smartfrz_ds.backends.base import Backend
 from smartfrz_ds.backends.torch.base import TorchBackend
-from smartfrz_ds.distributed.collectives import Ranks
+from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.model.layers import Layer, shape_of
 
 from .events import RunStart, Status
@@ -38,9 +38,9 @@ class RunStatus:
     interval: steps from one status to the next.
     """
 
-    def __init__(self, log: RunLog, backend: Backend, ranks: Ranks, layers: Sequence[Layer], interval: int) -> None:
+    def __init__(self, log: RunLog, backend: Backend, ranks: Collectives, layers: Sequence[Layer], interval: int) -> None:
         self._log, self._backend, self._ranks, self._layers, self.interval = log, backend, ranks, layers, interval
-        self._on = ranks.sums([float(log.wanted)])[0] > 0
+        self._on = ranks.all_reduce_sum([float(log.wanted)])[0] > 0
         self._feed = MetricFeed("loss")
         self._losses: list[float] = []
         self._told_start = False
@@ -119,7 +119,7 @@ class RunStatus:
         self._losses, self._seconds = [], {False: [], True: []}
         sent = gradient_bytes(self._backend)
         own = [self._backend.optimizer_bytes(), sent or 0, float(sent is None), sum(losses), len(losses)]
-        held, handed, unknown, loss, count = self._ranks.sums(own)
+        held, handed, unknown, loss, count = self._ranks.all_reduce_sum(own)
         told = run.metrics
         return Status(
             step=run.step,
@@ -139,7 +139,7 @@ class RunStatus:
 
     def _start(self, run: Controller) -> RunStart:
         sent = gradient_bytes(self._backend)
-        held, handed, unknown = self._ranks.sums([self._backend.optimizer_bytes(), sent or 0, float(sent is None)])
+        held, handed, unknown = self._ranks.all_reduce_sum([self._backend.optimizer_bytes(), sent or 0, float(sent is None)])
         return RunStart(
             step=run.step,
             time=time.time(),

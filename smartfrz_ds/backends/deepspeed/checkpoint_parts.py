@@ -31,7 +31,7 @@ from .half import Bf16Backend
 from .model_files import read_model_states
 from .partition import PackedLayout, Segment
 from .step_counts import copy_step
-from .zero0 import PlainBackend
+from .zero0 import Zero0Backend
 from .zero3 import Zero3Backend
 from .zero12 import Zero12Backend
 
@@ -202,11 +202,11 @@ def weights_are_cut(backend: Backend) -> bool:
 def private_state(backend: Backend) -> dict[str, Any]:
     """JSON-able: step counts of thawed parameters, and the entries of sub-groups that are frozen as a whole. The same on all ranks but in a
     pipeline, where it says whose stage it is, too."""
-    return _private(backend) | (_of_stage(backend) if backend.staged else {})
+    return _private(backend) | (_of_stage(backend) if backend.is_pipeline else {})
 
 
 def _private(backend: Backend) -> dict[str, Any]:
-    if isinstance(backend, PlainBackend):
+    if isinstance(backend, Zero0Backend):
         return {"levelled": backend._counts is not None and backend._counts.levelled}
     if not isinstance(backend, FlatBackend):
         return {}
@@ -227,7 +227,7 @@ def _of_stage(backend: Backend) -> dict[str, Any]:
     """place: [stage, replica]. options: the settings of each parameter group. groups: names of each parameter group in the optimizer's
     order, frozen ones too; frozen: those."""
     grid, names = backend.engine.grid, _names(backend)
-    shared = isinstance(backend, PlainBackend) and backend._counts is not None
+    shared = isinstance(backend, Zero0Backend) and backend._counts is not None
     return {
         "place": [grid.get_pipe_parallel_rank(), grid.get_data_parallel_rank()],
         "groups": _group_names(backend, names),
@@ -238,7 +238,7 @@ def _of_stage(backend: Backend) -> dict[str, Any]:
 
 
 def _group_names(backend: Backend, names: Mapping[Parameter, str]) -> list[list[str]]:
-    groups = backend._order if isinstance(backend, PlainBackend) else backend.groups
+    groups = backend._order if isinstance(backend, Zero0Backend) else backend.groups
     return [[names.get(p, "?") for p in group] for group in groups]
 
 
@@ -257,7 +257,7 @@ def check_groups(backend: Backend, saved: Mapping[str, Any]) -> None:
 
 def load_private_state(backend: Backend, saved: Mapping[str, Any], *, universal: bool) -> None:
     """The inverse, after DeepSpeed has loaded. universal: it has loaded a checkpoint of maybe another number of ranks."""
-    if isinstance(backend, PlainBackend) and backend._counts is not None:
+    if isinstance(backend, Zero0Backend) and backend._counts is not None:
         backend._counts.loaded(levelled=saved.get("levelled", False))
     if not isinstance(backend, FlatBackend):
         return
@@ -288,7 +288,7 @@ def kept_state(backend: Backend, only: Collection[Parameter] | None = None) -> t
     names = {p: n for p, n in _names(backend).items() if only is None or p in only}
     about: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
-    if isinstance(backend, PlainBackend):
+    if isinstance(backend, Zero0Backend):
         held = [(p, kept) for p, kept in backend._kept.items() if p in names]
         for param, (master, state) in held:
             if (packed := pack_state(state)) is None:
@@ -315,7 +315,7 @@ def load_kept_state(backend: Backend, about: Mapping[str, Any], tensors: Mapping
     params = {n: p for p, n in _names(backend).items()}
     for k, item in enumerate(about["kept"]):
         mine = {name.removeprefix(f"{k}/"): t for name, t in tensors.items() if name.startswith(f"{k}/")}
-        if isinstance(backend, PlainBackend):
+        if isinstance(backend, Zero0Backend):
             state = {key.removeprefix("state/"): t for key, t in mine.items() if key.startswith("state/")}
             param = params[item["param"]]
             backend._kept[param] = (mine.get("master"), unpack_state(item, state, param))

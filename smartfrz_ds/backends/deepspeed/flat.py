@@ -157,7 +157,7 @@ class FlatBackend(Backend):
         wanted: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for r in requests:
             index = where[r.param]
-            if self._layouts[index].world == 1 and not self.speaks_for_replicas:
+            if self._layouts[index].world == 1 and not self.is_sampling_rank:
                 continue  # every rank holds everything; one is enough
             for s in self._layouts[index].segments(r.param):
                 if s.rank == self.group_rank(index):

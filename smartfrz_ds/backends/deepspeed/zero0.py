@@ -26,7 +26,7 @@ from smartfrz_ds.errors import FreezeError
 from .step_counts import GroupCounts
 
 
-class PlainBackend(EntryBackend):
+class Zero0Backend(EntryBackend):
     """Drops and restores state entries in place; nothing is communicated."""
 
     name = "ZeRO-0"
@@ -52,7 +52,7 @@ class PlainBackend(EntryBackend):
 
     def sampler(self, requests: Sequence[SampleRequest], numel: int) -> Sampler:
         sampler = Sampler(numel)
-        if self.speaks_for_replicas:  # every rank holds everything; one is enough
+        if self.is_sampling_rank:  # every rank holds everything; one is enough
             for r in requests:
                 buffer = self._master.get(r.param, r.param)
                 sampler.parts.append((buffer, r.elements.to(buffer.device), r.slots))

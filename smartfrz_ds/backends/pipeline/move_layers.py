@@ -26,7 +26,7 @@ from torch.nn import Parameter
 from smartfrz_ds.backends.base import Backend
 from smartfrz_ds.backends.deepspeed.checkpoint_parts import kept_state, load_kept_state
 from smartfrz_ds.backends.deepspeed.partition import STAGING_BYTES
-from smartfrz_ds.backends.deepspeed.zero0 import PlainBackend
+from smartfrz_ds.backends.deepspeed.zero0 import Zero0Backend
 from smartfrz_ds.distributed.devices import own_random_numbers
 from smartfrz_ds.model.freeze_modules import thaw_module
 from smartfrz_ds.planner.simulate import are_bounds
@@ -277,7 +277,7 @@ def _rewire(engine: Any, bounds: list[int], functions: Mapping[int, Any]) -> Non
 
 def _group_lists(backend: Backend) -> list[list[list[Parameter]]]:
     """The lists in which a backend notes what belongs to each parameter group."""
-    return [backend.groups, backend._order] if isinstance(backend, PlainBackend) else [backend.groups]
+    return [backend.groups, backend._order] if isinstance(backend, Zero0Backend) else [backend.groups]
 
 
 def _sort_groups(backend: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from smartfrz_ds.backends.cost import Bandwidths
 from smartfrz_ds.config.sections import PipelineSettings
-from smartfrz_ds.distributed.collectives import Ranks
+from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.planner import Cluster, DoesNotFit, LayerCost, Link, best_cut, simulate
 from smartfrz_ds.planner.width import Width, better_width
 
@@ -37,7 +37,7 @@ class Rebalancer:
     due: whether the layout has changed since the stages were last looked at.
     """
 
-    def __init__(self, backend: PipelineStage, ranks: Ranks, settings: PipelineSettings) -> None:
+    def __init__(self, backend: PipelineStage, ranks: Collectives, settings: PipelineSettings) -> None:
         self._backend, self._ranks, self._settings = backend, ranks, settings
         self._known: dict[int, EntryTimes] = {}
         self._weights: dict[int, tuple[int, int]] = {}  # of each entry: elements that train while it is active, bytes
@@ -77,8 +77,8 @@ class Rebalancer:
 
     def check(self, bounds: Sequence[int]) -> None:
         """Raise ValueError or RuntimeError, on every rank, where the stages can't get these bounds now; nothing is changed."""
-        options = self._ranks.everybodys(self._backend.group_options())
-        structures = {int(i): told for part in self._ranks.everybodys(self._backend.structure()) for i, told in part.items()}
+        options = self._ranks.gather_objects(self._backend.group_options())
+        structures = {int(i): told for part in self._ranks.gather_objects(self._backend.structure()) for i, told in part.items()}
 
         def prepare() -> None:
             if any(own != options[0] for own in options):
@@ -88,7 +88,7 @@ class Rebalancer:
             self._backend.prepare(bounds, structures)
 
         try:
-            self._ranks.together(prepare)
+            self._ranks.run_on_all_ranks(prepare)
         except Exception:
             self._backend.unprepare()
             raise
@@ -114,7 +114,7 @@ class Rebalancer:
         assert clock is not None
         own = backend.entry_weights()
         active = sum(elements for index, (elements, _) in own.items() if index in backend.computed[0])
-        told = self._ranks.everybodys(
+        told = self._ranks.gather_objects(
             {
                 "times": {index: asdict(times) for index, times in clock.times().items()},
                 "weights": own,

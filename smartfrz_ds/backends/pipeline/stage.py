@@ -133,7 +133,7 @@ class PipelineStage(_Base):
 
     first_active = 0
     first_entry = 0
-    staged = True
+    is_pipeline = True
     takes_none = "a pipeline's stages are laid out over what trains at the start"
     missing: Mapping[Need, str] = MappingProxyType(
         {
@@ -248,7 +248,7 @@ class PipelineStage(_Base):
         return True  # a layer's weights are on its stage only
 
     @property
-    def speaks_for_replicas(self) -> bool:
+    def is_sampling_rank(self) -> bool:
         return bool(self.engine.grid.get_data_parallel_id() == 0)
 
     def check(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter]) -> None:
@@ -258,14 +258,14 @@ class PipelineStage(_Base):
         if why := self.uncuttable((*freeze, *thaw)):
             raise ValueError(why)
 
-    def arrange(self, layers: Sequence[Layer], frozen: Collection[str]) -> None:
+    def on_layout_changed(self, layers: Sequence[Layer], frozen: Collection[str]) -> None:
         """Leave out of the schedule what the frozen front no longer needs. layers: of `pipeline_layers`."""
         engine = self.engine
         first = next(x.first for x in layers if isinstance(x, PipelineLayer) and (x.numel or x.borrows) and x.name not in frozen)
         self.first_entry, self.first_active = first, bisect_right(engine.module.parts, first) - 1
         active = frozenset(i for x in layers if isinstance(x, PipelineLayer) and x.name not in frozen for i in range(x.first, x.last + 1))
         self.computed = active, engine.stage_id > self.first_active
-        self.tied.arrange(layers, frozen)
+        self.tied.on_layout_changed(layers, frozen)
         if self.clock is not None:
             self.clock.weigh()
         for held in engine.pipe_buffers.values():

@@ -64,7 +64,7 @@ class TiedWeights:
         self._backend, self.mode = backend, mode
         self.cut: frozenset[str] = frozenset()
 
-    def arrange(self, layers: Sequence[Layer], frozen: Collection[str]) -> None:
+    def on_layout_changed(self, layers: Sequence[Layer], frozen: Collection[str]) -> None:
         """After a change of the layout. Collective where a front layer trains again."""
         pipe = self._backend.engine.module
         fronts = {i: x.name for x in layers if isinstance(x, PipelineLayer) for i in range(x.first, x.last + 1)}

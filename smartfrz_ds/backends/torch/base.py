@@ -110,7 +110,7 @@ class TorchBackend(EntryBackend):
 
     def sampler(self, requests: Sequence[SampleRequest], numel: int) -> Sampler:
         sampler = Sampler(numel)
-        if self.speaks_for_replicas:  # every rank holds everything; one is enough
+        if self.is_sampling_rank:  # every rank holds everything; one is enough
             sampler.parts += [(r.param, r.elements.to(r.param.device), r.slots) for r in requests]
         return sampler
 

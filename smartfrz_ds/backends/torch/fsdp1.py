@@ -55,7 +55,7 @@ class Fsdp1Backend(TorchBackend):
     def sharded(self) -> bool:
         return dist.get_world_size() > 1
 
-    def caller(self, model: nn.Module) -> nn.Module:
+    def forward_module(self, model: nn.Module) -> nn.Module:
         return self.wrapped
 
     def find_layers(self, model: nn.Module, patterns: str | Sequence[str]) -> tuple[Layer, ...]:

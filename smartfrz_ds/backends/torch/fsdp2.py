@@ -142,7 +142,7 @@ class Fsdp2Backend(TorchBackend):
                 if thaw and getattr(group, "_orig_dtype", torch.float32) is None:
                     group._init_mp_dtypes()
 
-    def arrange(self, layers: Sequence[Layer], frozen: Collection[str]) -> None:
+    def on_layout_changed(self, layers: Sequence[Layer], frozen: Collection[str]) -> None:
         self._skip_prefetch(layers, frozen)
         self._keep_whole()
 
