@@ -16,14 +16,18 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from smartfrz_ds.config.settings import FreezeConfig
+    from smartfrz_ds.distributed.failures import explained
     from smartfrz_ds.integrations.accelerate import prepare
     from smartfrz_ds.integrations.deepspeed import attach, initialize
     from smartfrz_ds.integrations.torch import TorchController, attach_torch
     from smartfrz_ds.integrations.transformers import FreezeCallback
+    from smartfrz_ds.model.layers import find_layers
     from smartfrz_ds.runtime.controller import Controller, Report
+    from smartfrz_ds.signals.lr_scale import layer_groups
     from smartfrz_ds.telemetry.events import FreezeEvent, read_events
+    from smartfrz_ds.telemetry.report import write_report
 
-    from .errors import FreezeError, RanksDisagree
+    from .errors import FreezeError, MissingGradients, RanksDisagree
 
 _HOMES = {
     "initialize": "integrations.deepspeed",
@@ -37,8 +41,13 @@ _HOMES = {
     "FreezeConfig": "config.settings",
     "FreezeError": "errors",
     "FreezeEvent": "telemetry.events",
+    "MissingGradients": "errors",
     "RanksDisagree": "errors",
     "read_events": "telemetry.events",
+    "write_report": "telemetry.report",
+    "explained": "distributed.failures",
+    "find_layers": "model.layers",
+    "layer_groups": "signals.lr_scale",
 }
 
 
@@ -54,13 +63,18 @@ __all__ = [
     "FreezeConfig",
     "FreezeError",
     "FreezeEvent",
+    "MissingGradients",
     "RanksDisagree",
     "Report",
     "TorchController",
     "__version__",
     "attach",
     "attach_torch",
+    "explained",
+    "find_layers",
     "initialize",
+    "layer_groups",
     "prepare",
     "read_events",
+    "write_report",
 ]

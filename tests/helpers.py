@@ -90,5 +90,5 @@ def run_worker(name: str, job: object, folder: Path, *, ranks: int = 2, timeout:
     folder.mkdir(parents=True, exist_ok=True)
     job_file = folder / "job.json"
     job_file.write_text(json.dumps(job))
-    launch(TESTS / f"worker_{name}.py", str(job_file), str(folder), ranks=ranks, timeout=timeout)
+    launch(TESTS / "workers" / f"worker_{name}.py", str(job_file), str(folder), ranks=ranks, timeout=timeout)
     return folder

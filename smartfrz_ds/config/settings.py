@@ -10,7 +10,6 @@ import binascii
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -376,10 +375,3 @@ def _show(value: object) -> str:
     """A value as the user wrote it in JSON ("50" is not 50, true is not 1), shortened."""
     text = json.dumps(value, default=repr, skipkeys=True, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m smartfrz_ds.config docs/configuration.md")
-    target = Path(sys.argv[1])
-    target.write_text(update_docs(target.read_text(encoding="utf-8")), encoding="utf-8")

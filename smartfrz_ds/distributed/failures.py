@@ -1,6 +1,6 @@
 """What ranks say when one of them can't go on: different at the start, lost in mid-run, a file that one could not write.
 
-docs/faults.md lists the faults, tests/test_faults.py makes each of them happen.
+docs/faults.md lists the faults, tests/faults/test_faults.py makes each of them happen.
 """
 
 from __future__ import annotations

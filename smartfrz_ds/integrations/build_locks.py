@@ -249,7 +249,7 @@ def filesystem_of(path: Path, mounts: str | None = None) -> str:
 def main() -> None:
     """Clear the locks of the folder that is named, or of `extensions_folder`; the exit code is 0 in any case."""
     if len(sys.argv) > 2 or (sys.argv[1:] and sys.argv[1].startswith("-")):
-        sys.exit("usage: python -m smartfrz_ds.build_locks [FOLDER]")
+        sys.exit("usage: python -m smartfrz_ds.integrations.build_locks [FOLDER]")
     clear(Path(sys.argv[1]) if sys.argv[1:] else None, say=lambda line: print(line, file=sys.stderr))
 
 

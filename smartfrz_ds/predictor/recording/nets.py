@@ -16,7 +16,7 @@ CONTEXT = 32  # tokens of a text
 
 
 class Net(nn.Module):
-    """A stem (or none) in front of blocks, and a head. All three are found by smartfrz_ds.layers as in any other model."""
+    """A stem (or none) in front of blocks, and a head. All three are found by smartfrz_ds.model.layers as in any other model."""
 
     def __init__(self, stem: nn.Module | None, blocks: list[nn.Module], head: nn.Module) -> None:
         super().__init__()

@@ -1,0 +1,250 @@
+"""launch/pretrain_pipeline.py: its text, its model, its options, its table, and the whole of it on real stages."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import ROOT, launch
+from reference.bounds import rounding
+
+sys.path.insert(0, str(ROOT / "launch"))  # the scripts there import each other in this way too
+
+from gpt_pipeline import gpt, loss_of
+from pipeline_run import Result, sizes, table
+from pretrain_pipeline import arguments, settings
+from results import Measured
+from texts import as_bytes, as_tokens, load_bpe, python_docs, read_folder, train_bpe, windows
+
+SCRIPT = ROOT / "launch" / "pretrain_pipeline.py"
+TINY = ["--blocks", "6", "--width", "16", "--length", "8", "--micro-batches", "4"]
+
+
+# --- text ------------------------------------------------------------------------------------------------------------------------
+
+
+def folder_of_texts(folder: Path) -> Path:
+    (folder / "sub").mkdir(parents=True)
+    (folder / "b.txt").write_text("the cat sat on the mat, and the dog lay on the log. " * 40)
+    (folder / "sub" / "a.md").write_text("what the owl saw, the mole did not. äöü " * 40, encoding="utf-8")
+    (folder / "c.bin").write_bytes(b"\xff\xfe\x00")
+    (folder / ".hidden").write_text("not this")
+    return folder
+
+
+def test_a_folder_is_read_in_order_and_the_end_of_each_text_held_out(tmp_path: Path) -> None:
+    texts = read_folder(folder_of_texts(tmp_path / "texts"))
+    assert [t[:7] for t in texts.train] == ["the cat", "what th"] and texts.skipped == 1
+    assert [len(h) / (len(t) + len(h)) for t, h in zip(texts.train, texts.held_out, strict=True)] == [pytest.approx(0.1, abs=0.01)] * 2
+    again = read_folder(tmp_path / "texts").digest
+    (tmp_path / "texts" / "b.txt").write_text("another text")
+    assert again == texts.digest != read_folder(tmp_path / "texts").digest
+
+
+def test_a_folder_without_text_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--data .*nowhere: no such folder"):
+        read_folder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"--data .*: no text file in it"):
+        read_folder(tmp_path)
+
+
+def test_bytes_and_bpe_give_the_text_back(tmp_path: Path) -> None:
+    texts = read_folder(folder_of_texts(tmp_path / "texts")).train
+    assert bytes(as_bytes(texts[1])).decode() == texts[1]
+    train_bpe(texts, 300, tmp_path / "tokenizer.json")
+    encode, vocabulary = load_bpe(tmp_path / "tokenizer.json")
+    assert 256 < vocabulary <= 300 and len(encode(texts[0])) < len(texts[0]) / 2
+    from tokenizers import Tokenizer
+
+    assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).decode(encode(texts[1])) == texts[1]
+
+
+def test_windows_are_drawn_alike_for_the_same_step_and_show_the_next_token() -> None:
+    tokens = as_tokens(python_docs().held_out, as_bytes)
+    x, y = windows(tokens, rows=5, length=12, draw=(0, 1, 7))
+    assert x.shape == y.shape == (5, 12) and x.dtype == torch.int64 and torch.equal(x[:, 1:], y[:, :-1])
+    assert torch.equal(x, windows(tokens, rows=5, length=12, draw=(0, 1, 7))[0])
+    assert not torch.equal(x, windows(tokens, rows=5, length=12, draw=(0, 1, 8))[0])
+    windows(tokens[:13], rows=50, length=12, draw=(0,))  # the shortest text that will do
+
+
+# --- model, options, table -------------------------------------------------------------------------------------------------------
+
+
+def test_the_list_of_layers_is_a_causal_language_model() -> None:
+    specs = gpt(vocabulary=50, length=12, blocks=3, width=16, heads=4, tied=False)
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(*(spec.build() for spec in specs))
+    x = torch.randint(50, (2, 12))
+    before = net(x).detach()
+    assert before.shape == (2, 12, 50) and abs(loss_of(before, x).item() - torch.log(torch.tensor(50.0)).item()) < 0.1
+    x[:, 8:] = 0  # what comes later changes nothing before it
+    moved = (net(x).detach() - before).abs().amax((0, 2))  # of each position
+    off = rounding(3 * (4 * 16 + 12), float(before.abs().max()))  # three blocks, each a hidden layer of 4 x 16 and 12 positions
+    assert moved[:8].max() <= off and moved[8:].min() > 3 * off
+    tied = gpt(vocabulary=50, length=12, blocks=3, width=16, heads=4, tied=True)
+    assert len(tied) == len(specs) == 7 and tied[0].key == tied[-1].key == "tokens"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--width", "10"], "--width 10 --heads 4"),
+        (["--steps", "0"], "--steps 0: allowed is a whole number of at least 1"),
+        (["--micro-batches", "-1"], "--micro-batches -1"),
+        (["--tokenizer", "bpe", "--vocabulary", "256"], "--vocabulary 256: allowed is more than 256"),
+        (["--lr", "nan"], "--lr nan: allowed is a positive number"),
+        (["--deepspeed_config", "no/such.json"], "no/such.json"),
+        (["--deepspeed_config", str(ROOT / "configs" / "zero2.json")], "zero_optimization.stage: got 2; allowed in a pipeline: 0 or 1"),
+        (["--policy", "none", "--rebalance", "off"], "--rebalance and --policy none"),
+    ],
+)
+def test_wrong_options_are_named(options: list[str], words: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        settings(arguments(options))
+    assert words in str(caught.value)
+
+
+def test_options_go_over_the_file() -> None:
+    config = settings(arguments(["--steps", "50", "--lr", "0.5", "--policy", "linear", "--rebalance", "off", "--recompute", "2"]))
+    assert config["scheduler"]["params"]["total_num_steps"] == 50 and config["scheduler"]["params"]["warmup_num_steps"] == 5
+    assert config["optimizer"]["params"]["lr"] == config["scheduler"]["params"]["warmup_max_lr"] == 0.5
+    assert config["smartfrz"]["policy"] == "linear" and config["smartfrz"]["pipeline"]["rebalance"] == "off"
+    assert config["pipeline"] == {"use_reentrant": False, "activation_checkpoint_interval": 2}
+    assert "smartfrz" not in settings(arguments(["--policy", "none"]))
+
+
+def test_help_comes_at_once_and_a_start_without_the_launcher_says_how() -> None:
+    shown = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=True, timeout=5)
+    assert "--resume" in shown.stdout and "deepspeed --num_accelerators 4" in shown.stdout
+    alone = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False, timeout=5)
+    assert (
+        alone.returncode == 2
+        and "is started by a launcher: deepspeed --num_accelerators 4" in alone.stderr
+        and "Traceback" not in alone.stderr
+    )
+
+
+def result(**changes: Any) -> Result:
+    """100 steps on two stages; three layers froze and the stages changed."""
+    fields: dict[str, Any] = {
+        "policy": "linear",
+        "steps": 100,
+        "first_step": 1,
+        "names": ["embeddings", "layers.2", "layers.3", "layers.4", "head"],
+        "frozen": [("embeddings", 20), ("layers.2", 20), ("layers.3", 60)],
+        "moves": [(60, [0, 5, 7], 1.5)],
+        "bounds": ([0, 4, 7], [0, 5, 7]),
+        "frozen_entries": [0, 1, 2, 3],
+        "step_seconds": Measured(before=0.5, after=0.25),
+        "timed_steps": Measured(before=16, after=38),
+        "tokens": 1000,
+        "optimizer_bytes": ([2_000_000, 1_000_000], [0, 1_500_000]),
+        "train_loss": 2.0,
+        "train_seconds": 50.0,
+        "plugin_seconds": 0.5,
+        "pause_seconds": 0.125,
+        "saved_flops_fraction": 0.25,
+        "validation": [(50, 2.5), (100, 2.25)],
+    }
+    return Result(**(fields | changes))
+
+
+def test_the_table_says_what_froze_what_moved_and_what_it_brought() -> None:
+    lines = [" ".join(line.split()) for line in table(result()).splitlines()]
+    for line in (
+        "time per step, median 500 ms -> 250 ms",
+        "tokens per second 2,000 -> 4,000",
+        "loss on held-out text 2.2500",
+        "arithmetic saved, whole run 25.0%",
+        "0 0-3 (4) 0-4 (5) 4 2.00 -> 0.00",
+        "1 4-6 (3) 5-6 (2) 0 1.00 -> 1.50",
+        "3 of 5 layers froze:",
+        "step 20: froze embeddings, layers.2",
+        "step 60: froze layers.3; stages of 5+2 layers, 1.50x predicted",
+    ):
+        assert line in lines, table(result())
+    nothing = table(result(frozen=[], moves=[], step_seconds=Measured(before=0.5), timed_steps=Measured(before=97)))
+    assert "Nothing froze in 100 steps" in nothing and "->" not in nothing.split("stage ")[0]
+    assert "without freezing" in table(result(policy="none"))
+    assert sizes([0, 4, 7]) == "4+3"
+
+
+# --- on real stages --------------------------------------------------------------------------------------------------------------
+
+
+def config_file(folder: Path, **smartfrz: Any) -> Path:
+    """configs/pipeline.json with a linear policy that freezes from step 4 to step 10."""
+    config = json.loads((ROOT / "configs" / "pipeline.json").read_text())
+    config["smartfrz"] |= {"policy": "linear", "warmup_steps": 2, "snapshot_interval": 1, "freeze_interval": 2, "cooldown": 0}
+    config["smartfrz"] |= {"linear": {"start_step": 4, "end_step": 10}, "max_frozen_fraction": 0.75, **smartfrz}
+    file = folder / "ds.json"
+    file.write_text(json.dumps(config))
+    return file
+
+
+def read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.world_size(2)
+def test_two_stages_train_freeze_and_tell(tmp_path: Path) -> None:
+    """A folder of texts, BPE, recomputation; 16 steps of two stages."""
+    texts, out = folder_of_texts(tmp_path / "texts"), tmp_path / "out"
+    options = [*TINY, "--data", str(texts), "--tokenizer", "bpe", "--vocabulary", "300", "--recompute", "1", "--steps", "16"]
+    options += ["--validate-every", "8", "--save-every", "16"]
+    run = launch(SCRIPT, *options, "--deepspeed_config", str(config_file(tmp_path)), "--out", str(out), timeout=120)
+    got = read(out)
+    assert [name for name, _ in got["frozen"]] == got["names"][:6] == ["embeddings", *(f"layers.{i}" for i in range(2, 7))]
+    assert got["bounds"][0] == [0, 5, 10] and got["bounds"][1] == (got["moves"][-1][1] if got["moves"] else [0, 5, 10])
+    assert sum(got["optimizer_bytes"][1]) < 0.6 * sum(got["optimizer_bytes"][0])
+    assert 0.2 < got["saved_flops_fraction"] < 0.6
+    assert got["validation"][-1][0] == 16 and got["validation"][-1][1] < got["validation"][0][1]
+    for words in ("1 files are no UTF-8 text", "6 of 8 layers froze", "tokens per second", "step 16: checkpoint saved", "frozen=6/8"):
+        assert words in run.stdout, run.stdout[-4000:]
+    assert (out / "checkpoints" / "latest").is_file() and (out / "tokenizer.json").is_file()
+    assert len((out / "events.jsonl").read_text().splitlines()) >= 3
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.slow
+def test_mistakes_end_all_ranks_with_one_line(tmp_path: Path) -> None:
+    for options, words in (
+        (["--stages", "3"], "--stages 3 with 2 ranks: allowed are 1, 2"),
+        (["--length", "100000"], "--length 100000 needs more of each"),
+        ([*TINY, "--resume"], "--resume: no complete checkpoint in"),
+    ):
+        run = launch(SCRIPT, *options, "--out", str(tmp_path / "out"), timeout=120, check=False)
+        assert run.returncode and words in run.stdout and "Traceback" not in run.stdout, run.stdout[-3000:]
+
+
+@pytest.mark.world_size(4)
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", [4, 2])
+def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path: Path, stages: int) -> None:
+    """Four stages, and two replicas of two; stopped between two freezes. Where layers move depends on the machine, and with the cut the
+    order in which the squares of the norm are added; so the losses agree to rounding."""
+    common = [*TINY, "--stages", str(stages), "--steps", "20", "--deepspeed_config", str(config_file(tmp_path))]
+    launch(SCRIPT, *common, "--out", str(tmp_path / "whole"), ranks=4, timeout=250)
+    launch(SCRIPT, *common, "--stop-after", "7", "--out", str(tmp_path / "parts"), ranks=4, timeout=250)
+    stopped = read(tmp_path / "parts")
+    again = launch(SCRIPT, *common, "--resume", "--out", str(tmp_path / "parts"), ranks=4, timeout=250)
+    whole, resumed = read(tmp_path / "whole"), read(tmp_path / "parts")
+    assert 0 < len(stopped["frozen"]) < len(resumed["frozen"]) and resumed["frozen"] == whole["frozen"]
+    assert resumed["first_step"] == 8 and "steps 8 to 20" in again.stdout
+    assert resumed["bounds"][0] == stopped["bounds"][1]
+    late = dict(whole["validation"])
+    assert len(resumed["validation"]) > 3
+    changes = [abs(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(whole["validation"])]
+    for step, loss in resumed["validation"]:
+        # not rounding alone, which AdamW enlarges: a twentieth of what one step changes, so that no step was lost or done twice
+        assert loss == pytest.approx(late[step], abs=min(changes) / 20)
+    assert resumed["saved_flops_fraction"] == pytest.approx(whole["saved_flops_fraction"], abs=1e-6)
+    other = launch(SCRIPT, *common, "--seed", "5", "--resume", "--out", str(tmp_path / "parts"), ranks=4, timeout=250, check=False)
+    assert other.returncode and "is of a run with another seed" in other.stdout
