@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs a training script by DeepSpeed's launcher, on this host or on those of a hostfile.
 #
-#   ./launch/deepspeed.sh 8 -- SCRIPT ARGUMENTS …                  8 ranks here; without a script: launch/train.py
+#   ./launch/deepspeed.sh 8 -- SCRIPT ARGUMENTS …                  8 ranks here; without a script: launch/examples/train.py
 #   ./launch/deepspeed.sh HOSTFILE -- SCRIPT …                     on its hosts, which pdsh and ssh start from here
 #   ./launch/deepspeed.sh HOSTFILE --launcher openmpi -- SCRIPT …  on its hosts, which Open MPI starts from here
 #   ./launch/deepspeed.sh HOSTFILE --no_ssh --node_rank 0 -- …     this host's ranks only; call it on each host
@@ -19,7 +19,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
 done
 [ $# -eq 0 ] || shift
 if [ $# -eq 0 ]; then
-    set -- launch/train.py --deepspeed_config configs/zero1.json
+    set -- launch/examples/train.py --deepspeed_config configs/zero1.json
 fi
 case $where in
 *[!0-9]*)

@@ -3,7 +3,7 @@
 #
 #   ./launch/demo.sh                 one run with the policy of the configuration
 #   ./launch/demo.sh --compare       the same without freezing, and with the linear policy beside it
-#   ./launch/demo.sh --steps 100 …   everything else goes to launch/finetune.py (--help lists it)
+#   ./launch/demo.sh --steps 100 …   everything else goes to launch/examples/finetune.py (--help lists it)
 #
 # CONFIG: another DeepSpeed JSON (default: configs/zero2.json). SMARTFRZ_VENV: where the environment lies.
 set -euo pipefail
@@ -28,7 +28,7 @@ if [ "$(python -c 'import torch; print(torch.cuda.device_count())')" -lt 2 ]; th
     export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 fi
 if [[ " ${rest[*]-} " == *" --help "* || " ${rest[*]-} " == *" -h "* ]]; then
-    exec python "$root/launch/finetune.py" --help
+    exec python "$root/launch/examples/finetune.py" --help
 fi
 # Third parties' notes to their own developers; warnings and errors of any other kind still show.
 export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}
@@ -37,7 +37,7 @@ launch() { # arguments of finetune.py
     local port
     port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
     deepspeed --num_accelerators 2 --master_port "$port" --log_level warning \
-        "$root/launch/finetune.py" --deepspeed_config "${CONFIG:-$root/configs/zero2.json}" "$@"
+        "$root/launch/examples/finetune.py" --deepspeed_config "${CONFIG:-$root/configs/zero2.json}" "$@"
 }
 
 if ! $compare; then
@@ -50,4 +50,4 @@ for policy in none attention linear; do
     launch ${rest[@]+"${rest[@]}"} --policy "$policy" --out "$out/$policy"
 done
 echo "== all three"
-python "$root/launch/results.py" "$out"/none "$out"/attention "$out"/linear | tee "$out/comparison.txt"
+python "$root/launch/examples/table.py" "$out"/none "$out"/attention "$out"/linear | tee "$out/comparison.txt"

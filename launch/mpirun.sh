@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs a training script under plain mpirun, without DeepSpeed's launcher: DeepSpeed asks MPI (package mpi4py) for ranks and address.
 #
-#   ./launch/mpirun.sh 16 --hostfile hosts.txt -- SCRIPT ARGUMENTS …     without a script: launch/train.py
+#   ./launch/mpirun.sh 16 --hostfile hosts.txt -- SCRIPT ARGUMENTS …     without a script: launch/examples/train.py
 #
 # What stands before `--` goes to mpirun. `pip install 'smartfrz_ds[mpi]'` brings mpi4py and Open MPI itself.
 set -euo pipefail
@@ -14,7 +14,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
 done
 [ $# -eq 0 ] || shift
 if [ $# -eq 0 ]; then
-    set -- launch/train.py --deepspeed_config configs/zero1.json
+    set -- launch/examples/train.py --deepspeed_config configs/zero1.json
 fi
 if [ "$(id -u)" = 0 ]; then
     options+=(--allow-run-as-root)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs a training script under torchrun, so that a run whose rank died goes on by itself (the script must resume from its checkpoint).
 #
-#   ./launch/torchrun.sh 8 -- SCRIPT ARGUMENTS …                         8 ranks on this host; without a script: launch/train.py
+#   ./launch/torchrun.sh 8 -- SCRIPT ARGUMENTS …                         8 ranks on this host; without a script: launch/examples/train.py
 #   ./launch/torchrun.sh 8 --nodes 2 --head node-a:29400 -- SCRIPT …     on each of 2 hosts; node-a is one of them
 #
 # MAX_RESTARTS: how often the ranks are started again (default: 3). RUN_ID: told apart from other runs with the same head (default: smartfrz).
@@ -20,7 +20,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
 done
 [ $# -eq 0 ] || shift
 if [ $# -eq 0 ]; then
-    set -- launch/train.py --deepspeed_config configs/zero1.json
+    set -- launch/examples/train.py --deepspeed_config configs/zero1.json
 fi
 if [ -n "$head" ]; then
     where=(--nnodes "$nodes" --rdzv-id "${RUN_ID:-smartfrz}" --rdzv-backend c10d --rdzv-endpoint "$head")

@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "launch"))  # the scripts there import each other in this way too
+sys.path.insert(0, str(ROOT / "launch" / "examples"))  # the scripts there import each other in this way too
 
-from corpus import batches, bbc_news, package_dir, read_csv, split  # noqa: E402
-from counting import CollectiveBytes  # noqa: E402
-from results import Measured, Result, before_and_after, table  # noqa: E402
+from data import batches, bbc_news, package_dir, read_csv, split  # noqa: E402
+from table import Measured, Result, before_and_after, sizes, table  # noqa: E402
+
+from smartfrz_ds.bench.wire import CollectiveBytes  # noqa: E402
 
 
 def result(**changes: object) -> Result:
@@ -28,8 +29,7 @@ def result(**changes: object) -> Result:
         "policy": "attention",
         "steps": 100,
         "layers": 8,
-        "correct": 95,
-        "held_out": 100,
+        "scores": {"accuracy on held-out texts": 0.95, "held-out texts": 100.0},
         "final_loss": 0.25,
         "train_seconds": 50.0,
         "step_seconds": Measured(before=0.5, after=0.25),
@@ -129,6 +129,7 @@ def test_table_shows_each_run_in_a_column_and_says_what_froze() -> None:
     cells = {line[:30].strip(): line[30:].split("  ") for line in text.split("\n\n")[0].splitlines()}
     columns = {name: [cell.strip() for cell in row if cell.strip()] for name, row in cells.items()}
     assert columns["policy"] == ["none", "attention", "linear"]
+    assert columns["accuracy on held-out texts"] == ["0.95"] * 3
     assert columns["frozen"] == ["freezing is off", "2 of 8 layers", "nothing"]
     assert columns["time per step, median"] == ["500 ms", "500 ms -> 250 ms", "500 ms"]
     assert columns["gradients reduced per step"] == ["4.00 MB", "4.00 MB -> 3.00 MB", "4.00 MB"]
@@ -136,6 +137,27 @@ def test_table_shows_each_run_in_a_column_and_says_what_froze() -> None:
     assert "step    40: embeddings, layer.0" in text
     assert "linear: froze nothing in 100 steps" in text
     assert all(line == line.rstrip() for line in text.splitlines())
+    assert "tokens per second" not in columns
+
+
+def test_the_table_of_a_pipeline_says_what_moved_and_what_each_stage_holds() -> None:
+    stages = [
+        {"start": [0, 4], "end": [0, 5], "frozen": 4, "bytes_before": [2_000_000], "bytes_after": [0]},
+        {"start": [4, 7], "end": [5, 7], "frozen": 0, "bytes_before": [1_000_000], "bytes_after": [1_500_000]},
+    ]
+    frozen = [("embeddings", 20), ("layers.2", 20), ("layers.3", 60)]
+    text = table([result(policy="linear", layers=5, frozen=frozen, moves=[(60, [0, 5, 7], 1.5)], stages=stages, tokens=1000)])
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    for line in (
+        "tokens per second 2,000 -> 4,000",
+        "frozen 3 of 5 layers",
+        "0 0-3 (4) 0-4 (5) 4 2.00 -> 0.00",
+        "1 4-6 (3) 5-6 (2) 0 1.00 -> 1.50",
+        "step 20: embeddings, layers.2",
+        "step 60: layers.3; stages of 5+2 layers, 1.50x predicted",
+    ):
+        assert line in lines, text
+    assert sizes([0, 4, 7]) == "4+3"
 
 
 def test_results_survive_the_disk_and_a_broken_file_is_named(tmp_path: Path) -> None:
@@ -191,7 +213,7 @@ def test_the_demo_runs_on_real_text_and_leaves_a_model_that_loads(tmp_path: Path
     assert "froze nothing in 3 steps" in out
     found = Result.load(tmp_path / "results.json")
     assert found.steps == 3
-    assert found.held_out > 400
+    assert found.scores["held-out texts"] > 400
     assert found.gradient_bytes.before > 80e6  # MiniLM: 22.7 million weights, 4 bytes each
     from transformers import AutoModelForSequenceClassification
 

@@ -1,4 +1,4 @@
-"""launch/train.py under every launcher of docs/launching.md: two ranks end with the same weights, whoever started them."""
+"""launch/examples/train.py under every launcher of docs/launching.md: two ranks end with the same weights, whoever started them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from helpers import ROOT, environment, free_port, launch
 from hosts import PORT, Host, both, finish, need, two_hosts
 
 BIN = Path(sys.executable).parent
-TRAIN = ["launch/train.py", "--deepspeed_config", "configs/zero1.json", "--policy", "linear", "--steps", "24"]
+TRAIN = ["launch/examples/train.py", "--deepspeed_config", "configs/zero1.json", "--policy", "linear", "--steps", "24"]
 SSH = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
 
 
@@ -111,7 +111,7 @@ def test_slurm_prints_what_it_would_run() -> None:
     told, words = said.split(": ", 1)
     run_by = ["env", "RUN_ID=77", "MAX_RESTARTS=3", "launch/torchrun.sh", "8", "--nodes", "4", "--head", "gpu3:20077", "--"]
     assert told == "on each of 4 nodes" and shlex.split(words) == [*run_by, *TRAIN]
-    assert "launch/train.py" in slurm(SLURM_JOB_ID="1")
+    assert "launch/examples/train.py" in slurm(SLURM_JOB_ID="1")
 
 
 def problems(value: Any, kind: str, models: Any, where: str = "") -> list[str]:

@@ -1,4 +1,4 @@
-"""launch/pretrain_pipeline.py: its text, its model, its options, its table, and the whole of it on real stages."""
+"""launch/examples/pretrain_pipeline.py: its text, its model, its options, and the whole of it on real stages."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ import torch
 from helpers import ROOT, launch
 from reference.bounds import rounding
 
-sys.path.insert(0, str(ROOT / "launch"))  # the scripts there import each other in this way too
+sys.path.insert(0, str(ROOT / "launch" / "examples"))  # the scripts there import each other in this way too
 
-from gpt_pipeline import gpt, loss_of
-from pipeline_run import Result, sizes, table
+from data import as_bytes, as_tokens, load_bpe, python_docs, read_folder, train_bpe, windows
+from model import Gpt, Shape, loss_of, pipeline_layers
 from pretrain_pipeline import arguments, settings
-from results import Measured
-from texts import as_bytes, as_tokens, load_bpe, python_docs, read_folder, train_bpe, windows
 
-SCRIPT = ROOT / "launch" / "pretrain_pipeline.py"
+SCRIPT = ROOT / "launch" / "examples" / "pretrain_pipeline.py"
 TINY = ["--blocks", "6", "--width", "16", "--length", "8", "--micro-batches", "4"]
 
 
@@ -78,7 +76,8 @@ def test_windows_are_drawn_alike_for_the_same_step_and_show_the_next_token() -> 
 
 
 def test_the_list_of_layers_is_a_causal_language_model() -> None:
-    specs = gpt(vocabulary=50, length=12, blocks=3, width=16, heads=4, tied=False)
+    shape = Shape(vocabulary=50, length=12, blocks=3, width=16, heads=4)
+    specs = pipeline_layers(shape, tied=False)
     torch.manual_seed(0)
     net = torch.nn.Sequential(*(spec.build() for spec in specs))
     x = torch.randint(50, (2, 12))
@@ -88,27 +87,38 @@ def test_the_list_of_layers_is_a_causal_language_model() -> None:
     moved = (net(x).detach() - before).abs().amax((0, 2))  # of each position
     off = rounding(3 * (4 * 16 + 12), float(before.abs().max()))  # three blocks, each a hidden layer of 4 x 16 and 12 positions
     assert moved[:8].max() <= off and moved[8:].min() > 3 * off
-    tied = gpt(vocabulary=50, length=12, blocks=3, width=16, heads=4, tied=True)
+    tied = pipeline_layers(shape, tied=True)
     assert len(tied) == len(specs) == 7 and tied[0].key == tied[-1].key == "tokens"
+    whole = Gpt(shape)  # the same network as one module
+    whole.load_state_dict(dict(zip(whole.state_dict(), net.state_dict().values(), strict=True)))
+    assert torch.equal(whole(x), net(x))
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--width", "10"], "--width 10 --heads 4"),
-        (["--steps", "0"], "--steps 0: allowed is a whole number of at least 1"),
-        (["--micro-batches", "-1"], "--micro-batches -1"),
-        (["--tokenizer", "bpe", "--vocabulary", "256"], "--vocabulary 256: allowed is more than 256"),
-        (["--lr", "nan"], "--lr nan: allowed is a positive number"),
+        (["--steps", "0"], "--steps: got 0; allowed: a whole number of at least 1"),
+        (["--micro-batches", "-1"], "--micro-batches: got -1"),
+        (["--tokenizer", "bpe", "--vocabulary", "256"], "--vocabulary: got 256; allowed: a whole number of at least 257"),
+        (["--lr", "nan"], "--lr: got nan; allowed: a positive number"),
         (["--deepspeed_config", "no/such.json"], "no/such.json"),
-        (["--deepspeed_config", str(ROOT / "configs" / "zero2.json")], "zero_optimization.stage: got 2; allowed in a pipeline: 0 or 1"),
+        (
+            ["--deepspeed_config", str(ROOT / "configs" / "zero2.json")],
+            "zero_optimization.stage: got 2; allowed in this script: 0, 1",
+        ),
         (["--policy", "none", "--rebalance", "off"], "--rebalance and --policy none"),
     ],
 )
-def test_wrong_options_are_named(options: list[str], words: str) -> None:
-    with pytest.raises(ValueError) as caught:
+def test_wrong_options_are_named(options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
         settings(arguments(options))
-    assert words in str(caught.value)
+    except SystemExit as end:  # argparse's
+        assert end.code == 2 and words in capsys.readouterr().err
+    except ValueError as error:
+        assert words in str(error)
+    else:
+        pytest.fail("accepted")
 
 
 def test_options_go_over_the_file() -> None:
@@ -131,51 +141,6 @@ def test_help_comes_at_once_and_a_start_without_the_launcher_says_how() -> None:
     )
 
 
-def result(**changes: Any) -> Result:
-    """100 steps on two stages; three layers froze and the stages changed."""
-    fields: dict[str, Any] = {
-        "policy": "linear",
-        "steps": 100,
-        "first_step": 1,
-        "names": ["embeddings", "layers.2", "layers.3", "layers.4", "head"],
-        "frozen": [("embeddings", 20), ("layers.2", 20), ("layers.3", 60)],
-        "moves": [(60, [0, 5, 7], 1.5)],
-        "bounds": ([0, 4, 7], [0, 5, 7]),
-        "frozen_entries": [0, 1, 2, 3],
-        "step_seconds": Measured(before=0.5, after=0.25),
-        "timed_steps": Measured(before=16, after=38),
-        "tokens": 1000,
-        "optimizer_bytes": ([2_000_000, 1_000_000], [0, 1_500_000]),
-        "train_loss": 2.0,
-        "train_seconds": 50.0,
-        "plugin_seconds": 0.5,
-        "pause_seconds": 0.125,
-        "saved_flops_fraction": 0.25,
-        "validation": [(50, 2.5), (100, 2.25)],
-    }
-    return Result(**(fields | changes))
-
-
-def test_the_table_says_what_froze_what_moved_and_what_it_brought() -> None:
-    lines = [" ".join(line.split()) for line in table(result()).splitlines()]
-    for line in (
-        "time per step, median 500 ms -> 250 ms",
-        "tokens per second 2,000 -> 4,000",
-        "loss on held-out text 2.2500",
-        "arithmetic saved, whole run 25.0%",
-        "0 0-3 (4) 0-4 (5) 4 2.00 -> 0.00",
-        "1 4-6 (3) 5-6 (2) 0 1.00 -> 1.50",
-        "3 of 5 layers froze:",
-        "step 20: froze embeddings, layers.2",
-        "step 60: froze layers.3; stages of 5+2 layers, 1.50x predicted",
-    ):
-        assert line in lines, table(result())
-    nothing = table(result(frozen=[], moves=[], step_seconds=Measured(before=0.5), timed_steps=Measured(before=97)))
-    assert "Nothing froze in 100 steps" in nothing and "->" not in nothing.split("stage ")[0]
-    assert "without freezing" in table(result(policy="none"))
-    assert sizes([0, 4, 7]) == "4+3"
-
-
 # --- on real stages --------------------------------------------------------------------------------------------------------------
 
 
@@ -193,6 +158,10 @@ def read(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
 
 
+def bounds(got: dict[str, Any], when: str) -> list[int]:
+    return [got["stages"][0][when][0], *(stage[when][1] for stage in got["stages"])]
+
+
 @pytest.mark.world_size(2)
 def test_two_stages_train_freeze_and_tell(tmp_path: Path) -> None:
     """A folder of texts, BPE, recomputation; 16 steps of two stages."""
@@ -201,12 +170,14 @@ def test_two_stages_train_freeze_and_tell(tmp_path: Path) -> None:
     options += ["--validate-every", "8", "--save-every", "16"]
     run = launch(SCRIPT, *options, "--deepspeed_config", str(config_file(tmp_path)), "--out", str(out), timeout=120)
     got = read(out)
-    assert [name for name, _ in got["frozen"]] == got["names"][:6] == ["embeddings", *(f"layers.{i}" for i in range(2, 7))]
-    assert got["bounds"][0] == [0, 5, 10] and got["bounds"][1] == (got["moves"][-1][1] if got["moves"] else [0, 5, 10])
-    assert sum(got["optimizer_bytes"][1]) < 0.6 * sum(got["optimizer_bytes"][0])
+    assert [name for name, _ in got["frozen"]] == ["embeddings", *(f"layers.{i}" for i in range(2, 7))] and got["layers"] == 8
+    assert bounds(got, "start") == [0, 5, 10] and bounds(got, "end") == (got["moves"][-1][1] if got["moves"] else [0, 5, 10])
+    held = [sum(size for stage in got["stages"] for size in stage[when]) for when in ("bytes_before", "bytes_after")]
+    assert held[1] < 0.6 * held[0]
     assert 0.2 < got["saved_flops_fraction"] < 0.6
-    assert got["validation"][-1][0] == 16 and got["validation"][-1][1] < got["validation"][0][1]
-    for words in ("1 files are no UTF-8 text", "6 of 8 layers froze", "tokens per second", "step 16: checkpoint saved", "frozen=6/8"):
+    losses = got["series"]["validation"]
+    assert got["series"]["validation_steps"] == [8, 16] and losses[1] < losses[0]
+    for words in ("1 files are no UTF-8 text", "6 of 8 layers", "tokens per second", "step 16: checkpoint saved", "frozen=6/8"):
         assert words in run.stdout, run.stdout[-4000:]
     assert (out / "checkpoints" / "latest").is_file() and (out / "tokenizer.json").is_file()
     assert len((out / "events.jsonl").read_text().splitlines()) >= 3
@@ -238,11 +209,12 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path: Path, stages: i
     whole, resumed = read(tmp_path / "whole"), read(tmp_path / "parts")
     assert 0 < len(stopped["frozen"]) < len(resumed["frozen"]) and resumed["frozen"] == whole["frozen"]
     assert resumed["first_step"] == 8 and "steps 8 to 20" in again.stdout
-    assert resumed["bounds"][0] == stopped["bounds"][1]
-    late = dict(whole["validation"])
-    assert len(resumed["validation"]) > 3
-    changes = [abs(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(whole["validation"])]
-    for step, loss in resumed["validation"]:
+    assert bounds(resumed, "start") == bounds(stopped, "end")
+    steps, losses = whole["series"]["validation_steps"], whole["series"]["validation"]
+    late = dict(zip(steps, losses, strict=True))
+    assert len(resumed["series"]["validation"]) > 3
+    changes = [abs(b - a) / (after - before) for (before, after), (a, b) in zip(pairwise(steps), pairwise(losses), strict=True)]
+    for step, loss in zip(resumed["series"]["validation_steps"], resumed["series"]["validation"], strict=True):
         # not rounding alone, which AdamW enlarges: a twentieth of what one step changes, so that no step was lost or done twice
         assert loss == pytest.approx(late[step], abs=min(changes) / 20)
     assert resumed["saved_flops_fraction"] == pytest.approx(whole["saved_flops_fraction"], abs=1e-6)

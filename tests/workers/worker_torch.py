@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from helpers import ROOT
 from reference import oracle
 from reference.torch_models import full, load, made, refusal, save, settings, steps, whole, wrap
 from safetensors.torch import save_file
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from workers import ranks
@@ -449,7 +452,26 @@ def sent(folder: Path) -> Any:
     return {name: gradient_bytes(made("fsdp2", options={"mp_policy": policy})[2].backend) for name, policy in kinds.items()}
 
 
-ALL = (snapshots, policies, probes, tied, resume, mixed_precision, recomputed, refusals, released, thawed, sent, hybrid)
+def built(folder: Path) -> Any:
+    """launch/examples/pretrain_fsdp.py's model, made on the meta device under FSDP2: how far its weights are from a whole one's."""
+    sys.path.insert(0, str(ROOT / "launch" / "examples"))  # the scripts there import each other in this way too
+    import pretrain_fsdp
+    from model import Gpt, Shape
+
+    expected = Gpt(Shape(blocks=3, width=20, length=7))
+    expected.load_initial_weights(5)
+    found = {}
+    for name, options in {"fsdp2": [], "bf16": ["--bf16"], "ddp": ["--ddp"], "another seed": ["--seed", "6"]}.items():
+        small = ["--blocks", "3", "--width", "20", "--length", "7", "--seed", "5", *options]
+        model = pretrain_fsdp.build(pretrain_fsdp.arguments(small), torch.device("cpu"))
+        pairs = list(zip(model.parameters(), expected.parameters(), strict=True))
+        largest = max((whole(p) - q).abs().max().item() for p, q in pairs)
+        local = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p, _ in pairs)
+        found[name] = {"difference": largest, "share": local / sum(q.numel() for _, q in pairs)}
+    return found
+
+
+ALL = (snapshots, policies, probes, tied, resume, mixed_precision, recomputed, refusals, released, thawed, sent, hybrid, built)
 CASES = {f.__name__: f for f in (*ALL, *together.ALL)}
 
 

@@ -214,7 +214,7 @@ def build(task: TaskFile, classes: int) -> nn.Module:
 
 
 def _minilm(classes: int) -> nn.Module:
-    """MiniLM-L6 as launch/finetune.py has it: pretrained, with a fresh head."""
+    """MiniLM-L6 as launch/examples/finetune.py has it: pretrained, with a fresh head."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging

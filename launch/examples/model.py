@@ -1,0 +1,142 @@
+"""The model of the examples: a small GPT, as one module or as the list of layers of a DeepSpeed pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """vocabulary, length: tokens, and how many are read at once. blocks, width, heads: of the network; heads divide the width."""
+
+    vocabulary: int = 256
+    length: int = 64
+    blocks: int = 6
+    width: int = 64
+    heads: int = 4
+
+
+class Tokens(nn.Embedding):
+    """Looks tokens up: (batch, length) int64 to (batch, length, width)."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+
+
+class Positions(nn.Module):
+    """Adds a learned vector for each position: (batch, length, width) to the same."""
+
+    def __init__(self, length: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.normal_(torch.empty(length, width), std=0.02))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.weight[: x.shape[1]]
+
+
+class Block(nn.Module):
+    """Causal attention and a two-layer network, each behind a norm: (batch, length, width) to the same.
+
+    Args:
+        blocks: of the whole model; the deeper it is, the smaller each block's contribution at the start (GPT-2).
+    """
+
+    def __init__(self, width: int, heads: int, blocks: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        deep = 0.02 / (2 * blocks) ** 0.5
+        for linear, std in ((self.qkv, 0.02), (self.up, 0.02), (self.out, deep), (self.down, deep)):
+            nn.init.normal_(linear.weight, std=std)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Head(nn.Module):
+    """Logits: (batch, length, width) to (batch, length, vocabulary)."""
+
+    def __init__(self, vocabulary: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.normal_(torch.empty(vocabulary, width), std=0.02))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class Gpt(nn.Module):
+    """Logits of the next token: (batch, length) int64 to (batch, length, vocabulary)."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.embeddings, *blocks, norm, head = (build() for build in _parts(shape))
+        self.blocks, self.norm, self.head = nn.ModuleList(blocks), norm, head
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embeddings(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+    @torch.no_grad()
+    def load_initial_weights(self, seed: int) -> None:
+        """Fill the parameters, sharded or whole, with the weights of this seed: the same for every number of ranks.
+
+        For a model built on the meta device, after `fully_shard` and `to_empty`. Each rank builds one part at a time and keeps its shard
+        of it; nothing is communicated.
+        """
+        parts = [self.embeddings, *self.blocks, self.norm, self.head]
+        for index, (part, build) in enumerate(zip(parts, _parts(self.shape), strict=True)):
+            torch.manual_seed(seed * 1000 + index)
+            for param, whole in zip(part.parameters(), build().parameters(), strict=True):
+                value = whole.to(param.device)
+                if isinstance(param, DTensor):
+                    value = distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
+                param.copy_(value)
+
+
+def _parts(shape: Shape) -> list[Callable[[], nn.Module]]:
+    """What builds the embeddings, each block, the last norm and the head."""
+    size = (shape.vocabulary, shape.width)
+    return [
+        lambda: nn.Sequential(Tokens(*size), Positions(shape.length, shape.width)),
+        *[partial(Block, shape.width, shape.heads, shape.blocks)] * shape.blocks,
+        partial(nn.LayerNorm, shape.width),
+        partial(Head, *size),
+    ]
+
+
+def loss_of(output: Tensor, y: Tensor) -> Tensor:
+    """Mean loss of the next token; output: (batch, length, vocabulary), y: (batch, length) int64."""
+    return F.cross_entropy(output.flatten(0, 1).float(), y.flatten())
+
+
+def pipeline_layers(shape: Shape, *, tied: bool) -> list[Any]:
+    """The same network as a list of blocks + 4 entries for DeepSpeed's PipelineModule. tied: the head uses the token embedding's weight."""
+    from deepspeed.pipe import LayerSpec, TiedLayerSpec
+
+    size = (shape.vocabulary, shape.width)
+    first, last = LayerSpec(Tokens, *size), LayerSpec(Head, *size)
+    if tied:
+        first = TiedLayerSpec("tokens", Tokens, *size, tied_weight_attr="weight")
+        last = TiedLayerSpec("tokens", Tokens, *size, forward_fn=_tied_logits, tied_weight_attr="weight")
+    middle = [LayerSpec(Block, shape.width, shape.heads, shape.blocks) for _ in range(shape.blocks)]
+    return [first, LayerSpec(Positions, shape.length, shape.width), *middle, LayerSpec(nn.LayerNorm, shape.width), last]
+
+
+def _tied_logits(tokens: Tokens, x: Tensor) -> Tensor:
+    return F.linear(x, tokens.weight)

@@ -1,0 +1,98 @@
+"""What `requires_grad_(False)` does in the middle of a DeepSpeed run, measured, and what smartfrz_ds does in its place.
+
+    deepspeed --num_accelerators 2 launch/examples/naive_table.py
+
+trains a small GPT, freezes its embeddings and the first half of its blocks after half of the steps in both ways, and prints a Markdown
+table (that of the README). Every number is counted on rank 0: bytes handed to torch.distributed, bytes of live optimizer tensors, weights
+compared with a copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import product
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from data import as_bytes, as_tokens, python_docs, windows
+from model import Gpt, Shape, loss_of
+from table import optimizer_bytes
+
+import smartfrz_ds
+from smartfrz_ds.bench.wire import CollectiveBytes
+
+SHAPE, STEPS = Shape(blocks=8, width=128, length=16), 10
+FROZEN = ["embeddings", *(f"blocks.{i}" for i in range(SHAPE.blocks // 2))]
+HEADER = (
+    "| ZeRO stage | dtype | way of freezing half of the layers | largest movement of a frozen weight | optimizer MB on a rank "
+    "| MB of gradients reduced per step | MB of weights gathered per step |\n| --- | --- | --- | --- | --- | --- | --- |"
+)
+
+
+def line(stage: int, dtype: str, way: str, counted: CollectiveBytes) -> str:
+    """Trains STEPS steps, freezes half of the layers in the middle, and gives the table's line. Collective."""
+    config = {
+        "train_micro_batch_size_per_gpu": 8,
+        "steps_per_print": 1000000,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.1, "torch_adam": True}},
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": dtype == "bf16"},
+        "smartfrz": {"policy": "manual"},
+    }
+    torch.manual_seed(0)
+    net = Gpt(SHAPE)
+    frozen = [p for name in FROZEN for p in net.get_submodule(name).parameters()]
+    start = smartfrz_ds.initialize if way == "smartfrz_ds" else deepspeed.initialize
+    engine, *_ = start(model=net, model_parameters=list(net.parameters()), config=config)
+    tokens, done = as_tokens(python_docs().train, as_bytes), 0
+
+    def step() -> tuple[int, int]:
+        nonlocal done
+        done += 1
+        x, y = windows(tokens, rows=8, length=SHAPE.length, draw=(done, dist.get_rank()))
+        counted.take()
+        engine.backward(loss_of(engine(x.to(engine.device)), y.to(engine.device)))
+        reduced = sum(counted.take().values())
+        engine.step()
+        return reduced, sum(size for name, size in counted.take().items() if name.startswith("all_gather"))
+
+    for _ in range(STEPS // 2):
+        reduced, gathered = step()
+    held = optimizer_bytes(engine)
+    if way == "smartfrz_ds":
+        engine.smartfrz.freeze(FROZEN)
+    else:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    kept = [parameter.detach().clone() for parameter in frozen]
+    for _ in range(STEPS // 2):
+        reduced_after, gathered_after = step()
+    moved = max(float((now.detach() - then).abs().max()) for now, then in zip(frozen, kept, strict=True))
+    held_after = optimizer_bytes(engine)
+    engine.destroy()
+    cells = [str(stage), dtype, f"`{way}`", f"**{moved:.1e}**" if moved else "0"]
+    cells.append(f"{in_mb(held, held_after)} ({1 - held_after / held:.0%} freed)")
+    return f"| {' | '.join([*cells, in_mb(reduced, reduced_after), in_mb(gathered, gathered_after)])} |"
+
+
+def in_mb(before: int, after: int) -> str:
+    return f"{before / 1e6:.2f} → {after / 1e6:.2f}" if before or after else "none"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
+    parser.parse_args()
+    counted = CollectiveBytes()  # before init_distributed: DeepSpeed's backend keeps the functions that it finds then
+    deepspeed.init_distributed(verbose=False)
+    cells = product((0, 1, 2), ("fp32", "bf16"), ("requires_grad_(False)", "smartfrz_ds"))
+    lines = [line(*cell, counted) for cell in cells]
+    if dist.get_rank() == 0:
+        print("\n".join([HEADER, *lines]), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

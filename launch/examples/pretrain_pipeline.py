@@ -1,0 +1,243 @@
+"""Pre-trains a GPT in a DeepSpeed pipeline whose converged front layers freeze, and whose other layers then move to the freed stages.
+
+    deepspeed --num_accelerators 4 launch/examples/pretrain_pipeline.py
+
+reads the text of Python's documentation, which comes with Python; `--data DIR` takes a folder of text files. Settings of DeepSpeed and of
+smartfrz_ds are in configs/pipeline.json. `--resume` continues from the last checkpoint in `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import os
+import warnings
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from common import bar, deepspeed_parser, gpt_options, one_line_errors, parse, read_config, whole
+
+# The rest is imported where it is used: --help and a wrong option don't wait for it.
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "pipeline.json"
+VALIDATION_BATCHES = 4  # of as many micro-batches as a step has
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = deepspeed_parser(__doc__, config=CONFIG, out=Path("runs/pipeline"))
+    gpt_options(parser, blocks=8, width=96)
+    add = parser.add_argument
+    add("--tokenizer", choices=("byte", "bpe"), default="byte", help="bpe learns its vocabulary from the text first")
+    add("--vocabulary", type=whole(257), default=1024, help="tokens of bpe, at most; more than 256 (default: 1024)")
+    add("--tied", action="store_true", help="the head uses the weight of the token embedding")
+    add("--stages", type=whole(1), help="pipeline stages (default: one a rank; with fewer, the ranks make up replicas)")
+    add("--recompute", type=whole(0), default=0, metavar="N", help="activation checkpointing, every N layers (default: none)")
+    add("--micro-batches", type=whole(1), help="of a step (default: gradient_accumulation_steps in the JSON)")
+    add("--rebalance", choices=("on_freeze", "off"), help="whether layers move after a freeze (default: as in the JSON)")
+    add("--validate-every", type=whole(1), metavar="STEPS", help="default: a tenth of the run")
+    add("--save-every", type=whole(1), metavar="STEPS", help="default: a quarter of the run")
+    text = "continue from the last complete checkpoint in DIR (default: in --out), perhaps one that `smartfrz reshape` has written"
+    add("--resume", type=Path, nargs="?", const=Path(), metavar="DIR", help=text)
+    args = parse(parser, argv)
+    if args.policy == "none" and args.rebalance:
+        parser.error("--rebalance and --policy none: layers move only where they freeze")
+    return args
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The DeepSpeed JSON as a dict, with what the command line overrides. ValueError for what can't be."""
+    if args.tokenizer == "bpe" and importlib.util.find_spec("tokenizers") is None:
+        raise ValueError("--tokenizer bpe: the package 'tokenizers' is not installed: pip install -c constraints.txt -e '.[pretrain]'")
+    config = read_config(args, stages=(0, 1))
+    if args.micro_batches is not None:
+        config["gradient_accumulation_steps"] = args.micro_batches
+    # The default, reentrant checkpointing, does not work in a pipeline whose first layer is an embedding.
+    pipeline = config.setdefault("pipeline", {})
+    pipeline["use_reentrant"] = False
+    if args.recompute:
+        pipeline["activation_checkpoint_interval"] = args.recompute
+    if args.policy != "none" and args.rebalance is not None:
+        config["smartfrz"].setdefault("pipeline", {})["rebalance"] = args.rebalance
+    return config
+
+
+def tokens_of(texts: Any, args: argparse.Namespace) -> tuple[Any, Any, int]:
+    """Tokens to train on and held out, (n,) int32, and the vocabulary's size. Collective: with bpe, rank 0 learns it, once a run."""
+    import torch.distributed as dist
+    from data import BYTES, as_bytes, as_tokens, load_bpe, train_bpe
+
+    encode, vocabulary = as_bytes, BYTES
+    if args.tokenizer == "bpe":
+        file = args.out / "tokenizer.json"
+        if dist.get_rank() == 0 and not (args.resume is not None and file.exists()):
+            train_bpe(texts.train, args.vocabulary, file)
+        dist.barrier()
+        encode, vocabulary = load_bpe(file)
+    train, held_out = as_tokens(texts.train, encode), as_tokens(texts.held_out, encode)
+    if min(len(train), len(held_out)) <= args.length:
+        counts = f"{len(train)} tokens to train on and {len(held_out)} held out"
+        raise ValueError(f"--data: {counts}; --length {args.length} needs more of each")
+    return train, held_out, vocabulary
+
+
+def build(args: argparse.Namespace, config: dict[str, Any], vocabulary: int) -> Any:
+    """The engine. Collective."""
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+    from deepspeed.pipe import PipelineModule
+    from model import Shape, loss_of, pipeline_layers
+
+    import smartfrz_ds
+
+    world = dist.get_world_size()
+    stages = args.stages or world
+    if world % stages:
+        fitting = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
+        raise ValueError(f"--stages {stages} with {world} ranks: allowed are {fitting}")
+    if stages > args.blocks:
+        raise ValueError(f"--stages {stages} with --blocks {args.blocks}: allowed are at most as many stages as blocks")
+    shape = Shape(vocabulary=vocabulary, length=args.length, blocks=args.blocks, width=args.width, heads=args.heads)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its seed and what each stage holds
+        # A seed for each layer: the first weights don't depend on the number of stages.
+        module = PipelineModule(
+            pipeline_layers(shape, tied=args.tied),
+            num_stages=stages,
+            loss_fn=loss_of,
+            partition_method="type:Block",
+            seed_layers=True,
+            seed_fn=lambda seed: torch.manual_seed(int(seed)),  # DeepSpeed adds a numpy integer to it
+            base_seed=args.seed,
+        )
+    initialize = deepspeed.initialize if args.policy == "none" else smartfrz_ds.initialize
+    return initialize(model=module, model_parameters=[p for p in module.parameters() if p.requires_grad], config=config)[0]
+
+
+def resume(engine: Any, folder: Path, identity: dict[str, Any]) -> int:
+    """Load the last complete checkpoint in `folder`; gives its step. ValueError where there is none, or it is of another run."""
+    path, client = engine.load_checkpoint(str(folder))
+    if path is None:
+        raise ValueError(f"--resume: no complete checkpoint in {folder}")
+    was = client.get("pretraining")
+    other = [key for key, value in identity.items() if was is None or was.get(key) != value]
+    if other:
+        raise ValueError(f"--resume: the checkpoint in {folder} is of a run with another {', '.join(other)}")
+    return int(engine.global_steps)
+
+
+def run(args: argparse.Namespace, config: dict[str, Any]) -> None:
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+    from data import python_docs, read_folder, windows
+    from table import StepLog, sizes, table
+    from tqdm import tqdm
+
+    warnings.filterwarnings("ignore", category=FutureWarning)  # third parties' notes to their own developers
+    texts = python_docs() if args.data is None else read_folder(args.data)
+    deepspeed.init_distributed(verbose=False)
+    rank, checkpoints = dist.get_rank(), args.out / "checkpoints"
+    args.out.mkdir(parents=True, exist_ok=True)
+    if rank == 0 and args.resume is None:
+        Path(config.get("smartfrz", {}).get("log_path", os.devnull)).unlink(missing_ok=True)  # of an earlier run
+    train, held_out, vocabulary = tokens_of(texts, args)
+    engine = build(args, config, vocabulary)
+    controller = getattr(engine, "smartfrz", None)
+    steps, micro_batches = int(config["scheduler"]["params"]["total_num_steps"]), engine.gradient_accumulation_steps()
+    rows, replica, stages = engine.train_micro_batch_size_per_gpu(), engine.grid.get_data_parallel_id(), len(engine.module.parts) - 1
+    # What makes a run this run and no other.
+    identity = {"data": texts.digest, **{key: getattr(args, key) for key in ("tokenizer", "length", "seed")}}
+    start = 0 if args.resume is None else resume(engine, args.resume if args.resume.name else checkpoints, identity)
+    last = min(steps, args.stop_after or steps)
+    validate_every, save_every = args.validate_every or max(1, steps // 10), args.save_every or max(1, steps // 4)
+    tokens = micro_batches * rows * args.length * dist.get_world_size() // stages
+    if rank == 0:
+        left_out = f" ({texts.skipped} files are no UTF-8 text and were left out)" if texts.skipped else ""
+        print(
+            f"{len(train):,} tokens to train on, {len(held_out):,} held out{left_out}\n"
+            f"{len(engine.module._layer_specs)} layers on {stages} stages: {sizes(engine.module.parts)}\n"
+            f"steps {start + 1} to {steps}, each of {micro_batches} micro-batches of {rows} × {args.length} tokens",
+            flush=True,
+        )
+
+    def batch(what: Any, *draw: int) -> Any:
+        """The micro-batches of one step of this replica; the same for the same `draw`, on every stage."""
+        return iter([windows(what, rows=rows, length=args.length, draw=(args.seed, *draw, replica, m)) for m in range(micro_batches)])
+
+    def state() -> dict[str, Any]:
+        """This rank's stage: its entries of the pipeline's list, how many of them are frozen, and the bytes of its optimizer."""
+        layers = [[*layer.parameters()] for layer in engine.module.forward_funcs if isinstance(layer, torch.nn.Module)]
+        return {
+            "entries": [int(bound) for bound in engine.module.parts[engine.stage_id : engine.stage_id + 2]],
+            "frozen": sum(bool(params) and not any(p.requires_grad for p in params) for params in layers),
+            "bytes": 0 if controller is None else controller.report().optimizer_bytes,
+        }
+
+    log, shown, validation = StepLog(first_step=start + 1, settling=1), bar(steps, done=start, rank=rank), list[tuple[int, float]]()
+    first = state()
+    for step in range(start + 1, last + 1):
+        with log.step():
+            loss = float(engine.train_batch(batch(train, 1, step)))
+        log.series["loss"].append(loss)
+        if step == start + 1:
+            first["bytes"] = state()["bytes"]  # moments are made in the first step
+        if step % validate_every == 0 or step == last:
+            found = fmean(float(engine.eval_batch(batch(held_out, 0, i))) for i in range(VALIDATION_BATCHES))
+            validation.append((step, found))
+            if rank == 0:
+                tqdm.write(f"step {step}: loss {fmean(log.series['loss'][-20:]):.3f}, on held-out text {found:.3f}")
+        if step % save_every == 0 or step == last:
+            engine.save_checkpoint(str(checkpoints), client_state={"pretraining": identity})
+            if rank == 0:
+                tqdm.write(f"step {step}: checkpoint saved in {checkpoints}")
+        frozen = "off" if controller is None else f"{len(controller.frozen)}/{len(controller.layers)}"
+        shown.set_postfix({"loss": f"{loss:.3f}", "frozen": frozen}, refresh=False)
+        shown.update()
+    shown.close()
+
+    now, every = state(), [None] * dist.get_world_size()
+    dist.all_gather_object(every, (first, now))
+    result = log.result(
+        controller,
+        optimizer_bytes=(first["bytes"], now["bytes"]),
+        scores={"loss on held-out text": validation[-1][1]},
+        tokens=tokens,
+        stages=stages_of(every, stages),
+    )
+    result.series["validation_steps"], result.series["validation"] = ([*column] for column in zip(*validation, strict=True))
+    if rank == 0:
+        result.save(args.out / "results.json")
+        print(f"\n{table([result])}")
+        if controller is not None and (advice := controller.report().width_note):
+            print(f"\n{advice}")
+        print(f"\nresults, events and checkpoints: {args.out}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def stages_of(ranks: list[Any], count: int) -> list[dict[str, Any]]:
+    """What each stage holds, for the table, from each rank's (first, last) state; a stage's ranks are neighbours."""
+    width = len(ranks) // count
+    return [
+        {
+            "start": of_stage[0][0]["entries"],
+            "end": of_stage[0][1]["entries"],
+            "frozen": of_stage[0][1]["frozen"],
+            "bytes_before": [first["bytes"] for first, _ in of_stage],
+            "bytes_after": [last["bytes"] for _, last in of_stage],
+        }
+        for of_stage in (ranks[i : i + width] for i in range(0, len(ranks), width))
+    ]
+
+
+if __name__ == "__main__":
+    options = arguments()
+    with one_line_errors():
+        whole_config = settings(options)
+        if "LOCAL_RANK" not in os.environ:
+            raise ValueError("this script is started by a launcher: deepspeed --num_accelerators 4 launch/examples/pretrain_pipeline.py …")
+        run(options, whole_config)

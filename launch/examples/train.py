@@ -1,0 +1,90 @@
+"""A small run for trying out a launcher: a byte-level GPT on Python's own documentation, with layers that freeze.
+
+    deepspeed --num_accelerators 2 launch/examples/train.py --deepspeed_config configs/zero1.json --policy linear
+
+It needs no data but Python's, and does what a script for many nodes should do: a time limit for every collective (`--timeout`), and with
+`--out DIR` a checkpoint every `--save-every` steps, from which it continues when it is started again. The last line has a digest of the
+weights, the same under every launcher with the same number of ranks. docs/launching.md has the commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from common import deepspeed_parser, one_line_errors, read_config, whole
+from data import as_bytes, as_tokens, python_docs, windows
+from model import Gpt, Shape, loss_of
+from torch import nn
+
+import smartfrz_ds
+
+
+def arguments() -> argparse.Namespace:
+    parser = deepspeed_parser(__doc__, out=None)
+    parser.set_defaults(steps=60, lr=1e-3)  # the JSON's are made for fine-tuning
+    parser.add_argument("--width", type=whole(1), default=64, help="of the model, a multiple of 4 (default: 64)")
+    parser.add_argument("--blocks", type=whole(1), default=6, help="default: 6")
+    parser.add_argument("--save-every", type=whole(1), default=20, help="steps from one checkpoint to the next (default: 20)")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds after which a rank that waits for another one gives up (600)")
+    return parser.parse_args()
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The DeepSpeed JSON, with intervals that suit the length of this run."""
+    config = read_config(args, stages=(0, 1, 2, 3))
+    intervals = {"warmup_steps": args.steps // 10, "snapshot_interval": 1, "freeze_interval": max(1, args.steps // 12)}
+    return config | {"smartfrz": config.get("smartfrz", {"policy": "manual"}) | intervals}
+
+
+def digest(model: nn.Module) -> str:
+    """Of all weights as the ranks hold them: a rank's own shard where ZeRO-3 has cut them. Collective."""
+    own, every = hashlib.sha256(), [""] * dist.get_world_size()
+    for param in model.parameters():
+        held = param.detach()
+        if hasattr(param, "ds_tensor"):  # its last shard is padded
+            held = param.ds_tensor[: max(0, param.ds_numel - dist.get_rank() * param.ds_tensor.numel())]
+        own.update(held.float().cpu().numpy().tobytes())
+    dist.all_gather_object(every, own.hexdigest())
+    return hashlib.sha256("".join(every).encode()).hexdigest()[:16]
+
+
+def main() -> None:
+    args = arguments()
+    # Finds rank and address in the environment that torchrun or the deepspeed launcher made, or else asks MPI for them.
+    port = int(os.environ.get("MASTER_PORT", 29500))  # under plain mpirun, which sets none, two jobs on a host need two
+    deepspeed.init_distributed(timeout=timedelta(seconds=args.timeout), distributed_port=port, verbose=False)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(args.seed)
+    shape = Shape(blocks=args.blocks, width=args.width, length=32)
+    model = Gpt(shape)
+    engine, *_ = smartfrz_ds.initialize(model=model, model_parameters=list(model.parameters()), config=settings(args))
+    if args.out is not None:
+        engine.load_checkpoint(str(args.out))
+    tokens, rows = as_tokens(python_docs().train, as_bytes), engine.train_micro_batch_size_per_gpu()
+    controller, first, loss = engine.smartfrz, engine.smartfrz.step, float("nan")
+    for step in range(first, args.steps):
+        x, y = windows(tokens, rows=rows, length=shape.length, draw=(step, rank))  # a resumed run reads what it would have read
+        out = loss_of(engine(x.to(engine.device)), y.to(engine.device))
+        engine.backward(out)
+        engine.step()
+        loss = out.item()
+        if args.out is not None and (step + 1) % args.save_every == 0:
+            engine.save_checkpoint(str(args.out))
+    seen = digest(engine.module)
+    if rank == 0:
+        frozen = f"{len(controller.frozen)} of {len(controller.layers)}"
+        print(f"{world} ranks: steps {first}..{args.steps}, loss {loss:.4f}, frozen {frozen}, weights {seen}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
