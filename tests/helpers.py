@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from rank_pool import RankPool
 
 from smartfrz_ds.integrations import build_locks
 
@@ -54,7 +58,7 @@ def launch(
     stack (faulthandler) before it is killed. On a machine that has more to do than it has processors, the time-out is longer.
     """
     build_locks.clear()
-    timeout *= min(4.0, max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)))
+    timeout = _patient(timeout)
     deepspeed = Path(sys.executable).with_name("deepspeed")
     for _ in range(3):
         port = free_port()
@@ -74,9 +78,7 @@ def launch(
                 output, _ = process.communicate()
             raise RanksFailed(f"{script} {arguments}: no end after {timeout} s\n{output[-8000:]}") from None
         finally:
-            # DeepSpeed's CPU communication op leaves 69 MB a rank in shared memory (ops/csrc cpu/comm/shm.cpp) under the port's name.
-            for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-                left.unlink(missing_ok=True)
+            _drop_shared_memory(port)
         if process.returncode and "EADDRINUSE" in output:
             continue
         break
@@ -85,10 +87,51 @@ def launch(
     return subprocess.CompletedProcess(command, process.returncode, output, "")
 
 
-def run_worker(name: str, job: object, folder: Path, *, ranks: int = 2, timeout: float = 300) -> Path:
-    """Run tests/worker_NAME.py on `ranks` ranks with `job` (JSON) and give back the folder that it wrote to."""
+def run_worker(name: str, job: object, folder: Path, *, ranks: int = 2, timeout: float = 300, launcher: bool = False) -> Path:
+    """Run tests/workers/worker_NAME.py on `ranks` ranks with `job` (JSON) and give back the folder that it wrote to.
+
+    The ranks come from the session's pool (rank_pool.py). launcher: start them with the deepspeed launcher instead, which tests of killed
+    ranks and of resident memory need.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     job_file = folder / "job.json"
     job_file.write_text(json.dumps(job))
-    launch(TESTS / "workers" / f"worker_{name}.py", str(job_file), str(folder), ranks=ranks, timeout=timeout)
+    script = TESTS / "workers" / f"worker_{name}.py"
+    if launcher:
+        launch(script, str(job_file), str(folder), ranks=ranks, timeout=timeout)
+        return folder
+    build_locks.clear()
+    output = folder / "output.txt"
+    for _ in range(3):
+        output.write_text("")
+        port = free_port()
+        try:
+            code = pool().run(script, (str(job_file), str(folder)), ranks=ranks, port=port, timeout=_patient(timeout), output=output)
+        finally:
+            _drop_shared_memory(port)
+        text = output.read_text(errors="replace")
+        if not (code and "EADDRINUSE" in text):
+            break
+    if code:
+        why = f"no end after {_patient(timeout):.0f} s" if code == -1 else f"exit code {code}"
+        raise RanksFailed(f"{script} {job_file}: {why}\n{text[-8000:]}")
     return folder
+
+
+@functools.cache
+def pool() -> RankPool:
+    """The session's pool of ranks, started when it is first asked for."""
+    made = RankPool(environment(), ROOT)
+    atexit.register(made.close)
+    return made
+
+
+def _patient(timeout: float) -> float:
+    """A time-out that is longer on a machine that has more to do than it has processors."""
+    return timeout * min(4.0, max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)))
+
+
+def _drop_shared_memory(port: int) -> None:
+    """DeepSpeed's CPU communication op leaves 69 MB a rank in shared memory (ops/csrc cpu/comm/shm.cpp) under the port's name."""
+    for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+        left.unlink(missing_ok=True)

@@ -80,7 +80,8 @@ def test_two_engines_write_a_log_each_and_find_them_again(ran: Path) -> None:
 
 
 KILLED = """
-import os, sys, warnings, torch, oracle, smartfrz_ds
+import os, sys, warnings, torch, smartfrz_ds
+from reference import oracle
 from pathlib import Path
 folder, ends = Path(sys.argv[1]), int(sys.argv[2])
 made = []

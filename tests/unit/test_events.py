@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import run_worker
+from helpers import environment, run_worker
 from reference.bounds import rounding
 
 from smartfrz_ds.telemetry.events import EventLog, FreezeEvent, RunStart, Status, is_log, read_events, read_log
@@ -295,7 +295,7 @@ for job, enabled in (("on", True), ("off", False)):
 
 
 def test_deepspeeds_csv_monitor_gets_the_numbers(tmp_path: Path) -> None:
-    env = {**os.environ, "DS_ACCELERATOR": "cpu", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    env = {**environment(), "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     args = [sys.executable, "-c", MONITOR_CODE, str(tmp_path), str(Path(__file__).parent)]
     result = subprocess.run(args, capture_output=True, text=True, env=env, check=False)
     assert result.returncode == 0, result.stderr
