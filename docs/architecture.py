@@ -2,8 +2,10 @@
 
     python docs/architecture.py            print the numbers of docs/architecture.md
     python docs/architecture.py --draw     also write docs/architecture.svg
+    python docs/architecture.py DIR        the numbers of another checkout of the repository
 
-Needs the extra `dev` (import-linter brings grimp). The order of the floors is the one that import-linter holds (pyproject.toml).
+Needs grimp, which the extra `test` installs with import-linter. The order of the floors is read from the contracts of import-linter in
+pyproject.toml, so the figure shows what the check enforces.
 """
 
 from __future__ import annotations
@@ -12,21 +14,49 @@ import re
 import sys
 import tomllib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
+from itertools import pairwise, permutations, product
 from pathlib import Path
 
 import grimp
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = next((Path(x).resolve() for x in sys.argv[1:] if not x.startswith("-")), Path(__file__).resolve().parent.parent)
 PACKAGE = "smartfrz_ds"
-BACKENDS = "Backend|FlatBackend|PlainBackend|Zero12Backend|Zero3Backend|Bf16Backend|Fp16Backend|TorchBackend|PipelineStage"
+BACKENDS = r"\w*Backend|PipelineStage"
+
+# The figure's caption of each room, and the storeys of the house: a name, a room of its highest floor, a room of its lowest.
+CAPTIONS = {
+    "cli": "the smartfrz command",
+    "bench": "measurements on real engines",
+    "integrations": "DeepSpeed, torch, Hugging Face",
+    "checkpoint": "save, resume, reshape",
+    "runtime": "controller, freezer, policy stage",
+    "telemetry": "what a person gets to see",
+    "signals": "what a policy gets to see",
+    "backends": "deepspeed, pipeline, torch",
+    "policies": "one file per policy",
+    "predictor": "has a layer converged?",
+    "distributed": "ranks that agree; lost contact",
+    "model": "layers, without an engine",
+    "config": "what the user sets",
+    "planner": "arithmetic only",
+    "errors": "what a run raises",
+    "_version": "one string",
+}
+STOREYS = [
+    ("doors", "cli", "integrations"),
+    ("runtime", "checkpoint", "runtime"),
+    ("senses, voice", "telemetry", "signals"),
+    ("engines, judges", "backends", "backends"),
+    ("ground", "predictor", "errors"),
+]
 
 
 def floors() -> list[list[str]]:
-    """The rooms of each floor, the highest floor first, as the `layers` contract of pyproject.toml lists them."""
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    layers = next(c["layers"] for c in contracts if c["type"] == "layers" and c.get("containers") == [PACKAGE])
+    """The rooms of each floor, the highest floor first, from the `layers` contract in pyproject.toml; empty without one."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"].get("importlinter", {}).get("contracts", [])
+    layers: list[str] = next((c["layers"] for c in contracts if c["type"] == "layers" and c.get("containers") == [PACKAGE]), [])
     return [[room.strip(" ()") for room in re.split(r"[|:]", layer)] for layer in layers]
 
 
@@ -98,7 +128,7 @@ def depth(edges: Iterable[tuple[str, str]]) -> int:
 
 
 def numbers(graph: grimp.ImportGraph) -> dict[str, object]:
-    """What docs/architecture.md tells of the structure."""
+    """The rows of the table in docs/architecture.md."""
     edges = [(m, i) for m in graph.modules for i in graph.find_modules_directly_imported_by(m) if PACKAGE not in (m, i)]
     order = {room: floor for floor, rooms in enumerate(reversed(floors())) for room in rooms}
     upward = [(a, b) for a, b in arrows(graph) if a in order and b in order and order[a] < order[b]]
@@ -109,47 +139,105 @@ def numbers(graph: grimp.ImportGraph) -> dict[str, object]:
     return {
         "modules at the package's top level": len(list((ROOT / PACKAGE).glob("*.py"))),
         "modules": len(files),
-        "rooms, floors": f"{len([r for rooms in floors() for r in rooms])}, {len(floors())}",
+        "rooms, floors": f"{len(order)}, {len(floors())}" if order else "not defined",
         "longest chain of imports": depth(edges),
-        "import circles": len(circles(edges)),
-        "imports that point up": len(upward),
+        "import circles between modules": len(circles(edges)),
+        "import circles between rooms": len(circles(arrows(graph))),
+        "imports that point up": len(upward) if order else "not defined",
         "isinstance on kinds of backends": asked,
         "longest file": f"{longest.relative_to(ROOT)}, {len(longest.read_text().splitlines())} lines",
         "lines in launch/": sum(len(f.read_text().splitlines()) for f in launch),
     }
 
 
+def direct(edges: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The edges of an acyclic graph that no longer path implies (its transitive reduction)."""
+    following: dict[str, set[str]] = defaultdict(set)
+    for a, b in edges:
+        following[a].add(b)
+
+    def reachable(node: str) -> set[str]:
+        return {x for after in following[node] for x in {after} | reachable(after)}
+
+    return sorted((a, b) for a, after in list(following.items()) for b in after if not any(b in reachable(x) for x in after - {b}))
+
+
+def arranged(rows: list[list[str]], edges: Collection[tuple[str, str]]) -> list[list[str]]:
+    """The rooms of each floor in the order in which the edges are shortest sideways."""
+
+    def sideways(rows: Sequence[Sequence[str]]) -> float:
+        place = {room: i - (len(rooms) - 1) / 2 for rooms in rows for i, room in enumerate(rooms)}
+        return sum(abs(place[a] - place[b]) for a, b in edges)
+
+    return [list(rooms) for rooms in min(product(*(permutations(rooms) for rooms in rows)), key=sideways)]
+
+
 def draw(counted: Mapping[tuple[str, str], int]) -> str:
-    """The house as SVG: a row a floor, a box a room, a line for each pair of rooms with imports, thicker with their number."""
-    wide, high, gap = 132, 34, 46
-    rows = floors()
-    width = max(len(rooms) for rooms in rows) * (wide + 24) + 40
-    places = {}
+    """The house as SVG: a row per floor, a box per room, an arrow per pair of rooms with imports that no chain of other arrows implies."""
+    wide, high, gap, between, margin = 210, 52, 34, 40, 150
+    order = {room: floor for floor, rooms in enumerate(floors()) for room in rooms}
+    drawn = direct(edge for edge in counted if edge[0] in order and edge[1] in order)
+    rows = arranged(floors(), drawn)
+    width = margin + max(len(rooms) for rooms in rows) * (wide + between) + 40
+    middle = margin + (width - margin) / 2
+    left, top = {}, {}
     for floor, rooms in enumerate(rows):
-        left = (width - len(rooms) * (wide + 24) + 24) / 2
+        start = middle - (len(rooms) * (wide + between) - between) / 2
         for i, room in enumerate(rooms):
-            places[room] = (left + i * (wide + 24), 20 + floor * (high + gap))
-    height = 40 + len(rows) * (high + gap) - gap
+            left[room], top[room] = start + i * (wide + between), 20 + floor * (high + gap)
+    height = 20 + len(rows) * (high + gap)
+
+    def way(a: str, b: str, x0: float, x1: float) -> str:
+        """A path down from room a to room b that passes the floors between them beside their boxes."""
+        points = [(x0, top[a] + high)]
+        for floor in range(order[a] + 1, order[b]):
+            boxes = [left[room] for room in rows[floor]]
+            lanes = [boxes[0] - 22, *(x + wide + between / 2 for x in boxes[:-1]), boxes[-1] + wide + 22]
+            y = 20 + floor * (high + gap)
+            lane = min(lanes, key=lambda x: abs(x - points[-1][0]) + abs(x - x1))
+            points += [(lane, y), (lane, y + high)]
+        points.append((x1, top[b] - 3))
+        path = f"M{points[0][0]:.0f},{points[0][1]:.0f}"
+        for (x, y), (u, v) in pairwise(points):
+            path += f" C{x:.0f},{(y + v) / 2:.0f} {u:.0f},{(y + v) / 2:.0f} {u:.0f},{v:.0f}" if x != u else f" L{u:.0f},{v:.0f}"
+        return path
+
     lines = []
-    for (a, b), count in sorted(counted.items()):
-        if a in places and b in places:
-            (x, y), (u, v), stroke = places[a], places[b], min(4, 0.6 + count / 6)
-            ends = f'x1="{x + wide / 2:.0f}" y1="{y + high:.0f}" x2="{u + wide / 2:.0f}" y2="{v:.0f}"'
-            lines.append(f'<line {ends} stroke-width="{stroke:.1f}"/>')
+    for a, b in drawn:
+        out = sorted((y for x, y in drawn if x == a), key=lambda room: left[room])
+        into = sorted((x for x, y in drawn if y == b), key=lambda room: left[room])
+        x0 = left[a] + wide * (out.index(b) + 1) / (len(out) + 1)
+        x1 = left[b] + wide * (into.index(a) + 1) / (len(into) + 1)
+        lines.append(f'<path d="{way(a, b, x0, x1)}" marker-end="url(#head)"/>')
     boxes = [
-        f'<rect x="{x:.0f}" y="{y:.0f}" width="{wide}" height="{high}" rx="5"/>'
-        f'<text x="{x + wide / 2:.0f}" y="{y + 22:.0f}">{escape(room)}</text>'
-        for room, (x, y) in places.items()
+        f'<rect x="{left[room]:.0f}" y="{top[room]:.0f}" width="{wide}" height="{high}" rx="6"/>'
+        f'<text class="room" x="{left[room] + wide / 2:.0f}" y="{top[room] + 22:.0f}">{escape(room)}</text>'
+        f'<text class="what" x="{left[room] + wide / 2:.0f}" y="{top[room] + 40:.0f}">{escape(CAPTIONS.get(room, ""))}</text>'
+        for room in left
     ]
+    bands = []
+    for name, first, last in STOREYS:
+        y0, y1 = top[first] - gap / 2 + 4, top[last] + high + gap / 2 - 4
+        bands.append(
+            f'<rect class="band" x="8" y="{y0:.0f}" width="{width - 16}" height="{y1 - y0:.0f}" rx="8"/>'
+            f'<text class="storey" x="20" y="{(y0 + y1) / 2 + 5:.0f}">{escape(name)}</text>'
+        )
     style = (
-        "line{stroke:#7a8ca8;stroke-opacity:.55}rect{fill:#eef2f8;stroke:#41587a}text{font:14px sans-serif;text-anchor:middle;fill:#1c2a3f}"
+        "svg{background:#fff}path{fill:none;stroke:#5b7196;stroke-width:1.4}#head path{fill:#5b7196;stroke:none}"
+        "rect{fill:#fff;stroke:#41587a}.band{fill:#f1f4f9;stroke:none}text{font-family:sans-serif;text-anchor:middle;fill:#1c2a3f}"
+        ".room{font-size:15px;font-weight:bold}.what{font-size:11px;fill:#51627d}.storey{font-size:14px;font-style:italic;text-anchor:start}"
     )
-    body = "\n".join([*lines, *boxes])
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"><style>{style}</style>\n{body}\n</svg>\n'
+    marker = 'id="head" viewBox="0 0 8 8" refX="5" refY="4" markerWidth="7" markerHeight="7" orient="auto"'
+    head = f'<defs><marker {marker}><path d="M0,0 L8,4 L0,8 z"/></marker></defs>'
+    head += f'<rect width="{width}" height="{height}" style="stroke:none"/>'
+    body = "\n".join([*bands, *lines, *boxes])
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style>\n{head}\n{body}\n</svg>\n'
 
 
 def main() -> None:
-    graph = grimp.build_graph(PACKAGE, exclude_type_checking_imports=True)
+    sys.path.insert(0, str(ROOT))
+    graph = grimp.build_graph(PACKAGE, exclude_type_checking_imports=True, cache_dir=None)
     for name, value in numbers(graph).items():
         print(f"{name}: {value}")
     if "--draw" in sys.argv[1:]:
