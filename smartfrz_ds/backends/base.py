@@ -1,4 +1,4 @@
-"""What every backend offers the controller, and the parts that they share."""
+"""What every backend offers the controller, and the parts that they share. Torch alone: nothing of an engine is imported here."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -20,8 +19,13 @@ from smartfrz_ds.model.view import Need
 
 from .state_layout import state_tensors
 
-# A torch Parameter with the ds_* attributes that ZeRO-3 hangs on it (runtime/zero/partition_parameters.py).
-ZeroParam: TypeAlias = Any
+if TYPE_CHECKING:
+    from smartfrz_ds.config.sections import PipelineSettings
+    from smartfrz_ds.distributed.collectives import Collectives
+    from smartfrz_ds.model.freeze_modules import TiedMode
+
+    from .cost import Cost
+    from .pipeline.protocol import Pipeline
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,13 @@ class Backend(ABC):
         """Where the stages of a pipeline begin and end in its list of layers, (stages + 1,); None where there are none."""
         return None
 
+    def pipeline(self, ranks: Collectives, settings: PipelineSettings, tied: TiedMode) -> Pipeline | None:
+        """What the controller asks of a pipeline beyond a backend's verbs; None where this engine is not one. Called once, at attach.
+
+        tied: the setting `smartfrz.tied`.
+        """
+        return None
+
     def forward_module(self, model: nn.Module) -> nn.Module:
         """What to call for a forward of `model`, all ranks together."""
         return model
@@ -160,11 +171,9 @@ class Backend(ABC):
         """The model's parameters of each parameter group of the torch optimizer, as they were at attach."""
         return self.groups
 
+    @abstractmethod
     def loss_scale(self) -> float:
         """What losses are multiplied by now before backward (fp16), else 1."""
-        # runtime/engine.py: backward() scales for ZeRO's wrappers only, though those of stage 0 have a scale too; None: no scale
-        scaled = isinstance(self.engine.optimizer, ZeROOptimizer)
-        return float(self.engine._get_optimizer_loss_scale() or 1.0) if scaled else 1.0
 
     @property
     def device(self) -> torch.device:
@@ -219,15 +228,9 @@ class Backend(ABC):
         self.frozen.difference_update(params)
         self.forget(params)
 
+    @abstractmethod
     def is_boundary(self) -> bool:
         """Whether no gradient is pending: the optimizer may be changed now."""
-        engine = self.engine
-        # engine.py: micro_steps counts engine.step() calls; without managed accumulation every one of them is a boundary.
-        if engine.managed_gradient_accumulation() and engine.micro_steps % engine.gradient_accumulation_steps():
-            return False
-        # grad_accum: where ZeRO-1 keeps a gradient of another dtype (stage_1_and_2.py)
-        clear = all(p.grad is None and getattr(p, "grad_accum", None) is None for p in self.trained())
-        return clear and not self.gradients_pending()
 
     def gradients_pending(self) -> bool:
         """Whether the wrapper holds gradients, besides the parameters' own, that no step has used yet."""
@@ -235,18 +238,15 @@ class Backend(ABC):
 
     def pending_params(self) -> list[Parameter]:
         """The active parameters that have, or may have, a gradient that no step has used."""
-        # grad_accum: where ZeRO-1 keeps a gradient of another dtype (stage_1_and_2.py)
-        return [p for p in self.trained() if p.grad is not None or getattr(p, "grad_accum", None) is not None]
+        return [p for p in self.trained() if p.grad is not None]
 
     def drop_gradients(self) -> None:
         """Forget the gradients of active parameters that no step has used."""
         for param in self.trained():
             param.grad = None
-        # runtime/engine.py: a bare torch optimizer at stage 0, else a wrapper
-        self.engine.optimizer.zero_grad()
 
     #: the moment in the engine's own words
-    boundary_words = "after engine.step() and before the next backward"
+    boundary_words: str
 
     def not_a_boundary(self) -> str:
         """The error's text where `is_boundary` is False: which gradients are pending, and what to do."""
@@ -277,13 +277,21 @@ class Backend(ABC):
         return storage_bytes([*self.masters(), *state_tensors(self.base_optimizer().state)])
 
     @abstractmethod
+    def reduced_bytes(self) -> int | None:
+        """Bytes of gradients that this rank hands to reductions in a step, without padding; 0 where no other rank shares them; None: not
+        known."""
+
+    @abstractmethod
     def sampler(self, requests: Sequence[SampleRequest], numel: int) -> Sampler:
         """Compile requests against the layout of now. A sampler is dead after the next `change`."""
 
-    def copied_bytes(self, freeze: Iterable[Parameter], thaw: Iterable[Parameter]) -> int:
-        """Bytes that a change copies on this rank, where nothing is communicated for it: what its pause is predicted from."""
-        whole = sum(p.nbytes for p in freeze if p.untyped_storage().nbytes() != p.nbytes)
-        return whole + 2 * sum(p.nbytes for p in thaw)  # two moments, as large as the weights
+    @abstractmethod
+    def change_cost(self, out: Collection[Parameter], *, keep: bool) -> Cost:
+        """The bytes of a change after which exactly the parameters `out` are out of the optimizer: what its pause is predicted from.
+
+        Changes nothing, communicates nothing; the same on every rank.
+        keep: as `change`.
+        """
 
     def check(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter]) -> None:
         """Raise before anything is changed if this change can't be done.

@@ -8,18 +8,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.nn import Parameter
 
-from smartfrz_ds.backends.deepspeed.flat import FlatBackend
-from smartfrz_ds.backends.deepspeed.half import Bf16Backend
-from smartfrz_ds.backends.deepspeed.partition import STAGING_BYTES, FlatLayout, Move, PackedLayout, _rounds, bytes_sent, plan_moves
-from smartfrz_ds.backends.deepspeed.zero3 import Zero3Backend
 from smartfrz_ds.distributed.devices import synchronize
 
 from .base import Backend
@@ -91,74 +86,8 @@ def predict_pause(backend: Backend, out: Collection[Parameter], speed: Bandwidth
     Changes nothing, communicates nothing; the same on every rank.
     keep: the released state is held on the host (`keep_state`).
     """
-    cost, out = Cost(), set(out)
-    freeze, thaw = out - backend.frozen, backend.frozen - out
-    if isinstance(backend, FlatBackend):
-        for index, group in enumerate(backend.groups):
-            held = backend.active(index)
-            left = [p for p in group if p not in out]
-            # ZeRO-3 keeps the weights of all groups in one buffer, which is made anew.
-            if set(left) != set(held) or (held and isinstance(backend, Zero3Backend)):
-                cost += _group_cost(backend, index, held, left, keep=keep)
-        if isinstance(backend, Zero3Backend):
-            cost += _gather_cost(backend.gathered_by(out))
-    else:
-        cost = Cost(copied_bytes=backend.copied_bytes(freeze, thaw))
+    cost = backend.change_cost(set(out), keep=keep)
     return PausePrediction(seconds=cost.seconds(speed), moved_bytes=cost.moved_bytes, cost=cost)
-
-
-def layout_cost(
-    old: FlatLayout | PackedLayout,
-    new: FlatLayout,
-    element_sizes: Sequence[int],
-    *,
-    weight_bytes: int,
-    on_host: bool,
-    keep: bool = False,
-) -> Cost:
-    """What one parameter group costs whose parameters go from `old` to `new`.
-
-    old: a FlatLayout, or what waits on the host for a thaw.
-
-    element_sizes: bytes an element of each tensor that is laid out so: master weights, moments.
-    weight_bytes: bytes of low-precision weights that a rank writes anew.
-    on_host: whether state lives in host memory.
-    keep: what leaves is copied to the host besides.
-    """
-    moves = plan_moves(old, new, new.params)
-    crossing = [m for m in moves if m.source != m.target]
-    staying = max((sum(m.numel for m in moves if m.source == m.target == rank) for rank in range(new.world)), default=0)
-    cost = Cost(copied_bytes=weight_bytes)
-    for size in element_sizes:
-        busiest = exchanges = 0
-        for batch in _rounds(crossing, new.world, max(1, STAGING_BYTES // size)):
-            busiest += _busiest(batch, new.world)
-            exchanges += 1
-        # flat.py and layout.py: a new partition is cleared; what stays is copied into it, what crosses is staged on both sides. Off the
-        # host, the old partition goes there first, and what is sent or stays comes from there.
-        if isinstance(old, FlatLayout):
-            copied = new.partition_size + staying + 2 * busiest + (max(0, old.partition_size - new.partition_size) if keep else 0)
-            linked = 0 if on_host else old.partition_size + staying + busiest
-        else:  # the new partition is counted with the rest of the group
-            copied, linked = staying + 2 * busiest, 0 if on_host else staying + busiest
-        cost += Cost(
-            moved_bytes=bytes_sent(moves, size),
-            busiest_bytes=busiest * size,
-            least_busiest_bytes=_busiest(crossing, new.world) * size,
-            exchanges=exchanges,
-            copied_bytes=copied * size,
-            linked_bytes=linked * size,
-        )
-    return cost
-
-
-def _busiest(moves: Sequence[Move], world: int) -> int:
-    """Elements that the busiest rank sends or receives."""
-    sent, received = [0] * world, [0] * world
-    for m in moves:
-        sent[m.source] += m.numel
-        received[m.target] += m.numel
-    return max(*sent, *received)
 
 
 def measure_bandwidths(device: torch.device) -> Bandwidths:
@@ -195,37 +124,3 @@ def _best_of(action: Callable[[], object], device: torch.device, times: int = 3)
         if turn:
             fastest = min(fastest, time.perf_counter() - began)
     return fastest
-
-
-def _group_cost(backend: FlatBackend, index: int, held: Sequence[Parameter], left: Sequence[Parameter], *, keep: bool) -> Cost:
-    world = backend.layout(index, held or left).world
-    empty = FlatLayout((), world)
-    old = backend.layout(index, held) if held else empty
-    new = backend.layout(index, left) if left else empty
-    master = backend.master(index)
-    state = backend.base_optimizer().state.get(master, {}).values()
-    tensors = [master]
-    tensors += [v for v in state if isinstance(v, Tensor) and v.ndim > 0]
-    weight = backend.low_precision((held or left)[0], 0, 0).element_size()
-    # The weights go into a new buffer (cleared, then filled), those that leave into storages of their own.
-    written = (2 * new.numel + max(0, old.numel - new.numel)) * weight
-    if isinstance(backend, Bf16Backend | Zero3Backend):
-        written += 4 * new.numel  # a new buffer for gradients
-    sizes, on_host = [t.element_size() for t in tensors], master.device.type == "cpu"
-    cost = layout_cost(old, new, sizes, weight_bytes=written, on_host=on_host, keep=keep)
-    for waiting in backend.kept_layouts([p for p in left if p not in set(held)]):
-        cost += layout_cost(waiting, new, sizes, weight_bytes=0, on_host=on_host)
-    return cost
-
-
-def _gather_cost(gathered: int) -> Cost:
-    """ZeRO-3 gathers weights that are to stay whole. gathered: bytes of them, whole."""
-    world = dist.get_world_size()
-    arriving = gathered * (world - 1) // world  # on each rank
-    return Cost(
-        moved_bytes=gathered * (world - 1),
-        busiest_bytes=arriving,
-        least_busiest_bytes=arriving,
-        exchanges=int(gathered > 0),
-        copied_bytes=gathered,
-    )

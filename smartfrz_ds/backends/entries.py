@@ -7,12 +7,13 @@ when the user thaws them.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch.nn import Parameter
 
 from .base import Backend, insert_in_order
+from .cost import Cost
 
 
 class EntryBackend(Backend):
@@ -32,6 +33,15 @@ class EntryBackend(Backend):
     @abstractmethod
     def _regroup(self, frozen: set[Parameter]) -> None:
         """Make this the frozen set, and let the optimizer's groups hold the others of `_order`."""
+
+    def change_cost(self, out: Collection[Parameter], *, keep: bool) -> Cost:
+        out = set(out)
+        return Cost(copied_bytes=self._copied_bytes(out - self.frozen, self.frozen - out))
+
+    def _copied_bytes(self, freeze: Iterable[Parameter], thaw: Iterable[Parameter]) -> int:
+        """Bytes that a change copies on this rank; nothing is communicated for it."""
+        whole = sum(p.nbytes for p in freeze if p.untyped_storage().nbytes() != p.nbytes)
+        return whole + 2 * sum(p.nbytes for p in thaw)  # two moments, as large as the weights
 
     def given_group(self, param: Parameter) -> int | None:
         if param in self._added:

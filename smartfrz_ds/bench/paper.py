@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch.nn import Parameter
 
-from smartfrz_ds.backends.cost import Bandwidths, Cost, layout_cost
+from smartfrz_ds.backends.cost import Bandwidths, Cost
+from smartfrz_ds.backends.deepspeed.flat_cost import layout_cost
 from smartfrz_ds.backends.deepspeed.partition import STAGING_BYTES, FlatLayout
 
 BEGIN = "<!-- table: begin (made by smartfrz_ds/bench/paper.py) -->"

@@ -7,13 +7,13 @@ bound_device_id.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def collective_device(tensors: Iterable[Tensor] = ()) -> torch.device:
 
 def _local_index(kind: str) -> int:
     """The index of this process's own device of this kind."""
-    module = getattr(torch, kind, None) or get_accelerator()
+    module = getattr(torch, kind, None) or _deepspeed_accelerator() or torch.get_device_module(kind)
     text = os.environ.get("LOCAL_RANK", "")
     # With one visible device a process (srun --gpus-per-task=1), LOCAL_RANK counts processes, not devices.
     if text.isdigit() and int(text) < module.device_count():
@@ -58,16 +58,34 @@ def _local_index(kind: str) -> int:
     return int(module.current_device())
 
 
+def _deepspeed_accelerator() -> Any:
+    """DeepSpeed's accelerator where this process has loaded DeepSpeed, else None: it knows devices that torch has no module for."""
+    get_accelerator = getattr(sys.modules.get("deepspeed.accelerator"), "get_accelerator", None)
+    return None if get_accelerator is None else get_accelerator()
+
+
+def device_kind() -> torch.device:
+    """The kind of device on which this process trains, without an index: as process groups list it."""
+    if (accelerator := _deepspeed_accelerator()) is not None:
+        return torch.device(accelerator.device_name())
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or CPU
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until this device has done what was queued on it."""
     if device.type != CPU.type:
-        get_accelerator().synchronize(device)
+        (_deepspeed_accelerator() or torch.accelerator).synchronize(device)
 
 
 def empty_cache(device: torch.device) -> None:
     """Give the memory that the allocator of this device's kind holds back to the device."""
-    if device.type != CPU.type:
-        get_accelerator().empty_cache()
+    if device.type == CPU.type:
+        return
+    # some kinds of devices have no such allocator
+    release = getattr(_deepspeed_accelerator() or torch.get_device_module(device), "empty_cache", None)
+    if release is not None:
+        release()
 
 
 @contextmanager

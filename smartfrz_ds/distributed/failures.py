@@ -14,11 +14,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
-from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from smartfrz_ds._version import __version__
@@ -27,7 +25,7 @@ from smartfrz_ds.errors import FreezeError
 from smartfrz_ds.model.layers import shape_of
 
 from .collectives import Collectives
-from .devices import collective_device
+from .devices import collective_device, device_kind
 
 # Sections of the DeepSpeed JSON by which the ranks' collectives are laid out. Others, such as log paths, may differ.
 _COLLECTIVE = (
@@ -45,10 +43,11 @@ _COLLECTIVE = (
 _GLOO = ("gloo", "connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting")
 
 
-def compare_before_start(model: Any, settings: FreezeConfig, config: Any) -> None:
+def compare_before_start(model: Any, settings: FreezeConfig, config: Any, *, deepspeed_version: str) -> None:
     """See that all ranks are about to build the same engine. Collective; does nothing where the process group isn't there yet.
 
     A difference that comes out later comes out as a hang, or as an error of the communication library that names no cause.
+    model: whose parameters are compared where it is an nn.Module; None: not at all (a pipeline's stages have layers of their own).
     config: the DeepSpeed JSON, its path, or None.
 
     Raises:
@@ -57,10 +56,10 @@ def compare_before_start(model: Any, settings: FreezeConfig, config: Any) -> Non
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     ranks = Collectives(collective_device())
-    ranks.assert_same(f"smartfrz_ds {__version__}, deepspeed {deepspeed.__version__}, torch {torch.__version__}", "package versions")
+    ranks.assert_same(f"smartfrz_ds {__version__}, deepspeed {deepspeed_version}, torch {torch.__version__}", "package versions")
     ranks.assert_same(f"settings {digest(settings)}", "smartfrz settings")
     ranks.assert_same(_collective_part(config), "DeepSpeed settings")
-    if isinstance(model, nn.Module) and not isinstance(model, deepspeed.pipe.PipelineModule):  # whose stages have layers of their own
+    if isinstance(model, nn.Module):
         ranks.assert_same(_outline(model), "models")
 
 
@@ -125,7 +124,7 @@ def share_timeout() -> None:
     """
     if not dist.is_initialized():
         return
-    device = torch.device(get_accelerator().device_name())  # a kind of device, as the groups list them
+    device = device_kind()
     wanted = _timeout(dist.group.WORLD, device)
     for group in list(c10d._world.pg_map):
         own = _timeout(group, device)

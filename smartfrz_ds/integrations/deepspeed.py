@@ -209,7 +209,9 @@ def initialize(
     clear_build_locks()
     source = _config_of(args, kwargs)
     settings = FreezeConfig.load(smartfrz if smartfrz is not None else source)
-    compare_before_start(kwargs.get("model", args[1] if len(args) > 1 else None), settings, source)
+    model = kwargs.get("model", args[1] if len(args) > 1 else None)
+    model = None if isinstance(model, PipelineModule) else model
+    compare_before_start(model, settings, source, deepspeed_version=deepspeed.__version__)
     # Through the module, so that a hook of `python -m smartfrz_ds` is seen as a freezing engine made twice, not as two of them.
     engine, optimizer, loader, scheduler = deepspeed.initialize(*args, **_with_groups(settings, args, kwargs))
     return attach(engine, settings, probe_batch=probe_batch), optimizer, loader, scheduler

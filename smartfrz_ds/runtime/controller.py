@@ -17,8 +17,6 @@ import torch
 
 from smartfrz_ds.backends.base import Backend
 from smartfrz_ds.backends.cost import Bandwidths, PausePrediction
-from smartfrz_ds.backends.pipeline.rebalancer import Rebalancer
-from smartfrz_ds.backends.pipeline.stage import PipelineStage
 from smartfrz_ds.config.settings import FreezeConfig, digest
 from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.model.activation_checkpointing import RecomputeBoundary
@@ -167,10 +165,7 @@ class Controller(GuardedAttributes, LayoutControl):
         self._recompute = RecomputeBoundary(() if backend.is_pipeline else self._layers, on_late=self._check_late, mode=self._mode)
         self._kept = KeptFrozen(backend.forward_module(model), backend)
         self._guard = self._make_guard()
-        self._rebalancer: Rebalancer | None = None
-        if isinstance(backend, PipelineStage):
-            backend.tied_mode = config.tied
-            self._rebalancer = Rebalancer(backend, self._ranks, config.pipeline)
+        self._rebalancer = backend.pipeline(self._ranks, config.pipeline, config.tied)
 
         self.step = 0
         self._frozen: set[str] = set()

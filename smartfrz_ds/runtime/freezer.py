@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from smartfrz_ds.backends.base import Backend
 from smartfrz_ds.backends.cost import Bandwidths, PausePrediction, measure_bandwidths, predict_pause
-from smartfrz_ds.backends.pipeline.rebalancer import Rebalancer
+from smartfrz_ds.backends.pipeline.protocol import Pipeline
 from smartfrz_ds.config.settings import FreezeConfig
 from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.errors import FreezeError
@@ -66,7 +66,7 @@ class LayoutControl:
     _recompute: RecomputeBoundary
     _kept: KeptFrozen
     _guard: GuardedRun | None
-    _rebalancer: Rebalancer | None
+    _rebalancer: Pipeline | None
     _snapshots: Snapshots
     _flops: FlopMeter
     _tally: FlopTally
@@ -315,7 +315,7 @@ class LayoutControl:
                 self._move(move.bounds, move.gain)
 
     def _move(self, bounds: Sequence[int], gain: float | None = None) -> None:
-        """Move layers to these bounds, after `Rebalancer.check`. gain: how many times faster a step is predicted to be; None: it is done to
+        """Move layers to these bounds, after `Pipeline.check`. gain: how many times faster a step is predicted to be; None: it is done to
         load a checkpoint, which is no event."""
         assert self._rebalancer is not None
         start, old = time.perf_counter(), self._rebalancer.bounds

@@ -8,18 +8,15 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from math import prod
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from deepspeed.runtime.engine import DeepSpeedEngine
 
 from smartfrz_ds._version import __version__
 from smartfrz_ds.backends.base import Backend
-from smartfrz_ds.backends.torch.base import TorchBackend
 from smartfrz_ds.distributed.collectives import Collectives
-from smartfrz_ds.model.layers import Layer, shape_of
+from smartfrz_ds.model.layers import Layer
 
 from .events import RunStart, Status
 from .metric_feed import MetricFeed
@@ -117,7 +114,7 @@ class RunStatus:
         self._own_seconds = own_seconds
         losses = self._losses + self._feed.take()
         self._losses, self._seconds = [], {False: [], True: []}
-        sent = gradient_bytes(self._backend)
+        sent = self._backend.reduced_bytes()
         own = [self._backend.optimizer_bytes(), sent or 0, float(sent is None), sum(losses), len(losses)]
         held, handed, unknown, loss, count = self._ranks.all_reduce_sum(own)
         told = run.metrics
@@ -138,7 +135,7 @@ class RunStatus:
         )
 
     def _start(self, run: Controller) -> RunStart:
-        sent = gradient_bytes(self._backend)
+        sent = self._backend.reduced_bytes()
         held, handed, unknown = self._ranks.all_reduce_sum([self._backend.optimizer_bytes(), sent or 0, float(sent is None)])
         return RunStart(
             step=run.step,
@@ -157,24 +154,3 @@ class RunStatus:
             optimizer_bytes=int(held),
             gradient_bytes=None if unknown else int(handed),
         )
-
-
-def gradient_bytes(backend: Backend) -> int | None:
-    """Bytes of gradients that this rank hands to reductions in a step, without padding; 0 where nobody shares them; None: not known.
-
-    DeepSpeed: the active parameters in `communication_data_type`, under ZeRO-2 and 3 once for each micro-batch (runtime/engine.py,
-    allreduce_gradients; runtime/zero/stage_1_and_2.py, stage3.py). Elsewhere one reduction a step, under FSDP2 in its `reduce_dtype`.
-    """
-    active = backend.trained()
-    elements = [prod(shape_of(p)) for p in active]
-    engine = backend.engine
-    if isinstance(engine, DeepSpeedEngine):
-        if engine.seq_dp_world_size <= 1:
-            return 0
-        reductions = engine.gradient_accumulation_steps() if engine.zero_optimization_stage() >= 2 else 1
-        return reductions * sum(elements) * int(engine.communication_data_type.itemsize)
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return 0
-    if not isinstance(backend, TorchBackend) or backend.name not in ("DDP", "FSDP2"):  # FSDP1's parameters don't show their whole shapes
-        return None
-    return sum(n * backend.gradient_itemsize(p) for n, p in zip(elements, active, strict=True))

@@ -28,7 +28,6 @@ from workers import worker_torch_together as together
 import smartfrz_ds
 from smartfrz_ds.bench.wire import CollectiveBytes
 from smartfrz_ds.signals.snapshots import Snapshots
-from smartfrz_ds.telemetry.status import gradient_bytes
 
 COUNTED = CollectiveBytes()
 BUCKETS: list[int] = []
@@ -449,7 +448,7 @@ def sent(folder: Path) -> Any:
     """Bytes of gradients a step, as the status says, by the dtypes of FSDP2's mixed precision."""
     kinds = {"fp32": MixedPrecisionPolicy(), "bf16": MixedPrecisionPolicy(param_dtype=torch.bfloat16),
              "bf16 in fp32": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}  # fmt: skip
-    return {name: gradient_bytes(made("fsdp2", options={"mp_policy": policy})[2].backend) for name, policy in kinds.items()}
+    return {name: made("fsdp2", options={"mp_policy": policy})[2].backend.reduced_bytes() for name, policy in kinds.items()}
 
 
 def built(folder: Path) -> Any:

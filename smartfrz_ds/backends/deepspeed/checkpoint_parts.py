@@ -23,9 +23,10 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 from torch.nn import Parameter
 
-from smartfrz_ds.backends.base import Backend, ZeroParam
+from smartfrz_ds.backends.base import Backend
 from smartfrz_ds.backends.state_layout import pack_state, unpack_state
 
+from .base import ZeroParam
 from .flat import FlatBackend, _Kept, link
 from .half import Bf16Backend
 from .model_files import read_model_states

@@ -16,11 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from smartfrz_ds.backends.base import Backend, Released, Sampler, SampleRequest, detach_from_training
+from smartfrz_ds.backends.base import Released, Sampler, SampleRequest, detach_from_training
+from smartfrz_ds.backends.cost import Cost
 from smartfrz_ds.backends.state_layout import why_uncuttable
 from smartfrz_ds.distributed.devices import empty_cache, synchronize
 from smartfrz_ds.errors import FreezeError
 
+from .base import DeepSpeedBackend
+from .flat_cost import flat_change_cost
 from .partition import FlatLayout, PackedLayout, bytes_sent, move, plan_moves
 from .step_counts import OwnSteps, Partition, copy_step, zero_step
 
@@ -50,7 +53,7 @@ class _Kept:
         return part
 
 
-class FlatBackend(Backend):
+class FlatBackend(DeepSpeedBackend):
     """The common part; a subclass says where its wrapper keeps things."""
 
     def __init__(self, engine: Any) -> None:
@@ -106,6 +109,10 @@ class FlatBackend(Backend):
 
     #: whether the wrapper can't do with an empty group
     needs_placeholder = True
+    #: whether the weights of all groups are in one buffer, which every change makes anew
+    shares_one_buffer = False
+    #: whether a change makes a new fp32 buffer for the gradients of each group
+    makes_gradient_buffer = False
 
     # --- Backend ------------------------------------------------------------------------------------------------------------
 
@@ -167,6 +174,9 @@ class FlatBackend(Backend):
             master = self.master(index)
             sampler.parts.append((master, torch.cat([e for e, _ in parts]).to(master.device), torch.cat([s for _, s in parts])))
         return sampler
+
+    def change_cost(self, out: Collection[Parameter], *, keep: bool) -> Cost:
+        return flat_change_cost(self, out, keep=keep)
 
     def change(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool) -> Released:
         before, moved = self.optimizer_bytes(), 0

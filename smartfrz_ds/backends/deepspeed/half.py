@@ -26,6 +26,7 @@ class Bf16Backend(FlatBackend):
     """BF16_Optimizer: DeepSpeed builds it for stage 1 with bf16 weights and fp32 gradient accumulation."""
 
     name = "ZeRO-1 (BF16_Optimizer)"
+    makes_gradient_buffer = True
 
     def low_precision_groups(self) -> list[list[Parameter]]:
         return self.wrapper.bf16_groups

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-from smartfrz_ds.backends.base import ZeroParam
+from .base import ZeroParam
 
 
 class Replicas:

@@ -23,10 +23,11 @@ from smartfrz_ds.backends.entries import EntryBackend
 from smartfrz_ds.backends.state_layout import Overrides, scalars_beside, to_device, to_host
 from smartfrz_ds.errors import FreezeError
 
+from .base import DeepSpeedBackend
 from .step_counts import GroupCounts
 
 
-class Zero0Backend(EntryBackend):
+class Zero0Backend(DeepSpeedBackend, EntryBackend):
     """Drops and restores state entries in place; nothing is communicated."""
 
     name = "ZeRO-0"

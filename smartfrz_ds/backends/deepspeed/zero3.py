@@ -28,10 +28,13 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.utils.torch import register_grad_hook
 from torch import Tensor
 
-from smartfrz_ds.backends.base import Released, Sampler, SampleRequest, ZeroParam
+from smartfrz_ds.backends.base import Released, Sampler, SampleRequest
+from smartfrz_ds.backends.cost import Cost
 from smartfrz_ds.errors import FreezeError
 
+from .base import ZeroParam
 from .flat import FlatBackend
+from .flat_cost import gather_cost
 from .partition import FlatLayout
 from .replicas import Replicas
 
@@ -47,6 +50,7 @@ class Zero3Backend(FlatBackend):
     """
 
     needs_placeholder = False
+    shares_one_buffer = makes_gradient_buffer = True
 
     def __init__(self, engine: Any, frozen: FrozenStorage = "sharded") -> None:
         zero = engine.optimizer
@@ -96,9 +100,8 @@ class Zero3Backend(FlatBackend):
         released = super().change(freeze, thaw, keep=keep)
         return Released(released.bytes, released.moved_bytes + self._gathered * (dist.get_world_size() - 1))
 
-    def gathered_by(self, frozen: Collection[ZeroParam]) -> int:
-        """Bytes of weights, whole, that would be gathered to stay whole if these parameters were the frozen ones."""
-        return self._replicas.gathered_by(set(frozen), self._released_by(frozen))
+    def change_cost(self, out: Collection[ZeroParam], *, keep: bool) -> Cost:
+        return super().change_cost(out, keep=keep) + gather_cost(self._replicas.gathered_by(set(out), self._released_by(out)))
 
     def _released_by(self, frozen: Collection[ZeroParam]) -> dict[ZeroParam, int]:
         return {p: self._optimizer_bytes_of(p) for p in frozen}

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smartfrz_ds.backends.cost import Bandwidths
 from smartfrz_ds.config.sections import PipelineSettings
@@ -17,21 +17,14 @@ from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.planner import Cluster, DoesNotFit, LayerCost, Link, best_cut, simulate
 from smartfrz_ds.planner.width import Width, better_width
 
-from .stage import PipelineStage
+from .protocol import Move, Pipeline
 from .timing import EntryTimes
 
-
-@dataclass(frozen=True, kw_only=True)
-class Move:
-    """bounds: of the stages in the pipeline's list, from now on. gain: how many times faster a step is predicted to be with them than with
-    those before. problem: why nothing moves though it should, empty where it does."""
-
-    bounds: tuple[int, ...]
-    gain: float
-    problem: str = ""
+if TYPE_CHECKING:
+    from .stage import PipelineStage
 
 
-class Rebalancer:
+class Rebalancer(Pipeline):
     """Of one pipeline. Collective throughout, in the same order on every rank.
 
     due: whether the layout has changed since the stages were last looked at.

@@ -26,12 +26,16 @@ from torch.nn import Parameter
 from smartfrz_ds.backends.base import Backend
 from smartfrz_ds.backends.deepspeed.flat import FlatBackend
 from smartfrz_ds.backends.deepspeed.half import Bf16Backend
+from smartfrz_ds.config.sections import PipelineSettings
+from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.model.freeze_modules import TiedMode
 from smartfrz_ds.model.layers import Layer
 from smartfrz_ds.model.view import Need
 
 from .layers import PipelineLayer, held_modules, pipeline_layers, tied_uses, user_frozen_entries
 from .move_layers import build, check_bounds, rebalance, structure_of
+from .protocol import Pipeline
+from .rebalancer import Rebalancer
 from .schedule import (
     FreeBuffer,
     FreeInput,
@@ -159,6 +163,10 @@ class PipelineStage(_Base):
             raise ValueError(f"smartfrz.layers: got {list(patterns)}; allowed: 'auto' in a pipeline, whose layers are those of its list")
         self.user_frozen_entries = user_frozen_entries(model)
         return pipeline_layers(model)
+
+    def pipeline(self, ranks: Collectives, settings: PipelineSettings, tied: TiedMode) -> Pipeline | None:
+        self.tied_mode = tied
+        return Rebalancer(self, ranks, settings)
 
     def partition(self) -> list[int] | None:
         return [int(bound) for bound in self.engine.module.parts]

@@ -6,6 +6,7 @@ DDP, FSDP2 and FSDP1 build on it (ddp.py, fsdp2.py, fsdp1.py). Nothing private o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from smartfrz_ds.backends.entries import EntryBackend
 from smartfrz_ds.backends.state_layout import Overrides, pack_state, scalars_beside, state_tensors, to_device, to_host, unpack_state
 from smartfrz_ds.errors import FreezeError
 from smartfrz_ds.model.hooks import ModuleHook
+from smartfrz_ds.model.layers import shape_of
 from smartfrz_ds.model.view import Need
 
 from .several import single
@@ -80,6 +82,17 @@ class TorchBackend(EntryBackend):
     def loss_scale(self) -> float:
         return float(self.scaler.get_scale()) if self.scaler is not None else 1.0
 
+    #: whether the sizes of this wrapper's reductions can be read off the model
+    knows_reductions = False
+
+    def reduced_bytes(self) -> int | None:
+        """One reduction a step, under FSDP2 in its `reduce_dtype`."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return 0
+        if not self.knows_reductions:
+            return None
+        return sum(prod(shape_of(p)) * self.gradient_itemsize(p) for p in self.trained())
+
     def gradient_itemsize(self, param: Parameter) -> int:
         """Bytes an element of this parameter's gradient takes in its reduction."""
         return param.element_size()
@@ -93,10 +106,6 @@ class TorchBackend(EntryBackend):
         return clear or not self._forwarded
 
     boundary_words = "after optimizer.step() and before the next forward (or with all gradients cleared by zero_grad)"
-
-    def drop_gradients(self) -> None:
-        for param in self.trained():
-            param.grad = None
 
     def check(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter]) -> None:
         if not self.is_boundary():
@@ -114,7 +123,7 @@ class TorchBackend(EntryBackend):
             sampler.parts += [(r.param, r.elements.to(r.param.device), r.slots) for r in requests]
         return sampler
 
-    def copied_bytes(self, freeze: Iterable[Parameter], thaw: Iterable[Parameter]) -> int:
+    def _copied_bytes(self, freeze: Iterable[Parameter], thaw: Iterable[Parameter]) -> int:
         return 2 * sum(local(p).nbytes for p in thaw)  # two moments, as large as the weights
 
     def change(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool) -> Released:

@@ -28,6 +28,7 @@ class DdpBackend(TorchBackend):
     """Rebuilds the reducer inside of the user's DistributedDataParallel, which stays the same object."""
 
     name = "DDP"
+    knows_reductions = True
     wrapped: DistributedDataParallel
 
     def __init__(self, wrapped: DistributedDataParallel, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:

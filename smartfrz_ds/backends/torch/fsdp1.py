@@ -30,6 +30,7 @@ class Fsdp1Backend(TorchBackend):
     """Everything stays where it is: FSDP1 takes requires_grad of a flat parameter from its views at each forward."""
 
     name = "FSDP1"
+    knows_reductions = False  # its parameters don't show their whole shapes
     takes_none = "FSDP1 decides what of a unit's flat parameter trains when the unit is made"
     missing = FSDP_MISSING
     runs_grad_hooks = False  # a flat parameter's gradient is accumulated as one

@@ -52,6 +52,7 @@ class Fsdp2Backend(TorchBackend):
     """frozen: whether units of which everything is frozen stay sharded (gathered for each forward) or whole on every rank."""
 
     name = "FSDP2"
+    knows_reductions = True
     missing = FSDP_MISSING
 
     def __init__(self, wrapped: nn.Module, module: nn.Module, optimizer: torch.optim.Optimizer, *, frozen: FrozenUnits = "sharded") -> None:

@@ -1,0 +1,116 @@
+"""The bytes that a change of the layout moves where parameter groups are flat buffers, read off the layouts before it happens."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+from smartfrz_ds.backends.cost import Cost
+
+from .partition import STAGING_BYTES, FlatLayout, Move, PackedLayout, _rounds, bytes_sent, plan_moves
+
+if TYPE_CHECKING:
+    from .flat import FlatBackend
+
+
+def flat_change_cost(backend: FlatBackend, out: Collection[Parameter], *, keep: bool) -> Cost:
+    """Of a change after which exactly the parameters `out` are out of the optimizer, all groups together. keep: as `layout_cost`."""
+    cost = Cost()
+    for index, group in enumerate(backend.groups):
+        held = backend.active(index)
+        left = [p for p in group if p not in out]
+        if set(left) != set(held) or (held and backend.shares_one_buffer):
+            cost += _group_cost(backend, index, held, left, keep=keep)
+    return cost
+
+
+def layout_cost(
+    old: FlatLayout | PackedLayout,
+    new: FlatLayout,
+    element_sizes: Sequence[int],
+    *,
+    weight_bytes: int,
+    on_host: bool,
+    keep: bool = False,
+) -> Cost:
+    """What one parameter group costs whose parameters go from `old` to `new`.
+
+    old: a FlatLayout, or what waits on the host for a thaw.
+
+    element_sizes: bytes an element of each tensor that is laid out so: master weights, moments.
+    weight_bytes: bytes of low-precision weights that a rank writes anew.
+    on_host: whether state lives in host memory.
+    keep: what leaves is copied to the host besides.
+    """
+    moves = plan_moves(old, new, new.params)
+    crossing = [m for m in moves if m.source != m.target]
+    staying = max((sum(m.numel for m in moves if m.source == m.target == rank) for rank in range(new.world)), default=0)
+    cost = Cost(copied_bytes=weight_bytes)
+    for size in element_sizes:
+        busiest = exchanges = 0
+        for batch in _rounds(crossing, new.world, max(1, STAGING_BYTES // size)):
+            busiest += _busiest(batch, new.world)
+            exchanges += 1
+        # flat.py and layout.py: a new partition is cleared; what stays is copied into it, what crosses is staged on both sides. Off the
+        # host, the old partition goes there first, and what is sent or stays comes from there.
+        if isinstance(old, FlatLayout):
+            copied = new.partition_size + staying + 2 * busiest + (max(0, old.partition_size - new.partition_size) if keep else 0)
+            linked = 0 if on_host else old.partition_size + staying + busiest
+        else:  # the new partition is counted with the rest of the group
+            copied, linked = staying + 2 * busiest, 0 if on_host else staying + busiest
+        cost += Cost(
+            moved_bytes=bytes_sent(moves, size),
+            busiest_bytes=busiest * size,
+            least_busiest_bytes=_busiest(crossing, new.world) * size,
+            exchanges=exchanges,
+            copied_bytes=copied * size,
+            linked_bytes=linked * size,
+        )
+    return cost
+
+
+def _busiest(moves: Sequence[Move], world: int) -> int:
+    """Elements that the busiest rank sends or receives."""
+    sent, received = [0] * world, [0] * world
+    for m in moves:
+        sent[m.source] += m.numel
+        received[m.target] += m.numel
+    return max(*sent, *received)
+
+
+def _group_cost(backend: FlatBackend, index: int, held: Sequence[Parameter], left: Sequence[Parameter], *, keep: bool) -> Cost:
+    world = backend.layout(index, held or left).world
+    empty = FlatLayout((), world)
+    old = backend.layout(index, held) if held else empty
+    new = backend.layout(index, left) if left else empty
+    master = backend.master(index)
+    state = backend.base_optimizer().state.get(master, {}).values()
+    tensors = [master]
+    tensors += [v for v in state if isinstance(v, Tensor) and v.ndim > 0]
+    weight = backend.low_precision((held or left)[0], 0, 0).element_size()
+    # The weights go into a new buffer (cleared, then filled), those that leave into storages of their own.
+    written = (2 * new.numel + max(0, old.numel - new.numel)) * weight
+    if backend.makes_gradient_buffer:
+        written += 4 * new.numel  # a new buffer for gradients
+    sizes, on_host = [t.element_size() for t in tensors], master.device.type == "cpu"
+    cost = layout_cost(old, new, sizes, weight_bytes=written, on_host=on_host, keep=keep)
+    for waiting in backend.kept_layouts([p for p in left if p not in set(held)]):
+        cost += layout_cost(waiting, new, sizes, weight_bytes=0, on_host=on_host)
+    return cost
+
+
+def gather_cost(gathered: int) -> Cost:
+    """ZeRO-3 gathers weights that are to stay whole. gathered: bytes of them, whole."""
+    world = dist.get_world_size()
+    arriving = gathered * (world - 1) // world  # on each rank
+    return Cost(
+        moved_bytes=gathered * (world - 1),
+        busiest_bytes=arriving,
+        least_busiest_bytes=arriving,
+        exchanges=int(gathered > 0),
+        copied_bytes=gathered,
+    )
