@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from smartfrz_ds.predictor.recording.labels import CONVERGED, RULES, LabelSettings
+from smartfrz_ds.predictor.constants import CONVERGED, RULES
 
 _Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 _Quick = Annotated[bool, typer.Option("--quick", help="A few short runs only: to see that it works, not to be used.")]
@@ -59,6 +59,7 @@ def add_commands(app: typer.Typer, plain_errors: Callable[[], AbstractContextMan
         Writes labels.safetensors and labels.json into the folder, and prints how much the labels hang on their constants.
         """
         with plain_errors():
+            from smartfrz_ds.predictor.recording.labels import LabelSettings
             from smartfrz_ds.predictor.training.card import sensitivity_table
             from smartfrz_ds.predictor.training.labelling import label_dataset
 
@@ -87,6 +88,7 @@ def add_commands(app: typer.Typer, plain_errors: Callable[[], AbstractContextMan
         with plain_errors():
             if out.suffix != ".safetensors":
                 raise ValueError(f"--out: got {str(out)!r}; allowed: a path that ends in .safetensors")
+            from smartfrz_ds.predictor.recording.labels import LabelSettings
             from smartfrz_ds.predictor.training.train import train_predictor as train
 
             settings = LabelSettings(rule=rule, similarity=similarity)  # type: ignore[arg-type]  # checked there

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from smartfrz_ds.model.view import Need, View
-from smartfrz_ds.predictor.features import MIN_SNAPSHOTS, FeatureExtractor
+from smartfrz_ds.predictor.constants import MIN_SNAPSHOTS
+from smartfrz_ds.predictor.features import FeatureExtractor
 from smartfrz_ds.predictor.model import load_predictor
 
 from .base import Decision, judges

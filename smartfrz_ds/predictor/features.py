@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .constants import MIN_SNAPSHOTS
 from .probe import RATIO_LIMIT as _RATIO_LIMIT
 from .probe import ProbeTracker, log_lr_ratio
 
@@ -46,8 +47,6 @@ SCALAR_FEATURES = (
     "log_held_drift",  # log(prefix drift with frozen layers at their last value / without them), 0 where none is frozen
     "log_held_future",  # the same of the drift to come
 )
-MIN_SNAPSHOTS = 10
-"""Layers with fewer snapshots in their window are not judged. Training holds windows of every length from here to the full one."""
 
 _REMEMBERED = 64  # weights of a layer's first snapshot: a distance over as many is within a tenth, and they go into a checkpoint's JSON
 _GROWTH = (0.3, 1.0)  # exponents of distance over learning rate: below a random walk's half is jitter, one is a straight line

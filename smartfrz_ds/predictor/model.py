@@ -20,7 +20,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .features import MIN_SNAPSHOTS, SCALAR_FEATURES, TOKEN_FEATURES, FeatureBatch
+from .constants import MIN_SNAPSHOTS
+from .features import SCALAR_FEATURES, TOKEN_FEATURES, FeatureBatch
 from .probe import PROBE_FEATURES
 
 FORMAT = "smartfrz-predictor"

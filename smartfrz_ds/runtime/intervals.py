@@ -11,7 +11,7 @@ from typing import Any
 
 from smartfrz_ds.config.settings import SECTION, FreezeConfig, is_default
 from smartfrz_ds.config.shares import percent_of, steps_of
-from smartfrz_ds.predictor.features import MIN_SNAPSHOTS
+from smartfrz_ds.predictor.constants import MIN_SNAPSHOTS
 
 # What the default shares are where the length of the run is unknown: about their values in a run of 1250 steps.
 _WITHOUT_LENGTH = {"warmup_steps": 100, "freeze_interval": 50, "snapshot_interval": 10}

@@ -29,10 +29,10 @@ def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
         ValueError: no log, several, an empty or a broken one.
         ModuleNotFoundError: matplotlib is missing (extra "report").
     """
-    from .report_charts import charts  # matplotlib
-
     log = find_log(Path(run_dir))
     run = load_run(log)
+    from .report_charts import charts  # here: matplotlib takes most of a second, and a wrong path is reported without it
+
     folder = Path(output) if output is not None else log.parent / "report"
     folder.mkdir(parents=True, exist_ok=True)
     parts = []

@@ -14,10 +14,11 @@ from reference.bounds import rounding
 from torch import Tensor, nn
 
 from smartfrz_ds.predictor import Recorder, linear_cka
+from smartfrz_ds.predictor.constants import CONVERGED
 from smartfrz_ds.predictor.recorder import NEVER, read_recording
 from smartfrz_ds.predictor.recording.branches import branch, branched_runs, collect_branches
 from smartfrz_ds.predictor.recording.collect import collect, collect_dataset, collect_script, one_thread, read_dataset, record
-from smartfrz_ds.predictor.recording.labels import CONVERGED, LabelSettings, converged_at, prefix_settled, settled, similarity_of
+from smartfrz_ds.predictor.recording.labels import LabelSettings, converged_at, prefix_settled, settled, similarity_of
 from smartfrz_ds.predictor.recording.runs import SETTINGS, Run, Training, freezing_plan, plan
 from smartfrz_ds.predictor.training.counterfactual_eval import branch_examples
 from smartfrz_ds.predictor.training.dataset import make_examples

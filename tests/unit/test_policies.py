@@ -14,8 +14,9 @@ from torch import Tensor
 
 from smartfrz_ds.policies import AttentionPolicy, Decision, LayerInfo, LinearPolicy, ManualPolicy, Policy, View, Window, make_policy
 from smartfrz_ds.predictor import MIN_SNAPSHOTS
+from smartfrz_ds.predictor.constants import CONVERGED
 from smartfrz_ds.predictor.recording.collect import SNAPSHOT_EVERY, Recording, Run, record
-from smartfrz_ds.predictor.recording.labels import CONVERGED, prefix_settled
+from smartfrz_ds.predictor.recording.labels import prefix_settled
 
 INTERVAL, STAGE, WINDOW = 10, 50, 30  # the defaults of a run
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .labels import CONVERGED
+from smartfrz_ds.predictor.constants import CONVERGED
 
 if TYPE_CHECKING:
     from .collect import Dataset

@@ -8,18 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from smartfrz_ds.model.layers import LayerKind
+from smartfrz_ds.predictor.constants import CONVERGED, RULES, Rule
 
-CONVERGED = 0.98
-"""Similarity to the final model from which a prefix counts as converged: above it, freezing costs next to nothing in loss."""
-
-Rule = Literal["prefix-settled", "settled", "now", "published"]
-RULES: tuple[Rule, ...] = ("prefix-settled", "settled", "now", "published")
 _VARIANCE, _LEVEL, _LAST = 4e-4, 0.3, 20  # of "published", as the only public re-implementation has them
 
 

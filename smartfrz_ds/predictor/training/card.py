@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from smartfrz_ds.model.view import LayerInfo, View, Window
-from smartfrz_ds.predictor.features import MIN_SNAPSHOTS, SCALAR_FEATURES, TOKEN_FEATURES, FeatureExtractor
+from smartfrz_ds.predictor.constants import MIN_SNAPSHOTS
+from smartfrz_ds.predictor.features import SCALAR_FEATURES, TOKEN_FEATURES, FeatureExtractor
 from smartfrz_ds.predictor.model import FreezePredictor
 from smartfrz_ds.predictor.probe import PROBE_FEATURES
 from smartfrz_ds.predictor.recording.card import _row

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from smartfrz_ds.predictor.constants import RULES
 from smartfrz_ds.predictor.recorder import Recording
 from smartfrz_ds.predictor.recording.branches import HARMLESS, Branch
 from smartfrz_ds.predictor.recording.collect import Dataset, read_dataset
-from smartfrz_ds.predictor.recording.labels import RULES, LabelSettings, at_steps, similarity_of
+from smartfrz_ds.predictor.recording.labels import LabelSettings, at_steps, similarity_of
 
 from .evaluate import auc
 
