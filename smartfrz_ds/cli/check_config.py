@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from smartfrz_ds.config.settings import SECTION, FreezeConfig, _read
+from smartfrz_ds.config.reading import read_config
+from smartfrz_ds.config.settings import SECTION, FreezeConfig
 from smartfrz_ds.config.shares import percent_of
 from smartfrz_ds.runtime.intervals import first_stage, resolve, why_never
 from smartfrz_ds.signals.lr_forecast import total_steps_in
@@ -25,7 +26,7 @@ def settings_text(file: Path, total_steps: int | None = None) -> str:
         ValueError: as `FreezeConfig.load`.
     """
     config = FreezeConfig.load(file)
-    total = total_steps or total_steps_in(_read(file)[0], config.total_steps)
+    total = total_steps or total_steps_in(read_config(file)[0], config.total_steps)
     now = resolve(config, total, provisional=total is None)
     settings, defaults = config.model_dump(mode="json"), FreezeConfig().model_dump(mode="json")
     lines = [(key, value, defaults[key], getattr(now, key, None)) for key, value in settings.items() if not isinstance(value, dict)]

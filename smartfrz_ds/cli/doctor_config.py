@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from smartfrz_ds.config.reading import read_config
 from smartfrz_ds.config.refusals import refused_by
 from smartfrz_ds.config.refusals import section as _sub
-from smartfrz_ds.config.settings import SECTION, FreezeConfig, _read, is_default
+from smartfrz_ds.config.settings import SECTION, FreezeConfig, is_default
 from smartfrz_ds.model.flops import FlopMeter, FlopProfile, estimate_profile, saved_fraction
 from smartfrz_ds.model.freeze_modules import check_tied
 from smartfrz_ds.model.keep_active import KeptActive, keep_active, names_inside
@@ -35,7 +36,7 @@ def check_config(file: Path) -> tuple[list[Finding], FreezeConfig | None]:
     """Findings on a DeepSpeed JSON, and its settings where they can be read."""
     try:
         settings = FreezeConfig.load(file)
-        raw = dict(_read(file)[0])
+        raw = dict(read_config(file)[0])
     except ValueError as error:
         answer = "docs/configuration.md lists every key; smartfrz check-config FILE shows what a run would use"
         return [Finding("config", "problem", line, answer) for line in str(error).splitlines()], None

@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 from torch import nn
 
+from smartfrz_ds.config.reading import read_config
 from smartfrz_ds.config.refusals import ENDING, REFUSALS, section, zero_stage
-from smartfrz_ds.config.settings import _read
 
 from .findings import Finding
 
@@ -66,7 +66,7 @@ def check_together(model: nn.Module, config: Path | Mapping[str, Any] | None) ->
         from smartfrz_ds.backends.deepspeed.leaf_modules import describe_leaf_modules, leaves_by_config
     except ImportError:
         return []
-    raw: Mapping[str, Any] = {} if config is None else config if isinstance(config, Mapping) else _read(config)[0]
+    raw: Mapping[str, Any] = {} if config is None else config if isinstance(config, Mapping) else read_config(config)[0]
     found = []
     if any(isinstance(m, MoE) for m in model.modules()) and not REFUSALS["moe"].keys(raw):
         found.append((REFUSALS["moe"].said(raw), REFUSALS["moe"].remedy))

@@ -1,4 +1,4 @@
-"""The settings of a run: the "smartfrz" section of a DeepSpeed JSON."""
+"""Settings of a run: the "smartfrz" section of a DeepSpeed JSON."""
 
 from __future__ import annotations
 

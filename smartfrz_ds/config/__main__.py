@@ -1,4 +1,4 @@
-"""`python -m smartfrz_ds.config docs/configuration.md` renews the table of settings in that page."""
+"""Regenerate the table of settings in a page: `python -m smartfrz_ds.config docs/configuration.md`."""
 
 from __future__ import annotations
 

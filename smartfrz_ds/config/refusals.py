@@ -1,7 +1,7 @@
-"""The table of what freezing does not work with: by which name, which keys turn it on, what to do instead.
+"""Table of DeepSpeed features that freezing does not support: name, config keys that turn the feature on, and remedy.
 
-The start (backends/support.py) asks the engine whether a feature is on; `smartfrz doctor` asks the JSON. Both say it in the words of this
-table. Nothing here imports DeepSpeed.
+`backends/support.py` asks the engine whether a feature is on; `smartfrz doctor` reads the JSON. Both report it in the
+words of this table. Nothing here imports DeepSpeed.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ _OPTIMIZERS = "use AdamW, Adam, Lion, Adagrad or SGD"
 
 
 def no_keys(raw: Config) -> list[str]:
-    """Of a feature that no key of the JSON turns on."""
+    """Return no keys, for a feature that cannot be turned on from the JSON."""
     return []
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
-    """One feature.
+    """One unsupported feature.
 
-    name: as the user knows it.
-    remedy: what to do instead.
-    keys: what of a DeepSpeed config turns it on, as "section.key: value"; empty where nothing does.
-    otherwise: who turned it on where no key did.
+    Attributes:
+        name: The feature, as the user knows it.
+        remedy: What to do instead.
+        keys: Function that returns the entries of a DeepSpeed config that turn the feature on, as "section.key:
+            value"; empty if there are none.
+        otherwise: What else can turn the feature on when no key does.
     """
 
     name: str
@@ -38,23 +40,28 @@ class Refusal:
     otherwise: str = "the script"
 
     def said(self, raw: Config, otherwise: str = "") -> str:
-        """The feature and who turned it on. otherwise: in place of the general words, where more is known."""
+        """Describe the feature and what turned it on.
+
+        Args:
+            raw: The whole DeepSpeed config.
+            otherwise: More specific text than `self.otherwise` for a feature that no key turned on.
+        """
         return f"{self.name}, turned on by {', '.join(self.keys(raw)) or otherwise or self.otherwise}"
 
 
 def section(raw: Config, key: str) -> Config:
-    """A section of a config; an empty one where it is missing or not an object."""
+    """Return a section of a config; an empty mapping if it is missing or not an object."""
     value = raw.get(key)
     return value if isinstance(value, Mapping) else {}
 
 
 def number(value: Any) -> float:
-    """A number of a config; 0 for anything else ("auto", a missing key)."""
+    """Return a number of a config; 0 for anything else ("auto", a missing key)."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
 
 
 def zero_stage(raw: Config) -> int:
-    """zero_optimization.stage; 0 where DeepSpeed would read none. `true` is DeepSpeed's old way to say 1."""
+    """Return `zero_optimization.stage`; 0 if it is not set. `true` is DeepSpeed's legacy spelling of stage 1."""
     if raw.get("zero_optimization") is True:
         return 1
     return int(number(section(raw, "zero_optimization").get("stage")))
@@ -69,7 +76,7 @@ def _shown(*path: str, value: Any) -> str:
 
 
 def _flag(*path: str) -> Keys:
-    """Keys of a switch: true or false."""
+    """Return a function that finds a boolean switch which is set to true."""
 
     def keys(raw: Config) -> list[str]:
         value = section(raw, path[0]).get(path[1])
@@ -79,7 +86,7 @@ def _flag(*path: str) -> Keys:
 
 
 def _size(*path: str) -> Keys:
-    """Keys of a number of ranks that turns a feature on above 1."""
+    """Return a function that finds a number of ranks which turns a feature on when it is above 1."""
 
     def keys(raw: Config) -> list[str]:
         value = (section(raw, path[0]) if len(path) > 1 else raw).get(path[-1])
@@ -137,7 +144,7 @@ def _low_precision(raw: Config) -> list[str]:
 
 
 def other_optimizer(name: str) -> bool:
-    """Whether an optimizer of this name works on more than one element at a time."""
+    """Return whether the optimizer of this name does not work elementwise (Muon, LAMB, 1-bit optimizers)."""
     return name.lower().startswith(("muon", "onebit", "zeroone", "zerone")) or "lamb" in name.lower()
 
 
@@ -163,26 +170,26 @@ def _pipeline_reentrant(raw: Config) -> list[str]:
     return [_shown("pipeline", "activation_checkpoint_interval", value=interval)] if on else []
 
 
-#: by the id that backends/support.py knows the engine's test by
+#: Keys are the ids under which backends/support.py registers its checks of the engine.
 REFUSALS: dict[str, Refusal] = {
     "pipeline_fp16": Refusal(
         name="fp16 in a pipeline", remedy='use bf16 ("bf16": {"enabled": true}) or fp32', keys=_pipeline_fp16, otherwise="fp16.enabled"
     ),
     "pipeline_reentrant": Refusal(
         name="reentrant activation checkpointing in a pipeline",
-        remedy='set "pipeline": {"use_reentrant": false}, which takes the non-reentrant one',
+        remedy='set "pipeline": {"use_reentrant": false}, to use the non-reentrant implementation',
         keys=_pipeline_reentrant,
         otherwise="activation_checkpoint_interval or activation_checkpoint_func of the PipelineModule",
     ),
     "pipeline_tensor": Refusal(
         name="tensor parallelism in a pipeline (PP x TP)",
-        remedy="use a topology without an axis for it (PipeDataParallelTopology), or num_stages alone",
+        remedy="use a topology without a model axis (PipeDataParallelTopology), or only num_stages",
         otherwise="the topology of the PipelineModule, whose axis 'model' has more than one rank",
     ),
     "hybrid_engine": Refusal(name="the hybrid engine", remedy="set hybrid_engine.enabled to false", keys=_flag("hybrid_engine", "enabled")),
     "granularity": Refusal(
         name="ZeRO-3 leaf modules by size",
-        remedy="leave it out, or train with zero_optimization.stage 2",
+        remedy="remove it, or train with zero_optimization.stage 2",
         keys=_granularity,
         otherwise="zero_optimization.stage3_module_granularity_threshold",
     ),
@@ -194,32 +201,32 @@ REFUSALS: dict[str, Refusal] = {
     ),
     "super_offload": Refusal(
         name="SuperOffload",
-        remedy="set zero_optimization.offload_optimizer.super_offload to false: offload to the CPU works",
+        remedy="set zero_optimization.offload_optimizer.super_offload to false: CPU offload is supported",
         keys=_super_offload,
         otherwise="zero_optimization.offload_optimizer.super_offload",
     ),
     "nvme": Refusal(name="NVMe offload", remedy='set the device to "cpu"', keys=_nvme, otherwise="the device of an offload section"),
     "moe": Refusal(
         name="mixture of experts with expert parallelism (DeepSpeed's MoE layers, AutoEP)",
-        remedy="leave expert_parallel out, or build the model without deepspeed.moe.layer.MoE; Hugging Face's MoE models work",
+        remedy="remove expert_parallel, or build the model without deepspeed.moe.layer.MoE; Hugging Face MoE models are supported",
         keys=_flag("expert_parallel", "enabled"),
-        otherwise="the model, which has MoE layers of DeepSpeed",
+        otherwise="DeepSpeed MoE layers in the model",
     ),
     "tensor_parallel": Refusal(
         name="tensor parallelism",
-        remedy="set tensor_parallel.autotp_size to 0 (or give no tensor-parallel mpu), and use ZeRO or a pipeline",
+        remedy="set tensor_parallel.autotp_size to 0 (or pass no tensor-parallel mpu), and use ZeRO or a pipeline",
         keys=_size("tensor_parallel", "autotp_size"),
         otherwise="the argument mpu of deepspeed.initialize",
     ),
     "sequence_parallel": Refusal(
         name="sequence parallelism (Ulysses)",
-        remedy="set sequence_parallel_size to 1, and give no sequence-parallel mpu or mesh_param",
+        remedy="set sequence_parallel_size to 1, and pass no sequence-parallel mpu or mesh_param",
         keys=_size("sequence_parallel_size"),
-        otherwise="an mpu or a mesh_param of deepspeed.initialize, of this engine or of an earlier one in this process",
+        otherwise="an mpu or mesh_param argument of deepspeed.initialize, for this engine or an earlier one in this process",
     ),
     "mpu": Refusal(
-        name="groups of ranks of the script's own",
-        remedy="leave the argument mpu out: without tensor parallelism DeepSpeed makes the same groups by itself",
+        name="process groups supplied by the script",
+        remedy="omit the argument mpu: without tensor parallelism DeepSpeed creates the same groups itself",
         otherwise="the argument mpu of deepspeed.initialize",
     ),
     "hpz": Refusal(
@@ -230,8 +237,8 @@ REFUSALS: dict[str, Refusal] = {
     ),
     "hpz_before": Refusal(
         name="hpZ groups of an earlier engine",
-        remedy="train with ZeRO-3 in a process of its own",
-        otherwise="an earlier engine of this process (DeepSpeed keeps the groups of zero_hpz_partition_size, and each later ZeRO-3 engine "
+        remedy="train with ZeRO-3 in a separate process",
+        otherwise="an earlier engine in this process (DeepSpeed keeps the groups of zero_hpz_partition_size, and every later ZeRO-3 engine "
         "uses them)",
     ),
     "quantized": Refusal(
@@ -240,7 +247,7 @@ REFUSALS: dict[str, Refusal] = {
         keys=_quantized,
         otherwise="zero_optimization.zero_quantized_weights, zero_quantized_gradients or zero_quantized_nontrainable_weights",
     ),
-    "zenflow": Refusal(name="ZenFlow", remedy="leave zero_optimization.zenflow out", keys=_zenflow, otherwise="zero_optimization.zenflow"),
+    "zenflow": Refusal(name="ZenFlow", remedy="remove zero_optimization.zenflow", keys=_zenflow, otherwise="zero_optimization.zenflow"),
     "deepcompile": Refusal(
         name="DeepCompile",
         remedy="set compile.deepcompile to false",
@@ -249,7 +256,7 @@ REFUSALS: dict[str, Refusal] = {
     ),
     "decoupled": Refusal(
         name="a checkpoint engine that writes in the background",
-        remedy="set checkpoint.writer.decoupled to false, and leave datastates_ckpt out",
+        remedy="set checkpoint.writer.decoupled to false, and remove datastates_ckpt",
         keys=_decoupled,
         otherwise="the engine's checkpoint_engine",
     ),
@@ -260,10 +267,10 @@ REFUSALS: dict[str, Refusal] = {
         otherwise="fp16_master_weights_and_grads or bf16_master_weights_and_grads",
     ),
     "optimizer": Refusal(
-        name="an optimizer whose state or communication is not element by element",
+        name="an optimizer whose state or communication is not elementwise",
         remedy=_OPTIMIZERS,
         keys=_optimizer,
-        otherwise="the optimizer that was given to deepspeed.initialize",
+        otherwise="the optimizer passed to deepspeed.initialize",
     ),
     "autocast": Refusal(
         name="torch autocast with fp16 gradients",
@@ -273,14 +280,21 @@ REFUSALS: dict[str, Refusal] = {
     ),
     "no_optimizer": Refusal(
         name="an engine without an optimizer",
-        remedy='give one: an "optimizer" section, or optimizer= of deepspeed.initialize',
-        otherwise="a config without an optimizer, and a call that gave none",
+        remedy='add an "optimizer" section, or pass optimizer= to deepspeed.initialize',
+        otherwise="a config without an optimizer section and a call without optimizer=",
     ),
 }
 
-ENDING = "freezing does not work with it yet, the run is refused at start"
+ENDING = "freezing does not support it yet; the run is refused at start"
 
 
 def refused_by(raw: Config) -> list[tuple[str, str]]:
-    """What a DeepSpeed config alone shows to be refused at start, as pairs of text and remedy."""
+    """List the features that a DeepSpeed config turns on and that are refused at start.
+
+    Args:
+        raw: The whole DeepSpeed config.
+
+    Returns:
+        Pairs of (description, remedy).
+    """
     return [(f"{refusal.said(raw)}: {ENDING}", refusal.remedy) for refusal in REFUSALS.values() if refusal.keys(raw)]

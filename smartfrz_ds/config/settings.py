@@ -1,24 +1,21 @@
-"""The "smartfrz" section of a DeepSpeed JSON: every key, type, default, range and meaning.
+"""The "smartfrz" section of a DeepSpeed JSON: every key with its type, default, range and meaning.
 
-The table of docs/configuration.md is made from here: `python -m smartfrz_ds.config docs/configuration.md`.
+The table in docs/configuration.md is generated from this module: `python -m smartfrz_ds.config docs/configuration.md`.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import hjson  # type: ignore[import-untyped]
 from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from .reading import read_config, show
 from .sections import (
     OR_SHARE,
     AttentionSettings,
@@ -45,7 +42,8 @@ from .sections import (
 from .shares import percent_of
 
 SECTION = "smartfrz"
-# A mapping without "smartfrz" that has one of these is a whole DeepSpeed config: none of them is a key of ours.
+# A mapping without "smartfrz" that contains one of these is a whole DeepSpeed config; none of them is one of our
+# keys.
 DEEPSPEED_KEYS = frozenset(
     {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_optimization", "optimizer", "fp16", "bf16"}
 )
@@ -54,88 +52,89 @@ TABLE_END = "<!-- table: end -->"
 
 
 class FreezeConfig(Section):
-    """The settings of a run. Made with `FreezeConfig.load`; immutable, and the same on every rank (`digest`)."""
+    """The settings of a run. Created with `FreezeConfig.load`; immutable, and identical on every rank (see `digest`)."""
 
-    enabled: bool = setting(True, "true or false", "false: the engine trains as if smartfrz_ds were not there.")
-    dry_run: bool = setting(False, "true or false", "Decide and log, freeze nothing.")
+    enabled: bool = setting(True, "true or false", "false: the engine trains as if smartfrz_ds were not installed.")
+    dry_run: bool = setting(False, "true or false", "Decide and log, but freeze nothing.")
     policy: PolicyName = setting(
         "attention",
         " or ".join(", ".join(map(repr, get_args(PolicyName))).rsplit(", ", 1)),
-        "Who decides. Its own settings stand in the sub-section of its name.",
+        "The policy that decides. Its own settings are in the sub-section of the same name.",
     )
     layers: Literal["auto"] | Annotated[Patterns, Field(min_length=1)] = setting(
         "auto",
         "'auto' or a list of one or more name patterns",
-        "The freezable layers, front to back: found by the model's structure, or listed as patterns of names (`*` matches anything).",
+        "The freezable layers, front to back: detected from the model's structure, or listed as name patterns (`*` matches anything).",
     )
     keep_active: Patterns = setting(
-        (), "a list of name patterns", "Layers that never freeze: patterns of their names, or of modules inside."
+        (), "a list of name patterns", "Layers that never freeze: patterns of their names, or of modules inside them."
     )
     order: Literal["front_to_back", "any"] = setting(
         "front_to_back",
         "'front_to_back' or 'any'",
-        "front_to_back: a layer freezes only when all before it are frozen (only a frozen prefix stops back-propagation).",
+        "front_to_back: a layer freezes only if all layers before it are frozen (only a frozen prefix shortens back-propagation); any: no "
+        "such restriction.",
     )
     tied: Literal["train", "freeze"] = setting(
         "train",
         "'train' or 'freeze'",
-        "Weights that a frozen layer shares with an active one: train: they go on training through the active one; freeze: frozen in both.",
+        "Weights that a frozen layer shares with an active one. train: they keep training through the active one; freeze: frozen in both.",
     )
     frozen_mode: Literal["eval", "train"] = setting(
-        "eval", "'eval' or 'train'", "Mode of frozen layers: eval: no dropout, running statistics stand still; train: as the model."
+        "eval",
+        "'eval' or 'train'",
+        "Mode of frozen layers. eval: no dropout, running statistics are not updated; train: same as the model.",
     )
-    max_frozen_fraction: float = setting(
-        0.75, "a number in (0, 1]", "At most this share of the layers is ever frozen by a policy.", gt=0, le=1
-    )
+    max_frozen_fraction: float = setting(0.75, "a number in (0, 1]", "Largest share of the layers that a policy may freeze.", gt=0, le=1)
     warmup_steps: Steps = setting(
         "10%",
         f"an integer >= 0, {OR_SHARE}",
-        "Steps at the start in which no policy freezes anything. The default is 100 where the length of the run is unknown.",
+        "Steps at the start during which no policy freezes anything. The default is 100 if the length of the run is unknown.",
     )
     freeze_interval: Interval = setting(
         "4%",
         f"an integer >= 1 and >= snapshot_interval, {OR_SHARE}",
-        "Steps from one freezing stage (the moment of decision) to the next. The default is 50 where the length of the run is unknown.",
+        "Steps between two freezing stages (the moments of decision). The default is 50 if the length of the run is unknown.",
     )
-    cooldown: int = setting(1, "an integer >= 0", "Freezing stages to wait after a freeze.", ge=0)
+    cooldown: int = setting(1, "an integer >= 0", "Freezing stages to skip after a freeze.", ge=0)
     snapshot_interval: Interval = setting(
         "0.8%",
         f"an integer >= 1 and <= freeze_interval, {OR_SHARE}",
-        "Steps from one snapshot of the sampled weights to the next. The default is 10 where the length of the run is unknown.",
+        "Steps between two snapshots of the sampled weights. The default is 10 if the length of the run is unknown.",
     )
-    window: int = setting(30, "an integer >= 2", "Snapshots of a layer that the policy looks back on.", ge=2)
-    sample_size: int = setting(1024, "an integer >= 1", "Weights sampled of each layer, always the same ones.", ge=1)
+    window: int = setting(30, "an integer >= 2", "Number of recent snapshots of a layer that the policy sees.", ge=2)
+    sample_size: int = setting(1024, "an integer >= 1", "Number of weights sampled from each layer; always the same ones.", ge=1)
     probe: int | None = setting(
         None,
         "an integer >= 2, or null",
-        "Inputs out of `probe_batch` (of `initialize` or `attach`) on which each layer's output is compared between freezing stages; null: "
-        "no probe. At most 128.",
+        "Number of inputs taken from `probe_batch` (an argument of `initialize` and `attach`) for which each layer's output is compared "
+        "between freezing stages; null: no probe. At most 128.",
         ge=2,
     )
     total_steps: Literal["auto"] | Annotated[int, Field(ge=1)] | None = setting(
-        "auto", "an integer >= 1, 'auto' or null", "Steps of the whole run; auto: asked of the scheduler or the Trainer; null: unknown."
+        "auto", "an integer >= 1, 'auto' or null", "Steps of the whole run; auto: read from the scheduler or the Trainer; null: unknown."
     )
     keep_state: Steps = setting(
         0,
         f"an integer >= 0, {OR_SHARE}",
-        "Steps for which a frozen layer's optimizer state is kept in host memory, so that a thaw is exact.",
+        "Steps for which the optimizer state of a frozen layer is kept in host memory, so that a thaw is exact.",
     )
-    seed: int = setting(0, "an integer from 0 to 2^63 - 1", "Chooses the sampled weights.", ge=0, le=2**63 - 1)
+    seed: int = setting(0, "an integer from 0 to 2^63 - 1", "Seed for the choice of the sampled weights.", ge=0, le=2**63 - 1)
     log_path: str | None = setting(
-        None, "a path, or null", "JSONL file to which rank 0 appends one line an event and a status; null: no file.", min_length=1
+        None, "a path, or null", "JSONL file to which rank 0 appends one line per event and per status; null: no file.", min_length=1
     )
     status_interval: Interval | None = setting(
         None,
         f"an integer >= 1, {OR_SHARE}, or null",
-        "Steps from one status (loss, step time, bytes, savings) to the next, in the log and the monitor; null: as `freeze_interval`.",
+        "Steps between two statuses (loss, step time, bytes, savings) in the log and the monitor; null: same as `freeze_interval`.",
     )
     gradient_check: Literal["raise", "warn", "off"] = setting(
         "warn",
         "'raise', 'warn' or 'off'",
-        "After a freeze: does every active parameter still get its gradient? A graph that is seen to be cut is an error. In doubt (used in "
-        "a forward, no gradient, no cut seen) warn: one warning; raise: an error too. off: nothing is looked at.",
+        "Checks after a freeze that every active parameter still receives its gradient. A graph that is found to be cut is an error. In "
+        "doubtful cases (used in a forward, no gradient, no cut found), warn: one warning; raise: an error. off: no check.",
     )
-    allow_untested_versions: bool = setting(False, "true or false", "Try with a DeepSpeed version outside the tested range.")
+    allow_untested_versions: bool = setting(False, "true or false", "Allow a DeepSpeed version outside the tested range.")
     attention: AttentionSettings = setting(AttentionSettings(), "an object", "Settings of the policy `attention`.")
     linear: LinearSettings = setting(LinearSettings(), "an object", "Settings of the policy `linear`.")
     late: LateSettings = setting(LateSettings(), "an object", "Settings of the policy `late`.")
@@ -146,14 +145,19 @@ class FreezeConfig(Section):
     pipetransformer: PipeTransformerSettings = setting(PipeTransformerSettings(), "an object", "Settings of the policy `pipetransformer`.")
     weight_drift: WeightDriftSettings = setting(WeightDriftSettings(), "an object", "Settings of the policy `weight_drift`.")
     manual: ManualSettings = setting(ManualSettings(), "an object", "Settings of the policy `manual`: none.")
-    zero3: Zero3Settings = setting(Zero3Settings(), "an object", "What ZeRO stage 3 does with frozen layers.")
-    pipeline: PipelineSettings = setting(PipelineSettings(), "an object", "Pipelines: whether layers move to other stages after a freeze.")
-    fsdp: FsdpSettings = setting(FsdpSettings(), "an object", "What FSDP2 does with frozen layers.")
-    guard: GuardSettings | None = setting(None, "an object, or null", "Takes a freeze back that made a metric worse; null: no guard.")
+    zero3: Zero3Settings = setting(Zero3Settings(), "an object", "How ZeRO stage 3 stores frozen layers.")
+    pipeline: PipelineSettings = setting(
+        PipelineSettings(), "an object", "Whether layers of a pipeline move to other stages after a freeze."
+    )
+    fsdp: FsdpSettings = setting(FsdpSettings(), "an object", "How FSDP2 stores frozen layers.")
+    guard: GuardSettings | None = setting(None, "an object, or null", "Undoes a freeze that made a metric worse; null: no guard.")
 
     @model_validator(mode="after")
     def _stage_holds_a_snapshot(self) -> FreezeConfig:
-        """Two values of the user's that contradict each other; a default, and a share beside a number, is fitted to the other one."""
+        """Refuse two user values that contradict each other.
+
+        A default is adjusted to the other value later, and so is a share that is set next to a number.
+        """
         freeze, snapshot = self.freeze_interval, self.snapshot_interval
         if is_default(self, "freeze_interval") or is_default(self, "snapshot_interval"):
             return self
@@ -166,23 +170,30 @@ class FreezeConfig(Section):
 
     @property
     def policy_settings(self) -> dict[str, Any]:
-        """The chosen policy's own settings as they are set, shares among them (`intervals.resolve` turns those into steps)."""
+        """The chosen policy's settings as written; shares are converted to steps by `intervals.resolve`."""
         section: Section = getattr(self, self.policy)
         return section.model_dump()
 
     @classmethod
     def load(cls, source: FreezeConfig | Mapping[str, Any] | str | Path | None = None) -> FreezeConfig:
-        """The checked settings out of whatever DeepSpeed takes as its config.
+        """Load and check the settings from anything that DeepSpeed accepts as its config.
 
-        source:
-            None: all defaults.
-            str or Path: a DeepSpeed JSON file (or, as DeepSpeed allows, its text in base64). Always a whole DeepSpeed config.
-            Mapping: with a key "smartfrz": a whole DeepSpeed config; else, with one of `DEEPSPEED_KEYS`: a whole DeepSpeed config
-                that has no section of ours; else: the section itself.
-            FreezeConfig: returned as it is.
-        A whole DeepSpeed config without a "smartfrz" section means all defaults.
+        Args:
+            source: One of:
+                None: all defaults.
+                str or Path: a DeepSpeed JSON file or, as DeepSpeed allows, its text in base64. Always a whole
+                    DeepSpeed config.
+                Mapping: with the key "smartfrz", a whole DeepSpeed config; otherwise, with one of `DEEPSPEED_KEYS`, a
+                    whole DeepSpeed config without our section; otherwise the section itself.
+                FreezeConfig: returned unchanged.
+                A whole DeepSpeed config without a "smartfrz" section means all defaults.
 
-        Raises one ValueError that lists every problem: key, value, what is allowed; for a file, its path and what is wrong with it.
+        Returns:
+            The checked settings.
+
+        Raises:
+            ValueError: Lists every problem with its key, value and allowed values; for a file, its path and what is
+                wrong with it.
         """
         if isinstance(source, FreezeConfig):
             return source
@@ -194,7 +205,15 @@ class FreezeConfig(Section):
 
 
 def with_settings(source: FreezeConfig | Mapping[str, Any] | str | Path | None, settings: Mapping[str, Any]) -> FreezeConfig:
-    """The settings out of `source` (as of `FreezeConfig.load`) with single ones put over them; ValueError for wrong ones."""
+    """Load settings and override some of them.
+
+    Args:
+        source: As in `FreezeConfig.load`.
+        settings: Top-level keys of the section and their new values.
+
+    Raises:
+        ValueError: As in `FreezeConfig.load`.
+    """
     if not settings:
         return FreezeConfig.load(source)
     section = source.model_dump(exclude_unset=True) if isinstance(source, FreezeConfig) else _find_section(source)
@@ -202,18 +221,22 @@ def with_settings(source: FreezeConfig | Mapping[str, Any] | str | Path | None, 
 
 
 def is_default(config: FreezeConfig, key: str) -> bool:
-    """Whether a setting has its default value, written by the user or not."""
+    """Return whether a setting equals its default value, whether the user wrote it or not."""
     return bool(getattr(config, key) == FreezeConfig.model_fields[key].default)
 
 
 def digest(config: FreezeConfig) -> str:
-    """sha256 (64 hex digits) of the settings that all ranks must share: all but `log_path`. Shares count as they are written."""
+    """Hash the settings that all ranks must share: everything except `log_path`. Shares are hashed as written.
+
+    Returns:
+        A sha256 digest (64 hex digits).
+    """
     data = config.model_dump(mode="json", exclude={"log_path"})
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def to_markdown() -> str:
-    """The table of all keys, one row each, sub-sections dotted."""
+    """Return the Markdown table of all keys, one row each; keys of sub-sections are dotted."""
     rows = ["| key | default | allowed | meaning |", "| --- | --- | --- | --- |"]
     for name, field in FreezeConfig.model_fields.items():
         if _section_of(field) is not None and field.default is not None:
@@ -226,7 +249,17 @@ def to_markdown() -> str:
 
 
 def update_docs(text: str) -> str:
-    """`text` with the table between its two markers made anew; ValueError where a marker is missing."""
+    """Replace the table between the two markers of a page.
+
+    Args:
+        text: The page's text.
+
+    Returns:
+        The text with the regenerated table.
+
+    Raises:
+        ValueError: A marker is missing.
+    """
     head, begin, rest = text.partition(TABLE_BEGIN)
     _, end, tail = rest.partition(TABLE_END)
     if not begin or not end:
@@ -241,7 +274,7 @@ def _row(key: str, section: type[Section], prefix: str = "") -> str:
 
 
 def _section_of(field: FieldInfo) -> type[Section] | None:
-    """The sub-section that a key holds, also where it may be null; None for a plain value."""
+    """Return the sub-section class that a key holds, also if the key is nullable; None for a plain value."""
     kinds = (field.annotation, *get_args(field.annotation))
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
 
@@ -253,11 +286,11 @@ def _allowed(key: str, section: type[Section]) -> str:
 
 
 def _find_section(source: object) -> object:
-    """The value of "smartfrz", unchecked; {} where there is none. The rules are those of `FreezeConfig.load`."""
+    """Return the unchecked value of "smartfrz"; {} if there is none. Follows the rules of `FreezeConfig.load`."""
     if source is None:
         return {}
     if isinstance(source, str | Path):
-        whole, where = _read(source)
+        whole, where = read_config(source)
         is_section = False
     elif isinstance(source, Mapping):
         whole, where = source, "config"
@@ -266,59 +299,25 @@ def _find_section(source: object) -> object:
         raise ValueError(f"config: got {type(source).__name__}; allowed: a path, a dict, a FreezeConfig or None")
     if SECTION in whole:
         return whole[SECTION]
-    # A section that is silently not read would be a run that silently has other settings.
+    # A misspelt section name must not silently fall back to all defaults.
     near = get_close_matches(SECTION, [key for key in whole if isinstance(key, str)], n=1, cutoff=0.75)
     if near:
         raise ValueError(f"{where}: {near[0]}: unknown key; did you mean {SECTION!r}?")
     if is_section:
         return dict(whole)
-    # "enabled" and "seed" are too common a name to be surely meant for us.
+    # "enabled" and "seed" are too common to be attributed to us.
     stray = [key for key in FreezeConfig.model_fields if key in whole and key not in ("enabled", "seed")]
     if stray:
-        raise ValueError(
-            f"{where}: {', '.join(stray)}: a setting of smartfrz outside of its section; allowed: inside of {SECTION!r}: {{…}}"
-        )
+        raise ValueError(f"{where}: {', '.join(stray)}: a setting of smartfrz outside its section; allowed: inside {SECTION!r}: {{…}}")
     return {}
 
 
-def _read(source: str | Path) -> tuple[Mapping[str, Any], str]:
-    """A DeepSpeed config and how to name it, read as deepspeed/runtime/config.py does: Hjson (JSON with comments) or base64."""
-    where = str(source)
-    try:
-        if not os.path.exists(source):  # Path.exists raises on a name as long as a base64 text
-            decoded = _base64_text(where)
-            if decoded is None:
-                raise ValueError("no such file")
-            text, where = decoded, "config (base64)"
-        else:
-            text = Path(source).read_text(encoding="utf-8-sig")
-        data = hjson.loads(text, object_pairs_hook=_no_duplicates)
-        if not isinstance(data, dict):
-            raise ValueError(f"got {_show(data)}; allowed: a JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{where[:200]}: not a readable DeepSpeed JSON: {error}") from error
-    return data, where
-
-
-def _base64_text(source: str) -> str | None:
-    try:
-        text = base64.b64decode(source, altchars=b"-_", validate=True).decode("utf-8")
-    except (binascii.Error, ValueError):
-        return None
-    return text if text.lstrip().startswith("{") else None  # else it's the name of a file that's missing
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"duplicate keys: {', '.join(sorted({key for key in keys if keys.count(key) > 1}))}")
-    return data
-
-
 def _problems(error: ValidationError, section: object) -> list[str]:
-    """One line a wrong key, in the order found: `smartfrz.attention.threshold: got 1.7; allowed: a number in (0, 1), or null`."""
-    lines: dict[str, None] = {}  # a union reports once for each of its members
+    """Format validation errors, one line per wrong key, in the order found.
+
+    Example: `smartfrz.attention.threshold: got 1.7; allowed: a number in (0, 1), or null`.
+    """
+    lines: dict[str, None] = {}  # a union reports each of its members once
     for item in error.errors(include_url=False):
         path, allowed, value, hint = SECTION, _keys(FreezeConfig), section, ""
         model: type[Section] = FreezeConfig
@@ -332,17 +331,17 @@ def _problems(error: ValidationError, section: object) -> list[str]:
             inner = _section_of(field)
             if inner is None:
                 allowed, hint = _allowed(key, model), _did_you_mean(value, _choices(field.annotation))
-                break  # what follows names a union's member or a list's index
+                break  # the rest of the path is a union member or a list index
             model = inner
             allowed = _keys(model) + (", or null" if field.default is None else "")
         if unknown is not None:
             hint = _did_you_mean(unknown, model.model_fields) or _elsewhere(unknown)
-            shown = unknown if unknown.isprintable() else _show(unknown)
+            shown = unknown if unknown.isprintable() else show(unknown)
             lines[f"{path}.{shown}: unknown key; {hint}allowed: {', '.join(model.model_fields) or 'none'}"] = None
-        elif item["type"] == "value_error":  # one of our checks across keys, which names the key itself
+        elif item["type"] == "value_error":  # a check across keys; its message names the key
             lines[f"{path}.{item['ctx']['error']}"] = None
         else:
-            lines[f"{path}: got {_show(value)}; {hint}allowed: {allowed}"] = None
+            lines[f"{path}: got {show(value)}; {hint}allowed: {allowed}"] = None
     return list(lines)
 
 
@@ -351,7 +350,7 @@ def _keys(section: type[Section]) -> str:
 
 
 def _choices(annotation: object) -> list[str]:
-    """The words of all Literals in an annotation."""
+    """Collect the words of all Literals in an annotation."""
     return [word for arg in get_args(annotation) for word in ([arg] if isinstance(arg, str) else _choices(arg))]
 
 
@@ -361,7 +360,7 @@ def _did_you_mean(value: object, choices: Iterable[str]) -> str:
 
 
 def _elsewhere(key: str) -> str:
-    """Where a key stands that was written one level too high or too low, as 'threshold' for 'attention.threshold'."""
+    """Suggest the right place for a key written one level too high or too low, such as 'threshold' for 'attention.threshold'."""
     if key in FreezeConfig.model_fields:
         return f"did you mean '{SECTION}.{key}'? "
     for name, field in FreezeConfig.model_fields.items():
@@ -369,9 +368,3 @@ def _elsewhere(key: str) -> str:
         if section is not None and key in section.model_fields:
             return f"did you mean '{SECTION}.{name}.{key}'? "
     return ""
-
-
-def _show(value: object) -> str:
-    """A value as the user wrote it in JSON ("50" is not 50, true is not 1), shortened."""
-    text = json.dumps(value, default=repr, skipkeys=True, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,4 +1,4 @@
-"""Who decides: one file a policy, one small interface (base.py)."""
+"""Policies, which decide what to freeze: one file per policy behind one small interface (base.py)."""
 
 from __future__ import annotations
 
@@ -35,27 +35,32 @@ POLICIES: dict[str, type[Policy]] = {
     )
 }
 
-# Settings of the whole run that a policy takes too, beside those of its own section.
+# Settings of the whole run that a policy takes in addition to those of its own section.
 SHARED_SETTINGS: dict[str, tuple[str, ...]] = {
     "attention": ("max_frozen_fraction",),
     "linear": ("max_frozen_fraction",),
     "random": ("max_frozen_fraction", "order"),
 }
 
-# What to do where a run can't give what a policy needs.
+# What to do if the run cannot provide what a policy needs.
 _REMEDIES: dict[Need, str] = {
-    "weights": "weights, which can't be sampled here",
-    "gradients": "gradients, which this engine can't give exactly",
+    "weights": "weights, which cannot be sampled here",
+    "gradients": "gradients, which this engine cannot provide exactly",
     "activations": "a probe batch; allowed: an integer >= 2 at smartfrz.probe, and probe_batch=… of smartfrz_ds.initialize or attach",
     "total_steps": "the length of the run, which is unknown; allowed: an integer at smartfrz.total_steps",
-    "lr_scale": "each layer in parameter groups of its own",
+    "lr_scale": "separate parameter groups for each layer",
 }
 
 
 def make_policy(name: str, settings: Mapping[str, Any]) -> Policy:
-    """The policy of this name with its settings as keyword arguments.
+    """Create a policy.
 
-    Raises ValueError for a name that isn't in POLICIES and for whatever the policy refuses.
+    Args:
+        name: A key of `POLICIES`.
+        settings: The policy's settings, passed as keyword arguments.
+
+    Raises:
+        ValueError: The name is not in `POLICIES`, or the policy refuses a setting.
     """
     if name not in POLICIES:
         raise ValueError(f"smartfrz.policy: got {name!r}; allowed: {', '.join(POLICIES)}")
@@ -63,11 +68,15 @@ def make_policy(name: str, settings: Mapping[str, Any]) -> Policy:
 
 
 def check_needs(policy: Policy, given: Collection[Need], why: Mapping[Need, str] | None = None) -> None:
-    """Refuse, at start, a policy that needs what the run can't give.
+    """Refuse, at start, a policy that needs something the run cannot provide.
 
-    given: what it can. why: for a need that is missing, more words than the usual ones.
+    Args:
+        policy: The policy to check.
+        given: What the run can provide.
+        why: Explanations that replace the general ones, by missing need.
 
-    Raises ValueError, naming the policy and what is missing.
+    Raises:
+        ValueError: Names the policy and what is missing.
     """
     for need in sorted(policy.needs - set(given)):
         raise ValueError(f"smartfrz.policy: {policy.name!r} needs {(why or {}).get(need, _REMEDIES[need])}")

@@ -1,4 +1,8 @@
-"""The `attention` policy: SmartFRZ's predictor decides (Li et al., ICLR 2023; the inputs are ours, see predictor/features.py)."""
+"""The `attention` policy: the predictor of SmartFRZ decides.
+
+Source: Li et al., "SmartFRZ: An Efficient Training Framework using Attention-Based Layer Freezing", ICLR 2023 (arXiv
+2401.16720). The inputs differ from the paper's: see predictor/features.py.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +20,12 @@ from .budget import Budget
 
 
 class AttentionPolicy:
-    """Names every layer that the predictor has called converged at `patience` freezing stages in a row; or, in mode "budget", freezes
-    front to back so that a given share of the FLOPs is saved (budget.py).
+    """Freezes every layer that the predictor has called converged at `patience` consecutive freezing stages.
 
-    An embedding is judged by the first block behind it: its own drift and similarity say nothing. A layer is judged from MIN_SNAPSHOTS
-    snapshots on.
+    In mode "budget" it freezes front to back so that a given share of the FLOPs is saved (budget.py).
+
+    An embedding is judged by the first block behind it, because its own drift and similarity carry no information. A
+    layer is judged once it has MIN_SNAPSHOTS snapshots.
     """
 
     name = "attention"
@@ -34,11 +39,19 @@ class AttentionPolicy:
         budget: float = 0.3,
         max_frozen_fraction: float = 0.75,
     ) -> None:
-        """predictor: a file of `smartfrz train-predictor`, None: the shipped one. threshold: in (0, 1), None: the file's own.
+        """Load the predictor.
 
-        patience: freezing stages in a row that must agree, >= 1.
-        mode: "auto", or "budget": save the share `budget` of the run's training FLOPs, in (0, 0.6], whatever the threshold.
-        max_frozen_fraction: in (0, 1], share of all layers, the head counted. Raises ValueError for anything else.
+        Args:
+            predictor: A file written by `smartfrz train-predictor`; None: the shipped one.
+            threshold: Probability in (0, 1) from which a layer counts as converged; None: the threshold stored in the
+                file.
+            patience: Consecutive freezing stages that must agree, >= 1.
+            mode: "auto", or "budget": save the share `budget` regardless of the threshold.
+            budget: Share of the run's training FLOPs to save in mode "budget", in (0, 0.6].
+            max_frozen_fraction: Share of all layers (head included) that may freeze in mode "budget", in (0, 1].
+
+        Raises:
+            ValueError: A value is out of range, or the file is not a predictor.
         """
         if threshold is not None and not 0.0 < threshold < 1.0:
             raise ValueError(f"smartfrz.attention.threshold: got {threshold}; allowed: a number in (0, 1), or null")
@@ -54,11 +67,18 @@ class AttentionPolicy:
         self._budget = Budget(budget, max_frozen_fraction) if mode == "budget" else None
         self.needs: frozenset[Need] = frozenset({"weights", "total_steps"} if mode == "budget" else {"weights"})
         self._extractor = FeatureExtractor()
-        self._streak: dict[str, int] = {}  # freezing stages in a row at which a layer was called converged
-        self._held: dict[str, float] = {}  # the last probability of each layer that was ever judged
+        self._streak: dict[str, int] = {}  # consecutive freezing stages at which a layer was called converged
+        self._held: dict[str, float] = {}  # the last probability of every layer judged so far
 
     def decide(self, view: View) -> Decision:
-        """Raises ValueError, naming the layer, where sampled weights are not finite; the policy's state is then as before."""
+        """Judge each candidate by the predictor's probability.
+
+        Args:
+            view: The run as seen at this freezing stage.
+
+        Raises:
+            ValueError: Sampled weights of a layer are not finite; names the layer. The policy's state is unchanged.
+        """
         batch = self._extractor.extract(view)
         probabilities = dict(zip(batch.names, self._model.probabilities(batch).tolist(), strict=True))
         self._streak = {name: self._streak.get(name, 0) + 1 for name, p in probabilities.items() if p >= self.threshold}
@@ -74,7 +94,7 @@ class AttentionPolicy:
             if judge is None:
                 continue
             by = "" if judge == name else f", judged by {judge}"
-            # A judge that is frozen already (order "any") stands still: what was said last about it holds.
+            # A judge that is already frozen (order "any") no longer changes: its last probability stays valid.
             probability = probabilities.get(judge, self._held.get(judge) if judge in frozen else None)
             if probability is None:
                 reasons[name] = f"not judged yet: fewer than {MIN_SNAPSHOTS} snapshots{by}"
@@ -93,10 +113,12 @@ class AttentionPolicy:
         return Decision(freeze=tuple(freeze), reasons=reasons, probabilities=shown)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the policy's state as JSON-able data."""
         state = {"features": self._extractor.state_dict(), "streak": dict(self._streak), "held": dict(self._held)}
         return state if self._budget is None else state | {"budget": self._budget.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state that `state_dict` returned."""
         self._extractor.load_state_dict(state["features"])
         self._streak, self._held = dict(state["streak"]), dict(state["held"])
         if self._budget is not None and "budget" in state:

@@ -1,7 +1,8 @@
-"""The one interface between the controller and whoever decides.
+"""The interface between the controller and the policies.
 
-A policy sees a `View` (numbers and names, never an engine) and answers with a `Decision`. It runs on rank 0 only; the controller
-applies the rules that hold for every policy (order, keep_active, max_frozen_fraction, cooldown, warmup) and broadcasts the result.
+A policy sees a `View` (numbers and names, never an engine) and answers with a `Decision`. It runs on rank 0 only. The
+controller applies the rules that hold for every policy (order, keep_active, max_frozen_fraction, cooldown, warmup) and
+broadcasts the result.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from smartfrz_ds.model.view import LayerInfo, Need, View
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What a policy wants.
+    """The answer of a policy at one freezing stage.
 
-    freeze: names of layers to freeze now, a subset of the view's candidates.
-    reasons: for each judged layer one short line for the log.
-    probabilities: for each judged layer how sure the policy is that it has converged, in [0, 1]; empty where it has no such number.
-    note: one line about the policy's plan as a whole, for the report; empty where it has none.
+    Attributes:
+        freeze: Names of the layers to freeze now, a subset of the view's candidates.
+        reasons: One short line for the log for each judged layer.
+        probabilities: Probability in [0, 1] that the layer has converged, for each judged layer; empty if the policy
+            has no such number.
+        note: One line for the report about the policy's schedule as a whole; empty if it has none.
     """
 
     freeze: tuple[str, ...] = ()
@@ -33,26 +36,41 @@ class Decision:
 
 @runtime_checkable
 class Policy(Protocol):
-    """Who decides. `decide` is deterministic in (view, the policy's own state)."""
+    """A policy decides which layers freeze.
+
+    Attributes:
+        name: The name under which `smartfrz.policy` selects it.
+        needs: What the run must provide; a run that cannot is refused at start.
+    """
 
     name: str
     needs: frozenset[Need]
 
-    def decide(self, view: View) -> Decision: ...
+    def decide(self, view: View) -> Decision:
+        """Decide which layers freeze now. Must be deterministic in the view and the policy's own state."""
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able state: numbers, strings, lists and dicts of them."""
+        """Return the state as JSON-able data: numbers, strings, lists and dicts of them."""
         ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state that `state_dict` returned."""
 
 
 @runtime_checkable
 class ChecksStart(Protocol):
-    """A policy that can tell at the start that this run does not fit it."""
+    """A policy that can refuse, at start, a run that it does not fit."""
 
     def check_start(self, total_steps: int | None, layers: tuple[LayerInfo, ...]) -> None:
-        """Raises ValueError, naming the setting."""
+        """Check the run before training starts.
+
+        Args:
+            total_steps: Steps of the whole run; None if unknown.
+            layers: All layers, front to back.
+
+        Raises:
+            ValueError: Names the setting that does not fit.
+        """
         ...
 
 
@@ -63,24 +81,34 @@ class SetsLr(Protocol):
     def lr_scales(
         self, step: int, total_steps: int | None, layers: tuple[LayerInfo, ...], keep_active: Collection[str]
     ) -> Mapping[str, float]:
-        """Factors, >= 0, on the learning rate of each layer in the step that follows `step` steps; layers not named keep theirs.
+        """Return the factors on the layers' learning rates for the next step.
 
-        Asked for every step, on every rank by itself: it may depend on its arguments and the settings alone, on no state.
-        keep_active: layers that no policy ever freezes.
+        Called in every step, on every rank independently: the result may depend only on the arguments and the settings,
+        not on state.
+
+        Args:
+            step: Steps taken so far.
+            total_steps: Steps of the whole run; None if unknown.
+            layers: All layers, front to back.
+            keep_active: Names of the layers that no policy may freeze.
+
+        Returns:
+            A factor >= 0 for each layer; a layer without one keeps its learning rate.
         """
         ...
 
 
-# --- what several policies share ----------------------------------------------------------------------------------------------------
+# --- helpers shared by several policies
+# -------------------------------------------------------------------------------
 
 
 def body(view: View) -> list[str]:
-    """The layers that a policy could ever freeze, in order, frozen ones too: with weights that train, not the head."""
+    """Return the layers that a policy could ever freeze, in order, frozen ones included: with trainable weights, not the head."""
     return [layer.name for layer in view.layers if layer.kind != "head" and layer.numel > 0]
 
 
 def judges(view: View) -> dict[str, str]:
-    """Whose numbers decide about a layer: its own for a block, the next block's for an embedding."""
+    """Return the layer by whose numbers each layer is judged: a block by its own, an embedding by those of the next block."""
     found: dict[str, str] = {}
     block: str | None = None
     for layer in reversed(view.layers):
@@ -92,7 +120,15 @@ def judges(view: View) -> dict[str, str]:
 
 
 def front_while(view: View, still: Collection[str]) -> tuple[str, ...]:
-    """The active layers from the front on that are in `still` and may freeze, up to the first that isn't or mayn't."""
+    """Select active layers from the front until one must not freeze.
+
+    Args:
+        view: The run as seen at this freezing stage.
+        still: Names of the layers that have stopped changing.
+
+    Returns:
+        The active layers, front to back, up to the first that is not in `still` or is not a candidate.
+    """
     chosen = []
     for name in body(view):
         if name in view.frozen:
@@ -104,9 +140,15 @@ def front_while(view: View, still: Collection[str]) -> tuple[str, ...]:
 
 
 def gradient_norms(view: View) -> dict[str, float]:
-    """The norm of each layer's summed gradient, estimated from its sample: its root mean square times the root of the layer's size.
+    """Estimate the norm of each layer's summed gradient from its sample.
 
-    Raises ValueError, naming the layer, where a gradient is not finite.
+    The estimate is the root mean square of the sample times the square root of the layer's size.
+
+    Args:
+        view: The run as seen at this freezing stage; its `gradients` are (sample_size,) each.
+
+    Raises:
+        ValueError: A gradient is not finite; names the layer.
     """
     norms = {}
     for layer in view.layers:

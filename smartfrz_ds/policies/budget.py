@@ -1,4 +1,4 @@
-"""Mode `budget` of the attention policy: how much is saved is given; the predictor and the schedule decide which layers freeze when."""
+"""Mode `budget` of the attention policy: the saving is given; the predictor and the schedule decide which layers freeze and when."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from smartfrz_ds.model.flops import saved_fraction, step_flops
 from smartfrz_ds.model.view import View
 
 from .base import Decision, body, judges
-from .budget_solver import plan, remaining_cost
+from .budget_solver import freezing_times, remaining_cost
 
 _TRUST = 0.5  # exponent on the odds of having converged: how far the predictor may move a layer away from the common freezing time
-_LIMIT = 2.0  # log odds beyond this distance from the middle layer's say nothing more
+_LIMIT = 2.0  # log odds are clipped at this distance from the median layer's
 
 
 class Budget:
-    """share: of the whole run's training FLOPs, in (0, 0.6]. max_frozen_fraction: of all layers, in (0, 1].
+    """Freezes a front part of the model so that a given share of the FLOPs is saved.
 
-    Plans anew at every freezing stage with what is known then (plan.py), and freezes what the plan has due now. Always a front part of the
-    model: only that stops back-propagation.
+    At each freezing stage it computes the freezing times again from what is known by then (budget_solver.py), and
+    freezes the layers that are due. It only freezes front layers, because only those shorten back-propagation.
+
+    Args:
+        share: Share of the whole run's training FLOPs to save, in (0, 0.6].
+        max_frozen_fraction: Share of all layers that may freeze, in (0, 1].
     """
 
     def __init__(self, share: float, max_frozen_fraction: float) -> None:
@@ -31,17 +35,22 @@ class Budget:
         self._last: int | None = None  # step of the last freezing stage
 
     def decide(self, view: View, probabilities: Mapping[str, float]) -> Decision:
-        """probabilities: of the layers judged at this stage, in [0, 1]."""
+        """Freeze the layers that are due.
+
+        Args:
+            view: The run as seen at this freezing stage; `total_steps` must be known.
+            probabilities: Probability in [0, 1] of having converged, of each layer judged at this stage.
+        """
         assert view.total_steps is not None
         interval = view.step - self._last if self._last is not None else 0
         self._last = view.step
         names = self._front(view)
         if view.profile is None or not names:
             return Decision(
-                probabilities=probabilities, note="" if view.frozen else "budget: no layer in front may freeze, nothing is saved"
+                probabilities=probabilities, note="" if view.frozen else "budget: no front layer may freeze, so nothing is saved"
             )
         left = view.total_steps - view.step
-        if left <= 0:  # the run goes on behind what was said to be its end
+        if left <= 0:  # the run continues past its announced end
             return Decision(probabilities=probabilities)
         positions = {layer.name: i for i, layer in enumerate(view.layers)}
         frozen = [positions[name] for name in view.frozen]
@@ -52,8 +61,8 @@ class Budget:
         lr = view.lr_ahead if view.lr_ahead is not None and len(view.lr_ahead) == left else torch.ones(left)
         k, cost = remaining_cost(lr)
         gain = [after - before for before, after in itertools.pairwise(shares)]
-        times = plan(gain, self._weights(view, names, probabilities), k, cost, need)
-        # What would be due before the next stage is nearer to now than to then, if it is within the first half of the way.
+        times = freezing_times(gain, self._weights(view, names, probabilities), k, cost, need)
+        # A layer due before the next stage freezes now if its time is in the first half of the interval.
         due = [name for name, time in zip(names, times, strict=True) if time > 0 and time >= left - interval / 2]
         reasons = {
             name: f"budget: due at step {view.total_steps - time}" if time else "budget: not needed"
@@ -64,13 +73,15 @@ class Budget:
         )
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the state as JSON-able data."""
         return {"last": self._last}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state that `state_dict` returned."""
         self._last = state["last"]
 
     def _front(self, view: View) -> list[str]:
-        """The layers that may freeze now or later, front to back, up to the first that never may."""
+        """Return the layers that may freeze now or later, front to back, up to the first that never may."""
         room = int(self.max_frozen_fraction * len(view.layers) + 1e-9) - len(view.frozen)
         names: list[str] = []
         for name in body(view):
@@ -82,7 +93,7 @@ class Budget:
         return names
 
     def _weights(self, view: View, names: Sequence[str], probabilities: Mapping[str, float]) -> list[float]:
-        """What freezing each layer costs against the others, > 0: the odds that it has not converged, tempered. 1 where nobody knows."""
+        """Return the relative cost of freezing each layer, > 0: the tempered odds that it has not converged; 1 if unknown."""
         judge_of = judges(view)
         odds: list[float | None] = []
         for name in names:
@@ -97,12 +108,12 @@ class Budget:
     def _note(self, view: View, times: Sequence[int], interval: int, left: int, shares: Sequence[float], need: float) -> str:
         if need > left * (shares[-1] - shares[0]) + interval:
             most = self.share - (need - left * (shares[-1] - shares[0])) / (view.total_steps or 1)
-            return f"budget: {self.share:.3g} of the FLOPs can't be saved any more; at most {most:.3g} can"
+            return f"budget: {self.share:.3g} of the FLOPs can no longer be saved; at most {most:.3g} can"
         planned = [time for time in times if time]
         if not planned:
-            return "budget: reached with what is frozen"
+            return "budget: reached with the layers that are frozen"
         assert view.total_steps is not None
         first, last = view.total_steps - max(planned), view.total_steps - min(planned)
         if last - first <= max(interval, 1):
-            return f"budget: {len(planned)} layers at one stage, at step {first}: the plan amounts to the policy `late`"
+            return f"budget: {len(planned)} layers at one stage, at step {first}: equivalent to the policy `late`"
         return f"budget: {len(planned)} layers from step {first} to step {last}"

@@ -1,12 +1,13 @@
-"""The `egeria` policy: the front layer freezes when its plasticity no longer changes.
+"""The `egeria` policy: freeze the front layer when its plasticity no longer changes.
 
-Source: Wang et al., "Egeria: Efficient DNN Training with Knowledge-Guided Layer Freezing", EuroSys 2023 (arXiv 2201.06227), section 4; the
-similarity-preserving loss is that of Tung and Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019.
+Source: Wang et al., "Egeria: Efficient DNN Training with Knowledge-Guided Layer Freezing", EuroSys 2023 (arXiv
+2201.06227), section 4. The similarity-preserving loss is from Tung and Mori, "Similarity-Preserving Knowledge
+Distillation", ICCV 2019.
 
-What is another way here. Egeria compares with a quantized copy of the model on the host, refreshed from time to time. A copy can't be
-kept cheaply under ZeRO-3; what the loss needs of it are the Gram matrices of its activations, so those are kept from the last refresh, in
-full precision. They are of a fixed probe batch and centered. Egeria thaws everything when the learning rate falls to a tenth; no policy
-here thaws.
+Differences from the paper: Egeria compares with a quantized copy of the model on the host, which is refreshed from time
+to time. Such a copy is expensive under ZeRO-3. The loss only needs the Gram matrices of the copy's activations, so
+those of the last refresh are kept, in full precision. They are centered and belong to a fixed probe batch. Egeria thaws
+everything when the learning rate falls to a tenth; policies of this package never thaw.
 """
 
 from __future__ import annotations
@@ -24,19 +25,29 @@ from .base import Decision, body, front_while, judges
 
 
 class EgeriaPolicy:
-    """At each freezing stage: plasticity of each layer = similarity-preserving loss between its activations and the reference's; smoothed
-    by a moving average over `window` stages; a straight line is fitted through the last `window` smoothed values. The front layer
-    freezes when the line's slope was at most `tolerance` of its steepest so far, at `window` stages in a row since it came to the front.
+    """Freezes the front layer when the slope of its plasticity has become small.
 
-    An embedding goes with the first block behind it.
+    At each freezing stage a layer's plasticity is the similarity-preserving loss between its activations and the
+    reference's, smoothed by a moving average over `window` stages. A straight line is fitted through the last `window`
+    smoothed values. The front layer freezes after the line's slope was at most `tolerance` of its steepest so far at
+    `window` consecutive stages since the layer came to the front. An embedding is judged by the first block behind it.
     """
 
     name = "egeria"
     needs: frozenset[Need] = frozenset({"activations"})
 
     def __init__(self, window: int = 3, tolerance: float = 0.2, refresh: int = 3) -> None:
-        """window: stages, >= 2. tolerance: in (0, 1). refresh: stages from one reference to the next, >= 1; its saw-tooth in the
-        plasticity averages out when it is no longer than the window. Raises ValueError for anything else."""
+        """Check the settings.
+
+        Args:
+            window: Freezing stages, >= 2.
+            tolerance: Share of the steepest slope, in (0, 1).
+            refresh: Freezing stages between two references, >= 1. A new reference makes the plasticity drop; this
+                averages out if `refresh` does not exceed `window`.
+
+        Raises:
+            ValueError: A value is out of range.
+        """
         if window < 2:
             raise ValueError(f"smartfrz.egeria.window: got {window}; allowed: an integer >= 2")
         if not 0.0 < tolerance < 1.0:
@@ -46,12 +57,19 @@ class EgeriaPolicy:
         self.window, self.tolerance, self.refresh = window, tolerance, refresh
         self._stages = 0  # since the last refresh
         self._reference: dict[str, Tensor] = {}
-        self._plasticity: dict[str, list[float]] = {}  # of each block, oldest first, as many as two windows
+        self._plasticity: dict[str, list[float]] = {}  # of each block, oldest first, up to two windows
         self._steepest: dict[str, float] = {}
-        self._flat: tuple[str, int] = ("", 0)  # the front block, and at how many stages in a row its slope was small
+        self._flat: tuple[str, int] = ("", 0)  # the front block, and the number of consecutive stages at which its slope was small
 
     def decide(self, view: View) -> Decision:
-        """Raises ValueError, naming the layer, where a Gram matrix is not finite; the policy's state is then as before."""
+        """Update the plasticity of all layers and judge the front one.
+
+        Args:
+            view: The run as seen at this freezing stage.
+
+        Raises:
+            ValueError: A Gram matrix is not finite; names the layer. The policy's state is unchanged.
+        """
         rows = {name: similarity_rows(gram, name) for name, gram in view.grams.items()}
         judge, names = judges(view), body(view)
         slopes = self._follow(rows, view)
@@ -70,13 +88,13 @@ class EgeriaPolicy:
         return Decision(freeze=front_while(view, with_front) if flat >= self.window else (), reasons=reasons)
 
     def _follow(self, rows: Mapping[str, Tensor], view: View) -> dict[str, float]:
-        """Take one stage's activations in; the slope of each active block that has enough stages."""
+        """Record one stage's activations; return the slope of each active block that has enough stages."""
         slopes = {}
         for layer in view.layers:
             name = layer.name
             if layer.kind != "block" or name in view.frozen or name not in rows or name not in self._reference:
                 continue
-            if rows[name].shape != self._reference[name].shape:  # another probe than before a resume: begin anew
+            if rows[name].shape != self._reference[name].shape:  # the probe changed at a resume: start over
                 del self._reference[name]
                 self._plasticity.pop(name, None)
                 continue
@@ -92,6 +110,7 @@ class EgeriaPolicy:
         return slopes
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the policy's state as JSON-able data."""
         return {
             "stages": self._stages,
             "reference": {name: encode(rows) for name, rows in self._reference.items()},
@@ -101,6 +120,7 @@ class EgeriaPolicy:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state that `state_dict` returned."""
         self._stages = int(state["stages"])
         self._reference = {name: decode(rows) for name, rows in state["reference"].items()}
         self._plasticity = {name: [float(v) for v in values] for name, values in state["plasticity"].items()}
@@ -109,9 +129,17 @@ class EgeriaPolicy:
 
 
 def similarity_rows(gram: Tensor, name: str) -> Tensor:
-    """The similarities of the inputs to one another, each row of length 1. gram, result: (n, n) fp64. name: the layer, for the message.
+    """Normalize the similarities between the inputs, so that each row has length 1.
 
-    Raises ValueError where the Gram matrix is not finite.
+    Args:
+        gram: (n, n) fp64.
+        name: Name of the layer, for the message.
+
+    Returns:
+        (n, n) fp64.
+
+    Raises:
+        ValueError: The Gram matrix is not finite.
     """
     if not torch.isfinite(gram).all():
         raise ValueError(f"layer {name}: its output for the probe batch holds NaN or an infinite value")
@@ -119,17 +147,17 @@ def similarity_rows(gram: Tensor, name: str) -> Tensor:
 
 
 def preserving_loss(rows: Tensor, reference: Tensor) -> float:
-    """The similarity-preserving loss ‖R - R'‖² / n² of two matrices of similarity_rows, (n, n) each."""
+    """Return the similarity-preserving loss ‖R - R'‖² / n² of two results of `similarity_rows`, (n, n) each."""
     return float((rows - reference).square().mean())
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:
-    """Means of `window` neighbours: len(values) - window + 1 of them."""
+    """Return the means of `window` neighbours: len(values) - window + 1 of them."""
     return [sum(values[i : i + window]) / window for i in range(len(values) - window + 1)]
 
 
 def slope_of(values: Sequence[float]) -> float:
-    """The slope, per value, of the line that fits best in the sense of least squares. At least 2 values."""
+    """Return the slope per value of the least-squares line. Requires at least 2 values."""
     mean_x, mean_y = (len(values) - 1) / 2, sum(values) / len(values)
     above = sum((x - mean_x) * (y - mean_y) for x, y in enumerate(values))
     return above / sum((x - mean_x) ** 2 for x in range(len(values)))

@@ -1,6 +1,7 @@
-"""The `freezeout` policy: each layer's learning rate falls to zero along a cosine of its own, and there the layer freezes.
+"""The `freezeout` policy: anneal each layer's learning rate to zero along its own cosine and freeze the layer there.
 
-Source: Brock et al., "FreezeOut: Accelerate Training by Progressively Freezing Layers", 2017 (arXiv 1706.04983), sections 2 and 3.
+Source: Brock et al., "FreezeOut: Accelerate Training by Progressively Freezing Layers", 2017 (arXiv 1706.04983),
+sections 2 and 3.
 """
 
 from __future__ import annotations
@@ -18,18 +19,25 @@ _POWERS: dict[Growth, int] = {"linear": 1, "squared": 2, "cubic": 3}
 
 
 class FreezeOutPolicy:
-    """Layer i of 0..n-1 ends at the share t_i = (t0 + (1 - t0) i/(n - 1))^power of the run: the front one first, the head at its end.
+    """Ends layer i of 0..n-1 at the share t_i = (t0 + (1 - t0) i/(n - 1))^power of the run: the front one first, the head at the end.
 
-    Until then its learning rate is lr · ½ (1 + cos(π t/t_i)), divided by t_i if `scale_lr`, at the share t of the run.
+    At share t < t_i of the run the layer's learning rate is lr · ½ (1 + cos(π t/t_i)), divided by t_i if `scale_lr` is
+    set.
     """
 
     name = "freezeout"
     needs: frozenset[Need] = frozenset({"total_steps", "lr_scale"})
 
     def __init__(self, t0: float = 0.8, growth: Growth = "cubic", scale_lr: bool = True) -> None:
-        """t0: in (0, 1], where the first layer ends, before `growth` (linear, squared, cubic: the power 1, 2, 3) is applied to it.
+        """Check the settings.
 
-        Raises ValueError for anything else.
+        Args:
+            t0: Share of the run in (0, 1] at which the first layer ends, before `growth` is applied.
+            growth: "linear", "squared" or "cubic": the power 1, 2 or 3.
+            scale_lr: Whether to divide each layer's learning rate by its end.
+
+        Raises:
+            ValueError: A value is out of range.
         """
         if not 0.0 < t0 <= 1.0:
             raise ValueError(f"smartfrz.freezeout.t0: got {t0}; allowed: a number in (0, 1]")
@@ -38,7 +46,7 @@ class FreezeOutPolicy:
         self.t0, self.growth, self.scale_lr = t0, growth, scale_lr
 
     def ends(self, layers: tuple[LayerInfo, ...]) -> dict[str, float]:
-        """The share of the run, in (0, 1], at which each layer with weights ends; 1 for the last one."""
+        """Return the share of the run, in (0, 1], at which each layer with weights ends; 1 for the last one."""
         names = [layer.name for layer in layers if layer.numel > 0]
         last = max(len(names) - 1, 1)
         starts = [self.t0 + (1 - self.t0) * i / last for i in range(len(names) - 1)] + [1.0]
@@ -47,7 +55,7 @@ class FreezeOutPolicy:
     def lr_scales(
         self, step: int, total_steps: int | None, layers: tuple[LayerInfo, ...], keep_active: Collection[str]
     ) -> dict[str, float]:
-        """A layer that the user keeps active ends with the run."""
+        """Return the factors on the learning rates for the next step. A layer under keep_active ends with the run."""
         assert total_steps is not None  # refused at start
         scales = {}
         for name, end in self.ends(layers).items():
@@ -56,13 +64,15 @@ class FreezeOutPolicy:
         return scales
 
     def decide(self, view: View) -> Decision:
+        """Freeze the layers whose learning rate has reached zero."""
         assert view.total_steps is not None
         ends = self.ends(view.layers)
         due = tuple(name for name in view.candidates if ends[name] * view.total_steps <= view.step)
         return Decision(freeze=due, reasons={name: f"its learning rate ended at step {ends[name] * view.total_steps:.0f}" for name in due})
 
     def state_dict(self) -> dict[str, Any]:
+        """Return an empty state: the step alone decides."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass  # the step alone decides
+        """Do nothing: there is no state."""

@@ -1,7 +1,7 @@
-"""The `linear` policy: front layers freeze one after the other, evenly between two steps. The baseline to beat.
+"""The `linear` policy: freeze the front layers one by one, evenly spaced between two steps. The baseline for other policies.
 
-The rule of Composer's layer freezing (mosaicml/composer, algorithms/layer_freezing), with whole layers and steps instead of parameters
-and time.
+Source: Composer's layer freezing (mosaicml/composer, algorithms/layer_freezing), with whole layers and steps instead of
+parameters and time.
 """
 
 from __future__ import annotations
@@ -17,15 +17,21 @@ _DEFAULT_START, _DEFAULT_END = 0.2, 0.8  # shares of the run
 
 
 class LinearPolicy:
-    """Freezes the first layer at start_step and the last of its share at end_step, blind to what the layers do."""
+    """Freezes the first layer at `start_step` and the last one of its share at `end_step`, whatever the layers do."""
 
     name = "linear"
     needs: frozenset[Need] = frozenset()
 
     def __init__(self, start_step: int | None = None, end_step: int | None = None, max_frozen_fraction: float = 0.75) -> None:
-        """start_step >= 0, end_step > start_step; None: 20 % and 80 % of the run.
+        """Check the settings.
 
-        max_frozen_fraction: in (0, 1], share of all layers, the head counted. Raises ValueError for anything else.
+        Args:
+            start_step: The first step, >= 0; None: 20 % of the run.
+            end_step: The last step, > start_step; None: 80 % of the run.
+            max_frozen_fraction: Share of all layers (head included) that freeze, in (0, 1].
+
+        Raises:
+            ValueError: A value is out of range.
         """
         if not 0.0 < max_frozen_fraction <= 1.0:
             raise ValueError(f"smartfrz.max_frozen_fraction: got {max_frozen_fraction}; allowed: a number in (0, 1]")
@@ -36,10 +42,19 @@ class LinearPolicy:
             self._steps(None)
 
     def check_start(self, total_steps: int | None, layers: tuple[LayerInfo, ...]) -> None:
-        """Raises ValueError when a step isn't given and can't be made from the length of the run (steps, None when unknown)."""
+        """Check that both steps are known.
+
+        Args:
+            total_steps: Steps of the whole run; None if unknown.
+            layers: All layers, front to back.
+
+        Raises:
+            ValueError: A step is not set and the run's length is unknown, or the end is not after the start.
+        """
         self._steps(total_steps)
 
     def decide(self, view: View) -> Decision:
+        """Freeze the layers that are due at the view's step."""
         start, end = self._steps(view.total_steps)
         front = [layer.name for layer in view.layers if layer.kind != "head" and layer.numel > 0]
         most = min(len(front), int(self.max_frozen_fraction * len(view.layers) + 1e-9))
@@ -49,10 +64,11 @@ class LinearPolicy:
         return Decision(freeze=chosen, reasons={name: f"layer {front.index(name) + 1} of {due} due at step {view.step}" for name in chosen})
 
     def state_dict(self) -> dict[str, Any]:
+        """Return an empty state: the step alone decides."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass  # the step alone decides
+        """Do nothing: there is no state."""
 
     def _steps(self, total_steps: int | None) -> tuple[int, int]:
         start, end = self.start_step, self.end_step
@@ -69,7 +85,7 @@ class LinearPolicy:
             assert total_steps is not None
             end = int(_DEFAULT_END * total_steps)
         if self.start_step is None and self.end_step is None:
-            end = max(end, start + 1)  # a run of a step or two
+            end = max(end, start + 1)  # for runs of one or two steps
         if end <= start:
             key, value = ("end_step", end) if self.end_step is not None else ("start_step", start)
             allowed = f"> start_step ({start})" if key == "end_step" else f"< end_step ({end})"
@@ -78,7 +94,17 @@ class LinearPolicy:
 
 
 def linear_count(step: int, start: int, end: int, most: int) -> int:
-    """How many front layers are to be frozen at a step: none before `start`, 1 at it, `most` from `end` on. start < end, most >= 0."""
+    """Return how many front layers must be frozen at a step.
+
+    Args:
+        step: The current step.
+        start: The step of the first layer.
+        end: The step of the last layer, > start.
+        most: Number of layers to freeze in all, >= 0.
+
+    Returns:
+        0 before `start`, 1 at `start`, `most` from `end` on.
+    """
     if step < start or most == 0:
         return 0
     return min(most, 1 + (step - start) * (most - 1) // (end - start))

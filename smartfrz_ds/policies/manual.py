@@ -1,4 +1,4 @@
-"""The `manual` policy: nobody decides; `engine.smartfrz.freeze(names)` does."""
+"""The `manual` policy: only `engine.smartfrz.freeze(names)` freezes layers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ class ManualPolicy:
     needs: frozenset[Need] = frozenset()
 
     def decide(self, view: View) -> Decision:
+        """Return an empty decision."""
         return Decision()
 
     def state_dict(self) -> dict[str, Any]:
+        """Return an empty state."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
+        """Do nothing: there is no state."""

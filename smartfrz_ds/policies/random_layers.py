@@ -1,6 +1,7 @@
-"""The `random` policy: chance decides which layers and when, at a given ratio. What a learned predictor must beat at the same ratio.
+"""The `random` policy: freeze a given ratio of layers at random steps. The baseline for a learned predictor at the same ratio.
 
-TimelyFreeze (arXiv 2602.05754) computes a ratio of layers to freeze and then draws the layers by chance; the draw is this rule.
+TimelyFreeze (arXiv 2602.05754) computes a ratio of layers to freeze and then draws the layers at random; this policy is
+that draw.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from smartfrz_ds.model.view import LayerInfo, Need, View
 from .base import Decision, body
 from .timing import check_step, step_of
 
-_DEFAULT_START, _DEFAULT_END = 0.2, 0.8  # shares of the run, as the policy `linear`
+_DEFAULT_START, _DEFAULT_END = 0.2, 0.8  # shares of the run, as in the policy `linear`
 
 
 class RandomPolicy:
-    """Draws, once, a step for each of `ratio` of the layers, and freezes each when its step has come.
+    """Draws a step once for each of `ratio` of the layers, and freezes each layer at its step.
 
-    With order "front_to_back" the layers are the front ones and the draws are sorted; with "any" the layers are drawn too.
+    With order "front_to_back" the front layers are chosen and the drawn steps are sorted; with "any" the layers are
+    drawn too.
     """
 
     name = "random"
@@ -36,10 +38,18 @@ class RandomPolicy:
         order: Literal["front_to_back", "any"] = "front_to_back",
         max_frozen_fraction: float = 0.75,
     ) -> None:
-        """ratio: in (0, 1], share of all layers, the head counted; None: max_frozen_fraction, which bounds it too.
+        """Check the settings.
 
-        start_step >= 0, end_step > start_step, the draws lie between them, both ends included; None: 20 % and 80 % of the run.
-        seed: of the draws. order: the run's. Raises ValueError for anything else.
+        Args:
+            ratio: Share of all layers (head included) to freeze, in (0, 1]; None, or more: max_frozen_fraction.
+            start_step: The first step that can be drawn, >= 0; None: 20 % of the run.
+            end_step: The last step that can be drawn, > start_step; None: 80 % of the run.
+            seed: Seed of the draws.
+            order: The run's order, "front_to_back" or "any".
+            max_frozen_fraction: Upper limit of `ratio`, in (0, 1].
+
+        Raises:
+            ValueError: A value is out of range.
         """
         if ratio is not None and not 0.0 < ratio <= 1.0:
             raise ValueError(f"smartfrz.random.ratio: got {ratio}; allowed: a number in (0, 1], or null")
@@ -54,19 +64,30 @@ class RandomPolicy:
         self._due: dict[str, int] | None = None  # layer -> its step, once drawn
 
     def check_start(self, total_steps: int | None, layers: tuple[LayerInfo, ...]) -> None:
-        """Raises ValueError when a step isn't given and can't be made from the length of the run (steps, None when unknown)."""
+        """Check that both steps are known.
+
+        Args:
+            total_steps: Steps of the whole run; None if unknown.
+            layers: All layers, front to back.
+
+        Raises:
+            ValueError: A step is not set and the run's length is unknown, or the end is not after the start.
+        """
         self._steps(total_steps)
 
     def decide(self, view: View) -> Decision:
+        """Freeze the layers whose step has come."""
         if self._due is None:
             self._due = self._draw(view)
         chosen = tuple(name for name in view.candidates if self._due.get(name, view.step + 1) <= view.step)
         return Decision(freeze=chosen, reasons={name: f"drawn for step {self._due[name]}" for name in chosen})
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the drawn steps as JSON-able data."""
         return {"due": None if self._due is None else dict(self._due)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state that `state_dict` returned."""
         self._due = None if state["due"] is None else {name: int(step) for name, step in state["due"].items()}
 
     def _draw(self, view: View) -> dict[str, int]:
@@ -83,7 +104,7 @@ class RandomPolicy:
         start = step_of("smartfrz.random.start_step", self.start_step, _DEFAULT_START, total_steps)
         end = step_of("smartfrz.random.end_step", self.end_step, _DEFAULT_END, total_steps)
         if self.start_step is None and self.end_step is None:
-            end = max(end, start + 1)  # a run of a step or two
+            end = max(end, start + 1)  # for runs of one or two steps
         if end <= start:
             key, value = ("end_step", end) if self.end_step is not None else ("start_step", start)
             allowed = f"> start_step ({start})" if key == "end_step" else f"< end_step ({end})"

@@ -1,7 +1,8 @@
-"""The `weight_drift` policy: a layer whose weights have moved little from one snapshot to the next freezes.
+"""The `weight_drift` policy: freeze a layer when its weights have moved little between two snapshots.
 
-Source: the released code of GradES (Wen et al., 2025, arXiv 2509.01842), which stops a matrix once the sum of its absolute changes falls
-below a threshold τ, after a share α of the run. Normalised here by the weights themselves, so that τ means the same for layers of any size.
+Source: the released code of GradES (Wen et al., 2025, arXiv 2509.01842), which stops a matrix once the sum of its
+absolute changes falls below a threshold τ, after a share α of the run. Here the sum is divided by that of the weights,
+so that τ means the same for layers of any size.
 """
 
 from __future__ import annotations
@@ -18,16 +19,24 @@ from .timing import check_share, check_step, step_of
 
 
 class WeightDriftPolicy:
-    """Freezes a layer when ‖w now - w before‖₁ / ‖w before‖₁ of its last two snapshots is below the threshold. An embedding goes with
-    the first block behind it."""
+    """Freezes a layer when ‖w - w'‖₁ / ‖w'‖₁ of its last two snapshots w' and w is below the threshold.
+
+    An embedding is judged by the first block behind it.
+    """
 
     name = "weight_drift"
     needs: frozenset[Need] = frozenset({"weights"})
 
     def __init__(self, threshold: float = 1e-3, start_step: int | None = None, share: float = 0.5) -> None:
-        """threshold: in (0, 1], for one snapshot interval. start_step: >= 0, nothing freezes before; None: `share` of the run, in [0, 1).
+        """Check the settings.
 
-        Raises ValueError for anything else.
+        Args:
+            threshold: Relative movement in one snapshot interval, in (0, 1].
+            start_step: The step before which nothing freezes, >= 0; None: after `share` of the run.
+            share: Share of the run before the first freeze, in [0, 1).
+
+        Raises:
+            ValueError: A value is out of range.
         """
         if not 0.0 < threshold <= 1.0:
             raise ValueError(f"smartfrz.weight_drift.threshold: got {threshold}; allowed: a number in (0, 1]")
@@ -36,11 +45,26 @@ class WeightDriftPolicy:
         self.threshold, self.start_step, self.share = threshold, start_step, share
 
     def check_start(self, total_steps: int | None, layers: tuple[LayerInfo, ...]) -> None:
-        """Raises ValueError when the step isn't given and can't be made from the length of the run (steps, None when unknown)."""
+        """Check that the start step is known.
+
+        Args:
+            total_steps: Steps of the whole run; None if unknown.
+            layers: All layers, front to back.
+
+        Raises:
+            ValueError: The step is not set and the run's length is unknown.
+        """
         self._start(total_steps)
 
     def decide(self, view: View) -> Decision:
-        """Raises ValueError, naming the layer, where sampled weights are not finite."""
+        """Compare the last two snapshots of each candidate.
+
+        Args:
+            view: The run as seen at this freezing stage.
+
+        Raises:
+            ValueError: Sampled weights of a layer are not finite; names the layer.
+        """
         start, judge = self._start(view.total_steps), judges(view)
         if view.step < start:
             return Decision()
@@ -57,17 +81,18 @@ class WeightDriftPolicy:
         return Decision(freeze=tuple(freeze), reasons=reasons)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return an empty state: the windows alone decide."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass  # the windows are all that it looks at
+        """Do nothing: there is no state."""
 
     def _start(self, total_steps: int | None) -> int:
         return step_of("smartfrz.weight_drift.start_step", self.start_step, self.share, total_steps)
 
 
 def _drift(view: View, name: str) -> float | None:
-    """None where there are no two snapshots."""
+    """Return the relative movement between a layer's last two snapshots; None if there are fewer than two."""
     window = view.windows.get(name)
     if window is None or len(window.steps) < 2:
         return None

@@ -60,7 +60,7 @@ def test_stage_3_is_refused_with_the_switch_and_who_turned_it_on(folder: Path) -
         assert f"ZeRO-3 leaf modules (4 of class {block}), turned on by DeepSpeed itself" in said[kind]
         assert f"set {SWITCH}; freezing is exact then" in said[kind]
         (found,) = said[f"doctor, {kind}"]
-        text, ending, remedy = found.partition(": freezing does not work with it yet, the run is refused at start: ")
+        text, ending, remedy = found.partition(": freezing does not support it yet; the run is refused at start: ")
         assert ending and f"{text}: {remedy}" in said[kind], "the doctor says it in the same words"
     assert "turned on by zero_optimization.leaf_module.classes: 'MixtralSparseMoeBlock' in the config" in said["user's class"]
     assert "(1 of class MixtralSparseMoeBlock), turned on by zero_optimization.leaf_module.names:" in said["user's names"]

@@ -59,7 +59,7 @@ def test_what_only_the_script_turns_on(said: dict[str, Any]) -> None:
     assert "activation_checkpoint_interval or activation_checkpoint_func of the PipelineModule" in seen["reentrant in the module"]
     assert '"pipeline": {"use_reentrant": false}' in seen["reentrant in the module"]
     assert "turned on by the optimizer Lamb that was given to deepspeed.initialize: use AdamW" in seen["optimizer"]
-    assert "turned on by the model, which has MoE layers of DeepSpeed" in seen["moe"]
+    assert "turned on by DeepSpeed MoE layers in the model" in seen["moe"]
     ((found),) = seen["moe, doctor"]
     assert found.replace(f": {ENDING}", "") in seen["moe"]
     assert "an engine without an optimizer" in seen["no optimizer"]
@@ -73,7 +73,7 @@ def test_what_only_the_script_turns_on(said: dict[str, Any]) -> None:
 
 def test_groups_of_ranks_have_one_name(said: dict[str, Any]) -> None:
     seen = said["with_groups"]
-    assert "groups of ranks of the script's own, turned on by the argument mpu" in seen["other mpu"]
+    assert "process groups supplied by the script, turned on by the argument mpu" in seen["other mpu"]
     assert "sequence parallelism (Ulysses), turned on by an mpu or a mesh_param" in seen["ulysses"]
     assert "of an earlier one in this process" in seen["after sequence_parallel"]
     assert "tensor parallelism, turned on by tensor_parallel.autotp_size: 2" in seen["tensor_parallel"]["start"]

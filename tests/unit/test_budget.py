@@ -16,7 +16,7 @@ from smartfrz_ds.model.flops import chain_profile, step_flops
 from smartfrz_ds.model.view import LayerInfo, View
 from smartfrz_ds.policies.attention import AttentionPolicy
 from smartfrz_ds.policies.budget import Budget
-from smartfrz_ds.policies.budget_solver import plan, remaining_cost
+from smartfrz_ds.policies.budget_solver import freezing_times, remaining_cost
 
 STEPS, INTERVAL, BLOCKS = 400, 10, 8
 
@@ -37,7 +37,7 @@ def test_no_plan_that_saves_as_much_costs_less(gain: list[float], weight: list[f
     weight = weight[: len(gain)]
     k, cost = remaining_cost(torch.tensor(lr))
     assert k.tolist() == list(range(len(lr) + 1))
-    times = plan(gain, weight, k, cost, need)
+    times = freezing_times(gain, weight, k, cost, need)
     assert times == sorted(times, reverse=True)
 
     def saving(t: Any) -> float:
@@ -56,12 +56,12 @@ def test_no_plan_that_saves_as_much_costs_less(gain: list[float], weight: list[f
 
 def test_equal_layers_freeze_together_and_a_still_front_earlier() -> None:
     k, cost = remaining_cost(rates("cosine"))
-    together = plan([0.05] * 6, [1.0] * 6, k, cost, 40.0)
+    together = freezing_times([0.05] * 6, [1.0] * 6, k, cost, 40.0)
     assert len(set(together)) == 1
-    split = plan([0.05] * 6, [0.2] * 3 + [1.0] * 3, k, cost, 40.0)
+    split = freezing_times([0.05] * 6, [0.2] * 3 + [1.0] * 3, k, cost, 40.0)
     assert split[0] == split[2] > together[0] > split[3] == split[5]
     # the back never freezes before the front, however still it is
-    assert len(set(plan([0.05] * 6, [1.0] * 3 + [0.2] * 3, k, cost, 40.0))) == 1
+    assert len(set(freezing_times([0.05] * 6, [1.0] * 3 + [0.2] * 3, k, cost, 40.0))) == 1
 
 
 def run(share: float, schedule: str, p: Any, most: float = 0.9, total: int = STEPS) -> tuple[float, list[tuple[int, tuple[str, ...]]], str]:
@@ -125,7 +125,7 @@ def test_what_the_predictor_says_moves_the_layers_apart() -> None:
 def test_a_budget_out_of_reach_freezes_all_that_it_may_and_says_so() -> None:
     saved, freezes, note = run(0.6, "cosine", lambda step, i: 0.5, most=0.5)
     assert freezes == [(50, ("embeddings", *(f"block{i}" for i in range(4))))]  # 5 of 10 layers
-    assert saved < 0.6 and "can't be saved any more" in note and f"at most {saved:.3g}" in note
+    assert saved < 0.6 and "can no longer be saved" in note and f"at most {saved:.3g}" in note
 
 
 def test_state_goes_on() -> None:

@@ -72,7 +72,7 @@ def test_file_may_have_comments_as_deepspeed_allows(tmp_path: Path) -> None:
         ("\udcff\udcfe", "utf-8"),
         ('{"smartfrs": {"window": 3}}', "smartfrs: unknown key; did you mean 'smartfrz'"),
         ('{"smartfrz_ds": {"window": 3}}', "did you mean 'smartfrz'"),
-        ('{"fp16": {}, "policy": "linear", "window": 3}', "policy, window: a setting of smartfrz outside of its section"),
+        ('{"fp16": {}, "policy": "linear", "window": 3}', "policy, window: a setting of smartfrz outside its section"),
     ],
 )
 def test_bad_file_is_named(tmp_path: Path, text: str, why: str) -> None:
