@@ -18,6 +18,9 @@ from smartfrz_ds.integrations import build_locks
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 
+ranks_allowed = True
+"""False while a test marked `unit` runs (conftest.py): such a test starts no ranks."""
+
 
 class RanksFailed(AssertionError):
     """A launched job ended with an error or ran out of time; the message carries its output."""
@@ -57,6 +60,7 @@ def launch(
     A port that somebody takes between choosing and binding gets a second and a third try. On a time-out every rank is asked for its
     stack (faulthandler) before it is killed. On a machine that has more to do than it has processors, the time-out is longer.
     """
+    _check_ranks_allowed()
     build_locks.clear()
     timeout = _patient(timeout)
     deepspeed = Path(sys.executable).with_name("deepspeed")
@@ -93,6 +97,7 @@ def run_worker(name: str, job: object, folder: Path, *, ranks: int = 2, timeout:
     The ranks come from the session's pool (rank_pool.py). launcher: start them with the deepspeed launcher instead, which tests of killed
     ranks and of resident memory need.
     """
+    _check_ranks_allowed()
     folder.mkdir(parents=True, exist_ok=True)
     job_file = folder / "job.json"
     job_file.write_text(json.dumps(job))
@@ -124,6 +129,10 @@ def pool() -> RankPool:
     made = RankPool(environment(), ROOT)
     atexit.register(made.close)
     return made
+
+
+def _check_ranks_allowed() -> None:
+    assert ranks_allowed, "a test in tests/unit that starts n ranks is marked distributed(n)"
 
 
 def _patient(timeout: float) -> float:

@@ -3,6 +3,7 @@
 #
 #   ./tests/run.sh               what runs at every change
 #   ./tests/run.sh --slow        all, the long proofs too
+#   ./tests/run.sh -m unit       the tests that start no ranks; -m takes any expression of the markers in pyproject.toml
 #   ./tests/run.sh --system      as root: first installs what tests on two hosts and of HTML pages need (iproute2, pdsh, sshd, Chromium)
 #   ./tests/run.sh -k freeze …   everything else goes to pytest
 #   ATEN_CPU_CAPABILITY=default ./tests/run.sh
@@ -24,17 +25,28 @@ smartfrz_system() {
     fi
 }
 
-select=(-m "not slow") rest=()
-for argument in "$@"; do
-    case $argument in
-    --slow) select=() ;;
+slow=false marks="" rest=()
+while [ $# -gt 0 ]; do
+    case $1 in
+    --slow) slow=true ;;
     --system) smartfrz_system ;;
-    *) rest+=("$argument") ;;
+    -m)
+        [ $# -gt 1 ] || die "-m: expected an expression of markers, for example -m unit"
+        marks=$2
+        shift
+        ;;
+    -m?*) marks=${1#-m} ;;
+    *) rest+=("$1") ;;
     esac
+    shift
 done
+# The long proofs run only where they are asked for, by --slow or by their marker.
+if [ "$slow" = false ] && ! grep -qw slow <<<"$marks"; then
+    marks=${marks:+($marks) and }"not slow"
+fi
 
 smartfrz_venv test
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 python "$root/smartfrz_ds/integrations/build_locks.py" # what a killed build left would make this one wait indefinitely
 cd "$root"
-exec python -m pytest ${select[@]+"${select[@]}"} ${rest[@]+"${rest[@]}"}
+exec python -m pytest ${marks:+-m "$marks"} ${rest[@]+"${rest[@]}"}

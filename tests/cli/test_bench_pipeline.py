@@ -62,7 +62,7 @@ def test_nets_are_as_long_as_they_say() -> None:
     assert len(gpt(8, 16, 4)) == 10
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_command_measures_a_case_once(tmp_path: Path) -> None:
     """Two real stages of layers that sleep for a millisecond, two micro-batches; the second call measures nothing."""
     options = ["bench", "pipeline", "--case", "sleep-pp2", "--rounds", "2", "--nap", "1", "--micro-batches", "2", "--out", str(tmp_path)]
@@ -105,7 +105,7 @@ def test_command_names_a_wrong_case(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_the_gpt_is_measured_too(tmp_path: Path) -> None:
     bench_pipeline(["gpt-pp2"], tmp_path, rounds=1, blocks=4, width=16, length=8, micro_batches=2)
     seen = json.loads((tmp_path / "gpt-pp2.json").read_text())

@@ -10,7 +10,7 @@ import pytest
 from helpers import run_worker
 
 MODES = ("sharded", "replicated", "auto")
-pytestmark = pytest.mark.world_size(2)
+pytestmark = pytest.mark.distributed(2)
 
 
 def load(folder: Path, rank: int) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def test_zero3_small_parameters_that_stay_gathered_are_not_gathered_again(seen: 
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(4)
+@pytest.mark.distributed(4)
 def test_zero3_auto_replicates_only_what_the_freeze_has_paid_for(tmp_path: Path) -> None:
     """Four ranks, fp32: a frozen weight releases 8 / 4 bytes of moments on each rank and would take 4 bytes whole: half of them fit."""
     folder = run_worker(

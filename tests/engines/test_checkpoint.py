@@ -81,7 +81,7 @@ CASES: list[tuple[str, list[int]]] = [
 ]
 STAGED = ("without_plugin", "disabled", "parts", "guarded")
 
-pytestmark = pytest.mark.world_size(2)
+pytestmark = pytest.mark.distributed(2)
 
 
 def launched(

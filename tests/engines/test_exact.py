@@ -153,7 +153,7 @@ def facts(outcomes: Outcomes, cell: Cell, rank: int = 0) -> dict[str, Any]:
     return json.loads((outcomes(cell) / f"{cell.name}.{rank}.json").read_text())
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("name", params(CELLS))
 def test_equals_single_process(outcomes: Outcomes, name: str) -> None:
     cell = CELLS[name]
@@ -179,7 +179,7 @@ def test_equals_single_process(outcomes: Outcomes, name: str) -> None:
             assert distance(got["weights"][-1], control.weights[-1]) > max(3 * bound(cell)[0], 1e-3)
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("name", params(c.name for c in CELLS.values() if c.plan and not c.keep_state))
 def test_optimizer_bytes_follow_the_active_share(outcomes: Outcomes, name: str) -> None:
     """Counted over live storages on each rank: what is left is the active share, up to DeepSpeed's
@@ -216,7 +216,7 @@ COMPILED = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_compiled_optimizers(tmp_path: Path) -> None:
     """FusedAdam and DeepSpeedCPUAdam, which DeepSpeed compiles at their first use (some minutes each).
 

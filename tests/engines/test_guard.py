@@ -213,7 +213,7 @@ def plan_of(events: list[Any]) -> dict[str, list[Any]]:
     return {str(step): [kind, layers] for kind, step, layers, *_ in events if kind in ("freeze", "thaw")}
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_mistake_is_taken_back_exactly(folder: Path, saw: Saw, stage: int) -> None:
     """Frozen before step 3, taken back after step 6, of which the ranks' mean is the worse one; moments and counts are the kept ones."""
@@ -225,18 +225,18 @@ def test_a_mistake_is_taken_back_exactly(folder: Path, saw: Saw, stage: int) -> 
     compare(folder, name, Cell(name, stage, keep_state=100, plan=plan_of(saw(name)["events"])))
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_nan_after_a_freeze_is_worse(folder: Path, saw: Saw) -> None:
     assert plan_of(saw("nan")["events"]) == {"3": ["freeze", FRONT], "5": ["thaw", FRONT]}
     compare(folder, "nan", Cell("nan", 2, keep_state=100, plan=plan_of(saw("nan")["events"])))
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_after_the_window_nothing_is_taken_back(saw: Saw) -> None:
     assert plan_of(saw("window-over")["events"]) == {"3": ["freeze", FRONT]}
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("stage", [2, 3])
 def test_the_loss_of_backward_is_the_metric(folder: Path, saw: Saw, stage: int) -> None:
     """The step at which the guard acts follows from the recorded losses: mean over micro-batches and ranks, then smoothed."""
@@ -256,7 +256,7 @@ def test_the_loss_of_backward_is_the_metric(folder: Path, saw: Saw, stage: int) 
     compare(folder, name, Cell(name, stage, accumulation=2, keep_state=100, plan=plan_of(saw(name)["events"])))
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_a_guard_that_sees_nothing_says_so_once(saw: Saw) -> None:
     seen, other = saw("blind"), saw("blind", 1)
     assert len(seen["warnings"]) == 1 and "'accuracy'" in seen["warnings"][0] and "observe(accuracy=" in seen["warnings"][0]
@@ -264,7 +264,7 @@ def test_a_guard_that_sees_nothing_says_so_once(saw: Saw) -> None:
     assert plan_of(seen["events"]) == {"3": ["freeze", FRONT]}
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_a_policy_waits_for_the_guard_and_for_layers_taken_back(saw: Saw) -> None:
     """linear would freeze the embeddings at step 2 and more at each of the next steps. Step 3 is the bad one: they come back after it
     (step count 4) and wait two stages; while a freeze is watched (two steps) nothing more freezes."""
@@ -324,7 +324,7 @@ def fp16_reference(stage: int, plan: dict[str, list[Any]], keep: bool, scales: l
 FP16_CASES = [case["name"] for case in CASES if case.get("function") == "fp16"]
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("name", FP16_CASES)
 def test_fp16_skipped_steps_are_no_steps(saw: Saw, name: str) -> None:
     for rank in (0, 1):
@@ -341,7 +341,7 @@ def test_fp16_skipped_steps_are_no_steps(saw: Saw, name: str) -> None:
         assert rows[11]["scale"] == rows[10]["scale"] / 2
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("name", FP16_CASES)
 def test_fp16_equals_single_process(folder: Path, saw: Saw, name: str) -> None:
     case = next(case for case in CASES if case["name"] == name)

@@ -13,7 +13,7 @@ import pytest
 from helpers import run_worker
 
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.world_size(2)
+pytestmark = pytest.mark.distributed(2)
 
 KINDS = {"Mixtral": "MixtralSparseMoeBlock", "Qwen2Moe": "Qwen2MoeSparseMoeBlock", "Qwen3Moe": "Qwen3MoeSparseMoeBlock"}
 DEFAULT = {"Mixtral": [0, 3], "Qwen2Moe": [1], "Qwen3Moe": [2]}

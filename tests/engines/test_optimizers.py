@@ -155,7 +155,7 @@ def facts(folder: Path, name: str, rank: int = 0) -> Any:
 EIGHT_BIT = [pytest.param("imitated 8 bit"), pytest.param("8 bit", marks=needs_bitsandbytes)]
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", EIGHT_BIT)
 def test_zero_0(folder: Path, name: str, dtype: str) -> None:
@@ -165,7 +165,7 @@ def test_zero_0(folder: Path, name: str, dtype: str) -> None:
         assert found["bytes"][1] < found["bytes"][0] and found["trained"] > 1e-3
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("name", EIGHT_BIT)
 def test_flat_partitions_refuse_and_go_on(folder: Path, name: str, stage: int) -> None:
@@ -179,7 +179,7 @@ def test_flat_partitions_refuse_and_go_on(folder: Path, name: str, stage: int) -
         assert found["policy"] == {"frozen": [], "steps": 8, "warnings": 1}
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_fsdp2(folder: Path) -> None:
     """State that is partly a DTensor of the weight's layout, partly plain tensors of a shard, through a freeze, a thaw and files."""
     for rank in (0, 1):

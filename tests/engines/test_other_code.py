@@ -18,7 +18,7 @@ from helpers import run_worker
 from workers.worker_other_code import FREEZE_AT, STEPS, SWITCH_AT
 
 Saw = Callable[..., dict[str, Any]]
-pytestmark = pytest.mark.world_size(2)
+pytestmark = pytest.mark.distributed(2)
 
 SWITCHED = {f"{kind}-{switch}": (kind, switch) for kind in ("z2", "z3", "fsdp2", "ddp") for switch in ("everything_on", "schedule")}
 SWITCHED |= {f"{kind}-nothing": (kind, "nothing") for kind in ("z2", "ddp")}

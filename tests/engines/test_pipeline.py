@@ -98,20 +98,20 @@ def check(folder: Path, name: str, world: int) -> None:
     assert torch.equal(got[1][:front], got[-1][:front]) and not torch.equal(got[0][:front], got[1][:front])
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("name", [c["name"] for c in TWO])
 def test_two_stages_equal_the_single_process(two: Path, name: str) -> None:
     check(two, name, 2)
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(4)
+@pytest.mark.distributed(4)
 @pytest.mark.parametrize("name", [c["name"] for c in FOUR])
 def test_four_ranks_equal_the_single_process(four: Path, name: str) -> None:
     check(four, name, 4)
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("name", ["z0", "z1", "bf16-z0"])
 def test_a_frozen_stage_runs_no_backward_and_sends_no_gradient(two: Path, name: str) -> None:
     first, second = (saw(two, name, rank)["counts"] for rank in (0, 1))
@@ -128,7 +128,7 @@ def test_a_frozen_stage_runs_no_backward_and_sends_no_gradient(two: Path, name: 
         assert first[step]["BackwardPass"] == first[step]["RecvGrad"] == second[step]["SendGrad"] == micro
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("name", ["z0", "z1"])
 def test_no_gradient_crosses_to_a_frozen_stage(two: Path, name: str) -> None:
     first, second = (saw(two, name, rank)["sent"] for rank in (0, 1))
@@ -138,7 +138,7 @@ def test_no_gradient_crosses_to_a_frozen_stage(two: Path, name: str) -> None:
     assert second[1:] == [crossing] * 3 + [0, 0] + [crossing] * 2
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_keep_active_names_a_module_that_only_the_other_stage_holds(two: Path) -> None:
     """A layer's inside by its name in the pipeline, and by that in the PipelineModule; both on the second stage."""
     for rank in (0, 1):
@@ -146,13 +146,13 @@ def test_keep_active_names_a_module_that_only_the_other_stage_holds(two: Path) -
         assert "['layers.7', 'layers.8'] stay active by smartfrz.keep_active" in refused
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_why_bf16_without_zero_has_a_load_of_its_own(two: Path) -> None:
     """DeepSpeed 0.19.8 can't load its own checkpoint there. Where this fails, checkpoint_layout.py can do without _load_checkpoint."""
     assert saw(two, "bf16-z0", 0)["plain"] == "KeyError(0)" and saw(two, "bf16-z0", 0)["resumed"]["5"]["worst"] == 0.0
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_optimizer_memory_of_a_frozen_stage_is_gone(two: Path) -> None:
     for name in ("z0", "z1", "bf16-z0"):
         held = saw(two, name, 0)["bytes"]
@@ -160,7 +160,7 @@ def test_optimizer_memory_of_a_frozen_stage_is_gone(two: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(4)
+@pytest.mark.distributed(4)
 def test_frozen_stages_of_four(four: Path) -> None:
     """Entries [0, 3, 6, 9, 11] or so: after the second freeze stages 0 and 1 are frozen, stage 2 is the first with an active layer."""
     counts = [saw(four, "pp4", rank)["counts"][5] for rank in range(4)]

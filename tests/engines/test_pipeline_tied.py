@@ -97,27 +97,27 @@ def check(folder: Path, name: str, world: int) -> None:
     assert distance(got[-1], control[-1]) > max(100 * bound, 1e-3)
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("name", [c["name"] for c in TWO if "refused" not in c])
 def test_a_tied_weight_is_one_weight(two: Path, name: str) -> None:
     check(two, name, 2)
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("name", [c["name"] for c in MORE_TWO])
 def test_a_tied_weight_is_one_weight_in_more_settings(more_two: Path, name: str) -> None:
     check(more_two, name, 2)
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(4)
+@pytest.mark.distributed(4)
 @pytest.mark.parametrize("name", [c["name"] for c in FOUR])
 def test_a_tied_weight_is_one_weight_on_four_ranks(four: Path, name: str) -> None:
     check(four, name, 4)
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("name", ["train-z0", "train-z1", "freeze-z0", "freeze-z1"])
 def test_gradients_are_added_only_while_both_copies_train(two: Path, name: str) -> None:
     """DeepSpeed 0.19.8 waits for ever where one side has no gradient (runtime/pipe/engine.py, _exec_reduce_tied_grads)."""
@@ -128,7 +128,7 @@ def test_gradients_are_added_only_while_both_copies_train(two: Path, name: str) 
         assert seen["trains"] == held
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_other_ties_are_refused_by_name(two: Path) -> None:
     for name in ("three", "middle"):
         for rank in (0, 1):
@@ -136,7 +136,7 @@ def test_other_ties_are_refused_by_name(two: Path) -> None:
             assert "by the key 'word'" in text and "one in the first layer" in text
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_a_weight_frozen_by_hand_on_one_stage_ends_the_run_instead_of_hanging(two: Path) -> None:
     """DeepSpeed 0.19.8: the stage without a gradient goes past the all-reduce in which the other one waits."""
     for rank in (0, 1):

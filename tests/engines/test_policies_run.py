@@ -71,7 +71,7 @@ CASES = [
     {"function": "thawed", "name": "thawed", "stage": 2},
     {"function": "refused", "name": "refused"},
 ]
-pytestmark = pytest.mark.world_size(2)
+pytestmark = pytest.mark.distributed(2)
 
 
 @pytest.fixture(scope="module")

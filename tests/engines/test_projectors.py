@@ -264,7 +264,7 @@ def test_the_tower_freezes_and_the_projector_trains_in_one_process(kind: str) ->
     assert not any(p.grad is not None for name, p in got.items() if name not in changed)
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_the_tower_freezes_and_the_projector_trains_under_zero2(tmp_path: Path) -> None:
     kinds = ["llava", "qwen2_vl_tiny", "qwen2_audio"]
     folder = run_worker("projector", kinds, tmp_path)

@@ -125,12 +125,12 @@ def check(server: Server, examples: int) -> None:
     equals_single_process()
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_any_run_equals_the_single_process(server: Server) -> None:
     check(server, 25)
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_many_runs_equal_the_single_process(server: Server) -> None:
     check(server, 300)

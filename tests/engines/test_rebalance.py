@@ -102,27 +102,27 @@ def check(folder: Path, name: str, world: int) -> None:
     assert not torch.equal(got[6][start : start + 50], got[-1][start : start + 50])
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("name", [c["name"] for c in TWO if c["name"] != "unmoved"])
 def test_moving_layers_changes_no_bit(two: Path, name: str) -> None:
     check(two, name, 2)
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("name", [c["name"] for c in MORE_TWO])
 def test_moving_layers_changes_no_bit_in_more_settings(more_two: Path, name: str) -> None:
     check(more_two, name, 2)
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_what_a_policy_sees_does_not_depend_on_where_a_layer_is(two: Path) -> None:
     seen, unmoved = (test_pipeline.saw(two, name, 0)["history"] for name in ("watched", "unmoved"))
     assert seen == unmoved and len(seen) == 64
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(4)
+@pytest.mark.distributed(4)
 @pytest.mark.parametrize("name", [c["name"] for c in FOUR])
 def test_moving_layers_over_four_ranks(four: Path, name: str) -> None:
     check(four, name, 4)
@@ -150,7 +150,7 @@ def sleepers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_worker("rebalance", BY_ITSELF, tmp_path_factory.mktemp("sleepers"), timeout=200)
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_layers_move_by_measured_costs(sleepers: Path) -> None:
     for rank in (0, 1):
         seen = test_pipeline.saw(sleepers, "moves", rank)
@@ -168,32 +168,32 @@ def test_layers_move_by_measured_costs(sleepers: Path) -> None:
     assert test_pipeline.saw(sleepers, "moves", 0)["costs"] == test_pipeline.saw(sleepers, "moves", 1)["costs"]
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_layers_stay_where_moving_is_off_or_not_worth_it(sleepers: Path) -> None:
     for name in ("off", "gain"):
         seen = test_pipeline.saw(sleepers, name, 0)
         assert seen["bounds"][-1] == [0, 6, 12] and not seen["moves"] and not seen["warnings"]
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_a_move_waits_until_costs_are_known(sleepers: Path) -> None:
     seen = test_pipeline.saw(sleepers, "early", 0)
     assert seen["bounds"][0] == [0, 6, 12] and seen["bounds"][-1][1] > 6 and seen["moves"][0][0] == 2
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_a_limit_that_nothing_fits_into_is_told(sleepers: Path) -> None:
     seen = test_pipeline.saw(sleepers, "room", 0)
     assert seen["bounds"][-1] == [0, 6, 12] and any("smartfrz.pipeline.memory_limit: got 10" in w for w in seen["warnings"])
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_bounds_that_cannot_be_are_refused(sleepers: Path) -> None:
     for text in test_pipeline.saw(sleepers, "off", 1)["refused"]:
         assert text.startswith("bounds: got [0, ") and "allowed: 3 rising integers from 0 to 12" in text
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_a_layer_that_cannot_be_built_elsewhere_stays_and_the_run_goes_on(sleepers: Path) -> None:
     for rank in (0, 1):
         seen = test_pipeline.saw(sleepers, "picky", rank)
@@ -204,7 +204,7 @@ def test_a_layer_that_cannot_be_built_elsewhere_stays_and_the_run_goes_on(sleepe
 # --- entries as people write them -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_buffers_frozen_biases_and_functions_go_along(tmp_path: Path) -> None:
     """Module entries with running statistics, biases that the user froze and functions with keywords, that freeze, move, thaw elsewhere
     and come back."""

@@ -77,7 +77,7 @@ QUICK = (
 )
 
 Saw = Callable[..., dict[str, Any]]
-pytestmark = pytest.mark.world_size(2)
+pytestmark = pytest.mark.distributed(2)
 
 
 def cases(names: Iterable[str]) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ LOADS = [
 ]
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_a_rollback_keeps_what_was_and_says_so(ran: Path) -> None:
     for rank in range(2):
         facts = seen(ran, "rollback", rank)
@@ -48,7 +48,7 @@ def test_a_rollback_keeps_what_was_and_says_so(ran: Path) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_the_report_shows_the_part_that_counts(ran: Path) -> None:
     run = load_run(ran / "rollback" / "log.jsonl")
     assert [s.step for s in run.statuses] == [2, 4] and run.last_step == 4 and not any(run.frozen_spans().values())
@@ -56,7 +56,7 @@ def test_the_report_shows_the_part_that_counts(ran: Path) -> None:
     assert [e.kind for e in run.events] == ["freeze", *["load"] * 4]  # in the table they are all
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_a_resume_cuts_the_log_and_keeps_a_copy(ran: Path) -> None:
     facts, freeze = seen(ran, "resumed"), ["freeze", 3, 0, FRONT, FRONT, ""]
     whole = [["RunStart", 0], ["Status", 2], freeze, ["Status", 4]]
@@ -68,7 +68,7 @@ def test_a_resume_cuts_the_log_and_keeps_a_copy(ran: Path) -> None:
     assert find_log(ran / "resumed").name == "resumed.jsonl"  # the copies are no logs of other runs
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_two_engines_write_a_log_each_and_find_them_again(ran: Path) -> None:
     facts = seen(ran, "two")
     start = [["RunStart", 0], ["freeze", 3, 0, FRONT, FRONT, ""], ["RunStart", 3]]

@@ -20,7 +20,7 @@ from smartfrz_ds.backends.torch.fsdp2 import check_late_attributes
 from smartfrz_ds.config.refusals import ENDING, REFUSALS, no_keys, refused_by
 
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.world_size(2)
+pytestmark = pytest.mark.distributed(2)
 
 
 @pytest.fixture(scope="module")

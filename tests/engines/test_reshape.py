@@ -90,21 +90,21 @@ def check(folder: Path, name: str, world: int) -> None:
         assert seen["moved"] > max(3 * bound, 1e-3)
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("name", [c["name"] for c in TWO if c["targets"]])
 def test_two_stages_go_on_as_one_and_as_others(two: Path, name: str) -> None:
     check(two, name, 2)
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(4)
+@pytest.mark.distributed(4)
 @pytest.mark.parametrize("name", [c["name"] for c in FOUR])
 def test_four_ranks(four: Path, name: str) -> None:
     check(four, name, 4)
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(4)
+@pytest.mark.distributed(4)
 @pytest.mark.parametrize("stages", [1, 3, 4])
 def test_other_stages_alone_change_not_a_bit(two: Path, tmp_path: Path, stages: int) -> None:
     job = []
@@ -168,7 +168,7 @@ def equal(a: Any, b: Any, where: str = "") -> list[str]:
     return [] if a == b or type(a).__name__.endswith("LossScaler") else [f"{where}: {a!r} is not {b!r}"]
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("name", ["z0", "z1-back", "bf16-z1", "bf16-z1-fp32"])
 def test_there_and_back_is_the_same(two: Path, tmp_path: Path, name: str) -> None:
     """Over three replicas (partitions with padding at their ends) and stages that cut the list elsewhere."""
@@ -197,7 +197,7 @@ def test_a_step_count_of_a_whole_group_comes_along() -> None:
     assert made["state"][0]["step"] == 5 and len(made["state"]) == 1
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_the_command(two: Path, tmp_path: Path) -> None:
     cli = CliRunner()
     before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in (two / "bf16-z1").rglob("*")}
@@ -229,7 +229,7 @@ def test_the_command(two: Path, tmp_path: Path) -> None:
     assert "bf16 without ZeRO" in refused("--pp", "1", "--dp", "2", at=two / "bf16-z0")
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_damaged_and_foreign_checkpoints_are_refused(two: Path, tmp_path: Path) -> None:
     def changed(name: str, change: Any, *, listed: bool = True) -> Path:
         shutil.copytree(two / "bf16-z1", tmp_path / name)
@@ -284,7 +284,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(two: Path, tmp_path: Path) 
             entry_of(name)
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_a_kill_leaves_no_half_checkpoint(two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process dies in front of every file in turn; another try ends well."""
     from smartfrz_ds.checkpoint import reshape as module

@@ -20,7 +20,7 @@ def saw(tmp_path_factory: pytest.TempPathFactory) -> Saw:
     return lambda name, rank=0: json.loads((folder / f"{name}.{rank}.json").read_text())
 
 
-pytestmark = pytest.mark.world_size(2)
+pytestmark = pytest.mark.distributed(2)
 
 
 @pytest.mark.parametrize("engine", ["z0-fp32", "z0-bf16", "z1-fp32", "z1-bf16opt", "z2-fp32", "z2-bf16"])

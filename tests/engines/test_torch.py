@@ -108,7 +108,7 @@ def facts(folder: Path, name: str, rank: int = 0) -> Any:
     return json.loads((folder / f"{name}.{rank}.json").read_text())
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_single_process(of: Callable[[str], Path], name: str) -> None:
     folder = of(name)
@@ -136,7 +136,7 @@ def active_bytes(cell: Cell, step: int, kinds: Callable[[str], bool] = lambda la
     return sum(4 * p.numel() for n, p in cell.net().named_parameters() if layers[n] not in frozen and kinds(layers[n]))
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_reduced_and_held(of: Callable[[str], Path], name: str) -> None:
     """Gradients on the wire and optimizer bytes are those of the active layers, step by step."""
@@ -158,7 +158,7 @@ def test_what_is_reduced_and_held(of: Callable[[str], Path], name: str) -> None:
             assert abs(held - wanted) <= 0.02 * wanted
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_fsdp2_gathers_no_frozen_prefix(folder: Path) -> None:
     """In backward nothing in front of the first active layer is gathered; unsharded frozen units are not gathered at all."""
     whole = active_bytes(Cell("", plan={}), 0)
@@ -175,14 +175,14 @@ def test_fsdp2_gathers_no_frozen_prefix(folder: Path) -> None:
         assert abs(stays[step]["forward"] - active_bytes(Cell("", plan=PREFIX), step)) < 0.02 * whole
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_snapshots_out_of_shards(folder: Path) -> None:
     equal = facts(folder, "snapshots")
     assert set(equal) == {"ddp", "fsdp2", "fsdp1"}
     assert all(len(rows) == 12 and all(rows) for rows in equal.values())  # matrices: one a linear layer
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_the_same_decisions_everywhere(folder: Path) -> None:
     """The attention policy sees the same weights whichever way they are held, so its probabilities agree to the last bit."""
     rows = facts(folder, "policies")
@@ -196,7 +196,7 @@ def test_the_same_decisions_everywhere(folder: Path) -> None:
     assert facts(folder, "policies", 1)["fsdp2"]["logged"] is None  # rank 0 alone writes
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_the_same_probe_everywhere(folder: Path) -> None:
     rows = facts(folder, "probes")
     assert any(event[0] == "freeze" for event in rows["alone"])
@@ -204,7 +204,7 @@ def test_the_same_probe_everywhere(folder: Path) -> None:
         assert rows[kind] == rows["alone"], kind
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_tied_weights(folder: Path) -> None:
     """`tied`: train: the head goes on training the weight that the frozen front shares with it; freeze: it stands still."""
     ends = facts(folder, "tied")
@@ -215,7 +215,7 @@ def test_tied_weights(folder: Path) -> None:
             assert ends[f"{mode}-{kind}"] == [moved, weights], (mode, kind)
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_resume(folder: Path) -> None:
     for name, found in facts(folder, "resume").items():
         assert found["difference"] == 0.0, name
@@ -224,7 +224,7 @@ def test_resume(folder: Path) -> None:
         assert "smartfrz.safetensors is missing" in found["nothing there"], name
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_thaw_of_what_never_trained_in_mixed_precision(folder: Path) -> None:
     """FSDP2 learns a unit's dtypes in the first forward, from its trainable parameters: a unit that was frozen then had none."""
     for moved in facts(folder, "mixed_precision").values():
@@ -233,14 +233,14 @@ def test_thaw_of_what_never_trained_in_mixed_precision(folder: Path) -> None:
         assert min(moved["active"]) > 1e-3
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_reentrant_checkpointing_behind_a_prefix(folder: Path) -> None:
     for kind, moved in facts(folder, "recomputed").items():
         assert moved["blocks.0.up.weight"] == 0.0, kind
         assert moved["blocks.1.up.weight"] > 1e-3, kind
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_what_is_refused(folder: Path) -> None:
     said = facts(folder, "refusals")
     words = {
@@ -261,25 +261,25 @@ def test_what_is_refused(folder: Path) -> None:
     assert said == facts(folder, "refusals", 1)
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_release_leaves_a_wrapper_that_trains(folder: Path) -> None:
     for rank in (0, 1):
         for kind, found in facts(folder, "released", rank).items():
             assert found["difference"] == 0.0 and found["moved"] > 1e-3, kind
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_resume_from_right_after_a_thaw(folder: Path) -> None:
     assert facts(folder, "thawed") == 0.0
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_gradient_bytes_in_mixed_precision(folder: Path) -> None:
     found, whole = facts(folder, "sent"), active_bytes(Cell("", plan={}), 0)
     assert found == {"fp32": whole, "bf16": whole / 2, "bf16 in fp32": whole}
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_a_model_built_on_the_meta_device_has_the_weights_of_a_whole_one(folder: Path) -> None:
     for rank in (0, 1):
         found = facts(folder, "built", rank)
@@ -289,7 +289,7 @@ def test_a_model_built_on_the_meta_device_has_the_weights_of_a_whole_one(folder:
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(4)
+@pytest.mark.distributed(4)
 def test_hybrid_sharding(tmp_path: Path) -> None:
     """Two replicas of two shards: each weight is sampled once, frozen ones stay, and all four ranks hold the same."""
     found = [facts(run_worker("torch", {"cells": [], "cases": ["hybrid"]}, tmp_path, ranks=4, timeout=200), "hybrid")]
@@ -320,7 +320,7 @@ def pretrain(out: Path, *options: str, env: dict[str, str] | None = None, launch
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("way", ["--ddp", "--fsdp1", "--bf16", ""])
 def test_pretrain_script_stops_and_resumes(tmp_path: Path, way: str) -> None:
     """torchrun, a policy, a checkpoint in the middle of freezing: the resumed run ends where the straight one does."""
@@ -350,7 +350,7 @@ def kill_a_rank(out: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("way", ["", "--ddp"])
 def test_pretrain_script_goes_on_by_itself(tmp_path: Path, way: str) -> None:
     """A rank is killed in mid-run under --max-restarts: its held-out loss at the end is that of a run to which nothing happened."""

@@ -27,7 +27,7 @@ def saw(folder: Path, name: str, rank: int = 0) -> Any:
     return json.loads((folder / f"{name}.{rank}.json").read_text())
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_clipping(folder: Path) -> None:
     """Of what is active. FSDP2 sums the norm over shards, in another order, so that its last bits differ."""
     seen = saw(folder, "clipped")
@@ -39,12 +39,12 @@ def test_clipping(folder: Path) -> None:
     assert seen["norms"]["fsdp2"] == pytest.approx(seen["norms"]["alone"], rel=off) and off < 1e-3
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_checkpointing_that_is_not_reentrant(folder: Path) -> None:
     assert saw(folder, "nonreentrant") == {"ddp": 0.0, "fsdp2": 0.0, "fsdp1": 0.0}
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_batch_norm(folder: Path) -> None:
     """Running statistics of a frozen layer stay (`frozen_mode: "eval"`) or go on moving ("train"). DDP hands rank 0's to all before each
     forward; FSDP2 doesn't, so that each rank has its own, and a frozen layer in eval mode normalises by them."""
@@ -59,14 +59,14 @@ def test_batch_norm(folder: Path) -> None:
     assert seen["train-fsdp2"] == seen["train-alone"]  # batches' own statistics: those that run matter only in evaluation
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_tensor_parallelism_is_refused(folder: Path) -> None:
     for rank in (0, 1):
         for said in saw(folder, "tensor_parallel", rank).values():
             assert said.startswith("ValueError: smartfrz_ds does not work yet with: tensor parallelism"), said
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_resume_on_another_number_of_ranks(folder: Path) -> None:
     """From one to two and back, bit for bit; what one rank held back for a thaw can't be dealt to two."""
     seen = saw(folder, "resized")
@@ -78,7 +78,7 @@ def test_resume_on_another_number_of_ranks(folder: Path) -> None:
     assert step == 9 and torch.equal(weights, torch.tensor(seen["weights"]))
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_ranks_that_differ_all_raise(folder: Path) -> None:
     for rank in (0, 1):
         seen = saw(folder, "disagreeing", rank)
@@ -97,7 +97,7 @@ def test_ranks_that_differ_all_raise(folder: Path) -> None:
             assert f"This is rank {rank}." in seen[name]
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_a_rank_that_cannot_save_stops_all_and_the_run_goes_on(folder: Path) -> None:
     for rank in (0, 1):
         said = saw(folder, "unwritable", rank)
@@ -108,7 +108,7 @@ def test_a_rank_that_cannot_save_stops_all_and_the_run_goes_on(folder: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_compiled_models(tmp_path: Path) -> None:
     """torch.compile in and around DDP and FSDP2, freezes and thaws in mid-run: they compile anew, and end as one process that doesn't."""
     run_worker("torch", {"cells": [], "cases": ["compiled"]}, tmp_path, timeout=200)

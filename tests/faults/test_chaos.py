@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 PLAN = {"3": ["freeze", ["embeddings", "blocks.0"]], "6": ["freeze", ["blocks.1", "blocks.2"]]}
 CELLS = {stage: Cell(f"z{stage}", stage, steps=9, plan=PLAN) for stage in (1, 2, 3)}
 
-pytestmark = pytest.mark.world_size(2)
+pytestmark = pytest.mark.distributed(2)
 
 
 def chaos_run(folder: Path, stage: int, kill: dict[str, Any] | None, tag: str | None = None) -> dict[str, Any]:

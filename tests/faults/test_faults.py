@@ -138,7 +138,7 @@ def test_undisturbed(folder: Path) -> None:
 LOST = {"dies": (0, 5), "script raises": (1, 5), "dies deciding": (1, 6), "hangs": (0, 5), "link down": (0, 5)}
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("name", LOST)
 def test_a_lost_rank(folder: Path, hosts: Any, name: str) -> None:
     """Its survivor ends within the timeout and names the step and the checkpoint to go on from; the run started again ends exactly."""
@@ -154,7 +154,7 @@ def test_a_lost_rank(folder: Path, hosts: Any, name: str) -> None:
     assert check_end(folder, run, f"{run}-again")["start"] == 4
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_a_rank_fails_in_the_middle_of_a_freeze(folder: Path) -> None:
     own, others = (ended(folder, "fails-freezing", rank) for rank in (1, 0))
     for code, seconds, output in (own, others):
@@ -164,7 +164,7 @@ def test_a_rank_fails_in_the_middle_of_a_freeze(folder: Path) -> None:
     assert check_end(folder, "fails-freezing", "fails-freezing-again")["start"] == 4
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_a_disk_is_full_on_one_host(folder: Path) -> None:
     """All ranks raise, at once, with the file's name; a script that goes on trains on, and its next checkpoint is whole."""
     texts = [ended(folder, "disk-full", rank)[2] for rank in (0, 1)]
@@ -175,7 +175,7 @@ def test_a_disk_is_full_on_one_host(folder: Path) -> None:
     assert check_end(folder, "disk-full", "disk-full")["start"] == 0
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_a_policy_that_fails_on_rank_0(folder: Path) -> None:
     seen = check_end(folder, "policy-fails", "policy-fails")
     assert list(seen["frozen_at"]) == ["2", "4"]
@@ -190,7 +190,7 @@ DIFFERENT = {
 }
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_ranks_that_differ_all_raise_before_they_start(folder: Path, name: str) -> None:
     about, words = DIFFERENT[name]
@@ -216,7 +216,7 @@ LOST_IN_TORCH = {
 }
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAULTS else pytest.mark.slow) for n in LOST_IN_TORCH])
 def test_a_lost_rank_without_deepspeed(request: pytest.FixtureRequest, name: str) -> None:
     folder = request.getfixturevalue("folder" if name in FAULTS else "more")
@@ -232,7 +232,7 @@ def test_a_lost_rank_without_deepspeed(request: pytest.FixtureRequest, name: str
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_another_model_in_ddp(more: Path) -> None:
     """DDP itself compares the models, when it is made."""
     for rank in (0, 1):
@@ -240,7 +240,7 @@ def test_another_model_in_ddp(more: Path) -> None:
         assert code == 1 and seconds < SLACK and "DDP expects same model across all ranks" in output, output[-4000:]
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_the_port_is_taken(folder: Path) -> None:
     """Rank 0 says so at once. The other meets somebody who doesn't answer, and gives up (torch waits for more than one timeout there)."""
     code, seconds, output = ended(folder, "port-taken", 0)
@@ -260,7 +260,7 @@ def torchrun(hosts: Sequence[Host], node: int, out: Path, *more: str) -> list[st
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_sigterm_to_the_launcher_of_one_node(hosts: tuple[Host, Host] | None, tmp_path: Path) -> None:
     """As a cluster's scheduler does it. The other node's rank ends with the error of a lost rank, its launcher with an exit code."""
     if not hosts:
@@ -288,7 +288,7 @@ def check_restart(folder: Path) -> None:
     assert torch.equal(torch.cat([final[n].view(-1) for n, _ in Net(CELL.width).named_parameters()]), expected(seen))
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_torchrun_brings_a_run_back(tmp_path: Path) -> None:
     """A rank kills itself once, in step 6; --max-restarts starts both again, and they end with the weights of the undisturbed run."""
     command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2", "--max-restarts", "1"]
@@ -305,7 +305,7 @@ def test_torchrun_brings_a_run_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_torchrun_brings_a_run_back_on_two_hosts(hosts: tuple[Host, Host] | None, tmp_path: Path) -> None:
     """As launch/slurm.sbatch starts it: the other host's launcher starts its rank again, too."""
     if not hosts:

@@ -207,7 +207,7 @@ def demo(*arguments: str, config: Path | None = None) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_the_demo_runs_on_real_text_and_leaves_a_model_that_loads(tmp_path: Path) -> None:
     out = demo("--steps", "3", "--batch-size", "2", "--max-length", "16", "--out", str(tmp_path))
     assert "froze nothing in 3 steps" in out
@@ -222,7 +222,7 @@ def test_the_demo_runs_on_real_text_and_leaves_a_model_that_loads(tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_compare_on_own_model_and_data_frees_what_it_freezes(tmp_path: Path) -> None:
     from transformers import AutoTokenizer, BertConfig, BertModel
 

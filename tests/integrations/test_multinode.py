@@ -71,14 +71,14 @@ def one_each(hosts: tuple[Host, Host], tmp_path_factory: pytest.TempPathFactory)
     return across(hosts, tmp_path_factory.mktemp("one-each"), JOB | WIRE, slots=1, timeout=120)
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_the_hosts_are_two(one_each: Path) -> None:
     assert [read(one_each, "where", rank) for rank in (0, 1)] == [
         {"host": name, "local_rank": "0", "world": 2} for name in ("node-a", "node-b")
     ]
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("name", CELLS)
 def test_two_hosts_with_a_rank_each(one_each: Path, name: str) -> None:
     """Bit for bit the single process's weights after each step, which test_exact.py shows to be those of two ranks on one host."""
@@ -90,7 +90,7 @@ def test_two_hosts_with_a_rank_each(one_each: Path, name: str) -> None:
     assert (expected.weights[-1] - reference(CELLS[name], freezes=False).weights[-1]).abs().max() > 1e-3
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_a_pipeline_across_the_wire(one_each: Path) -> None:
     got = load_file(one_each / "pipe.safetensors")["weights"]
     assert torch.equal(got, worker_pipeline.reference(PIPELINES["pipe"], 1)["weights"])
@@ -100,7 +100,7 @@ def test_a_pipeline_across_the_wire(one_each: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(4)
+@pytest.mark.distributed(4)
 def test_two_hosts_with_two_ranks_each(hosts: tuple[Host, Host], tmp_path: Path) -> None:
     """Four ranks add gradients in an order of their own, so one host with four ranks is what they are compared with."""
     wire = across(hosts, tmp_path / "two-each", JOB, slots=2, timeout=180)
@@ -117,7 +117,7 @@ def test_two_hosts_with_two_ranks_each(hosts: tuple[Host, Host], tmp_path: Path)
     assert torch.equal(got, local)
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_freezing_saves_what_a_slow_link_costs(one_each: Path) -> None:
     """What is sent falls to the active share, and with it the time of a step; the time is shown and decides nothing."""
     sizes = {n: p.numel() for n, p in WIDE.net().named_parameters()}

@@ -162,7 +162,7 @@ def bounds(got: dict[str, Any], when: str) -> list[int]:
     return [got["stages"][0][when][0], *(stage[when][1] for stage in got["stages"])]
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_two_stages_train_freeze_and_tell(tmp_path: Path) -> None:
     """A folder of texts, BPE, recomputation; 16 steps of two stages."""
     texts, out = folder_of_texts(tmp_path / "texts"), tmp_path / "out"
@@ -183,7 +183,7 @@ def test_two_stages_train_freeze_and_tell(tmp_path: Path) -> None:
     assert len((out / "events.jsonl").read_text().splitlines()) >= 3
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.slow
 def test_mistakes_end_all_ranks_with_one_line(tmp_path: Path) -> None:
     for options, words in (
@@ -195,7 +195,7 @@ def test_mistakes_end_all_ranks_with_one_line(tmp_path: Path) -> None:
         assert run.returncode and words in run.stdout and "Traceback" not in run.stdout, run.stdout[-3000:]
 
 
-@pytest.mark.world_size(4)
+@pytest.mark.distributed(4)
 @pytest.mark.slow
 @pytest.mark.parametrize("stages", [4, 2])
 def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path: Path, stages: int) -> None:

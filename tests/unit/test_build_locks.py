@@ -246,7 +246,7 @@ pathlib.Path(f"{sys.argv[-1]}.{dist.get_rank()}").write_text(json.dumps(saw))
 """
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_a_start_with_a_stale_lock(tmp_path: Path) -> None:
     """Two ranks, as --module starts them: without the removal both wait for the lock, indefinitely, in deepspeed.init_distributed."""
     folder = tmp_path / "extensions"

@@ -327,7 +327,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_worker("status", None, tmp_path_factory.mktemp("status"))
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("name", ["z0-fp32", "z1-fp32", "z1-bf16opt", "z2-bf16", "z3-fp32"])
 def test_status_says_what_the_ranks_did(ran: Path, name: str) -> None:
     truth = json.loads((ran / f"{name}.0.json").read_text())
@@ -354,7 +354,7 @@ def test_status_says_what_the_ranks_did(ran: Path, name: str) -> None:
     assert 0 < statuses[1].saved_flops_fraction < after.saved_flops_fraction < 0.5
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_csv_monitor_of_a_real_engine_gets_the_status(ran: Path) -> None:
     with (ran / "csv-z2-bf16" / "smartfrz_optimizer_bytes.csv").open() as file:
         rows = list(csv.reader(file))[1:]
@@ -363,7 +363,7 @@ def test_csv_monitor_of_a_real_engine_gets_the_status(ran: Path) -> None:
     assert (ran / "csv-z2-bf16" / "smartfrz_hours_saved.csv").exists()
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_resumed_run_writes_a_start_and_goes_on_in_the_log(ran: Path) -> None:
     records = read_log(ran / "resumed.jsonl")
     # what the first run did after its checkpoint is gone: it happens again
@@ -373,7 +373,7 @@ def test_resumed_run_writes_a_start_and_goes_on_in_the_log(ran: Path) -> None:
     assert isinstance(records[3], RunStart) and records[3].frozen == ()
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_nobody_pays_for_a_status_that_nobody_reads(ran: Path) -> None:
     often, never = json.loads((ran / "quiet.0.json").read_text())
     assert often == never and sum(often.values()) > 0

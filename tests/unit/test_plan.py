@@ -201,7 +201,7 @@ def test_command_refuses(args: list[str], message: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_traffic_is_what_real_engines_hand_to_their_collectives(tmp_path: Path) -> None:
     """Two ranks, fp32, three micro-batches, nothing and then half of a net frozen. A norm or a flag of some bytes goes by besides.
 

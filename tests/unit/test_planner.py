@@ -403,7 +403,7 @@ REAL = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [pytest.param(n, marks=pytest.mark.world_size(n)) for n in REAL])
+@pytest.mark.parametrize("ranks", [pytest.param(n, marks=pytest.mark.distributed(n)) for n in REAL])
 def test_ratios_of_a_real_pipeline(tmp_path: Path, ranks: int) -> None:
     """Steps of DeepSpeed's own engine with layers that sleep: other cuts, other costs, other numbers of micro-batches. "half" and "moved"
     have the times of a half-frozen front, though nothing is frozen in them. Each ratio is within 5 % of the predicted one."""

@@ -17,7 +17,7 @@ from smartfrz_ds.telemetry.events import FreezeEvent
 from smartfrz_ds.telemetry.outcome import Stages, outcome
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.distributed(2)
 def test_lines_of_a_deepspeed_run(tmp_path: Path) -> None:
     """One rank speaks, each line comes once, and they tell what the log tells."""
     output = launch(TESTS / "workers" / "worker_voice.py", str(tmp_path)).stdout
