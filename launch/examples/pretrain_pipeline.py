@@ -142,8 +142,9 @@ def run(args: argparse.Namespace, config: dict[str, Any]) -> None:
     deepspeed.init_distributed(verbose=False)
     rank, checkpoints = dist.get_rank(), args.out / "checkpoints"
     args.out.mkdir(parents=True, exist_ok=True)
-    if rank == 0 and args.resume is None:
-        Path(config.get("smartfrz", {}).get("log_path", os.devnull)).unlink(missing_ok=True)  # of an earlier run
+    log = config.get("smartfrz", {}).get("log_path")  # of an earlier run; none with --policy none
+    if rank == 0 and args.resume is None and log is not None:
+        Path(log).unlink(missing_ok=True)
     train, held_out, vocabulary = tokens_of(texts, args)
     engine = build(args, config, vocabulary)
     controller = getattr(engine, "smartfrz", None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import groupby, pairwise
 from typing import Any
@@ -25,7 +25,8 @@ class OrderCheck:
     decoder's embedding may run before the encoder), wherever it is: inside another layer, such as a whole language model, it doesn't count.
     Layers that the forward does not call as modules are left out.
     When the orders differ: ValueError with both, out of that forward (strict), or a UserWarning. A projector alone that runs elsewhere, or
-    a head that begins earlier, always warns: while it is active, back-propagation runs up to its first part.
+    a head that begins earlier, always warns: while it is active, back-propagation runs up to its first part. So does a part of the
+    embeddings that runs behind the blocks (a final norm that is registered in front of them): it freezes with the embeddings.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], strict: bool = True) -> None:
@@ -95,6 +96,22 @@ class OrderCheck:
                 'to that part. To give it to a layer in front, list the layers explicitly: "smartfrz": {"layers": [...]}',
                 strict=False,
             )
+        elif ends := self._behind_the_blocks(first):
+            parts = ", ".join(f"{part} (of layer {name!r})" for part, name in ends[:_SHOWN])
+            self._tell(
+                f"registered in front of the blocks, but run behind them: {parts}. They would freeze with the embeddings; to give them to "
+                'the last layer, list all layers explicitly without them: "smartfrz": {"layers": [...]}',
+                strict=False,
+            )
+
+    def _behind_the_blocks(self, first: Mapping[int, int]) -> list[tuple[str, str]]:
+        """Modules of embeddings that first run when all blocks behind have begun, each with its layer. first: call by position."""
+        found = []
+        for (position, number), (begin, _) in self._used.items():
+            behind = [call for other, call in first.items() if other > position and self._layers[other].kind == "block"]
+            if self._layers[position].kind == "embedding" and behind and begin > max(behind):
+                found.append((self._names[number], self._layers[position].name))
+        return found
 
     def _ran(self) -> str:
         """The layers in the order in which their modules first ran; a layer that ran in several places with the first module of each."""

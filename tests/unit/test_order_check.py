@@ -79,6 +79,36 @@ def test_a_head_that_runs_early_and_late_is_listed_at_both() -> None:
         net(torch.randn(2, 4))
 
 
+def test_what_is_registered_in_front_and_runs_at_the_end() -> None:
+    """Background: an output layer that was registered before the blocks froze with the embeddings, and nothing said so."""
+    blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3))
+    parts: dict[str, nn.Module] = {"inp": nn.Linear(5, 4), "answer": nn.Linear(4, 3), "norm": nn.LayerNorm(4)}
+    layers = find_layers(Runs("inp blocks.0 blocks.1 blocks.2 norm answer", **parts, blocks=blocks))
+    assert [layer.name for layer in layers] == ["embeddings", "blocks.0", "blocks.1", "blocks.2", "head"]
+    assert layers[-1].params == tuple(parts["answer"].parameters())
+    net = Runs("inp blocks.0 blocks.1 blocks.2 norm answer", **parts, blocks=blocks)
+    OrderCheck(net, find_layers(net))
+    with pytest.warns(UserWarning, match=r"in front of the blocks, but run behind them: norm \(of layer 'embeddings'\)\. "):
+        net(torch.randn(2, 5))
+    checked(net, torch.randn(2, 5), layers=["inp", "blocks.*"])  # as the warning says
+    # a matrix as wide as the blocks could run in front of them: only the forward tells
+    net = Runs("inp blocks.0 blocks.1 blocks.2 answer", **(parts | {"answer": nn.Linear(4, 4)}), blocks=blocks)
+    OrderCheck(net, find_layers(net))
+    with pytest.warns(UserWarning, match=r"run behind them: answer \(of layer 'embeddings'\)"):
+        net(torch.randn(2, 5))
+
+
+def test_opt_registers_its_last_norm_in_front() -> None:
+    """Its final_layer_norm used to freeze with the embeddings, as its project_out did."""
+    shape = TEXT | {"ffn_dim": 32, "max_position_embeddings": 20, "word_embed_proj_dim": 8}
+    model = transformers.OPTForCausalLM(transformers.OPTConfig(**shape))
+    last = find_layers(model)[-1]
+    names = {p: name for name, p in model.named_parameters()}
+    ends = ["model.decoder.final_layer_norm.bias", "model.decoder.final_layer_norm.weight", "model.decoder.project_out.weight"]
+    assert last.name == "head" and sorted(names[p] for p in last.params) == ends
+    checked(model, ids(2, 6))
+
+
 def test_a_long_forward_is_cut() -> None:
     net = Runs(" ".join(f"blocks.{i}" for i in reversed(range(80))), blocks=nn.ModuleList(block() for _ in range(80)))
     OrderCheck(net, find_layers(net))

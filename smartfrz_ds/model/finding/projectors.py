@@ -21,6 +21,8 @@ _FOLDED = 16  # most features of a tower that a projector takes as one (pixel sh
 # Names that say what a module is for. The first are given to nothing else; the second also to heads, as in contrastive models.
 _SURELY = re.compile(r"projector|multi_?modal|(^|_)mm_|connector|merger|(^|_)mlp1$|aligner|resampler|abstractor|bridge|enc_to_dec")
 _PERHAPS = re.compile(r"(^|_)proj(_|\d*$)|projection")
+# Names of what runs behind a tower's blocks, wherever it is registered.
+_LAST = re.compile(r"final|(^|_)(out|head|f)(_|$)")
 
 
 def surely_named(path: str) -> bool:
@@ -31,6 +33,11 @@ def surely_named(path: str) -> bool:
 def perhaps_named(path: str) -> bool:
     """Whether the last part of a name is one that people give to projectors, among others."""
     return surely_named(path) or _PERHAPS.search(path.rsplit(".", 1)[-1].lower()) is not None
+
+
+def named_last(path: str) -> bool:
+    """Whether the last part of a name is one that people give to what runs at a tower's end."""
+    return _LAST.search(path.rsplit(".", 1)[-1].lower()) is not None
 
 
 def projector_list(parent: nn.Module, child: nn.Module) -> bool:
@@ -149,6 +156,16 @@ class Borders:
             if not sure and takes != gives and gives not in fronts and not pair:
                 return first
         return None
+
+    def is_output(self, path: str, module: nn.Module, at: int) -> bool:
+        """Whether a module that is registered in front of a tower can only run behind its blocks: it takes their width, gives another one.
+
+        at: number of the tower's last block.
+        """
+        if is_vectors(module) or looks_like_embedding(path, module):
+            return False
+        takes, gives = _ends(module)
+        return takes == self._widths[at] and bool(gives) and gives not in self._widths
 
     def adopts(self, path: str, at: int) -> bool:
         """Whether a norm or parameter beside the towers around border `at` goes with the projector there.

@@ -24,7 +24,7 @@ from .facts import (
     shared_parts,
     weight_of,
 )
-from .projectors import Borders, perhaps_named, projector_list, surely_named
+from .projectors import Borders, named_last, perhaps_named, projector_list, surely_named
 
 LayerKind = Literal["embedding", "block", "head"]
 
@@ -99,6 +99,7 @@ def stacked(model: nn.Module) -> list[Group]:
 
     walk("", model)
     _gather_projectors(model, borders, bridges, blocks, fronts, head, block_of)
+    _move_ends(model, borders, blocks, fronts, head, block_of)
     groups = []
     for i, paths in enumerate(blocks):
         groups += bridges.get(i - 1, [])
@@ -151,6 +152,28 @@ def _gather_projectors(
                 ):
                     paths.remove(path)
                     group.paths.append(path)
+
+
+def _move_ends(
+    model: nn.Module, borders: Borders, blocks: list[list[str]], fronts: dict[int, list[str]], head: list[str], fixed: Collection[str]
+) -> None:
+    """Move to a tower's end what is registered in front of its blocks and runs behind them (OPT's final_layer_norm and project_out).
+
+    fixed: names of the blocks, which stay where they are.
+    """
+    firsts = [paths[0] for paths in blocks]
+    no_output = all((found := _module_at(model, path)) is not None and is_vectors(found) for path in head)
+    for i, paths in [*fronts.items(), *enumerate(blocks)]:
+        for path in [path for path in paths if path not in fixed]:
+            top, module = parent_of(path), _module_at(model, path)
+            tower = [number for number, block in enumerate(firsts) if not top or block.startswith(f"{top}.")]
+            if module is None or len(tower) < 2 or i != tower[0]:
+                continue
+            last = tower[-1]
+            named = named_last(path) and (is_vectors(module) or borders.is_output(path, module, last))
+            if named or (no_output and last == len(blocks) - 1 and borders.is_output(path, module, last)):
+                paths.remove(path)
+                (head if last == len(blocks) - 1 else blocks[last]).append(path)
 
 
 def _module_at(model: nn.Module, path: str) -> nn.Module | None:
