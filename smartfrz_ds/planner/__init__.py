@@ -1,6 +1,7 @@
-"""What a step will cost on a cluster, before it is run: pipeline schedules simulated, the best cut, the saving of a freeze plan.
+"""Predict what a step costs on a cluster: pipeline schedules simulated, the best cut, the saving of a freeze plan.
 
-Pure arithmetic on measured or estimated layer costs. No engine, no tensors, no communication; the same result on every rank.
+Pure arithmetic on measured or estimated layer costs: no engine, no tensors, no communication, and the same result on
+every rank.
 """
 
 from .costs import Cluster, LayerCost, Link, Tied, Traffic, estimate_costs, load_costs

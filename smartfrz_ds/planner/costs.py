@@ -1,4 +1,4 @@
-"""What layers and a cluster cost: measured (a JSON file) or estimated from the shape of a GPT."""
+"""Costs of layers and of a cluster, measured (a JSON file) or estimated from the shape of a GPT."""
 
 from __future__ import annotations
 
@@ -12,14 +12,20 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCost:
-    """One layer on one device.
+    """Cost of one layer on one device. All values must be finite and >= 0.
 
-    forward, backward_input, backward_weight: seconds a micro-batch (backward_input: the gradient of the layer's input).
-    optimizer: seconds of its update, once a step.
-    weights: number of weights that train while it is active.
-    output_bytes: what goes to the next stage, a micro-batch, when the pipeline is cut behind it; its gradient is as large.
-    activation_bytes: what it keeps for its backward, of a micro-batch, while it is active.
-    All finite and >= 0, else ValueError.
+    Attributes:
+        forward: Seconds per micro-batch.
+        backward_input: Seconds per micro-batch for the gradient of the layer's input.
+        backward_weight: Seconds per micro-batch for the gradients of its weights.
+        optimizer: Seconds of its update, once per step.
+        weights: Number of weights that train while the layer is active.
+        output_bytes: Bytes sent to the next stage per micro-batch if the pipeline is cut behind the layer; its
+            gradient is as large.
+        activation_bytes: Bytes kept for its backward per micro-batch while the layer is active.
+
+    Raises:
+        ValueError: A value is negative or not finite.
     """
 
     forward: float
@@ -37,7 +43,12 @@ class LayerCost:
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """latency: seconds of the smallest message or collective, >= 0. bandwidth: bytes/s that a rank sends, > 0."""
+    """A connection between ranks.
+
+    Attributes:
+        latency: Seconds of the smallest message or collective, >= 0.
+        bandwidth: Bytes per second that a rank sends, > 0.
+    """
 
     latency: float = 0.0
     bandwidth: float = math.inf
@@ -47,15 +58,18 @@ class Link:
         _check("bandwidth", self.bandwidth, self.bandwidth > 0, "bytes/s > 0")
 
     def seconds(self, count: float) -> float:
-        """Seconds in which one message of `count` bytes goes out."""
+        """Return the seconds in which one message of `count` bytes is sent."""
         return self.latency + count / self.bandwidth
 
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Bytes that one rank sends in a step to the other replicas of its stage, by ring algorithms.
+    """Bytes that one rank sends to the other replicas of its stage in a step, with ring algorithms.
 
-    reduced: gradients. gathered: weights. collectives: how often the latency is paid at least.
+    Attributes:
+        reduced: Bytes of gradients.
+        gathered: Bytes of weights.
+        collectives: Minimum number of times that the latency is paid.
     """
 
     reduced: float = 0.0
@@ -64,12 +78,18 @@ class Traffic:
 
     @property
     def total(self) -> float:
+        """Bytes of gradients and weights."""
         return self.reduced + self.gathered
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tied:
-    """A weight that several layers use (TiedLayerSpec). layers: their positions, >= 2 of them. nbytes: of its gradient."""
+    """A weight that several layers use (TiedLayerSpec).
+
+    Attributes:
+        layers: Positions of the layers, at least 2.
+        nbytes: Bytes of the weight's gradient.
+    """
 
     layers: tuple[int, ...]
     nbytes: int
@@ -77,16 +97,28 @@ class Tied:
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """replicas: data-parallel copies of each stage. zero: ZeRO stage (2 and 3 only without a pipeline, as in DeepSpeed).
+    """The cluster on which a step runs.
 
-    between_stages: the link of a stage to the next. between_replicas: the link of a rank to the other replicas of its stage.
-    gradient_bytes, weight_bytes: of one element, also when it is reduced or gathered. state_bytes: of the optimizer (12: fp32 master weight
-        and two moments), shared by the replicas under ZeRO.
-    replicated_frozen: ZeRO-3 only: frozen weights are whole on every rank and no longer gathered ("zero3": {"frozen": "replicated"}).
-    overlap: without a pipeline: what is exchanged hides behind computing as far as it can ("overlap_comm"). A pipeline engine reduces
-        after its last backward, so nothing hides there.
-    norm: all stages meet between the reduction and the update: clipping, ZeRO and bf16 do; fp32 without both doesn't.
-    tied: weights used by several layers; tied_frozen: `"tied": "freeze"`, the whole weight freezes with its front use.
+    Attributes:
+        replicas: Data-parallel copies of each stage, >= 1.
+        zero: ZeRO stage (2 and 3 only without a pipeline, as in DeepSpeed).
+        between_stages: Link from a stage to the next.
+        between_replicas: Link from a rank to the other replicas of its stage.
+        gradient_bytes: Bytes of one element of a gradient, also when it is reduced.
+        weight_bytes: Bytes of one weight, also when it is gathered.
+        state_bytes: Bytes of optimizer state per weight (12: fp32 master weight and two moments), shared by the
+            replicas under ZeRO.
+        replicated_frozen: ZeRO-3 only: frozen weights are whole on every rank and no longer gathered ("zero3":
+            {"frozen": "replicated"}).
+        overlap: Without a pipeline: communication is hidden behind computation as far as possible ("overlap_comm"). A
+            pipeline engine reduces after its last backward, so nothing is hidden there.
+        norm: Whether all stages synchronize between the reduction and the update. Clipping, ZeRO and bf16 do; fp32
+            without both does not.
+        tied: Weights used by several layers.
+        tied_frozen: `"tied": "freeze"`: the whole weight freezes with its front use.
+
+    Raises:
+        ValueError: `replicas` or `zero` is out of range.
     """
 
     replicas: int = 1
@@ -107,12 +139,17 @@ class Cluster:
         _check("zero", self.zero, self.zero in (0, 1, 2, 3), "0, 1, 2 or 3")
 
     def traffic(self, active: int, frozen: int, micro_batches: int) -> Traffic:
-        """Between the replicas of one stage, per step and rank.
+        """Compute the traffic between the replicas of one stage, per step and rank.
 
-        active, frozen: weights of the stage that train, and that don't.
-        Gradients are all-reduced, under ZeRO-1 and 2 too (stage_1_and_2.py, `use_multi_rank_bucket_allreduce`, on by default), under
-        ZeRO-2 in each micro-batch; ZeRO-1 and 2 gather the updated weights once. ZeRO-3 gathers all weights for each forward and the
-        active ones again for each backward, and reduce-scatters each micro-batch's gradients.
+        Gradients are all-reduced, also under ZeRO-1 and 2 (stage_1_and_2.py, `use_multi_rank_bucket_allreduce`, on by
+        default); under ZeRO-2 in each micro-batch. ZeRO-1 and 2 gather the updated weights once. ZeRO-3 gathers all
+        weights for each forward and the active ones again for each backward, and reduce-scatters the gradients of
+        each micro-batch.
+
+        Args:
+            active: Weights of the stage that train.
+            frozen: Weights of the stage that do not train.
+            micro_batches: Micro-batches per step.
         """
         share = (self.replicas - 1) / self.replicas
         if not share:
@@ -134,16 +171,23 @@ class Cluster:
         )
 
     def memory(self, costs: Sequence[LayerCost], frozen: int) -> list[float]:
-        """Bytes of each layer on its rank, without activations: a frozen one has only its weights left."""
+        """Return the bytes of each layer on its rank, without activations; a frozen layer only keeps its weights."""
         state, gradient, weight = (size / (self.replicas if self.zero >= z else 1) for size, z in self._held())
         return [c.weights * (weight if i < frozen else weight + gradient + state) for i, c in enumerate(costs)]
 
     def _held(self) -> tuple[tuple[int, int], ...]:
-        """Bytes of an element and from which ZeRO stage on the replicas share them: optimizer state, gradient, weight."""
+        """Return (bytes per element, ZeRO stage from which the replicas share them) of optimizer state, gradient and weight."""
         return (self.state_bytes, 1), (self.gradient_bytes, 2), (self.weight_bytes, 3)
 
     def exchange_seconds(self, traffic: Traffic, micro_batches: int, forward: float, backward: float) -> float:
-        """Seconds by which `traffic` makes a step longer. forward, backward: seconds of a micro-batch on this rank."""
+        """Return the seconds by which traffic lengthens a step.
+
+        Args:
+            traffic: The traffic of one step.
+            micro_batches: Micro-batches per step.
+            forward: Seconds of a micro-batch's forward on this rank.
+            backward: Seconds of a micro-batch's backward on this rank.
+        """
         link = self.between_replicas
         waiting = traffic.collectives * link.latency + traffic.total / link.bandwidth
         if not self.overlap:
@@ -156,23 +200,30 @@ class Cluster:
 
 
 def check_frozen(costs: Sequence[LayerCost], frozen: int) -> None:
-    """ValueError unless `frozen` front layers leave at least one that trains."""
+    """Raise ValueError unless the `frozen` front layers leave at least one that trains."""
     if not costs:
         raise ValueError("costs: got no layer; allowed: at least one")
-    _check("frozen", frozen, 0 <= frozen < len(costs), f"an integer from 0 to {len(costs) - 1}: one layer at least trains")
+    _check("frozen", frozen, 0 <= frozen < len(costs), f"an integer from 0 to {len(costs) - 1}, so that at least one layer trains")
 
 
 def layer_backward(costs: Sequence[LayerCost], frozen: int) -> list[float]:
-    """Seconds of each layer's backward while the first `frozen` are frozen: nothing in the frozen ones, no gradient of its input in the
-    first active one (nobody in front of it wants it)."""
+    """Return the seconds of each layer's backward while the first `frozen` layers are frozen.
+
+    Frozen layers take none. The first active layer does not compute the gradient of its input, which nothing in front
+    of it needs.
+    """
     return [0.0 if i < frozen else c.backward_weight if i == frozen else c.backward_weight + c.backward_input for i, c in enumerate(costs)]
 
 
 def load_costs(file: Path) -> list[LayerCost]:
-    """The layers of a JSON file: {"layers": [{"forward": seconds, "backward_input": …, "backward_weight": …, …}, …]}, keys as in LayerCost.
+    """Load the layers of a JSON file.
 
-    An entry may have "count": so many layers like this one follow each other; "name" is for people.
-    ValueError names file, entry, key and what is allowed.
+    The format is {"layers": [{"forward": seconds, "backward_input": …, "backward_weight": …, …}, …]} with the keys of
+    `LayerCost`. An entry may have "count", the number of consecutive layers like this one, and "name", which is
+    ignored.
+
+    Raises:
+        ValueError: Names the file, entry, key and what is allowed.
     """
     try:
         read = json.loads(file.read_text(encoding="utf-8"))
@@ -197,15 +248,25 @@ def estimate_costs(
     shards: int = 1,
     recompute: bool = False,
 ) -> list[LayerCost]:
-    """A GPT on paper: embeddings, `layers` blocks, head; a block has 12·hidden² weights.
+    """Estimate the costs of a GPT: embeddings, `layers` blocks with 12·hidden² weights each, head.
 
-    hidden, vocabulary, sequence, micro_batch (sequences): of the model and its micro-batch, >= 1.
-    flops: FLOP/s that a device really reaches in matrix products, > 0. Elementwise work is not counted.
-    memory_bandwidth: bytes/s, > 0; update_bytes: read and written by the update of a weight (30: bf16 weight, fp32 gradient, master and two
-        moments); shards: ranks that share an update (ZeRO).
-    recompute: activation checkpointing: a block's forward once more in its backward, of which it keeps its input alone; else 17 times
-        that (Korthikanti et al. 2022, arXiv 2205.05198, without the scores of attention).
-    ValueError names the argument.
+    Args:
+        layers: Number of blocks, >= 1.
+        hidden: Width, >= 1.
+        vocabulary: Number of tokens in the vocabulary, >= 1.
+        sequence: Tokens per sequence, >= 1.
+        micro_batch: Sequences per micro-batch, >= 1.
+        flops: FLOP/s that a device achieves in matrix products, > 0. Elementwise work is not counted.
+        memory_bandwidth: Bytes per second, > 0.
+        update_bytes: Bytes read and written by the update of one weight (30: bf16 weight, fp32 gradient, master and
+            two moments).
+        shards: Ranks that share an update (ZeRO), >= 1.
+        recompute: Activation checkpointing: a block's backward runs its forward again, and the block only keeps its
+            input; otherwise it keeps 17 times as much (Korthikanti et al. 2022, arXiv 2205.05198, without the
+            attention scores).
+
+    Raises:
+        ValueError: Names the argument.
     """
     whole = {"layers": layers, "hidden": hidden, "vocabulary": vocabulary, "sequence": sequence, "micro_batch": micro_batch}
     for name, value in whole.items() | {("shards", shards)}:

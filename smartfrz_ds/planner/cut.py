@@ -1,9 +1,10 @@
-"""Where to cut a chain of layers into pipeline stages, so that a step takes least.
+"""Cut a chain of layers into pipeline stages so that a step is as short as possible.
 
-Each layer's time a micro-batch is its own, wherever it sits (its forward, and what is left of its backward when the front is frozen). So a
-cut whose slowest stage is as fast as possible comes close: after the pipeline has filled, a step takes the slowest stage's time a
-micro-batch. What filling and draining costs on top is simulated: for all cuts where they are few, else for some good ones, and then for
-their neighbours. Integer arithmetic: every rank finds the same.
+A layer takes the same time per micro-batch wherever it is (its forward, and what remains of its backward with a
+frozen front). A cut that minimizes the slowest stage is therefore close to the best: once the pipeline is full, a
+step takes the slowest stage's time per micro-batch. The cost of filling and draining is simulated: for all cuts if
+there are few, otherwise for some good ones and then for their neighbours. Integer arithmetic gives every rank the
+same result.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from itertools import combinations, pairwise
 from .costs import Cluster, LayerCost, check_frozen, layer_backward
 from .simulate import Schedule, check_parts, check_schedule, stage_times, sums, ticks, timeline
 
-_ALL_CUTS = 3000  # up to so many, every cut is looked at
-_WORK = 4_000_000  # forwards and backwards to simulate at most after that: some seconds
-# How much slower than at best the slowest stage may be in the cuts to start from, in percent.
+_ALL_CUTS = 3000  # up to this number, all cuts are simulated
+_WORK = 4_000_000  # limit on the simulated forwards and backwards after that: a few seconds
+# By how many percent the slowest stage may exceed its minimum in the cuts to start from.
 _SLACK = (0, 2, 5, 10, 20, 40)
 
 
@@ -40,24 +41,38 @@ def best_cut(
     schedule: Schedule = "1f1b",
     cluster: Cluster | None = None,
 ) -> list[int]:
-    """The bounds (as PipelineModule.parts) with which a step is fastest while the first `frozen` layers are frozen.
+    """Find the bounds (as PipelineModule.parts) of the fastest step while the first `frozen` layers are frozen.
 
-    stages, micro_batches: >= 1, at most as many stages as layers.
-    memory_per_layer: bytes that a layer takes on its rank, whatever the stage: weights, gradients, optimizer state, with `frozen` frozen.
-    activations_per_layer: bytes that a layer keeps for its backward, of one micro-batch (0 for a frozen one); a stage holds as many
-        micro-batches as its schedule has under way.
-    memory_limit: bytes of a rank, one number or one for each stage. None: no limit.
-    current: bounds now. Of equally fast cuts the one that moves the fewest layers is taken; and never one that is slower than `current`,
-        unless `current` breaks the limit.
-    pinned: (front, rear): layers up to `front` stay on the first stage, those from `rear` on on the last.
-    cluster: links and replicas, as in `simulate`.
-    Pure: equal arguments give the same cut, on every rank. Of equal cuts, the first in order of their bounds.
-    DoesNotFit if no cut keeps to the limit; another ValueError names the argument and what is allowed.
+    A pure function: equal arguments give the same cut on every rank. Among equally good cuts it returns the first in
+    the order of their bounds.
+
+    Args:
+        costs: Costs of the layers, front to back.
+        stages: Number of stages, from 1 to the number of layers.
+        micro_batches: Micro-batches per step, >= 1.
+        frozen: Number of frozen front layers.
+        memory_per_layer: Bytes of a layer on its rank in any stage (weights, gradients, optimizer state), with
+            `frozen` frozen.
+        memory_limit: Bytes of a rank, one number or one per stage; None: no limit.
+        activations_per_layer: Bytes that a layer keeps for its backward per micro-batch (0 for a frozen one); a stage
+            holds as many micro-batches as its schedule has in flight.
+        current: The current bounds. Of equally fast cuts the one that moves the fewest layers is returned, and never
+            one slower than `current` unless `current` exceeds the limit.
+        pinned: (front, rear): layers up to `front` stay on the first stage, layers from `rear` on stay on the last.
+        schedule: "1f1b" or "gpipe".
+        cluster: Links and replicas, as in `simulate`.
+
+    Returns:
+        stages + 1 bounds from 0 to the number of layers.
+
+    Raises:
+        DoesNotFit: No cut satisfies the limit.
+        ValueError: Names the argument and what is allowed.
     """
     check_schedule(schedule)
     check_frozen(costs, frozen)
     if not 1 <= stages <= len(costs):
-        raise ValueError(f"stages: got {stages!r}; allowed: an integer from 1 to {len(costs)}, one layer a stage at least")
+        raise ValueError(f"stages: got {stages!r}; allowed: an integer from 1 to {len(costs)}, so that each stage has a layer")
     room = _Room(len(costs), stages, micro_batches, frozen, memory_per_layer, activations_per_layer, memory_limit, schedule)
     search = _Search(costs, stages, micro_batches, frozen, schedule, cluster or Cluster(), room, current, pinned)
     if current is not None:
@@ -71,12 +86,12 @@ def best_cut(
     else:
         search.some_cuts()
     if search.best is None:
-        raise DoesNotFit(f"memory_limit: got {memory_limit!r}; no cut of {len(costs)} layers into {stages} stages fits into it")
+        raise DoesNotFit(f"memory_limit: got {memory_limit!r}; no cut of {len(costs)} layers into {stages} stages fits")
     return list(search.best[-1])
 
 
 class _Room:
-    """What fits on a stage."""
+    """The memory limits of the stages."""
 
     def __init__(
         self,
@@ -96,14 +111,14 @@ class _Room:
         if len(limits) != stages or any(not v >= 0 for v in limits):
             raise ValueError(f"memory_limit: got {limit!r}; allowed: one number >= 0, or one for each of {stages} stages")
         self.limited = limit is not None and (memory is not None or activations is not None)
-        # Whole bytes: sums come out the same in any order.
+        # Whole bytes, so that sums do not depend on the order.
         self._limits = limits
         self._memory = sums([math.ceil(v) for v in memory or [0] * layers])
         self._activations = sums([0 if i < frozen else math.ceil(v) for i, v in enumerate(activations or [0] * layers)])
         self._held = [micro_batches if schedule == "gpipe" else min(stages - s, micro_batches) for s in range(stages)]
 
     def holds(self, stage: int, first: int, end: int) -> bool:
-        """Whether layers first … end - 1 fit on a stage."""
+        """Return whether layers first … end - 1 fit on a stage."""
         kept = self._held[stage] * (self._activations[end] - self._activations[first])
         return self._memory[end] - self._memory[first] + kept <= self._limits[stage]
 
@@ -113,7 +128,7 @@ class _Room:
 
 @dataclass
 class _Search:
-    """The best cut so far, and ways to better ones."""
+    """The best cut so far, and strategies to find better ones."""
 
     costs: Sequence[LayerCost]
     stages: int
@@ -130,23 +145,23 @@ class _Search:
         self.forward = sums([ticks(c.forward) for c in self.costs])
         self.backward = sums([ticks(b) for b in backward])
         self.load = [f + b for f, b in zip(self.forward, self.backward, strict=True)]
-        self.best: tuple[int, int, tuple[int, ...]] | None = None  # ticks of a step, layers that move, bounds
+        self.best: tuple[int, int, tuple[int, ...]] | None = None  # ticks of a step, number of layers that move, bounds
         self.seen: set[tuple[int, ...]] = set()
         self.work = 0
 
     def at_least(self, parts: Sequence[int]) -> int:
-        """A bound below the step's ticks: what a stage computes, between the forwards before it and the backwards after it."""
+        """Return a lower bound on a step's ticks: a stage's computation, between the forwards in front of it and the backwards after it."""
         return max(self.load[a] + self.micro_batches * (self.load[b] - self.load[a]) for a, b in pairwise(parts))
 
     def moved(self, parts: Sequence[int]) -> int:
-        """Layers that change their stage."""
+        """Return the number of layers that change their stage."""
         if self.current is None:
             return 0
         stay = sum(max(0, min(self.current[s + 1], parts[s + 1]) - max(self.current[s], parts[s])) for s in range(self.stages))
         return len(self.costs) - stay
 
     def consider(self, parts: tuple[int, ...]) -> None:
-        """Simulate a cut that fits, unless it can't be better."""
+        """Simulate a cut that fits, unless it cannot be better."""
         if parts in self.seen or (self.pinned is not None and not (parts[1] > self.pinned[0] and parts[-2] <= self.pinned[1])):
             return
         self.seen.add(parts)
@@ -174,7 +189,7 @@ class _Search:
                 self.consider(parts)
             if self.work >= _WORK:
                 break
-        # Downhill: the bound that is best to move by a layer, until none is.
+        # Hill climbing: move the best bound by one layer until no move helps.
         while self.best is not None and self.work < _WORK:
             start = self.best
             for parts in sorted(self._neighbours(start[-1]), key=lambda p: (self.at_least(p), p)):
@@ -194,7 +209,7 @@ class _Search:
                         yield new
 
     def _least_load(self) -> int | None:
-        """The least that the slowest stage computes in a micro-batch, over all cuts that fit. None: no cut fits."""
+        """Return the minimum over all fitting cuts of the slowest stage's time per micro-batch; None if no cut fits."""
         low, high = -1, self.load[-1]
         if self._furthest(high) is None:
             return None
@@ -210,9 +225,9 @@ class _Search:
         return self.load[end] - self.load[first] <= load and (not self.room.limited or self.room.holds(stage, first, end))
 
     def _furthest(self, load: int) -> tuple[int, ...] | None:
-        """The cut whose every bound lies as far back as it can if no stage computes more than `load`; None where there is none.
+        """Return the cut whose bounds are all as far back as possible if no stage computes more than `load`; None if there is none.
 
-        Taking as much as fits, stage by stage, is optimal: a stage that begins further back never ends further in front.
+        Filling stage by stage is optimal: a stage that begins further back never ends further in front.
         """
         bounds, layers = [0], len(self.costs)
         for stage in range(self.stages):
@@ -225,7 +240,7 @@ class _Search:
         return tuple(bounds) if bounds[-1] == layers else None
 
     def _nearest(self, load: int) -> tuple[int, ...] | None:
-        """The same from the back: every bound as far in front as it can."""
+        """Return the cut whose bounds are all as far in front as possible; None if there is none."""
         bounds = [len(self.costs)]
         for stage in reversed(range(self.stages)):
             first = bounds[-1]
@@ -237,7 +252,7 @@ class _Search:
         return tuple(reversed(bounds)) if bounds[-1] == 0 else None
 
     def _packed(self, load: int) -> Iterator[tuple[int, ...]]:
-        """Cuts in which no stage computes more than `load`: bounds far back, far in front, and each near its even share."""
+        """Yield cuts in which no stage computes more than `load`: bounds far back, far in front, and close to even shares."""
         back, front = self._furthest(load), self._nearest(load)
         if back is None or front is None:
             return

@@ -1,4 +1,4 @@
-"""What a freeze plan saves on a cluster: expected step time, traffic and hours, with and without re-balancing."""
+"""Saving of a freeze plan on a cluster: expected step time, traffic and hours, with and without rebalancing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from .simulate import Schedule, Timeline, check_parts, simulate
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """share: of the run's steps, in (0, 1]. frozen: front layers that are frozen in it."""
+    """A part of the run.
+
+    Attributes:
+        share: Share of the run's steps, in (0, 1].
+        frozen: Number of frozen front layers.
+    """
 
     share: float
     frozen: int
@@ -22,8 +27,15 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step with one cut. replica_bytes: sent by a rank to the other replicas of its stage, in the stage that sends most.
-    stage_bytes: sent between stages, over all of one pipeline."""
+    """One step with one cut.
+
+    Attributes:
+        parts: The bounds of the stages.
+        seconds: Seconds of the step.
+        idle: Share of the stages' time without computation, in [0, 1].
+        replica_bytes: Bytes that a rank sends to the other replicas of its stage, in the stage that sends most.
+        stage_bytes: Bytes sent between stages, over all of one pipeline.
+    """
 
     parts: tuple[int, ...]
     seconds: float
@@ -34,8 +46,14 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class PhasePlan:
-    """A phase as it would be: pruned: with the cut that the run began with; rebalanced: with the best cut for what is frozen (one
-    stage: the same)."""
+    """The prediction for one phase.
+
+    Attributes:
+        share: Share of the run's steps, in (0, 1].
+        frozen: Number of frozen front layers.
+        pruned: A step with the cut at the start of the run.
+        rebalanced: A step with the best cut for this phase (the same with a single stage).
+    """
 
     share: float
     frozen: int
@@ -45,7 +63,14 @@ class PhasePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """unfrozen: a step with nothing frozen. phases: in order. steps: of the run. ranks: of the cluster."""
+    """The prediction for a run.
+
+    Attributes:
+        unfrozen: A step with nothing frozen.
+        phases: The phases, in order.
+        steps: Steps of the run.
+        ranks: Ranks of the cluster.
+    """
 
     unfrozen: Step
     phases: tuple[PhasePlan, ...]
@@ -54,7 +79,7 @@ class Plan:
 
     @property
     def hours(self) -> dict[str, float]:
-        """Hours of the run: never frozen, pruned, re-balanced."""
+        """Hours of the run: never frozen, pruned, rebalanced."""
         share = {
             "unfrozen": sum(p.share * self.unfrozen.seconds for p in self.phases),
             "pruned": sum(p.share * p.pruned.seconds for p in self.phases),
@@ -63,7 +88,7 @@ class Plan:
         return {name: self.steps * seconds / 3600 for name, seconds in share.items()}
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, for JSON. Seconds, bytes, hours."""
+        """Return everything as JSON-able data, in seconds, bytes and hours."""
         return asdict(self) | {"hours": self.hours}
 
 
@@ -79,12 +104,23 @@ def freeze_plan(
     schedule: Schedule = "1f1b",
     memory_limit: float | None = None,
 ) -> Plan:
-    """What each phase of a run costs.
+    """Predict the cost of each phase of a run.
 
-    phases: shares add up to 1 for a run; a list of cases to compare may have any.
-    parts: the cut that the run begins with; None: the best one with nothing frozen, so that no saving is due to a bad start.
-    memory_limit: bytes of a rank, for re-balanced cuts and for the first one: weights, gradients, optimizer state, activations.
-    steps: of the run. Other arguments as in `simulate` and `best_cut`. ValueError names the argument.
+    Args:
+        costs: Costs of the layers, front to back.
+        phases: The phases. Their shares add up to 1 for a run; a list of cases to compare may have any shares.
+        stages: Number of stages.
+        micro_batches: Micro-batches per step.
+        cluster: The cluster; None: one replica and free communication.
+        steps: Steps of the run, >= 1.
+        parts: The cut at the start of the run; None: the best one with nothing frozen, so that no saving is due to a
+            bad start.
+        schedule: "1f1b" or "gpipe".
+        memory_limit: Bytes of a rank (weights, gradients, optimizer state, activations), for rebalanced cuts and the
+            default first cut; None: no limit.
+
+    Raises:
+        ValueError: Names the argument.
     """
     cluster = cluster or Cluster()
     if steps < 1:
@@ -132,6 +168,6 @@ def _step(costs: Sequence[LayerCost], parts: Sequence[int], micro_batches: int, 
         traffic = cluster.traffic(sum(held[still - a :]), sum(held[: still - a]), micro_batches)
         busiest = max(busiest, traffic.total)
         if b < len(costs):
-            # the gradient goes back over a bound only where something in front of it trains
+            # the gradient crosses a bound only if something in front of it trains
             between += costs[b - 1].output_bytes * micro_batches * (2 if b > frozen else 1)
     return Step(parts=tuple(parts), seconds=time.makespan, idle=time.idle, replica_bytes=busiest, stage_bytes=between)

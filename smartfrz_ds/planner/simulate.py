@@ -1,9 +1,9 @@
-"""One train_batch of a pipeline, simulated: DeepSpeed's 1F1B order of instructions, and GPipe's.
+"""Simulate one train_batch of a pipeline in DeepSpeed's 1F1B order of instructions, or GPipe's.
 
-A stage does one thing after the other. A send and its receive are one meeting: whoever comes first waits, then both are busy with the
-message (p2p.send and p2p.recv of runtime/pipe/p2p.py block). `replay` follows the instructions one by one and is the reference; `simulate`
-is the same as a recurrence, and jumps over the steady state, in which every two steps take equally long.
-Time is kept as an integer number of ticks, so that both agree exactly and every rank finds the same.
+A stage does one thing at a time. A send and its receive meet: the first one waits, then both are busy with the
+message (p2p.send and p2p.recv of runtime/pipe/p2p.py block). `replay` follows the instructions one by one and is the
+reference; `simulate` computes the same as a recurrence and skips the steady state, in which every two steps take
+equally long. Time is an integer number of ticks, so that both agree exactly and every rank gets the same result.
 """
 
 from __future__ import annotations
@@ -17,21 +17,32 @@ from .costs import Cluster, LayerCost, check_frozen, layer_backward
 
 Schedule = Literal["1f1b", "gpipe"]
 Kind = Literal["forward", "backward", "send_activation", "recv_activation", "send_grad", "recv_grad"]
-TICK = 2.0**-40  # about a picosecond; a power of two, so that scaling adds no rounding
+TICK = 2.0**-40  # about a picosecond; a power of two, so that scaling adds no rounding error
 
 
 class Deadlock(RuntimeError):
-    """Stages wait for each other; the message names what each waits for."""
+    """Stages wait for each other indefinitely; the message names what each of them waits for."""
 
 
 class Instruction(NamedTuple):
+    """One instruction of a stage's schedule."""
+
     kind: Kind
     micro_batch: int
 
 
 class StageTimes(NamedTuple):
-    """In ticks, for each stage. activation[s], gradient[s]: messages between s and s + 1. reduction: between replicas, after the last
-    backward. active: the first stage that runs backward."""
+    """Ticks of each stage.
+
+    Attributes:
+        forward: Forward of one micro-batch.
+        backward: Backward of one micro-batch.
+        activation: Message of an activation between stages s and s + 1.
+        gradient: Message of a gradient between stages s + 1 and s.
+        reduction: Communication between replicas, after the last backward.
+        optimizer: Update.
+        active: The first stage that runs backward.
+    """
 
     forward: list[int]
     backward: list[int]
@@ -44,8 +55,13 @@ class StageTimes(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Timeline:
-    """makespan: seconds of a step. busy: of each stage, seconds of computing (forward, backward, update). idle: share of all stages' time
-    in which nothing is computed, in [0, 1]. Messages and reductions count as idle."""
+    """Timing of a step.
+
+    Attributes:
+        makespan: Seconds of the step.
+        busy: Seconds of computation (forward, backward, update) of each stage.
+        idle: Share of all stages' time without computation, in [0, 1]. Messages and reductions count as idle.
+    """
 
     makespan: float
     busy: tuple[float, ...]
@@ -61,11 +77,19 @@ def simulate(
     schedule: Schedule = "1f1b",
     cluster: Cluster | None = None,
 ) -> Timeline:
-    """One step of a pipeline whose first `frozen` layers are frozen, their backward pruned.
+    """Simulate one step of a pipeline whose first `frozen` layers are frozen, with their backward pruned.
 
-    parts: as PipelineModule.parts: P + 1 bounds, from 0 to the number of layers; each stage has at least one.
-    micro_batches: of a step (gradient accumulation), >= 1.
-    ValueError names the argument and what is allowed.
+    Args:
+        costs: Costs of the layers, front to back.
+        parts: Bounds as in PipelineModule.parts: P + 1 numbers from 0 to the number of layers, at least one layer per
+            stage.
+        micro_batches: Micro-batches per step (gradient accumulation), >= 1.
+        frozen: Number of frozen front layers.
+        schedule: "1f1b" or "gpipe".
+        cluster: The cluster; None: one replica and free communication.
+
+    Raises:
+        ValueError: Names the argument and what is allowed.
     """
     check_schedule(schedule)
     return timeline(stage_times(costs, parts, micro_batches, frozen, cluster), micro_batches, schedule, cluster or Cluster(), parts, frozen)
@@ -74,7 +98,7 @@ def simulate(
 def stage_times(
     costs: Sequence[LayerCost], parts: Sequence[int], micro_batches: int, frozen: int = 0, cluster: Cluster | None = None
 ) -> StageTimes:
-    """What each stage costs, in ticks: arguments as in `simulate`."""
+    """Compute each stage's costs in ticks. Arguments as in `simulate`."""
     check_frozen(costs, frozen)
     check_parts(parts, len(costs))
     if micro_batches < 1:
@@ -100,7 +124,7 @@ def stage_times(
 
 
 def timeline(times: StageTimes, micro_batches: int, schedule: Schedule, cluster: Cluster, parts: Sequence[int], frozen: int) -> Timeline:
-    """As `simulate`, for stage times at hand."""
+    """Simulate a step like `simulate`, from given stage times."""
     stages = len(times.forward)
     clock = (_one_f_one_b if schedule == "1f1b" else _gpipe)(times, micro_batches)
     makespan = finish(clock, times, cluster, parts, frozen) * TICK
@@ -110,10 +134,18 @@ def timeline(times: StageTimes, micro_batches: int, schedule: Schedule, cluster:
 
 
 def instructions(schedule: Schedule, stage: int, stages: int, micro_batches: int, active: int = 0) -> Iterator[Instruction]:
-    """What a stage does, in order, up to its last backward. active: the first stage that runs backward.
+    """Yield the instructions of a stage, in order, up to its last backward.
 
-    1f1b: DeepSpeed 0.19.8, runtime/pipe/schedule.py, TrainSchedule.steps, pruned as backends/pipe_schedule.py does.
-    gpipe: all forwards, then all backwards, the last micro-batch first (Huang et al. 2019, arXiv 1811.06965).
+    Source: for 1f1b, TrainSchedule.steps of DeepSpeed 0.19.8, runtime/pipe/schedule.py, pruned as in
+    backends/pipeline/schedule.py; for gpipe, Huang et al. 2019, arXiv 1811.06965: all forwards, then all backwards,
+    the last micro-batch first.
+
+    Args:
+        schedule: "1f1b" or "gpipe".
+        stage: The stage, from 0.
+        stages: Number of stages.
+        micro_batches: Micro-batches per step.
+        active: The first stage that runs backward.
     """
     trains, sends_grad = stage >= active, stage > active
     first, last = stage == 0, stage == stages - 1
@@ -159,9 +191,17 @@ _PARTNER: dict[Kind, tuple[int, Kind]] = {
 
 
 def replay(programs: Sequence[Iterable[Instruction]], times: StageTimes) -> list[int]:
-    """Each stage's clock, in ticks, when it has done all of its instructions. The plain simulation: any order of instructions.
+    """Execute arbitrary instructions one by one; the simple reference simulation.
 
-    Raises Deadlock when stages wait for each other for ever.
+    Args:
+        programs: Instructions of each stage.
+        times: Ticks of each stage.
+
+    Returns:
+        Each stage's clock, in ticks, after its last instruction.
+
+    Raises:
+        Deadlock: Stages wait for each other indefinitely.
     """
     left = [iter(program) for program in programs]
     now: list[Instruction | None] = [next(program, None) for program in left]
@@ -191,15 +231,18 @@ def replay(programs: Sequence[Iterable[Instruction]], times: StageTimes) -> list
 
 
 def finish(clock: list[int], times: StageTimes, cluster: Cluster, parts: Sequence[int], frozen: int) -> int:
-    """Ticks at the end of a step, from the stages' clocks after their last backward (engine.py: ReduceTiedGrads, ReduceGrads,
-    OptimizerStep). The clocks of stages with tied weights are changed."""
+    """Return the ticks at the end of a step, given the stages' clocks after their last backward.
+
+    Covers ReduceTiedGrads, ReduceGrads and OptimizerStep of DeepSpeed's runtime/pipe/engine.py. Modifies the clocks
+    of stages with tied weights.
+    """
     after = 0
     for tied in cluster.tied:
         stages = sorted({next(s for s in range(len(parts) - 1) if layer < parts[s + 1]) for layer in tied.layers})
         cut = min(tied.layers) < frozen
         if len(stages) < 2 or (cut and cluster.tied_frozen):
             continue
-        if cut:  # the front use has no gradient; the updated weight is sent to it after the step
+        if cut:  # the front use has no gradient and receives the updated weight after the step
             after += ticks(cluster.between_stages.seconds(tied.nbytes))
             continue
         ring = 2 * tied.nbytes * (len(stages) - 1) / len(stages)
@@ -213,38 +256,45 @@ def finish(clock: list[int], times: StageTimes, cluster: Cluster, parts: Sequenc
 
 
 def ticks(seconds: float) -> int:
+    """Convert seconds to ticks."""
     return round(seconds / TICK)
 
 
 def sums(values: Sequence[int]) -> list[int]:
-    """Prefix sums: sums[b] - sums[a] is the sum of values[a:b]."""
+    """Return prefix sums: sums[b] - sums[a] is the sum of values[a:b]."""
     return list(accumulate(values, initial=0))
 
 
 def are_bounds(bounds: Sequence[int], stages: int, layers: int) -> bool:
-    """Whether these cut so many layers into so many stages of at least one layer each, as PipelineModule.parts."""
+    """Return whether `bounds` cut the layers into stages of at least one layer each, as in PipelineModule.parts."""
     return len(bounds) == stages + 1 and (bounds[0], bounds[-1]) == (0, layers) and all(a < b for a, b in pairwise(bounds))
 
 
 def check_parts(parts: Sequence[int], layers: int) -> None:
+    """Raise ValueError unless `parts` are valid bounds."""
     if len(parts) < 2 or not are_bounds(parts, len(parts) - 1, layers):
-        raise ValueError(f"parts: got {list(parts)!r}; allowed: rising bounds from 0 to {layers}, at least one layer a stage")
+        raise ValueError(f"parts: got {list(parts)!r}; allowed: increasing bounds from 0 to {layers}, at least one layer per stage")
 
 
 def check_schedule(schedule: str, name: str = "schedule") -> None:
+    """Raise ValueError unless the schedule is known."""
     if schedule not in ("1f1b", "gpipe"):
         raise ValueError(f"{name}: got {schedule!r}; allowed: '1f1b' or 'gpipe'")
 
 
 def _one_f_one_b(times: StageTimes, micro_batches: int) -> list[int]:
-    """In step t, stage s with t + s even does forward of (t - s) / 2 and its neighbour s - 1 backward of (t + s) / 2 - P; before that the
-    two exchange what they made in step t - 1, the gradient first. No other two stages meet in that step."""
+    """Return the stages' clocks after a 1F1B schedule.
+
+    In step t, stage s with even t + s runs the forward of micro-batch (t - s) / 2, and its neighbour s - 1 the
+    backward of micro-batch (t + s) / 2 - P. Before that the two exchange the results of step t - 1, the gradient
+    first. No other stages meet in that step.
+    """
     forward, backward, activation, gradient, _, _, active = times
     stages = len(forward)
     clock = [0] * stages
     before: list[int] = []
     t, end = 0, 2 * (micro_batches + stages - 1)
-    steady, fades = 2 * stages, 2 * micro_batches - 2  # from `steady` to `fades`, every stage has something to do in each step
+    steady, fades = 2 * stages, 2 * micro_batches - 2  # between `steady` and `fades`, every stage is busy in each step
     while t < end:
         f_low, f_high = t - fades, t
         b_low, b_high = max(2 * stages - t, active + 1), 2 * stages - t + fades
@@ -276,7 +326,7 @@ def _one_f_one_b(times: StageTimes, micro_batches: int) -> list[int]:
                     clock = [c + periods * gain for c in clock]
                     t += 2 * periods
                     before = []
-                    steady = end  # once is enough
+                    steady = end  # skip once only
             if steady < end:
                 before = list(clock)
         t += 1

@@ -1,8 +1,10 @@
-"""Whether the ranks of a pipeline with a frozen front are better used as fewer stages with more replicas (PipeTransformer, He et al., ICML
-2021, arXiv 2102.03161: elastic pipelining).
+"""Whether the ranks of a pipeline with a frozen front are better used as fewer stages with more replicas.
 
-Fewer stages idle less while the pipeline fills and drains; they hold more layers each. Frozen layers have no gradient, no optimizer state
-and keep no activations, so that what needed four ranks may fit two. Nothing is changed here: `smartfrz reshape` writes the checkpoint.
+Fewer stages idle less while the pipeline fills and drains, but hold more layers each. Frozen layers have no gradient,
+no optimizer state and no stored activations, so that two ranks may suffice for what needed four. This module changes
+nothing: `smartfrz reshape` writes the checkpoint.
+
+Source: PipeTransformer (He et al., ICML 2021, arXiv 2102.03161), elastic pipelining.
 """
 
 from __future__ import annotations
@@ -18,8 +20,16 @@ from .simulate import Schedule, simulate
 
 @dataclass(frozen=True, kw_only=True)
 class Width:
-    """stages x replicas with these bounds. micro_batches: of a step and replica, so that the global batch stays. seconds: of a step;
-    seconds_now: of a step as it is."""
+    """A layout of stages x replicas.
+
+    Attributes:
+        stages: Number of stages.
+        replicas: Number of replicas.
+        micro_batches: Micro-batches per step and replica, with the same global batch.
+        parts: Bounds of the stages.
+        seconds: Seconds of a step.
+        seconds_now: Seconds of a step with the current layout.
+    """
 
     stages: int
     replicas: int
@@ -30,16 +40,16 @@ class Width:
 
     @property
     def gain(self) -> float:
-        """How many times faster a step is."""
+        """Speed-up of a step over the current layout."""
         return self.seconds_now / self.seconds
 
     def advice(self, checkpoint: str) -> str:
-        """One line for a report. checkpoint: the folder that save_checkpoint gets."""
+        """Return one line for a report. `checkpoint` is the folder passed to save_checkpoint."""
         bounds, several = ",".join(map(str, self.parts)), "s" if self.stages > 1 else ""
         return (
             f"the active part fits {self.stages} stage{several}: {self.stages} x {self.replicas} (stages x replicas) would take "
-            f"{self.seconds:.3g} s a step instead of {self.seconds_now:.3g} s (x{self.gain:.2f}). Save, run `smartfrz reshape {checkpoint} "
-            f"--pp {self.stages} --dp {self.replicas} --bounds {bounds}`, and resume with num_stages={self.stages} and "
+            f"{self.seconds:.3g} s per step instead of {self.seconds_now:.3g} s (x{self.gain:.2f}). Save, run `smartfrz reshape "
+            f"{checkpoint} --pp {self.stages} --dp {self.replicas} --bounds {bounds}`, and resume with num_stages={self.stages} and "
             f"gradient_accumulation_steps={self.micro_batches}"
         )
 
@@ -58,17 +68,30 @@ def better_width(
     min_gain: float = 1.05,
     schedule: Schedule = "1f1b",
 ) -> Width | None:
-    """The fastest way to use the same ranks as fewer stages and more replicas; None where none is `min_gain` times faster than now.
+    """Find the fastest way to use the same ranks as fewer stages and more replicas.
 
-    costs: as measured with `replicas` replicas and their micro-batch, which stays as large. weights and activation_bytes tell what fits.
-    stages, replicas, micro_batches (of a step and replica): of now, >= 1.
-    frozen: layers at the front that are frozen.
-    current: bounds now; None: the best cut of now. start: bounds when nothing was frozen; None: the best cut of then.
-    cluster: links, ZeRO stage and bytes a weight, as in `simulate`; its `replicas` is ignored. Without it communication is free and more
-        replicas look better than they are.
-    memory_limit: bytes of a rank. None: what the fullest rank held at the start, with nothing frozen.
-    min_gain: > 0.
-    Pure: equal arguments give the same, on every rank. ValueError names the argument, as `best_cut` and `simulate`.
+    A pure function: equal arguments give the same result on every rank.
+
+    Args:
+        costs: Costs as measured with `replicas` replicas and their micro-batch, whose size stays. `weights` and
+            `activation_bytes` determine what fits.
+        stages: Current number of stages, >= 1.
+        replicas: Current number of replicas, >= 1.
+        micro_batches: Current micro-batches per step and replica, >= 1.
+        frozen: Number of frozen front layers.
+        current: Current bounds; None: the best cut.
+        start: Bounds when nothing was frozen; None: the best cut with nothing frozen.
+        cluster: Links, ZeRO stage and bytes per weight, as in `simulate`; its `replicas` is ignored. Without it
+            communication is free, and more replicas look better than they are.
+        memory_limit: Bytes of a rank; None: what the fullest rank held with nothing frozen.
+        min_gain: Required speed-up, > 0.
+        schedule: "1f1b" or "gpipe".
+
+    Returns:
+        None if no layout is `min_gain` times faster than the current one.
+
+    Raises:
+        ValueError: Names the argument, as in `best_cut` and `simulate`.
     """
     for name, value in (("stages", stages), ("replicas", replicas), ("micro_batches", micro_batches)):
         if value < 1:
@@ -88,7 +111,7 @@ def better_width(
         if left or odd:
             continue
         wider = replace(links, replicas=more)
-        # A replica updates its share of the optimizer state (ZeRO).
+        # Under ZeRO, each replica updates its share of the optimizer state.
         scaled = [replace(c, optimizer=c.optimizer * replicas / more) for c in costs] if wider.zero else list(costs)
         try:
             parts = best_cut(
@@ -111,7 +134,7 @@ def better_width(
 
 
 def _fullest(costs: Sequence[LayerCost], parts: Sequence[int], micro_batches: int, cluster: Cluster, schedule: Schedule) -> float:
-    """Bytes of the rank that holds most with nothing frozen."""
+    """Return the bytes of the fullest rank with nothing frozen."""
     memory, stages = cluster.memory(costs, 0), len(parts) - 1
     held = [micro_batches if schedule == "gpipe" else min(stages - s, micro_batches) for s in range(stages)]
     return max(sum(memory[i] + held[s] * costs[i].activation_bytes for i in range(a, b)) for s, (a, b) in enumerate(pairwise(parts)))

@@ -166,7 +166,7 @@ class LayoutControl:
         for name in names:
             self._frozen_at.pop(name, None)
         self._inputs.regroup()
-        self._snapshots.plan(self._layers)
+        self._snapshots.choose_weights(self._layers)
 
     @contextmanager
     def _taking_in(self, names: Collection[str], groups: Mapping[str, int] | None = None) -> Iterator[None]:
@@ -189,7 +189,7 @@ class LayoutControl:
             except ValueError:
                 self._give_back(set(self._users.taken) - before)
                 raise
-            self._snapshots.plan(self._layers)
+            self._snapshots.choose_weights(self._layers)
 
         try:
             self._ranks.run_on_all_ranks(take)
@@ -331,7 +331,7 @@ class LayoutControl:
         if not self._profiled_together:
             self._flops.remove()
             self._flops = FlopMeter(self._model, self._layers, self.config.tied)
-        self._snapshots.plan(self._layers)
+        self._snapshots.choose_weights(self._layers)
         self._after_layout_change()
         self._gradients.record_start(self._backend.trained, stage_follows=True)
         seconds = time.perf_counter() - start

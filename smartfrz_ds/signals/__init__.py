@@ -1,1 +1,1 @@
-"""What a policy gets to see, gathered while training runs."""
+"""Signals gathered during training for the policies."""

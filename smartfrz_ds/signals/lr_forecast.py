@@ -1,4 +1,4 @@
-"""How long the run is and how much learning rate is still to come, read off the scheduler."""
+"""Length of the run and remaining learning rates, read from the scheduler."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-# Beyond this many steps a forecast would take longer than anybody wants to wait at a freezing stage.
+# A longer forecast would delay a freezing stage noticeably.
 MAX_FORECAST = 2_000_000
 
-# Names under which schedulers keep the number of steps after which they have run out: DeepSpeed's WarmupDecayLR and WarmupCosineLR,
-# torch's OneCycleLR, CosineAnnealingLR.
+# Attributes in which schedulers store the length of their schedule: WarmupDecayLR and WarmupCosineLR of DeepSpeed,
+# OneCycleLR and CosineAnnealingLR of torch.
 _LENGTHS = ("total_num_steps", "total_steps", "T_max")
 
 
 def total_steps_of(scheduler: Any) -> int | None:
-    """Steps of the whole run as `scheduler` knows them, or None.
+    """Return the number of steps of the whole run known to a scheduler; None if it is unknown.
 
     The get_*_schedule functions of transformers bind `num_training_steps` to the lambda of a LambdaLR.
     """
@@ -32,9 +32,11 @@ def total_steps_of(scheduler: Any) -> int | None:
 
 
 def total_steps_in(config: Mapping[str, Any], total_steps: int | str | None) -> int | None:
-    """Steps of the whole run as far as a DeepSpeed config says them; None where it doesn't.
+    """Return the number of steps of the whole run given in a DeepSpeed config; None if it is not given.
 
-    config: the whole DeepSpeed config. total_steps: the value of `smartfrz.total_steps`; a number wins, None means unknown.
+    Args:
+        config: The whole DeepSpeed config.
+        total_steps: The value of `smartfrz.total_steps`; a number takes precedence, None means unknown.
     """
     if total_steps != "auto":
         return total_steps if isinstance(total_steps, int) else None
@@ -44,24 +46,29 @@ def total_steps_in(config: Mapping[str, Any], total_steps: int | str | None) -> 
     return value if isinstance(value, int) and value > 0 else None
 
 
-class _StandIn:
-    """Looks like an optimizer to a copy of the scheduler, and holds no parameters."""
+class _OptimizerStub:
+    """A replacement for the optimizer, without parameters, in a copy of the scheduler."""
 
     def __init__(self, optimizer: Any) -> None:
         self.param_groups = [{k: copy.copy(v) for k, v in g.items() if k != "params"} | {"params": []} for g in optimizer.param_groups]
         self.defaults: dict[str, Any] = {}
-        self._opt_called = True  # torch/optim/lr_scheduler.py: "optimizer.step() was called", else it warns
+        self._opt_called = True  # otherwise the copy warns that optimizer.step() was not called (torch/optim/lr_scheduler.py)
 
     def step(self) -> None: ...
 
 
 def current_lr(optimizer: Any) -> float:
-    """The highest learning rate of the optimizer's groups."""
+    """Return the highest learning rate of the optimizer's groups."""
     return max(float(g["lr"]) for g in optimizer.param_groups)
 
 
 class RemainingLr:
-    """The learning rates still to come, from a copy of the scheduler that runs ahead."""
+    """Forecasts the remaining learning rates by running a copy of the scheduler ahead.
+
+    Args:
+        scheduler: The run's scheduler; None if it is unknown.
+        total_steps: Steps of the whole run; None if unknown.
+    """
 
     def __init__(self, scheduler: Any, total_steps: int | None) -> None:
         self.scheduler = scheduler
@@ -70,20 +77,24 @@ class RemainingLr:
         self._at = 0
 
     def ahead(self, step: int) -> list[float] | None:
-        """The learning rates of the steps step+1 .. total_steps; None when the length or the schedule is unknown."""
+        """Return the learning rates of the steps step+1 .. total_steps.
+
+        Returns:
+            None if the run's length or the schedule is unknown.
+        """
         if self.scheduler is None or self.total_steps is None or self.total_steps - step > MAX_FORECAST:
             return None
         if step >= self.total_steps:
             return []
         now = current_lr(self.scheduler.optimizer)
         offset = step - self._at
-        # Somebody loaded a checkpoint or changed the learning rate by hand: forecast anew.
+        # The learning rate differs from the forecast (a loaded checkpoint, a manual change): forecast again.
         if not 0 <= offset < len(self._ahead) or abs(self._ahead[offset] - now) > 1e-9 * max(now, 1e-30):
             try:
                 self._ahead, self._at = forecast(self.scheduler, self.total_steps - step), step
             except Exception as error:
                 name = type(self.scheduler).__name__
-                warnings.warn(f"smartfrz: {name} can't be run ahead ({error}): remaining learning rate unknown", stacklevel=2)
+                warnings.warn(f"smartfrz: cannot run {name} ahead ({error}): the remaining learning rate is unknown", stacklevel=2)
                 self.scheduler = None
                 return None
             offset = 0
@@ -91,9 +102,17 @@ class RemainingLr:
 
 
 def forecast(scheduler: Any, steps: int) -> list[float]:
-    """The highest learning rate of each of the next `steps` steps, starting with the one that is set now. Leaves `scheduler` alone."""
-    # The memo puts the stand-in wherever the copy (or a scheduler inside it) would hold the optimizer.
-    ahead = copy.deepcopy(scheduler, {id(scheduler.optimizer): _StandIn(scheduler.optimizer)})
+    """Forecast the highest learning rate of each of the next steps.
+
+    Args:
+        scheduler: Any scheduler with an `optimizer`; it is not modified.
+        steps: Number of steps.
+
+    Returns:
+        `steps` learning rates, starting with the current one.
+    """
+    # The memo inserts the replacement wherever the copy (or a scheduler inside it) refers to the optimizer.
+    ahead = copy.deepcopy(scheduler, {id(scheduler.optimizer): _OptimizerStub(scheduler.optimizer)})
     rates = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

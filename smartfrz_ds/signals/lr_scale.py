@@ -1,8 +1,9 @@
-"""Learning rates of single layers, scaled for the length of the optimizer's step and not a moment longer.
+"""Per-layer scaling of learning rates, applied only during the optimizer's step.
 
-A scheduler may compute its next rate from the group's current one, and a checkpoint saves the current one; so a factor must never be
-seen by them. It is put on by a pre-step hook of the torch optimizer and taken off by its post-step hook. The wrappers of ZeRO call that
-step once a group, with all groups or with one of them: each call sees its own groups.
+A scheduler may compute its next rate from the group's current one, and a checkpoint stores the current one, so
+neither may see a scaled rate. A pre-step hook of the torch optimizer applies the factors and a post-step hook removes
+them. The ZeRO wrappers call that step once per group, with all groups or with one of them; each call handles the
+groups it sees.
 """
 
 from __future__ import annotations
@@ -18,28 +19,39 @@ from smartfrz_ds.model.layers import Layer
 
 
 class LrScale:
-    """Scales the groups of `optimizer`, from `start` on.
+    """Scales the learning rates of an optimizer's groups, from `start` on.
 
-    groups: for each parameter group of the optimizer the model's parameters in it, as they were at attach. layers: all of them.
-    rates: the learning rate of each layer in the step that `set` was called for, the highest of its groups.
+    Args:
+        optimizer: The torch optimizer.
+        groups: The model's parameters in each parameter group, as they were at attach.
+        layers: All layers.
 
-    Raises ValueError: a group holds weights of several layers. The message says what to do, as the end of a sentence.
+    Attributes:
+        rates: Learning rate of each layer in the step prepared by `set`, the highest of its groups.
+
+    Raises:
+        ValueError: A group contains weights of several layers. The message states the remedy, as the end of a
+            sentence.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, groups: Sequence[Sequence[Parameter]], layers: Sequence[Layer]) -> None:
         self._optimizer = optimizer
         self._layer_of = [_only_layer(index, group, layers) for index, group in enumerate(groups)]
         self.rates: dict[str, float] = {}
-        self._factors: dict[int, float] = {}  # of the group dictionaries of now, by identity
+        self._factors: dict[int, float] = {}  # factors of the current group dictionaries, by identity
         self._before: list[tuple[dict[str, Any], Any]] = []
         self._handles: list[Any] = []
 
     def regroup(self, groups: Sequence[Sequence[Parameter]], layers: Sequence[Layer]) -> None:
-        """Other parameters are in the groups now. Raises ValueError as the constructor; nothing is changed then."""
+        """Update the parameters in the groups.
+
+        Raises:
+            ValueError: As in the constructor; nothing is changed then.
+        """
         self._layer_of = [_only_layer(index, group, layers) for index, group in enumerate(groups)]
 
     def start(self) -> None:
-        """Hook the optimizer."""
+        """Register the optimizer's hooks."""
         this = weakref.ref(self)  # the hooks live as long as the optimizer
 
         def put_on(*_: Any) -> None:
@@ -53,24 +65,28 @@ class LrScale:
         self._handles = [self._optimizer.register_step_pre_hook(put_on), self._optimizer.register_step_post_hook(take_off)]
 
     def remove(self) -> None:
-        """Take the hooks away; every group has its own rate again."""
+        """Remove the hooks and restore each group's learning rate."""
         self._take_off()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def set(self, scales: Mapping[str, float]) -> None:
-        """Factors for the coming step, by layer; a layer that isn't named keeps its rate. To be called between steps."""
+        """Set the factors for the next step. Call between steps.
+
+        Args:
+            scales: Factor of each layer; a layer that is not named keeps its rate.
+        """
         self._factors.clear()
         self.rates.clear()
-        # A load may have replaced the dictionaries: their order is what holds.
+        # Loading a state may have replaced the dictionaries; their order is stable.
         for group, name in zip(self._optimizer.param_groups, self._layer_of, strict=True):
             if name is not None:
                 self._factors[id(group)] = factor = scales.get(name, 1.0)
                 self.rates[name] = max(self.rates.get(name, 0.0), float(group["lr"]) * factor)
 
     def _put_on(self) -> None:
-        self._take_off()  # of a step that broke off
+        self._take_off()  # left over from a step that raised
         for group in self._optimizer.param_groups:
             factor = self._factors.get(id(group), 1.0)
             if factor != 1.0:
@@ -84,19 +100,19 @@ class LrScale:
 
 
 def layer_groups(layers: Sequence[Layer]) -> list[dict[str, Any]]:
-    """A parameter group for each layer that has weights, front to back; for an optimizer."""
+    """Return one parameter group for an optimizer for each layer that has weights, front to back."""
     return [{"params": list(layer.params)} for layer in layers if layer.params]
 
 
 def _only_layer(index: int, group: Sequence[Parameter], layers: Sequence[Layer]) -> str | None:
-    """The layer that a group belongs to; None for an empty one."""
+    """Return the layer to which a group belongs; None for an empty group."""
     owner = {param: layer.name for layer in layers for param in layer.params}
     names = list(dict.fromkeys(owner[param] for param in group if param in owner))
     if len(names) > 1:
         more = ", …" if len(names) > 3 else ""
         raise ValueError(
-            "parameter groups of one layer each, since a group has one learning rate; "
-            f"group {index} holds weights of {', '.join(names[:3])}{more}. smartfrz_ds.initialize makes such groups when it is given "
-            "neither model_parameters nor an optimizer object (an `optimizer` section in the DeepSpeed JSON instead)"
+            "parameter groups that contain one layer each, because a group has a single learning rate; "
+            f"group {index} contains weights of {', '.join(names[:3])}{more}. smartfrz_ds.initialize creates such groups if it is called "
+            "without model_parameters and without an optimizer object (with an `optimizer` section in the DeepSpeed JSON instead)"
         )
     return names[0] if names else None

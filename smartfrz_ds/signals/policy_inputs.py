@@ -1,4 +1,4 @@
-"""What some policies need beyond sampled weights: gradients, a probe batch, learning rates of single layers. And its refusal, at start."""
+"""Inputs that some policies need beyond sampled weights (gradients, a probe batch, per-layer learning rates), and their check at start."""
 
 from __future__ import annotations
 
@@ -20,13 +20,19 @@ from .lr_scale import LrScale
 from .probe import Probe
 from .snapshots import Snapshots
 
-_MOST_PROBE = 128  # a policy may keep an [inputs, inputs] matrix a layer in its state, which goes into the header of a checkpoint's file
+_MOST_PROBE = 128  # a policy may store an [inputs, inputs] matrix per layer in its state, which goes into the header of a checkpoint file
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """total_steps: of the run, None when unknown. freeze_interval: in steps. keep_active: layers that no policy ever freezes.
-    probe_batch: what a forward of the model takes, None where the user gave none."""
+    """Facts about the run.
+
+    Attributes:
+        total_steps: Steps of the whole run; None if unknown.
+        freeze_interval: Steps between two freezing stages.
+        keep_active: Names of the layers that no policy may freeze.
+        probe_batch: A batch for the model's forward; None if the user gave none.
+    """
 
     total_steps: int | None
     freeze_interval: int
@@ -35,11 +41,14 @@ class RunInfo:
 
 
 class PolicyInputs:
-    """Gets for one run's policy what it needs, and nothing that it doesn't.
+    """Provides what the run's policy needs, and nothing else.
 
-    seen: what the policy's view gets of it at a freezing stage, on rank 0: `gradients` and `grams`.
+    Attributes:
+        seen: Inputs of the policy's view at a freezing stage, on rank 0: `gradients` and `grams`.
 
-    Raises ValueError, by name: the run can't give what the policy needs; `probe` is set without a batch, or does not fit it.
+    Raises:
+        ValueError: The run cannot provide what the policy needs, or `probe` is set without a fitting batch; names the
+            setting.
     """
 
     def __init__(
@@ -58,13 +67,13 @@ class PolicyInputs:
         self._sums: GradientSums | None = None
         self._scale: LrScale | None = None
         if config.probe is not None and config.policy != "manual":
-            if backend.is_pipeline:  # its layers live on different ranks
+            if backend.is_pipeline:  # its layers are on different ranks
                 raise ValueError(f"smartfrz.probe: got {config.probe}; allowed in a pipeline: null")
             if config.probe > _MOST_PROBE:
                 raise ValueError(f"smartfrz.probe: got {config.probe}; allowed: an integer from 2 to {_MOST_PROBE}, or null")
             if run.probe_batch is None:
                 raise ValueError(
-                    f"smartfrz.probe: got {config.probe}, but no batch was given; allowed: null, or give probe_batch=… to "
+                    f"smartfrz.probe: got {config.probe}, but no batch was given; allowed: null, or pass probe_batch=… to "
                     "smartfrz_ds.initialize or attach"
                 )
             self._probe = Probe(backend.forward_module(model), layers, run.probe_batch, config.probe, backend.device)
@@ -91,28 +100,30 @@ class PolicyInputs:
         self.seen: dict[str, Mapping[str, Tensor]] = {}
 
     def try_probe(self) -> None:
-        """One forward of the probe batch, so that one which does not fit is found before training. Collective.
+        """Run the probe batch once, so that an unsuitable batch is found before training. Collective.
 
-        Raises ValueError that names it.
+        Raises:
+            ValueError: The model's forward does not accept `probe_batch`.
         """
         if self._probe is None:
             return
         try:
             self._probe.grams(keep=False)
         except Exception as error:
-            raise ValueError(f"probe_batch: the model's forward does not take it ({type(error).__name__}: {error})") from error
+            raise ValueError(f"probe_batch: the model's forward does not accept it ({type(error).__name__}: {error})") from error
 
-    # --- at every step --------------------------------------------------------------------------------------------------------
+    # --- in every step
+    # ---------------------------------------------------------------------------------------------------
 
     def before_step(self, step: int) -> None:
-        """Before the optimizer takes the step that follows `step` steps."""
-        if self._sums is not None and step % self._interval == 0:  # an interval was over, whether a freezing stage came of it or not
+        """Prepare for the optimizer step that follows `step` steps."""
+        if self._sums is not None and step % self._interval == 0:  # an interval has ended, whether or not it led to a freezing stage
             self._sums.restart()
         if self._scale is not None and isinstance(self._policy, SetsLr):
             self._scale.set(self._policy.lr_scales(step, self._run.total_steps, layer_infos(self._layers), self._run.keep_active))
 
     def end_step(self, *, applied: bool) -> None:
-        """After the optimizer has taken a step, or skipped it."""
+        """Finish a step that the optimizer has taken (`applied`) or skipped."""
         if self._sums is not None:
             self._sums.end_step(applied=applied)
         if self._scale is not None and applied:
@@ -120,68 +131,84 @@ class PolicyInputs:
                 self._spent[name] = self._spent.get(name, 0.0) + lr
 
     def lr_spent(self, schedule: float) -> float | Mapping[str, float]:
-        """The sum of the learning rates of all steps so far: of each layer where they are scaled, else that of the schedule."""
+        """Return the sum of the learning rates of all steps so far.
+
+        Args:
+            schedule: That sum according to the schedule.
+
+        Returns:
+            A sum for each layer if learning rates are scaled per layer, else `schedule`.
+        """
         return schedule if self._scale is None else {info.name: self._spent.get(info.name, 0.0) for info in layer_infos(self._layers)}
 
     # --- at a freezing stage --------------------------------------------------------------------------------------------------
 
     def gather(self, active: Collection[str]) -> None:
-        """Fill `seen`. active: the layers whose gradients are wanted. Collective where there is anything to gather."""
+        """Fill `seen`. Collective if there is anything to gather.
+
+        Args:
+            active: Names of the layers whose gradients are wanted.
+        """
         if self._sums is not None:
             self.seen["gradients"] = self._sums.take(active)
         if self._probe is not None:
             self.seen["grams"] = self._probe.grams(keep=self._backend.rank == 0)
 
     def remove(self) -> None:
-        """Take all hooks away."""
+        """Remove all hooks."""
         if self._sums is not None:
             self._sums.remove()
         if self._scale is not None:
             self._scale.remove()
 
     def regroup(self) -> None:
-        """Layers that the user froze have joined parameter groups, or left them again.
+        """Update the parameter groups after layers that the user had frozen have joined or left them.
 
-        Raises ValueError where learning rates of single layers are set, and a group holds weights of several layers now.
+        Raises:
+            ValueError: Learning rates are scaled per layer and a group now contains weights of several layers.
         """
         if self._scale is not None:
             try:
                 self._scale.regroup(self._backend.param_groups, self._layers)
             except ValueError as error:
                 raise ValueError(
-                    f"thaw: policy {self._policy.name!r} sets learning rates of single layers and needs {error}. A layer that required no "
+                    f"thaw: policy {self._policy.name!r} scales learning rates per layer and needs {error}. A layer that required no "
                     "gradient at the start has no group of its own; allowed: leave it trainable at the start and call freeze for it before "
-                    "the first step, or another policy"
+                    "the first step, or use another policy"
                 ) from error
 
     def watch(self, requests: Sequence[Sequence[SampleRequest]]) -> None:
-        """What is sampled, after a change of the layout: layers may have come that the user had frozen."""
+        """Update the sampled weights after a change of the layout, which may have added layers that the user had frozen.
+
+        Args:
+            requests: The sampled weights of each layer.
+        """
         if self._sums is not None:
             self._sums.watch(requests)
 
     def thawed(self, names: Collection[str]) -> None:
-        """These layers train again."""
+        """Record that the layers `names` train again."""
         if self._sums is not None:
             self._sums.forget(names)
 
     # --- checkpoints ----------------------------------------------------------------------------------------------------------
 
     def sync_for_checkpoint(self) -> None:
-        """Bring what the ranks hold apart to rank 0. Collective; before a state is saved."""
+        """Reduce to rank 0 what the ranks hold separately. Collective; call before saving a state."""
         if self._sums is not None:
             self._sums.sync_for_checkpoint()
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able, whole on rank 0 after `sync_for_checkpoint`."""
+        """Return the state as JSON-able data; complete on rank 0 after `sync_for_checkpoint`."""
         return {"gradients": None if self._sums is None else self._sums.state_dict(), "lr_spent": dict(self._spent)}
 
     def restart(self, policy: Policy) -> None:
-        """Begin anew, for another policy of the same kind."""
+        """Discard everything gathered so far, for another policy of the same kind."""
         self._policy = policy
         self.load_state_dict({})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Rank 0's state, on every rank; an empty one begins anew."""
+        """Restore rank 0's state on every rank; an empty one starts over."""
         if self._sums is not None:
             self._sums.load_state_dict(state.get("gradients"))
         self._spent = {name: float(lr) for name, lr in state.get("lr_spent", {}).items()}

@@ -1,8 +1,9 @@
-"""A small batch that is sent through the model at each freezing stage, to see how alike each layer's output is to what it was.
+"""A small batch that runs through the model at each freezing stage, to compare each layer's output with earlier ones.
 
-All ranks run the forward together, since under ZeRO-3 the weights are gathered for it; rank 0 keeps an [inputs, inputs] matrix a layer.
-The model is left as it was: modes, random numbers, gradients, weights. The forward runs in eval mode and without gradients, and the hooks
-that count FLOPs, check the order and keep a boundary open for recomputation do nothing then.
+All ranks run the forward together, because ZeRO-3 gathers the weights for it; rank 0 keeps an [inputs, inputs] matrix
+per layer. The forward runs in eval mode without gradients, and leaves the model's modes, random states, gradients and
+weights unchanged. Hooks that count FLOPs, check the order or keep a boundary open for recomputation are inactive
+meanwhile.
 """
 
 from __future__ import annotations
@@ -22,12 +23,18 @@ from smartfrz_ds.predictor.similarity import centered_gram, probe_rows
 
 
 class Probe:
-    """The batch and where it is looked at.
+    """Runs a probe batch and computes the Gram matrices of the layers' outputs.
 
-    model: its forward takes the batch. layers: all of them. batch: a tensor, a tuple or list of positional arguments or a mapping of
-    keyword arguments; tensors of it with a first dimension are cut to `inputs` along that. device: where the batch is moved to.
+    Args:
+        model: The model, whose forward accepts the batch.
+        layers: All layers.
+        batch: A tensor, a tuple or list of positional arguments, or a mapping of keyword arguments. Tensors are cut
+            to `inputs` rows along their first dimension.
+        inputs: Number of inputs.
+        device: Where the batch is moved to.
 
-    Raises ValueError: no tensor in the batch, or one with fewer than `inputs` rows.
+    Raises:
+        ValueError: The batch contains no tensor, or a tensor with fewer than `inputs` rows.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], batch: Any, inputs: int, device: torch.device) -> None:
@@ -35,12 +42,18 @@ class Probe:
         self._args, self._kwargs = _arguments(_cut(batch, inputs, device))
 
     def grams(self, keep: bool) -> dict[str, Tensor]:
-        """For each layer whose output has one row an input: its centered Gram matrix, (rows, rows) fp64 on the host. Collective.
+        """Run the forward and compute the centered Gram matrix of each layer's output. Collective.
 
-        Rows are the inputs; of a sequence, (inputs, tokens, features), two tokens of each input (probe_rows).
+        The output of a layer is that of its module that ran last: the tensor, or the first one in what the module
+        returns. Rows are the inputs; for sequences, (inputs, tokens, features), two tokens of each input
+        (`probe_rows`).
 
-        A layer's output is that of the module of it that ran last: the tensor, or the first one in what it returns.
-        keep: whether this rank wants them; else an empty dict.
+        Args:
+            keep: Whether this rank needs the matrices.
+
+        Returns:
+            For each layer whose output has one row per input, (rows, rows) fp64 on the host; an empty dict if `keep`
+            is False.
         """
         found: dict[str, Tensor] = {}
 
@@ -65,13 +78,13 @@ class Probe:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards each module's own mode and all random numbers are as before."""
+    """Run the body in eval mode; restore each module's mode and all random states afterwards."""
     modes = {module: module.training for module in model.modules()}
     here, numbers = random.getstate(), np.random.get_state()
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None})
     with torch.random.fork_rng(devices=devices):
         for module in modes:
-            module.training = False  # not by train(False): some modules do more then, as merging weights
+            module.training = False  # not train(False), with which some modules do more, such as merging weights
         try:
             yield
         finally:
@@ -88,7 +101,7 @@ def _cut(batch: Any, inputs: int, device: torch.device) -> Any:
     short = [tuple(x.shape) for x in tensors if x.shape[0] < inputs]
     if short:
         raise ValueError(
-            f"smartfrz.probe: got {inputs}, but probe_batch holds a tensor of shape {short[0]}; allowed: at most its first dimension"
+            f"smartfrz.probe: got {inputs}, but probe_batch contains a tensor of shape {short[0]}; allowed: at most its first dimension"
         )
     return tree_map(lambda x: x[:inputs].to(device) if isinstance(x, Tensor) and x.ndim > 0 else x, _plain(batch))
 
@@ -100,7 +113,7 @@ def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _plain(item: Any) -> Any:
-    """Mappings that torch's pytree does not know (ModelOutput, BatchEncoding) as dicts."""
+    """Convert mappings that torch's pytree does not know (ModelOutput, BatchEncoding) to dicts."""
     if isinstance(item, Mapping):
         return {key: _plain(value) for key, value in item.items()}
     if type(item) in (tuple, list):

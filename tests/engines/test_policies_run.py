@@ -262,8 +262,8 @@ def test_what_trained_in_a_part_of_the_interval_has_no_gradient(facts: Any) -> N
 def test_refusals_name_what_is_missing(facts: Any) -> None:
     for rank in (0, 1):
         said = facts("refused", rank)
-        assert "'freezeout' needs parameter groups of one layer each" in said["groups"]
-        assert "group 0 holds weights of embeddings, blocks.0, blocks.1, …" in said["groups"]
+        assert "'freezeout' needs parameter groups that contain one layer each" in said["groups"]
+        assert "group 0 contains weights of embeddings, blocks.0, blocks.1, …" in said["groups"]
         assert said["dry"] == "", "a dry run scales nothing"
         assert said["length"].startswith("smartfrz.policy: 'freezeout' needs the length of the run, which is unknown")
         assert said["probe"].startswith("smartfrz.policy: 'egeria' needs a probe batch; allowed: an integer >= 2 at smartfrz.probe")
@@ -275,7 +275,8 @@ def test_refusals_name_what_is_missing(facts: Any) -> None:
         )
         assert said["pipeline late"] == ""
         assert (
-            said["short"] == "smartfrz.probe: got 16, but probe_batch holds a tensor of shape (9, 7); allowed: at most its first dimension"
+            said["short"]
+            == "smartfrz.probe: got 16, but probe_batch contains a tensor of shape (9, 7); allowed: at most its first dimension"
         )
 
 

@@ -146,8 +146,11 @@ def test_an_output_without_a_row_for_each_input_is_left_out() -> None:
     [
         ("text", "probe_batch: got str without a tensor; allowed: a tensor, or a tuple or dict of tensors"),
         ((), "probe_batch: got tuple without a tensor"),
-        (torch.zeros(3, 5), "smartfrz.probe: got 4, but probe_batch holds a tensor of shape (3, 5); allowed: at most its first dimension"),
-        ({"a": torch.zeros(9, 5), "b": [torch.zeros(2)]}, "smartfrz.probe: got 4, but probe_batch holds a tensor of shape (2,)"),
+        (
+            torch.zeros(3, 5),
+            "smartfrz.probe: got 4, but probe_batch contains a tensor of shape (3, 5); allowed: at most its first dimension",
+        ),
+        ({"a": torch.zeros(9, 5), "b": [torch.zeros(2)]}, "smartfrz.probe: got 4, but probe_batch contains a tensor of shape (2,)"),
     ],
 )
 def test_a_batch_that_does_not_fit_is_refused(batch: Any, words: str) -> None:

@@ -253,7 +253,7 @@ def test_what_is_refused(folder: Path) -> None:
         "in the middle": "RuntimeError: freeze and thaw only at a step boundary",
         "gradients": "FSDP brings to a rank in pieces",
         "another torch": "torch 2.99.0 is not among the tested versions",
-        "one group": "parameter groups of one layer each",
+        "one group": "parameter groups that contain one layer each",
     }
     assert said.keys() == words.keys()
     for name, text in words.items():

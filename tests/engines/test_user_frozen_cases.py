@@ -269,7 +269,7 @@ def test_learning_rates_of_single_layers() -> None:
     section = {"policy": "freezeout", "total_steps": 30}
     net = frozen_front(2)
     controller, _ = attached(net, section, layer_groups(find_layers(net)))
-    with pytest.raises(ValueError, match=r"'freezeout' sets learning rates of single layers.*blocks.0.*allowed: leave it trainable"):
+    with pytest.raises(ValueError, match=r"'freezeout' scales learning rates per layer.*blocks.0.*allowed: leave it trainable"):
         controller.thaw(["blocks.0"])
     assert controller.report().user_frozen == ("embeddings", "blocks.0")
     net = oracle.Net()

@@ -106,7 +106,7 @@ def test_a_group_of_several_layers_is_refused_by_name() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(
-        ValueError, match=r"parameter groups of one layer each.*group 0 holds weights of 0, 1, head\. smartfrz_ds\.initialize"
+        ValueError, match=r"parameter groups that contain one layer each.*group 0 contains weights of 0, 1, head\. smartfrz_ds\.initialize"
     ):
         LrScale(optimizer, [list(model.parameters())], find_layers(model))
 

@@ -368,7 +368,7 @@ def test_a_large_model_is_cut_into_many_stages() -> None:
         ({"memory_per_layer": [1, 2]}, r"memory_per_layer: got \[1, 2\]; allowed: 4 finite numbers >= 0"),
         ({"memory_limit": [1]}, "memory_limit: got .*; allowed: one number >= 0, or one for each of 2 stages"),
         ({"current": [0, 4]}, "current: got .*; allowed: 3 bounds"),
-        ({"current": [0, 5, 4]}, "parts: got .*; allowed: rising bounds from 0 to 4"),
+        ({"current": [0, 5, 4]}, "parts: got .*; allowed: increasing bounds from 0 to 4"),
         ({"micro_batches": 0}, "micro_batches: got 0; allowed: an integer >= 1"),
         ({"schedule": "zb"}, "schedule: got 'zb'; allowed: '1f1b' or 'gpipe'"),
         ({"cluster": Cluster(zero=3)}, "zero: got 3 with 2 stages; allowed in a pipeline: 0 or 1"),
