@@ -327,6 +327,14 @@ class Backend(ABC):
     def forget(self, params: Iterable[Parameter]) -> None:
         """Drop the state that was kept for these parameters."""
 
+    @abstractmethod
+    def kept_state(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """What this rank holds back for a thaw, as JSON and tensors (its own part); None where there is nothing."""
+
+    @abstractmethod
+    def load_kept_state(self, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """The inverse, on the same number of ranks. The layout has the checkpoint's frozen set already."""
+
     def leave(self) -> None:  # noqa: B027 # most backends have nothing
         """Take back, when freezing ends, what would outlive the engine on the model's parameters; no collective calls."""
 

@@ -15,8 +15,8 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch.optim import Optimizer
 
+from smartfrz_ds.backends.deepspeed.base import DeepSpeedBackend
 from smartfrz_ds.backends.deepspeed.compat import check_engine, check_version
-from smartfrz_ds.backends.deepspeed.flat import ALLOWED_WHOLE, FlatBackend
 from smartfrz_ds.backends.deepspeed.half import Bf16Backend, Fp16Backend
 from smartfrz_ds.backends.deepspeed.zero0 import Zero0Backend
 from smartfrz_ds.backends.deepspeed.zero3 import FrozenStorage, Zero3Backend
@@ -25,10 +25,11 @@ from smartfrz_ds.backends.pipeline.stage import of_a_stage
 from smartfrz_ds.errors import FreezeError
 
 from .base import Backend, Released, Sampler, SampleRequest
-from .state_layout import will_be_uncuttable
 
 
-def make_backend(engine: DeepSpeedEngine, *, zero3_frozen: FrozenStorage = "sharded", allow_untested_versions: bool = False) -> Backend:
+def make_backend(
+    engine: DeepSpeedEngine, *, zero3_frozen: FrozenStorage = "sharded", allow_untested_versions: bool = False
+) -> DeepSpeedBackend:
     """The backend for this engine.
 
     zero3_frozen: where ZeRO-3 keeps the weights of frozen layers, see Zero3Backend.
@@ -38,7 +39,7 @@ def make_backend(engine: DeepSpeedEngine, *, zero3_frozen: FrozenStorage = "shar
     """
     warning = check_version(allow_untested=allow_untested_versions)
     check_engine(engine)
-    backends: list[tuple[type, Callable[[DeepSpeedEngine], Backend]]] = [
+    backends: list[tuple[type, Callable[[DeepSpeedEngine], DeepSpeedBackend]]] = [
         (DeepSpeedZeroOptimizer_Stage3, partial(Zero3Backend, frozen=zero3_frozen)),
         (DeepSpeedZeroOptimizer, Zero12Backend),
         (BF16_Optimizer, Bf16Backend),
@@ -51,11 +52,8 @@ def make_backend(engine: DeepSpeedEngine, *, zero3_frozen: FrozenStorage = "shar
             made = of_a_stage(backend)(engine) if isinstance(engine, PipelineEngine) and isinstance(backend, type) else backend(engine)
             if warning:
                 made.warnings.append(warning)
-            if isinstance(made, FlatBackend) and will_be_uncuttable(made.base_optimizer()):
-                made.warnings.append(
-                    f"{type(made.base_optimizer()).__name__}: once it has stepped, no layer freezes under {made.name}, since its state "
-                    f"can't be cut at the layers' borders in a flat partition; the run goes on unfrozen. {ALLOWED_WHOLE}"
-                )
+            if why := made.uncuttable_later():
+                made.warnings.append(why)
             return made
     raise ValueError(
         f"smartfrz_ds does not know the optimizer wrapper {type(engine.optimizer).__name__} of DeepSpeed; allowed: "

@@ -11,11 +11,11 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 
-from smartfrz_ds.backends.deepspeed import checkpoint_parts as layout
+from smartfrz_ds.backends.deepspeed.base import DeepSpeedBackend
 from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.distributed.failures import Writes
 from smartfrz_ds.runtime.controller import Controller
@@ -68,7 +68,8 @@ class Checkpoints:
     """The two sequences, for one engine."""
 
     def __init__(self, controller: Controller) -> None:
-        self.controller, self.backend, self.ranks = controller, controller.backend, controller.ranks
+        self.controller, self.ranks = controller, controller.ranks
+        self.backend = cast("DeepSpeedBackend", controller.backend)  # the controller of a DeepSpeed engine has no other
 
     # --- saving ---------------------------------------------------------------------------------------------------------------
 
@@ -83,7 +84,7 @@ class Checkpoints:
         self.controller.sync_for_checkpoint()
         digest = self._write_state(folder, tag)
         writes = Writes()
-        with layout.saving(self.backend), writes.watched(self.backend.engine.checkpoint_engine):
+        with self.backend.saving(), writes.watched(self.backend.engine.checkpoint_engine):
             yield {"format": 1, "tag": tag, "digest": digest}
         self.ranks.run_on_all_ranks(writes.check)
         self._barrier()  # DeepSpeed has one of its own at its end; not to depend on it
@@ -98,7 +99,7 @@ class Checkpoints:
         self.controller.last_checkpoint = str(folder)
 
     def _write_state(self, folder: Path, tag: str) -> str:
-        kept = layout.kept_state(self.backend)
+        kept = self.backend.kept_state()
         writes = kept is not None and (self.ranks.rank == 0 or self.backend.sharded)
         data = pack_tensors(*kept) if kept is not None and writes else b""
 
@@ -111,7 +112,7 @@ class Checkpoints:
         self.ranks.run_on_all_ranks(write_kept)
         digests = [d.decode() for d in self.ranks.gather_bytes((digest_of(data) if writes else "-" * 64).encode())]
         told = b""
-        private = layout.private_state(self.backend)
+        private = self.backend.state_extras()
         privates = self.ranks.gather_objects(private) if self.backend.is_pipeline else None
 
         def write_side() -> None:
@@ -148,7 +149,7 @@ class Checkpoints:
             self.controller.check_state(state)
             if moments and self.backend.is_pipeline and not universal:
                 self._check_width(state, folder)
-            needs_same = state["sharded"] and not universal and (moments or layout.weights_are_cut(self.backend))
+            needs_same = state["sharded"] and not universal and (moments or self.backend.weights_are_cut)
             if needs_same and state["world"] != len(self.ranks.gather_bytes(b"0")):
                 raise ValueError(
                     f"{folder} was saved by {state['world']} ranks: with another number convert it first (ds_to_universal "
@@ -160,12 +161,12 @@ class Checkpoints:
                 )
         kept = self._read_kept(folder, state) if state is not None and moments and not universal else None
         frozen = set(state["frozen"]) if state is not None else set()
-        if universal and (emptied := layout.emptied_groups(self.backend, self.controller.leaving(frozen))):
+        if universal and (emptied := self.backend.emptied_groups(self.controller.leaving(frozen))):
             raise ValueError(f"{folder}: a universal checkpoint can't be loaded where parameter groups {emptied} are frozen as a whole")
         if moments and self.backend.is_pipeline and not universal:
             self.controller.restore_bounds(None if state is None else state.get("parts"))
             if state is not None:
-                self.ranks.run_on_all_ranks(lambda: layout.check_groups(self.backend, state["privates"][self.ranks.rank]))
+                self.ranks.run_on_all_ranks(lambda: self.backend.check_groups(state["privates"][self.ranks.rank]))
         restored = Restored()
         if state is None:
             self.controller.restore_layout(frozen)
@@ -174,10 +175,10 @@ class Checkpoints:
             restored = self.controller.restore_layout_of(state, by_position=by_position)
             if not module_only:  # before the load: a bare optimizer may hold what the user froze
                 self.controller.hand_back(restored.were_users)
-        with layout.loading(self.backend):
+        with self.backend.loading():
             yield
             if universal:
-                layout.load_frozen_weights(self.backend, folder)
+                self.backend.load_frozen_weights(folder)
         if module_only:
             # Only weights were asked for: the run stays what it is.
             own = {*before, *restored.taken}
@@ -193,9 +194,9 @@ class Checkpoints:
         if moments:
             self.backend.forget([p for group in self.backend.groups for p in group])  # it belongs to the run as it was before
             private = {} if state is None else state["privates"][self.ranks.rank] if self.backend.is_pipeline else state["private"]
-            layout.load_private_state(self.backend, private, universal=universal)
+            self.backend.load_state_extras(private, universal=universal)
         if kept is not None:
-            layout.load_kept_state(self.backend, *kept)
+            self.backend.load_kept_state(*kept)
         self.controller.last_checkpoint = str(folder)
 
     def _check_width(self, state: Mapping[str, Any], folder: Path) -> None:

@@ -179,7 +179,7 @@ class _Target:
         write_atomically(path, self._side)
 
     def _private(self, stage: int, replica: int) -> dict[str, Any]:
-        """What checkpoint_layout.private_state gives on this rank."""
+        """What DeepSpeedBackend.state_extras gives on this rank."""
         old, new = [self.source.privates[s] for s in self.from_[stage]], self.stages[stage]
         mine = old[0] | {"place": [stage, replica], "groups": new.groups, "frozen": sorted(new.frozen, key=lambda n: (entry_of(n), n))}
         if self.source.is_flat:

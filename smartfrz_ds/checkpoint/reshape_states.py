@@ -30,10 +30,9 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 from torch.nn import Parameter
 
-from smartfrz_ds.backends.deepspeed.checkpoint_parts import _step_from_json, _step_to_json
 from smartfrz_ds.backends.deepspeed.flat import MASTER
 from smartfrz_ds.backends.deepspeed.partition import FlatLayout, Move, PackedLayout, Segment, plan_moves
-from smartfrz_ds.backends.deepspeed.step_counts import zero_step
+from smartfrz_ds.backends.deepspeed.step_counts import step_from_json, step_to_json, zero_step
 
 PARAM_ALIGNMENT_PADDINGS = "param_alignment_paddings"  # stage_1_and_2.py
 _ALIGNMENT = 2  # nccl_start_alignment_factor of both wrappers, elements a rank
@@ -171,7 +170,7 @@ class FlatSource:
         return self.entries(index, 0).get("step")
 
     def step_of(self, name: str, index: int) -> Any:
-        return _step_from_json(self.stage.steps[name]) if name in self.stage.steps else self.step(index)
+        return step_from_json(self.stage.steps[name]) if name in self.stage.steps else self.step(index)
 
 
 def layout_of(sizes: Mapping[str, int], replicas: int, params: Params) -> FlatLayout | None:
@@ -195,7 +194,7 @@ class FlatTarget:
                 step = self._source_of(name, index).step_of(name, index)
                 base = self._first[index].step(index)
                 if base is not None and (step is None or float(step) != float(base)):
-                    new.steps[name] = _step_to_json(zero_step(base) if step is None else step)
+                    new.steps[name] = step_to_json(zero_step(base) if step is None else step)
 
     def param_shapes(self, shapes: Mapping[str, torch.Size]) -> list[dict[str, torch.Size]]:
         return [{name: shapes[name] for name in group} for group in self._sizes]

@@ -19,7 +19,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from smartfrz_ds._version import __version__
-from smartfrz_ds.backends.deepspeed.checkpoint_parts import CompleteCheckpoints
+from smartfrz_ds.backends.deepspeed.complete_checkpoints import CompleteCheckpoints
 from smartfrz_ds.backends.factory import make_backend
 from smartfrz_ds.backends.pipeline.stage import PrunedPipeline
 from smartfrz_ds.checkpoint.deepspeed import Checkpoints, find_together, hide_marker

@@ -2,20 +2,29 @@
 
 Touched in DeepSpeed 0.19.8:
   runtime/engine.py   _get_optimizer_loss_scale, managed_gradient_accumulation, micro_steps, gradient_accumulation_steps, optimizer,
-                      seq_dp_world_size, zero_optimization_stage, communication_data_type (read by allreduce_gradients)
+                      seq_dp_world_size, zero_optimization_stage, communication_data_type (read by allreduce_gradients), module
   runtime/zero/stage_1_and_2.py   Parameter.grad_accum
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
+from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from torch import Tensor
 from torch.nn import Parameter
 
 from smartfrz_ds.backends.base import Backend
 from smartfrz_ds.model.layers import shape_of
+
+from .model_files import read_model_states
+from .weight_state import WeightState
 
 # A torch Parameter with the ds_* attributes that ZeRO-3 hangs on it (runtime/zero/partition_parameters.py).
 ZeroParam: TypeAlias = Any
@@ -54,6 +63,90 @@ class DeepSpeedBackend(Backend):
         reductions = engine.gradient_accumulation_steps() if engine.zero_optimization_stage() >= 2 else 1
         elements = sum(prod(shape_of(p)) for p in self.trained())
         return reductions * elements * int(engine.communication_data_type.itemsize)
+
+    def names(self) -> dict[Parameter, str]:
+        """The names of the model's parameters."""
+        return {p: n for n, p in self.engine.module.named_parameters()}
+
+    #: whether the wrapper can't do with an empty group
+    needs_placeholder = False
+
+    def group_lists(self) -> list[list[list[Parameter]]]:
+        """The lists in which this backend notes what belongs to each parameter group; the last one has the optimizer's order."""
+        return [self.groups]
+
+    def uncuttable_later(self) -> str:
+        """Why no layer will freeze once the optimizer has stepped, known at the start already; "" where nothing says so."""
+        return ""
+
+    @abstractmethod
+    def weight_state(self, weight: Parameter) -> WeightState:
+        """The optimizer's state of one active weight, whole."""
+
+    def before_optimizer(self) -> None:  # most wrappers need nothing
+        """Called right before the optimizer's step in a pipeline, of which a stage may be left without any gradient."""
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------------------
+
+    #: whether the weights themselves are in the files of all ranks, so that even they alone need the same number of ranks
+    weights_are_cut = False
+    #: which files of a checkpoint have the weights
+    model_files = "mp_rank_00_model_states.pt"
+
+    def saving(self) -> AbstractContextManager[None]:
+        """For the time of DeepSpeed's save: this package's own things look like DeepSpeed's."""
+        return nullcontext()
+
+    def loading(self) -> AbstractContextManager[None]:
+        """For the time of DeepSpeed's load. Collective."""
+        return nullcontext()
+
+    @property
+    def shares_counts(self) -> bool:
+        """Whether each parameter group has one step count, in the state of its last parameter (FusedAdam)."""
+        return False
+
+    def state_extras(self) -> dict[str, Any]:
+        """What DeepSpeed's files don't hold of the optimizer, JSON-able; the same on all ranks, but in a pipeline."""
+        return {}
+
+    @abstractmethod
+    def load_state_extras(self, saved: Mapping[str, Any], *, universal: bool) -> None:
+        """The inverse, after DeepSpeed has loaded. universal: it has loaded a checkpoint of maybe another number of ranks."""
+
+    def check_groups(self, saved: Mapping[str, Any]) -> None:  # a pipeline's stages have something to check
+        """Raise ValueError where this rank's optimizer holds other parameters, or in another order, than the checkpoint's.
+
+        saved: `state_extras` of this rank, of a pipeline.
+        """
+
+    @abstractmethod
+    def kept_state(self, only: Collection[Parameter] | None = None) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """As of every backend. only: of these parameters, where given."""
+
+    def emptied_groups(self, frozen: Sequence[Parameter]) -> list[int]:
+        """Parameter groups of which nothing is active with these parameters frozen and which DeepSpeed still steps (the placeholder)."""
+        gone = set(frozen)
+        return [i for i, group in enumerate(self.groups) if gone.issuperset(group)]
+
+    @torch.no_grad()
+    def load_frozen_weights(self, folder: Path) -> None:
+        """Read frozen weights and buffers from the model files that ds_to_universal has copied.
+
+        A universal load (runtime/engine.py, _load_checkpoint) reads zero/<name>/ for what the optimizer holds and skips the module's own
+        state, so that everything else silently stays as it was initialised.
+        """
+        states = read_model_states(folder, self.model_files)
+        for name, buffer in self.engine.module.named_buffers():
+            if name in states[0]["module"]:
+                buffer.copy_(states[0]["module"][name])
+        for name, param in self.engine.module.named_parameters():
+            if not param.requires_grad:
+                self.load_frozen_weight(param, name, states)
+
+    def load_frozen_weight(self, param: Parameter, name: str, states: Sequence[Mapping[str, Any]]) -> None:
+        """One frozen weight, from the model files (of all ranks, where `weights_are_cut`)."""
+        param.copy_(states[0]["module"][name])
 
 
 def _has_gradient(param: Parameter) -> bool:

@@ -18,39 +18,25 @@ from torch.nn import Parameter
 
 from smartfrz_ds.backends.base import Released, Sampler, SampleRequest, detach_from_training
 from smartfrz_ds.backends.cost import Cost
-from smartfrz_ds.backends.state_layout import why_uncuttable
+from smartfrz_ds.backends.state_layout import why_uncuttable, will_be_uncuttable
 from smartfrz_ds.distributed.devices import empty_cache, synchronize
 from smartfrz_ds.errors import FreezeError
 
 from .base import DeepSpeedBackend
+from .flat_buffers import pinned_like
 from .flat_cost import flat_change_cost
+from .flat_kept import Kept
 from .partition import FlatLayout, PackedLayout, bytes_sent, move, plan_moves
-from .step_counts import OwnSteps, Partition, copy_step, zero_step
+from .step_counts import OwnSteps, Partition, copy_step, step_from_json, step_to_json, zero_step
+from .weight_state import FlatWeightState, WeightState
 
 MASTER = "master"
+PLACEHOLDER = "smartfrz_placeholder_"
 # what state that can't be cut allows, as the end of a message
 ALLOWED_WHOLE = (
     "Allowed: ZeRO stage 0, or attach_torch (one process, DDP, FSDP2), where each parameter has its own state; or an optimizer whose "
     "state has the weights' shape, such as AdamW"
 )
-
-
-class _Kept:
-    """Released state of some parameters on the host of the ranks that owned it."""
-
-    def __init__(self, layout: PackedLayout) -> None:
-        self.layout = layout
-        self.step: dict[Parameter, Any] = {}
-        self.tensors: dict[str, Tensor] = {}
-
-    def part(self, params: Sequence[Parameter], rank: int) -> _Kept:
-        """The same of these parameters only, packed anew. rank: whose tensors these are."""
-        part = _Kept(PackedLayout.of(self.layout, params))
-        mine = [s for p in params for s in self.layout.segments(p) if s.rank == rank]
-        part.step = {p: self.step[p] for p in params if p in self.step}
-        for key, tensor in self.tensors.items():
-            part.tensors[key] = torch.cat([tensor[s.offset : s.offset + s.numel] for s in mine]) if mine else tensor[:0]
-        return part
 
 
 class FlatBackend(DeepSpeedBackend):
@@ -62,7 +48,7 @@ class FlatBackend(DeepSpeedBackend):
         self._groups = [list(group) for group in self.low_precision_groups()]
         self._placeholders: dict[int, Parameter] = {}
         self._layouts = [self.layout(i, group) for i, group in enumerate(self._groups)]
-        self._kept: dict[Parameter, _Kept] = {}
+        self._kept: dict[Parameter, Kept] = {}
         self._own_steps = OwnSteps(self.base_optimizer(), self._partitions)
 
     # --- what a subclass says -----------------------------------------------------------------------------------------------
@@ -107,7 +93,6 @@ class FlatBackend(DeepSpeedBackend):
         """Elements [start, start + numel) of what this rank holds of the weights themselves, flat."""
         return param.data.view(-1)[start : start + numel]
 
-    #: whether the wrapper can't do with an empty group
     needs_placeholder = True
     #: whether the weights of all groups are in one buffer, which every change makes anew
     shares_one_buffer = False
@@ -144,6 +129,15 @@ class FlatBackend(DeepSpeedBackend):
         touched = [i for i, group in enumerate(self.groups) if not wanted.isdisjoint(group)]
         why = why_uncuttable(self.base_optimizer(), [self.master(i) for i in touched])
         return f"{why}: no layer can leave or join a flat partition of {self.name}. {ALLOWED_WHOLE}" if why else ""
+
+    def uncuttable_later(self) -> str:
+        optimizer = self.base_optimizer()
+        if not will_be_uncuttable(optimizer):
+            return ""
+        return (
+            f"{type(optimizer).__name__}: once it has stepped, no layer freezes under {self.name}, since its state can't be cut at the "
+            f"layers' borders in a flat partition; the run goes on unfrozen. {ALLOWED_WHOLE}"
+        )
 
     def base_optimizer(self) -> torch.optim.Optimizer:
         return self.wrapper.optimizer
@@ -237,6 +231,56 @@ class FlatBackend(DeepSpeedBackend):
             if storages & {p.untyped_storage().data_ptr() for p in self.frozen}:
                 raise FreezeError(f"group {i}: a frozen parameter still holds the flat buffer")
 
+    # --- what DeepSpeed's checkpoints leave out ---------------------------------------------------------------------------------
+
+    def weight_state(self, weight: Parameter) -> WeightState:
+        return FlatWeightState(self, weight)
+
+    def state_extras(self) -> dict[str, Any]:
+        """Step counts of thawed parameters."""
+        names = self.names()
+        return {"steps": {names[p]: step_to_json(s) for p, s in self._own_steps.count.items()}, "asleep": {}}
+
+    def load_state_extras(self, saved: Mapping[str, Any], *, universal: bool) -> None:
+        params, state = {n: p for p, n in self.names().items()}, self.base_optimizer().state
+        self._own_steps.count.clear()
+        for name, step in saved.get("steps", {}).items():
+            self._own_steps.set(params[name], step_from_json(step))
+        if not universal or "groups" not in saved:
+            return
+        # stage3.py gives every sub-group the step of the first; one that was frozen as a whole for a while has another. Another number of
+        # ranks makes other sub-groups besides.
+        steps = {params[n]: step_from_json(g["step"]) for g in saved["groups"] for n in g["params"]}
+        for i in self.stepped_groups():
+            base = state[self.master(i)]["step"] = copy_step(steps[self.active(i)[0]])
+            for param in self.active(i):
+                if float(steps[param]) != float(base) and param not in self._own_steps.count:
+                    self._own_steps.set(param, steps[param])
+
+    def stepped_groups(self) -> list[int]:
+        """The groups that are stepped and have been."""
+        state = self.base_optimizer().state
+        return [i for i in range(len(self.groups)) if self.active(i) and "step" in state.get(self.master(i), {})]
+
+    def kept_state(self, only: Collection[Parameter] | None = None) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        names = {p: n for p, n in self.names().items() if only is None or p in only}
+        about: list[dict[str, Any]] = []
+        tensors: dict[str, Tensor] = {}
+        for k, kept in enumerate({id(v): v for p, v in self._kept.items() if p in names}.values()):
+            waiting = [p for p, v in self._kept.items() if v is kept and p in names]
+            if only is not None:
+                kept = kept.part(waiting, self.group_rank(next(i for i, g in enumerate(self.groups) if waiting[0] in set(g))))
+            about.append(kept.about(waiting, names))
+            tensors |= {f"{k}/{key}": v for key, v in kept.tensors.items()}
+        return ({"kept": about}, tensors) if about else None
+
+    def load_kept_state(self, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        params = {n: p for p, n in self.names().items()}
+        for k, item in enumerate(about["kept"]):
+            mine = {name.removeprefix(f"{k}/"): t for name, t in tensors.items() if name.startswith(f"{k}/")}
+            kept = Kept.of(item, mine, params)
+            self._kept.update(dict.fromkeys(kept.layout.pieces, kept))
+
     # --- moving state -------------------------------------------------------------------------------------------------------
 
     def _new_layout(self, index: int) -> FlatLayout:
@@ -248,7 +292,7 @@ class FlatBackend(DeepSpeedBackend):
                 first, world = self.groups[index][0], self._layouts[index].world
                 self._placeholders[index] = Parameter(torch.zeros(2 * world, dtype=first.dtype, device=first.device))
                 if hasattr(self.wrapper, "param_names"):
-                    self.wrapper.param_names[self._placeholders[index]] = f"smartfrz_placeholder_{index}"
+                    self.wrapper.param_names[self._placeholders[index]] = f"{PLACEHOLDER}{index}"
             params = [self._placeholders[index]]
         return self.layout(index, params)
 
@@ -258,7 +302,7 @@ class FlatBackend(DeepSpeedBackend):
         flat_keys = [k for k, v in entries.items() if isinstance(v, Tensor) and v.ndim > 0]
         rank, world, group = self.group_rank(index), old.world, self.process_group(index)
 
-        kept = _Kept(PackedLayout.of(old, leaving))
+        kept = Kept(PackedLayout.of(old, leaving))
         if keep:
             for param in leaving:
                 self._kept[param] = kept
@@ -287,9 +331,9 @@ class FlatBackend(DeepSpeedBackend):
                     move(moves, k.tensors[key], target, rank=rank, world=world, group=group)
                     moved += bytes_sent(moves, target.element_size())
             if key == MASTER:
-                master.data = _pinned_like(target, source)
+                master.data = pinned_like(target, source)
             else:
-                entries[key] = _pinned_like(target, source)
+                entries[key] = pinned_like(target, source)
             del source, host, target
         self._set_own_steps(coming, entries)
         return moved
@@ -316,47 +360,5 @@ class FlatBackend(DeepSpeedBackend):
                 self._own_steps.set(param, step)
 
 
-def flatten(layout: FlatLayout) -> Tensor:
-    """A new buffer with the parameters' values, and the parameters pointed into it."""
-    first = layout.params[0]
-    flat = torch.zeros(layout.numel, dtype=first.dtype, device=first.device)
-    for param in layout.params:
-        part = flat[layout.offsets[param] : layout.offsets[param] + param.numel()]
-        part.copy_(param.data.view(-1))
-        param.data = part.view(param.shape)
-    return flat
-
-
-def unlink(wrapper: Any, groups: Iterable[Iterable[Any]]) -> None:
-    """Take the gradient hooks and the links to the masters (utils/mixed_precision_linkage.py) off ZeRO-1/2 or BF16_Optimizer."""
-    for hook in wrapper._grad_acc_hooks:
-        hook.remove()
-    wrapper._grad_acc_hooks = []
-    for group in groups:
-        for param in group:
-            param._hp_mapping = None
-
-
-def link(wrapper: Any, masters: Sequence[Tensor]) -> None:
-    """Link weights, masters and states of ZeRO-1/2 or BF16_Optimizer anew.
-
-    DeepSpeed links the states of all groups after the first group's first step, when the others have none yet, and then raises "not
-    found in optimizer state fragment" for those; a change of the layout is a good moment to do it right.
-    """
-    wrapper._link_all_hp_params()
-    wrapper._hp_optimizer_states_linked = False
-    if all(wrapper.optimizer.state.get(m) for m in masters):
-        wrapper._lazy_init_hp_params_optimizer_state()
-
-
 def _same(a: Sequence[Parameter], b: Sequence[Parameter]) -> bool:
     return [id(p) for p in a] == [id(p) for p in b]
-
-
-def _pinned_like(tensor: Tensor, model: Tensor) -> Tensor:
-    """`tensor`, page-locked if `model` was (offloaded state with pin_memory)."""
-    if model.device.type != "cpu" or not torch.cuda.is_available() or not model.is_pinned():
-        return tensor
-    from deepspeed.accelerator import get_accelerator
-
-    return get_accelerator().pin_memory(tensor)

@@ -11,14 +11,16 @@ Neither is built anew: FP16_Optimizer takes an optimizer step on zero gradients 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from .flat import FlatBackend, flatten, link, unlink
+from .flat import FlatBackend
+from .flat_buffers import flatten, link, unlink
 from .partition import FlatLayout
 
 
@@ -43,6 +45,21 @@ class Bf16Backend(FlatBackend):
 
     def gradients_pending(self) -> bool:
         return any(seen for group in self.wrapper.fp32_groups_has_gradients for seen in group)
+
+    def before_optimizer(self) -> None:
+        # The norm (runtime/utils.py, get_global_norm_of_tensors) can't do with no gradient at all; on a frozen stage the placeholder's,
+        # zeros, stand in.
+        for index in range(len(self.groups)):
+            if not self.active(index):
+                self.wrapper.fp32_groups_has_gradients[index] = [True]
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            # After a load DeepSpeed's accessors still show the optimizer state of before, and keep it alive.
+            link(self.wrapper, self.masters())
 
     def before_change(self) -> None:
         wrapper = self.wrapper

@@ -6,11 +6,14 @@ partition_all_parameters of this engine's DeepSpeedZeRoOffload and its persisten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import Tensor
 
 from .base import ZeroParam
 
@@ -56,6 +59,19 @@ class Replicas:
         persistent = [p for p in self._persistent if p not in self.params]
         self.zero.persistent_parameters[:] = persistent
         return sum(_whole_bytes(p) for p in missing)
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """For the time of a save: what stays gathered is written as its shards only, like all others; without communication."""
+        whole: dict[ZeroParam, Tensor] = {p: p.data for p in self.params if p.ds_status == ZeroParamStatus.AVAILABLE}
+        for param in whole:
+            param.data = torch.empty(0, dtype=param.dtype, device=param.device)  # as free_param does
+            param.ds_status = ZeroParamStatus.NOT_AVAILABLE
+        try:
+            yield
+        finally:
+            for param, data in whole.items():
+                param.data, param.ds_status = data, ZeroParamStatus.AVAILABLE
 
     def leave(self) -> None:
         """Every parameter is DeepSpeed's again: another engine may take the model."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -182,6 +182,21 @@ class GroupCounts(_SplitSteps):
 def copy_step(step: Any) -> Any:
     """A count that does not change with the original."""
     return step.clone() if isinstance(step, Tensor) else step
+
+
+def step_to_json(step: Any) -> dict[str, Any]:
+    """A count as JSON: torch's optimizers count in a scalar tensor, DeepSpeed's in a number."""
+    if isinstance(step, Tensor):
+        return {"value": step.item(), "dtype": str(step.dtype).removeprefix("torch."), "device": step.device.type}
+    return {"value": step}
+
+
+def step_from_json(saved: Mapping[str, Any]) -> Any:
+    """The inverse of `step_to_json`."""
+    if "dtype" not in saved:
+        return saved["value"]
+    # A count beside the weights (fused, capturable) goes to this rank's own device.
+    return torch.tensor(saved["value"], dtype=getattr(torch, saved["dtype"]), device=saved["device"])
 
 
 def zero_step(like: Any) -> Any:

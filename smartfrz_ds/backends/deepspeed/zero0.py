@@ -9,7 +9,7 @@ Touched in DeepSpeed 0.19.8:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,11 +20,12 @@ from torch.nn import Parameter
 
 from smartfrz_ds.backends.base import Released, Sampler, SampleRequest, detach_from_training
 from smartfrz_ds.backends.entries import EntryBackend
-from smartfrz_ds.backends.state_layout import Overrides, scalars_beside, to_device, to_host
+from smartfrz_ds.backends.state_layout import Overrides, pack_state, scalars_beside, to_device, to_host, unpack_state
 from smartfrz_ds.errors import FreezeError
 
 from .base import DeepSpeedBackend
 from .step_counts import GroupCounts
+from .weight_state import EntryState, WeightState
 
 
 class Zero0Backend(DeepSpeedBackend, EntryBackend):
@@ -105,6 +106,47 @@ class Zero0Backend(DeepSpeedBackend, EntryBackend):
     def forget(self, params: Iterable[Parameter]) -> None:
         for param in params:
             self._kept.pop(param, None)
+
+    def group_lists(self) -> list[list[list[Parameter]]]:
+        return [self.groups, self._order]  # a bare optimizer may hold parameters that the user froze
+
+    def weight_state(self, weight: Parameter) -> WeightState:
+        return EntryState(self._optimizer, weight)
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def shares_counts(self) -> bool:
+        return self._counts is not None
+
+    def state_extras(self) -> dict[str, Any]:
+        return {"levelled": self._counts is not None and self._counts.levelled}
+
+    def load_state_extras(self, saved: Mapping[str, Any], *, universal: bool) -> None:
+        if self._counts is not None:
+            self._counts.loaded(levelled=saved.get("levelled", False))
+
+    def kept_state(self, only: Collection[Parameter] | None = None) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        names = {p: n for p, n in self.names().items() if only is None or p in only}
+        about: list[dict[str, Any]] = []
+        tensors: dict[str, Tensor] = {}
+        for param, (master, state) in self._kept.items():
+            if param not in names or (packed := pack_state(state)) is None:
+                continue
+            k = len(about)
+            about.append({"param": names[param]} | packed[0])
+            tensors |= {f"{k}/state/{key}": v for key, v in packed[1].items()}
+            if master is not None:
+                tensors[f"{k}/master"] = master
+        return ({"kept": about}, tensors) if about else None
+
+    def load_kept_state(self, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        params = {n: p for p, n in self.names().items()}
+        for k, item in enumerate(about["kept"]):
+            mine = {name.removeprefix(f"{k}/"): t for name, t in tensors.items() if name.startswith(f"{k}/")}
+            state = {key.removeprefix("state/"): t for key, t in mine.items() if key.startswith("state/")}
+            param = params[item["param"]]
+            self._kept[param] = (mine.get("master"), unpack_state(item, state, param))
 
     def verify(self) -> None:
         super().verify()

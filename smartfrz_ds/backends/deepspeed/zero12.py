@@ -19,7 +19,8 @@ changed, what DeepSpeedZeroOptimizer.__init__ does once:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch import Tensor
 from torch.nn import Parameter
 
-from .flat import FlatBackend, flatten, link, unlink
+from .flat import FlatBackend
+from .flat_buffers import flatten, link, unlink
 from .partition import FlatLayout
 
 
@@ -87,6 +89,30 @@ class Zero12Backend(FlatBackend):
         zero._epilogue_ran_this_backward = False
         if zero.cpu_offload:
             zero._offload_accumulated_param_ids = set()
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """An emptied group is written, and compared, as one without elements: zero_to_fp32.py would report a weight too many."""
+        zero = self.wrapper
+        emptied = [i for i in range(len(self.groups)) if not self.active(i)]
+        old = [(zero.groups_padding[i], zero.round_robin_bit16_padding[i], zero._param_slice_mappings[i]) for i in emptied]
+        for i in emptied:
+            zero.groups_padding[i], zero.round_robin_bit16_padding[i] = self.master(i).numel(), []
+            zero._param_slice_mappings[i] = {}
+        try:
+            yield
+        finally:
+            for i, (padding, between, mapping) in zip(emptied, old, strict=True):
+                zero.groups_padding[i], zero.round_robin_bit16_padding[i], zero._param_slice_mappings[i] = padding, between, mapping
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        try:
+            with self.saving():
+                yield
+        finally:
+            # After a load DeepSpeed's accessors still show the optimizer state of before, and keep it alive.
+            link(self.wrapper, self.masters())
 
     def before_change(self) -> None:
         zero = self.wrapper

@@ -16,7 +16,8 @@ buffers. Touched in DeepSpeed 0.19.8, all in runtime/zero/stage3.py unless named
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -37,6 +38,7 @@ from .flat import FlatBackend
 from .flat_cost import gather_cost
 from .partition import FlatLayout
 from .replicas import Replicas
+from .step_counts import step_from_json, step_to_json
 
 _GRAD_PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 FrozenStorage = Literal["sharded", "replicated", "auto"]
@@ -274,6 +276,68 @@ class Zero3Backend(FlatBackend):
     def _optimizer_bytes_of(self, param: ZeroParam) -> int:
         """Optimizer bytes that freezing `param` released on this rank: its master and moments, gradients not counted."""
         return int(param.partition_numel()) * 4 * 3
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------------------
+
+    weights_are_cut = True
+    model_files = "zero_pp_rank_*_mp_rank_00_model_states.pt"
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        # torch's state_dict refuses state of a tensor that is in no group: that of sub-groups that are frozen whole.
+        with self._replicas.hidden():
+            state = self.base_optimizer().state
+            sleeping = {m: state.pop(m) for _, m in self._sleeping() if m in state}
+            try:
+                yield
+            finally:
+                state.update(sleeping)
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Replicas are let go and gathered anew, with the loaded values."""
+        self._replicas.update(set(), {})
+        try:
+            yield
+        finally:
+            self._replicas.update(self.frozen, self._released_by(self.frozen))
+
+    def _sleeping(self) -> list[tuple[int, Tensor]]:
+        """The sub-groups that are frozen whole, and their masters."""
+        return [(i, self.master(i)) for i in range(len(self.groups)) if not self.active(i)]
+
+    def state_extras(self) -> dict[str, Any]:
+        """And the entries of sub-groups that are frozen whole, and the counts of all where they differ."""
+        saved, names, state = super().state_extras(), self.names(), self.base_optimizer().state
+        for i, master in self._sleeping():
+            entries = state.get(master, {})
+            if "step" in entries:
+                keys = [k for k, v in entries.items() if isinstance(v, Tensor) and v.ndim > 0]
+                saved["asleep"][str(i)] = {"step": step_to_json(entries["step"]), "keys": keys}
+        live = [(state[self.master(i)]["step"], self.active(i)) for i in self.stepped_groups()]
+        if len({float(step) for step, _ in live}) > 1:
+            saved["groups"] = [{"step": step_to_json(step), "params": [names[p] for p in params]} for step, params in live]
+        return saved
+
+    def load_state_extras(self, saved: Mapping[str, Any], *, universal: bool) -> None:
+        super().load_state_extras(saved, universal=universal)
+        state = self.base_optimizer().state
+        for i, master in self._sleeping():
+            state.pop(master, None)
+            if str(i) in saved.get("asleep", {}):
+                entries = saved["asleep"][str(i)]
+                state[master] = {"step": step_from_json(entries["step"])} | {k: torch.empty_like(master.detach()) for k in entries["keys"]}
+
+    def emptied_groups(self, frozen: Sequence[ZeroParam]) -> list[int]:
+        return []  # DeepSpeed doesn't know of an emptied one
+
+    def load_frozen_weight(self, param: ZeroParam, name: str, states: Sequence[Mapping[str, Any]]) -> None:
+        full = torch.cat([s["frozen_param_fragments"][name].view(-1) for s in states])
+        # This rank's part: the padding of another number of ranks is cut off, that of this one put on.
+        size, rank = param.partition_numel(), dist.get_rank()
+        part = full[: param.ds_numel][rank * size : (rank + 1) * size]
+        shard = torch.cat([part, part.new_zeros(size - part.numel())])
+        param.ds_tensor.data.copy_(shard.view_as(param.ds_tensor))
 
     def leave(self) -> None:
         self._replicas.leave()

@@ -23,10 +23,8 @@ from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule, TiedLayerSp
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from smartfrz_ds.backends.base import Backend
-from smartfrz_ds.backends.deepspeed.checkpoint_parts import kept_state, load_kept_state
+from smartfrz_ds.backends.deepspeed.base import DeepSpeedBackend
 from smartfrz_ds.backends.deepspeed.partition import STAGING_BYTES
-from smartfrz_ds.backends.deepspeed.zero0 import Zero0Backend
 from smartfrz_ds.distributed.devices import own_random_numbers
 from smartfrz_ds.model.freeze_modules import thaw_module
 from smartfrz_ds.planner.simulate import are_bounds
@@ -70,10 +68,10 @@ def build(engine: Any, bounds: Sequence[int]) -> dict[int, nn.Module]:
     return built
 
 
-def rebalance(backend: Any, bounds: Sequence[int], built: Mapping[int, nn.Module]) -> int:
+def rebalance(backend: DeepSpeedBackend, bounds: Sequence[int], built: Mapping[int, nn.Module]) -> int:
     """Bring the pipeline to these bounds, checked before. Collective, at a step boundary. Returns the bytes that this rank sent.
 
-    backend: of this stage (pipeline.PipelineStage). built: by `build`.
+    backend: of this stage. built: by `build`.
     """
     engine, pipe = backend.engine, backend.engine.module
     old, new, me = list(pipe.parts), [int(b) for b in bounds], engine.stage_id
@@ -88,7 +86,7 @@ def rebalance(backend: Any, bounds: Sequence[int], built: Mapping[int, nn.Module
     backend.change(trained, [], keep=True)
 
     # Everyone hears what comes: entry by entry, then what optimizers held back, then the bytes.
-    groups, *more = _group_lists(backend)
+    groups, *more = backend.group_lists()
     where = {p: i for i, held in enumerate(groups) for p in held}
     # a bare optimizer may hold parameters that the user froze
     besides = {p: i for lists in more for i, held in enumerate(lists) for p in held}
@@ -99,7 +97,7 @@ def rebalance(backend: Any, bounds: Sequence[int], built: Mapping[int, nn.Module
     kept: dict[int, Any] = {}
     for target in list(parcels):
         mine = {p for i, m in going.items() if owner(new, i) == target for p in m.parameters()}
-        state = kept_state(backend, only=mine)
+        state = backend.kept_state(only=mine)
         if state is not None:
             kept[target] = (state[0], [(k, tuple(t.shape), t.dtype) for k, t in state[1].items()])
             parcels[target].extend(state[1].values())
@@ -131,7 +129,7 @@ def rebalance(backend: Any, bounds: Sequence[int], built: Mapping[int, nn.Module
         returning += _take_in(backend, about, module)
     _rewire(engine, new, functions)
     for about, named in held:
-        load_kept_state(backend, about, named)
+        backend.load_kept_state(about, named)
     _sort_groups(backend)
     backend.change([], returning, keep=False)
     return sent
@@ -219,7 +217,7 @@ def _fill(module: nn.Module, about: dict[str, Any], tensors: Sequence[Tensor]) -
     return module
 
 
-def _take_in(backend: Any, about: dict[str, Any], module: nn.Module) -> list[Parameter]:
+def _take_in(backend: DeepSpeedBackend, about: dict[str, Any], module: nn.Module) -> list[Parameter]:
     """Enter a new module's parameters as frozen ones of their groups. Returns those that go on training."""
     returning = []
     for param, (index, trains, held) in zip(module.parameters(), about["params"], strict=True):
@@ -227,22 +225,22 @@ def _take_in(backend: Any, about: dict[str, Any], module: nn.Module) -> list[Par
         param.grad = None
         if index is None:
             param.smartfrz_user_frozen = True  # type: ignore[attr-defined]
-            for lists in _group_lists(backend)[1:] if held is not None else ():
+            for lists in backend.group_lists()[1:] if held is not None else ():
                 lists[held].append(param)
             continue
         backend.frozen.add(param)
-        for groups in _group_lists(backend):
+        for groups in backend.group_lists():
             groups[index].append(param)
         if trains:
             returning.append(param)
     return returning
 
 
-def _let_go(backend: Any, going: Mapping[int, nn.Module]) -> None:
+def _let_go(backend: DeepSpeedBackend, going: Mapping[int, nn.Module]) -> None:
     params = {p for m in going.values() for p in m.parameters()}
     backend.forget(params)
     backend.frozen -= params
-    for groups in _group_lists(backend):
+    for groups in backend.group_lists():
         for group in groups:
             group[:] = [p for p in group if p not in params]
     for module in going.values():
@@ -275,15 +273,10 @@ def _rewire(engine: Any, bounds: list[int], functions: Mapping[int, Any]) -> Non
     engine.reset_activation_shape()
 
 
-def _group_lists(backend: Backend) -> list[list[list[Parameter]]]:
-    """The lists in which a backend notes what belongs to each parameter group."""
-    return [backend.groups, backend._order] if isinstance(backend, Zero0Backend) else [backend.groups]
-
-
-def _sort_groups(backend: Any) -> None:
+def _sort_groups(backend: DeepSpeedBackend) -> None:
     """Each group in the module's own order: so a checkpoint does not depend on the way that its bounds came about."""
     rank = {p: k for k, p in enumerate(backend.engine.module.parameters())}
-    for groups in _group_lists(backend):
+    for groups in backend.group_lists():
         for group in groups:
             if all(p in rank for p in group):
                 group.sort(key=rank.__getitem__)

@@ -23,9 +23,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import nn
 from torch.nn import Parameter
 
-from smartfrz_ds.backends.base import Backend
-from smartfrz_ds.backends.deepspeed.flat import FlatBackend
-from smartfrz_ds.backends.deepspeed.half import Bf16Backend
+from smartfrz_ds.backends.deepspeed.base import DeepSpeedBackend
 from smartfrz_ds.config.sections import PipelineSettings
 from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.model.freeze_modules import TiedMode
@@ -51,7 +49,7 @@ from .tied import TiedWeights, pinned_entries
 from .timing import StageClock
 
 if TYPE_CHECKING:
-    _Base = Backend
+    _Base = DeepSpeedBackend
 else:
     _Base = object
 
@@ -280,21 +278,44 @@ class PipelineStage(_Base):
             held.clear()  # what an old schedule left; the next one takes as many as it needs
         engine.num_pipe_buffers = 0
 
-    def before_optimizer(self) -> None:
-        """Right before the optimizer's step: BF16_Optimizer's norm (runtime/utils.py, get_global_norm_of_tensors) can't do with no gradient
-        at all; on a frozen stage the placeholder's, zeros, stand in."""
-        if isinstance(self, Bf16Backend):
-            for index in range(len(self.groups)):
-                if not self.active(index):
-                    self.wrapper.fp32_groups_has_gradients[index] = [True]
+    # --- checkpoints ------------------------------------------------------------------------------------------------------------
+
+    def state_extras(self) -> dict[str, Any]:
+        """And whose stage it is.
+
+        place: [stage, replica]. options: the settings of each parameter group. groups: names of each parameter group in the optimizer's
+        order, frozen ones too; frozen: those. shared_count: `shares_counts`.
+        """
+        grid, names = self.engine.grid, self.names()
+        return super().state_extras() | {
+            "place": [grid.get_pipe_parallel_rank(), grid.get_data_parallel_rank()],
+            "groups": self._group_names(),
+            "options": self.group_options(),
+            "frozen": [name for p, name in names.items() if p in self.frozen],
+            "shared_count": self.shares_counts,
+        }
+
+    def _group_names(self) -> list[list[str]]:
+        names = self.names()
+        return [[names.get(p, "?") for p in group] for group in self.group_lists()[-1]]
+
+    def check_groups(self, saved: Mapping[str, Any]) -> None:
+        """DeepSpeed goes by position."""
+        own, theirs = self._group_names(), saved.get("groups")
+        if theirs is not None and own != theirs:
+            index = next((i for i, (a, b) in enumerate(zip(own, theirs, strict=False)) if a != b), min(len(own), len(theirs)))
+            held, wanted = (f"{g[index][:4]}…" if index < len(g) else "nothing" for g in (own, theirs))
+            raise ValueError(
+                f"parameter group {index} of pipeline stage {saved['place'][0]} holds {held}, in the checkpoint {wanted}; allowed: the "
+                "same parameters of a stage in the same groups and order (the model's own order, where the stages are others than before)"
+            )
 
     def schedule(self) -> schedule.TrainSchedule:
         """The next train_batch's."""
-        engine = self.engine
-        reduces = isinstance(self, FlatBackend)
+        engine, reduces = self.engine, self.needs_placeholder
         return PrunedTrainSchedule(engine.micro_batches, engine.num_stages, engine.stage_id, self.first_active, reduces=reduces)
 
 
-def of_a_stage(inner: type[Backend]) -> type[Backend]:
+def of_a_stage(inner: type[DeepSpeedBackend]) -> type[DeepSpeedBackend]:
     """The backend of a pipeline's stage whose optimizer `inner` knows."""
     return type(f"Pipeline{inner.__name__}", (PipelineStage, inner), {})

@@ -24,17 +24,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.module import PipelineModule, TiedLayerSpec
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
-from torch import Tensor
-from torch.nn import Parameter
 
-from smartfrz_ds.backends.deepspeed.flat import FlatBackend
-from smartfrz_ds.backends.deepspeed.step_counts import copy_step
+from smartfrz_ds.backends.deepspeed.base import DeepSpeedBackend
 from smartfrz_ds.model.freeze_modules import TiedMode
 from smartfrz_ds.model.layers import Layer
 
@@ -60,7 +51,7 @@ class _WithoutGraph:
 class TiedWeights:
     """Of one stage. mode: the setting `smartfrz.tied`. cut: the keys whose front layer is frozen now."""
 
-    def __init__(self, backend: Any, mode: TiedMode) -> None:
+    def __init__(self, backend: DeepSpeedBackend, mode: TiedMode) -> None:
         self._backend, self.mode = backend, mode
         self.cut: frozenset[str] = frozenset()
 
@@ -142,59 +133,16 @@ class TiedWeights:
         comm, source, is_front = pipe.tied_comms[key], self._rear(key), self._is_front(key)
         for weight in shared_weights(pipe, key):
             dist.broadcast(weight.data, src=source, group=comm["group"])
-            told = [None if is_front else self._state_of(weight)]
+            own = self._backend.weight_state(weight)
+            told = [None if is_front else own.about()]
             dist.broadcast_object_list(told, src=source, group=comm["group"])
             state = told[0]
             assert state is not None
             tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in state["tensors"].items()}
             for name, tensor in tensors.items():
-                full = tensor.to(self._backend.device) if is_front else self._full(weight, name).to(self._backend.device)
+                full = (tensor if is_front else own.read(name)).to(self._backend.device)
                 dist.broadcast(full, src=source, group=comm["group"])
                 if is_front:
-                    self._set_full(weight, name, full)
+                    own.write(name, full)
             if is_front:
-                self._set_numbers(weight, state["numbers"])
-
-    # --- one weight's state, whole ---------------------------------------------------------------------------------------------------
-
-    def _state_of(self, weight: Parameter) -> dict[str, Any]:
-        backend = self._backend
-        if isinstance(backend, FlatBackend):
-            index = next(i for i, group in enumerate(backend.groups) if any(weight is p for p in group))
-            entries = backend.base_optimizer().state.get(backend.master(index), {})
-            keys = [k for k, v in entries.items() if isinstance(v, Tensor) and v.ndim > 0]
-            step = backend._step_of(weight, entries)
-            shapes = {name: (tuple(weight.shape), torch.float32) for name in ("master", *keys)}
-            return {"tensors": shapes, "numbers": {} if step is None else {"step": step}}
-        entries = backend.base_optimizer().state.get(weight, {})
-        return {
-            "tensors": {k: (tuple(v.shape), v.dtype) for k, v in entries.items() if isinstance(v, Tensor) and v.ndim > 0},
-            "numbers": {k: copy_step(v) for k, v in entries.items() if not (isinstance(v, Tensor) and v.ndim > 0)},
-        }
-
-    def _full(self, weight: Parameter, name: str) -> Tensor:
-        """Collective over the replicas of a stage, where they share the state."""
-        if not isinstance(self._backend, FlatBackend):
-            return self._backend.base_optimizer().state[weight][name]
-        full = safe_get_full_fp32_param(weight) if name == "master" else safe_get_full_optimizer_state(weight, name)
-        assert full is not None, name
-        return full.view(weight.shape).float()
-
-    def _set_full(self, weight: Parameter, name: str, value: Tensor) -> None:
-        if not isinstance(self._backend, FlatBackend):
-            self._backend.base_optimizer().state[weight][name] = value
-        elif name == "master":
-            safe_set_full_fp32_param(weight, value)
-        else:
-            safe_set_full_optimizer_state(weight, value, name)
-
-    def _set_numbers(self, weight: Parameter, numbers: dict[str, Any]) -> None:
-        backend = self._backend
-        if not isinstance(backend, FlatBackend):
-            backend.base_optimizer().state[weight].update(numbers)
-            return
-        index = next(i for i, group in enumerate(backend.groups) if any(weight is p for p in group))
-        own = backend.base_optimizer().state.get(backend.master(index), {}).get("step")
-        backend._own_steps.drop(weight)
-        if "step" in numbers and own is not None and float(own) != float(numbers["step"]):
-            backend._own_steps.set(weight, copy_step(numbers["step"]))
+                own.set_numbers(state["numbers"])

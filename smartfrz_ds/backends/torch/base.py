@@ -191,7 +191,6 @@ class TorchBackend(EntryBackend):
     # --- checkpoints ------------------------------------------------------------------------------------------------------------
 
     def kept_state(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """What this rank holds back for a thaw, as JSON and tensors (its own shards); None where there is nothing."""
         about: list[dict[str, Any]] = []
         tensors: dict[str, Tensor] = {}
         for param, state in self._kept.items():
@@ -201,7 +200,6 @@ class TorchBackend(EntryBackend):
         return ({"kept": about}, tensors) if about else None
 
     def load_kept_state(self, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """The inverse, on the same number of ranks."""
         params = {name: p for p, name in self._names.items()}
         for k, item in enumerate(about["kept"]):
             mine = {name.removeprefix(f"{k}/"): t for name, t in tensors.items() if name.startswith(f"{k}/")}

@@ -1,0 +1,93 @@
+"""What DeepSpeed's checkpoints need to be told about frozen layers.
+
+Touched in DeepSpeed 0.19.8:
+  runtime/engine.py   _load_checkpoint, _load_zero_checkpoint (bf16 without ZeRO), _common_checkpoint_state (stage 1 leaves frozen
+                      parameters out of the file), _get_zero_param_shapes, param_names, module_state_dict, load_module_state_dict,
+                      FreezingMixin's super() calls (integrations/deepspeed.py)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from torch.nn import Parameter
+
+from .flat import PLACEHOLDER
+
+
+class CompleteCheckpoints:
+    """Mixed into a freezing engine: what DeepSpeed writes holds every weight, so that zero_to_fp32.py finds the whole model.
+
+    With `exclude_frozen_parameters` (the Trainer's choice for PEFT models) what the user froze is left out, what this package froze is not.
+    """
+
+    _left_out: Collection[str] = ()  # names, for the time of a save
+
+    @contextmanager
+    def _leaving_out(self, wanted: bool) -> Iterator[bool]:
+        """For the time of a save; gives what DeepSpeed is to be told instead of `exclude_frozen_parameters`."""
+        ours: Collection[Parameter] = self.smartfrz.backend.frozen  # type: ignore[attr-defined]
+        trainable = [p for p in ours if p.requires_grad]  # after `release`; DeepSpeed goes by the flag
+        if wanted and ours:
+            named = self.module.named_parameters()  # type: ignore[attr-defined]
+            self._left_out = {n for n, p in named if not p.requires_grad and p not in ours}
+        for param in trainable:
+            param.requires_grad_(False)
+        try:
+            yield wanted and not ours
+        finally:
+            self._left_out = ()
+            for param in trainable:
+                param.requires_grad_(True)
+
+    def module_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        state = super().module_state_dict(*args, **kwargs)  # type: ignore[misc]
+        for name in self._left_out:
+            state.pop(name, None)
+        return state
+
+    def _get_zero_frozen_param_attributes(self, attr_func: Any) -> Any:
+        found = super()._get_zero_frozen_param_attributes(attr_func)  # type: ignore[misc]
+        for name in self._left_out:
+            found.pop(name, None)
+        return found
+
+    def load_module_state_dict(self, checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
+        fragments = checkpoint.get("frozen_param_fragments")
+        if fragments is not None:  # of what was left out, what is there now: DeepSpeed looks for all
+            for param, name in self.param_names.items():  # type: ignore[attr-defined]
+                if not param.requires_grad and name not in fragments:
+                    fragments[name] = self._get_param_fragment_func(param)  # type: ignore[attr-defined]
+        return super().load_module_state_dict(checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def _common_checkpoint_state(self, module_state_dict: Any, zero_optimizer_state: Any, save_frozen_param: bool) -> Any:
+        # _save_checkpoint asks for the frozen parameters in stages 2 and 3 only, unless the user excludes them.
+        if zero_optimizer_state and not save_frozen_param and isinstance(module_state_dict, Mapping):
+            named = self.module.named_parameters()  # type: ignore[attr-defined]
+            names = [n for n, p in named if not p.requires_grad and n not in self._left_out]
+            save_frozen_param = bool(names) and all(n in module_state_dict for n in names)
+        return super()._common_checkpoint_state(module_state_dict, zero_optimizer_state, save_frozen_param)  # type: ignore[misc]
+
+    def _load_checkpoint(self, load_dir: str, tag: str, *args: Any, **kwargs: Any) -> Any:
+        """With bf16 and without ZeRO a pipeline has a BF16_Optimizer: DeepSpeed 0.19.8 writes its partitions as ZeRO's, and then hands it
+        the model file's copy, which it can't take (KeyError: 0). Its own files are loaded here, as for ZeRO-1."""
+        engine: Any = self
+        if not isinstance(engine.optimizer, BF16_Optimizer) or engine.zero_optimization():
+            return super()._load_checkpoint(load_dir, tag, *args, **kwargs)  # type: ignore[misc]
+        wanted = kwargs.get("load_optimizer_states", True) and not kwargs.get("load_module_only", False)
+        path, client_state = super()._load_checkpoint(load_dir, tag, *args, **{**kwargs, "load_optimizer_states": False})  # type: ignore[misc]
+        if path is not None:
+            client_state.pop("optimizer", None)
+            if not wanted or not engine._load_zero_checkpoint(load_dir, tag):
+                engine.optimizer._restore_from_bit16_weights()
+        return path, client_state
+
+    def _get_zero_param_shapes(self) -> Any:
+        shapes = super()._get_zero_param_shapes()  # type: ignore[misc]
+        for group in shapes:
+            for name in [n for n in group if n.startswith(PLACEHOLDER)]:
+                del group[name]
+        return shapes

@@ -1,0 +1,57 @@
+"""The flat buffers of DeepSpeed's wrappers, and their links to the model's parameters.
+
+Touched in DeepSpeed 0.19.8: _grad_acc_hooks, _link_all_hp_params, _hp_optimizer_states_linked, _lazy_init_hp_params_optimizer_state of
+ZeRO-1/2 (runtime/zero/stage_1_and_2.py) and BF16_Optimizer (runtime/bf16_optimizer.py); Parameter._hp_mapping
+(utils/mixed_precision_linkage.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from .partition import FlatLayout
+
+
+def flatten(layout: FlatLayout) -> Tensor:
+    """A new buffer with the parameters' values, and the parameters pointed into it."""
+    first = layout.params[0]
+    flat = torch.zeros(layout.numel, dtype=first.dtype, device=first.device)
+    for param in layout.params:
+        part = flat[layout.offsets[param] : layout.offsets[param] + param.numel()]
+        part.copy_(param.data.view(-1))
+        param.data = part.view(param.shape)
+    return flat
+
+
+def unlink(wrapper: Any, groups: Iterable[Iterable[Any]]) -> None:
+    """Take the gradient hooks and the links to the masters (utils/mixed_precision_linkage.py) off ZeRO-1/2 or BF16_Optimizer."""
+    for hook in wrapper._grad_acc_hooks:
+        hook.remove()
+    wrapper._grad_acc_hooks = []
+    for group in groups:
+        for param in group:
+            param._hp_mapping = None
+
+
+def link(wrapper: Any, masters: Sequence[Tensor]) -> None:
+    """Link weights, masters and states of ZeRO-1/2 or BF16_Optimizer anew.
+
+    DeepSpeed links the states of all groups after the first group's first step, when the others have none yet, and then raises "not
+    found in optimizer state fragment" for those; a change of the layout is a good moment to do it right.
+    """
+    wrapper._link_all_hp_params()
+    wrapper._hp_optimizer_states_linked = False
+    if all(wrapper.optimizer.state.get(m) for m in masters):
+        wrapper._lazy_init_hp_params_optimizer_state()
+
+
+def pinned_like(tensor: Tensor, model: Tensor) -> Tensor:
+    """`tensor`, page-locked if `model` was (offloaded state with pin_memory)."""
+    if model.device.type != "cpu" or not torch.cuda.is_available() or not model.is_pinned():
+        return tensor
+    return get_accelerator().pin_memory(tensor)
