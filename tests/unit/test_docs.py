@@ -1,0 +1,234 @@
+"""README.md and docs/: what they name exists, and their code blocks work. Blocks that need DeepSpeed: tests/integrations/test_docs_run.py."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from docs_blocks import PAGES, ROOT, Block, blocks
+from torch import nn
+from torch.distributed.checkpoint import load as dcp_load  # noqa: F401  (imported once here, as its import warns)
+from typer.testing import CliRunner
+
+from smartfrz_ds.cli.main import app
+from smartfrz_ds.config.settings import FreezeConfig
+from smartfrz_ds.integrations.torch import TorchController
+from smartfrz_ds.runtime.controller import Report
+
+TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
+FILES = subprocess.run(
+    ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+).stdout.split()
+# Names of files that are not in the repository: a user's, or DeepSpeed's.
+OTHERS = {"train.py", "zero_to_fp32.py"}
+
+
+def code(text: str) -> Iterator[str]:
+    """The code spans and code blocks of a page, one line each."""
+    yield from re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)
+    for block in re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        yield from block.splitlines()
+
+
+def names(pattern: str, *, code_only: bool = True) -> list[tuple[str, str]]:
+    """(page, match) of a pattern in the code of all pages."""
+    found = []
+    for page, text in TEXTS.items():
+        for part in code(text) if code_only else [text]:
+            found += [(page, match) for match in re.findall(pattern, part)]
+    return sorted(set(found))
+
+
+def missing(pairs: list[tuple[str, str]], exists: Any) -> list[str]:
+    assert pairs, "the pattern finds nothing: the test can't fail"
+    return [f"{page}: {name}" for page, name in pairs if not exists(name)]
+
+
+# ---- what the pages name
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    without_code = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", without_code, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_relative_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", TEXTS[page]):
+        if re.match(r"\w+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), f"{page} links to {target}"
+        if anchor:
+            assert anchor in anchors(file.read_text(encoding="utf-8")), f"{page} links to {target}"
+
+
+def test_named_paths_exist() -> None:
+    paths = names(r"(?<![\w/.-])((?:smartfrz_ds|tests|launch|configs|docs|\.ci)/[\w./*-]*[\w*/])", code_only=False)
+    assert not missing(paths, lambda path: (ROOT / path).exists() or fnmatch.filter(FILES, path))
+
+
+def test_named_python_files_exist() -> None:
+    known = {Path(file).name for file in FILES} | OTHERS
+    assert not missing(names(r"[\w/.-]*\w\.py\b", code_only=False), lambda name: (ROOT / name).exists() or Path(name).name in known)
+
+
+def test_named_tests_exist() -> None:
+    assert not missing(names(r"test_\w+\.py", code_only=False), lambda name: any(f.endswith(f"/{name}") for f in FILES))
+
+
+def resolves(dotted: str) -> bool:
+    """Whether `smartfrz_ds.a.b` is a module, or an attribute of one."""
+    parts = dotted.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found: Any = import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        return all(hasattr(found, name) and ((found := getattr(found, name)) is not None) for name in parts[length:])
+    return False
+
+
+def test_named_modules_and_functions_exist() -> None:
+    assert not missing(names(r"(?<![\w/])(smartfrz_ds(?:\.\w+)+)(?![\w/])(?!\.\w+/)"), resolves)
+
+
+def test_named_controller_attributes_exist() -> None:
+    known = {*dir(TorchController), *TorchController.__annotations__, "last_checkpoint", "total_steps", "config", "step"}
+    found = names(r"(?:\bcontroller|\bengine\.smartfrz|\baccelerator\.smartfrz)\.([a-z]\w*)")
+    assert not missing(found, known.__contains__)
+    assert not missing(names(r"\breport\(\)\.(\w+)"), {*dir(Report), *Report.__annotations__}.__contains__)
+
+
+def test_named_settings_exist() -> None:
+    def exists(name: str) -> bool:
+        section: Any = FreezeConfig
+        for part in name.split("."):
+            if part not in getattr(section, "model_fields", {}):
+                return False
+            kinds = [section.model_fields[part].annotation, *getattr(section.model_fields[part].annotation, "__args__", ())]
+            section = next((kind for kind in kinds if hasattr(kind, "model_fields")), None)
+        return True
+
+    assert not missing(names(r"^smartfrz\.(?!safetensors$)([a-z][\w.]*\w)$"), exists)
+
+
+# ---- shell
+
+
+def command_of(words: list[str]) -> tuple[Any, list[str]]:
+    """The `smartfrz` command of a line and what follows its name."""
+    command: Any = typer.main.get_command(app)
+    while words and hasattr(command, "commands"):
+        assert words[0] in command.commands, f"no command smartfrz {words[0]}: {sorted(command.commands)}"
+        command, words = command.commands[words[0]], words[1:]
+    return command, words
+
+
+def check_command(line: str) -> None:
+    words = shlex.split(line, comments=True)[1:]
+    if not words or words[0] in ("--version", "--help"):
+        return
+    command, rest = command_of(words)
+    if hasattr(command, "commands"):
+        return
+    known = {name for option in command.params for name in option.opts} | {"--help"}
+    for word in rest:
+        if word.startswith("--"):
+            assert word.split("=")[0] in known, f"{line}: no option {word}, {sorted(known)}"
+
+
+def test_named_commands_exist() -> None:
+    lines = [(page, part) for page, text in TEXTS.items() for part in code(text) if re.match(r"smartfrz [a-z-]", part)]
+    assert len(lines) > 30
+    for page, line in lines:
+        try:
+            check_command(line)
+        except AssertionError as error:
+            raise AssertionError(f"{page}: {error}") from None
+
+
+@pytest.mark.parametrize("block", blocks("sh"), ids=lambda b: f"{b.page}:{b.line}")
+def test_shell_blocks_parse(block: Block) -> None:
+    subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
+
+
+@pytest.mark.parametrize("block", blocks("sh"), ids=lambda b: f"{b.page}:{b.line}")
+def test_options_of_scripts_exist(block: Block) -> None:
+    examples = "".join((ROOT / file).read_text() for file in FILES if re.match(r"launch/examples/.*\.py$", file))
+    for script, rest in re.findall(r"(launch/examples/\w+\.py)([^#\n]*)", block.text):
+        assert script in FILES
+        for option in re.findall(r"--[\w-]+", rest):
+            assert option in ("--deepspeed_config", "--help") or f'"{option}"' in examples, f"{script} has no {option}"
+
+
+def test_every_block_has_a_known_language() -> None:
+    assert {b.language for b in blocks()} == {"sh", "python", "json", "text"}
+
+
+def test_the_planners_profile_is_a_profile(tmp_path: Path) -> None:
+    (profile,) = [b.text for b in blocks("json", "docs/planning.md") if '"layers"' in b.text]
+    (tmp_path / "costs.json").write_text(profile)
+    arguments = ["plan", "--profile", str(tmp_path / "costs.json"), "--pp", "4", "--dp", "8", "--micro-batches", "16", "--frozen", "0.25,0.5,0.75"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+
+
+# ---- JSON
+
+
+@pytest.mark.parametrize("block", [b for b in blocks("json") if '"layers": [\n' not in b.text], ids=lambda b: f"{b.page}:{b.line}")
+def test_json_blocks_are_settings(block: Block) -> None:
+    text = block.text if block.text.lstrip().startswith("{") else "{" + block.text + "}"
+    config = json.loads(text)
+    assert "smartfrz" in config
+    FreezeConfig.load(config)
+
+
+# ---- Python, in one process
+
+
+def net(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    blocks_ = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)]
+    return nn.Sequential(nn.Linear(8, 8), *blocks_, nn.Linear(8, 4))
+
+
+def batches(first: int, last: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for number in range(first, last):
+        torch.manual_seed(1000 + number)
+        yield torch.randn(8, 8), torch.randint(4, (8,))
+
+
+def python_blocks(page: str) -> list[Block]:
+    return [b for b in blocks("python", page) if not b.not_run]
+
+
+def test_every_python_block_is_run_or_says_why_not() -> None:
+    here = {"docs/configuration.md", "docs/planning.md", "docs/monitoring.md", "docs/predictor.md", "docs/pytorch.md"}
+    elsewhere = {"README.md", "docs/adding-to-a-script.md", "docs/checkpoints.md", "docs/huggingface.md"}  # test_docs_run.py
+    assert {b.page for b in blocks("python") if not b.not_run} == here | elsewhere
+
+
+def test_python_blocks_of_settings_and_planning() -> None:
+    import smartfrz_ds
+
+    for page in ("docs/configuration.md", "docs/planning.md"):
+        for block in python_blocks(page):
+            namespace: dict[str, Any] = {"smartfrz_ds": smartfrz_ds}
+            block.run(namespace)
+            if page.endswith("planning.md"):
+                assert namespace["new"] == [0, 16, 22, 27, 32]  # as its comment says
