@@ -1,4 +1,7 @@
-"""README.md and docs/: what they name exists, and their code blocks work. Blocks that need DeepSpeed: tests/integrations/test_docs_run.py."""
+"""README.md and docs/: what they name exists, and their code blocks work.
+
+Python blocks that need DeepSpeed are run in tests/integrations/test_docs_run.py.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,9 +21,9 @@ import torch
 import typer
 from docs_blocks import PAGES, ROOT, Block, blocks
 from torch import nn
-from torch.distributed.checkpoint import load as dcp_load  # noqa: F401  (imported once here, as its import warns)
 from typer.testing import CliRunner
 
+import smartfrz_ds
 from smartfrz_ds.cli.main import app
 from smartfrz_ds.config.settings import FreezeConfig
 from smartfrz_ds.integrations.torch import TorchController
@@ -182,7 +186,19 @@ def test_every_block_has_a_known_language() -> None:
 def test_the_planners_profile_is_a_profile(tmp_path: Path) -> None:
     (profile,) = [b.text for b in blocks("json", "docs/planning.md") if '"layers"' in b.text]
     (tmp_path / "costs.json").write_text(profile)
-    arguments = ["plan", "--profile", str(tmp_path / "costs.json"), "--pp", "4", "--dp", "8", "--micro-batches", "16", "--frozen", "0.25,0.5,0.75"]
+    arguments = [
+        "plan",
+        "--profile",
+        str(tmp_path / "costs.json"),
+        "--pp",
+        "4",
+        "--dp",
+        "8",
+        "--micro-batches",
+        "16",
+        "--frozen",
+        "0.25,0.5,0.75",
+    ]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
 
@@ -224,11 +240,84 @@ def test_every_python_block_is_run_or_says_why_not() -> None:
 
 
 def test_python_blocks_of_settings_and_planning() -> None:
-    import smartfrz_ds
-
     for page in ("docs/configuration.md", "docs/planning.md"):
         for block in python_blocks(page):
             namespace: dict[str, Any] = {"smartfrz_ds": smartfrz_ds}
             block.run(namespace)
             if page.endswith("planning.md"):
                 assert namespace["new"] == [0, 16, 22, 27, 32]  # as its comment says
+
+
+def test_python_block_of_the_predictor_records_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = python_blocks("docs/predictor.md")
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 100)
+    names_ = {"loader": batches(0, 100), "held_out_inputs": torch.randn(8, 8), "accuracy": 0.5, "loss_of": nn.functional.cross_entropy}
+    block.run({"model": model, "optimizer": optimizer, "scheduler": scheduler} | names_)
+    assert (tmp_path / "recordings" / "runs" / "my-run.safetensors").is_file()
+
+
+class Run:
+    """What a user's script around the blocks of docs/pytorch.md has, and the blocks themselves."""
+
+    def __init__(self, **settings: Any) -> None:
+        attach, self.loop, self.save, self.resume = python_blocks("docs/pytorch.md")
+        self.names: dict[str, Any] = {"model": net(), "loss_of": nn.functional.cross_entropy}
+        # A run of 24 steps, so that the learning rate moves in each of them.
+        text = attach.text.replace("20_000", "24").replace('{"policy"', '{"snapshot_interval": 2, "freeze_interval": 2, "policy"')
+        replace(attach, text=text).run(self.names)
+        self.controller: TorchController = self.names["controller"]
+
+    def train(self, first: int, last: int) -> None:
+        self.loop.run(self.names | {"loader": batches(first, last)})
+
+    def weights(self) -> list[torch.Tensor]:
+        return [p.detach().clone() for p in self.names["model"].parameters()]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("forgets_the_scheduler", [False, True])
+def test_python_blocks_without_deepspeed_resume_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgets_the_scheduler: bool
+) -> None:
+    """The run that docs/pytorch.md resumes equals one that never stopped; without the scheduler's line it does not."""
+    monkeypatch.chdir(tmp_path)
+    straight = Run()
+    straight.train(0, 6)
+    front = straight.controller.layers[:2]
+    straight.controller.freeze(front)
+    straight.train(6, 8)
+    straight.save.run(straight.names)
+    straight.train(8, 12)
+
+    resumed = Run()
+    lines = [line for line in resumed.resume.text.splitlines() if not (forgets_the_scheduler and "scheduler.load" in line)]
+    replace(resumed.resume, text="\n".join(lines)).run(resumed.names)
+    assert resumed.controller.frozen == front and resumed.controller.step == 8
+    resumed.train(8, 12)
+    equal = all(torch.equal(a, b) for a, b in zip(straight.weights(), resumed.weights(), strict=True))
+    assert equal != forgets_the_scheduler
+
+
+def test_python_block_of_the_log_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    controller = smartfrz_ds.attach_torch(
+        model, optimizer, {"policy": "manual", "log_path": "freezing.jsonl", "status_interval": 2, "total_steps": 4}
+    )
+    for x, y in batches(0, 4):
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        controller.observe(loss=loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    controller.freeze(controller.layers[:1])
+    controller.release()
+    (block,) = python_blocks("docs/monitoring.md")
+    names_: dict[str, Any] = {}
+    block.run(names_)
+    assert [event.layers for event in names_["freezes"]] == [controller.layers[:1]]
+    assert [step for step, _ in names_["losses"]] == [2, 4]
