@@ -1,1 +1,1 @@
-"""The model without an engine: its layers, what freezing means for its modules, its FLOPs, and what a policy gets to see."""
+"""The model without an engine: its layers, freezing of its modules, its FLOPs, and the view of a policy."""

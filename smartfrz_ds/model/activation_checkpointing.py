@@ -1,11 +1,15 @@
-"""Activation checkpointing behind a frozen prefix: the first active layer must still get its gradients.
+"""Keep gradients flowing into the first active layer under activation checkpointing.
 
-Reentrant checkpointing (torch `use_reentrant=True`, `deepspeed.checkpointing.checkpoint`) runs a region as one autograd function. Its
-backward only takes place if one of the region's inputs requires grad, and behind a frozen prefix none does: the first active layers would
-silently get no gradient. So the output of the last frozen layer is made to require grad, outside of the region that follows it, and
-back-propagation still stops there. Where a region holds frozen and active layers together, it is the layer in front of the region, and
-the recomputation keeps no graph of the frozen ones. transformers does it at the input embeddings (`enable_input_require_grads`, part of
-turning its checkpointing on): right, but then back-propagation runs through the whole frozen prefix. That is cut.
+Reentrant checkpointing (torch `use_reentrant=True`, `deepspeed.checkpointing.checkpoint`) runs a region as one
+autograd function. Its backward runs only if one of the region's inputs requires grad. Behind a frozen prefix none
+does, and the first active layers would silently get no gradient. Therefore the output of the last frozen layer is
+made to require grad, outside the region that follows it, and back-propagation still stops there. If a region contains
+frozen and active layers, this is done to the layer in front of the region, and the recomputation keeps no graph of
+the frozen layers.
+
+transformers makes the input embeddings require grad (`enable_input_require_grads`, part of enabling its
+checkpointing). That is correct, but back-propagation then runs through the whole frozen prefix, so this module cuts
+it.
 """
 
 from __future__ import annotations
@@ -24,14 +28,18 @@ from .layers import Layer
 
 
 class RecomputeBoundary:
-    """Learns from the forwards which layers run under reentrant checkpointing, and keeps the boundary behind a frozen prefix open.
+    """Detects layers under reentrant checkpointing, and keeps the boundary behind a frozen prefix open.
 
-    layers: all layers, front to back. mode: of their model.
-    on_late: called with a module of the first active layer behind a frozen prefix, which is about to run, when that layer is seen under
-    reentrant checkpointing for the first time after it had run without: that forward's gradients are lost.
-    A forward under `torch.no_grad()` says nothing: it is not trained on.
-    Which layers share a region is learned in the first forward: inside a region nothing that a layer computes requires grad, so what goes
-    into a layer requires grad where a region begins with it, and doesn't where its region began with a layer in front of it.
+    A forward under `torch.no_grad()` is ignored, because it is not trained on. Which layers share a region is learned
+    in the first forward. Inside a region, nothing that a layer computes requires grad. The input of a layer therefore
+    requires grad if a region begins with the layer, and does not if the region began with a layer in front of it.
+
+    Args:
+        layers: All layers, front to back.
+        on_late: Called with a module of the first active layer behind a frozen prefix, just before it runs, when that
+            layer is first seen under reentrant checkpointing after it had run without: the gradients of that forward
+            are lost.
+        mode: The forward mode of their model.
     """
 
     def __init__(self, layers: Sequence[Layer], on_late: Callable[[nn.Module], None], mode: ForwardMode) -> None:
@@ -40,23 +48,27 @@ class RecomputeBoundary:
         self._on_late = on_late
         self._anchors: dict[torch.device, Tensor] = {}
         self._under: dict[int, bool] = {}  # position of a layer -> seen under reentrant checkpointing
-        self._joined: dict[int, bool] = {}  # position of a layer -> in a region that began in front of it
+        self._joined: dict[int, bool] = {}  # position of a layer -> whether its region began in front of it
         self._first = 0  # position of the first active layer
         self._frozen: frozenset[str] = frozenset()
         self._marks: list[RemovableHandle] = []
         self._first_looks = [handle for layer in layers for handle in (*self._watch(layer, once=True), *self._watch_region(layer))]
 
     def state_dict(self) -> dict[str, Any]:
-        """The positions of layers whose region begins in front of them."""
+        """Return the positions of the layers whose region begins in front of them."""
         return {"joined": [position for position, joined in sorted(self._joined.items()) if joined]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """What was learned in forwards with nothing frozen: with a frozen prefix it can't be learned anew."""
+        """Restore what was learned in forwards with nothing frozen; with a frozen prefix it cannot be learned again."""
         self._joined = {x.position: x.position in state["joined"] for x in self._layers} if "joined" in state else {}
         self.update(self._frozen)
 
     def update(self, frozen: Collection[str]) -> None:
-        """Move the boundary to behind the frozen prefix of now. frozen: names of the frozen layers."""
+        """Move the boundary behind the current frozen prefix.
+
+        Args:
+            frozen: Names of the frozen layers.
+        """
         self._frozen = frozenset(frozen)
         for handle in self._marks:
             handle.remove()
@@ -65,21 +77,22 @@ class RecomputeBoundary:
         if not any(x.name in frozen for x in self._layers[:first]):
             return
         self._first = first
-        # From now on in every forward: somebody may turn checkpointing on later.
+        # Watch every forward from now on, because checkpointing may be enabled later.
         self._marks += self._watch(self._layers[first], once=False)
         for module in (m for layer in self._layers[:first] for top in layer.modules for m in top.modules()):
             self._marks += _cut_behind_users_hook(module)
-        begin = first  # of the region that holds the first active layer
+        begin = first  # start of the region that contains the first active layer
         while begin > 0 and self._joined.get(begin, False):
             begin -= 1
-        # Where a region begins with the first layer of all, its input is the user's, who had to make it require grad from the beginning.
+        # If a region begins with the first layer of the model, its input is the user's, who had to make it require
+        # grad from the start.
         if begin > 0:
             self._mark(self._layers[begin - 1], self._open)
         if begin < first:
             self._mark(self._layers[first - 1], self._cut_recomputed)
 
     def remove(self) -> None:
-        """Take all hooks away, those too that still wait for a first forward."""
+        """Remove all hooks, including those that still wait for a first forward."""
         self.update(())
         for handle in self._first_looks:
             handle.remove()
@@ -90,7 +103,7 @@ class RecomputeBoundary:
                 self._marks.append(module.register_forward_hook(ModuleHook(function)))
 
     def _watch_region(self, layer: Layer) -> list[RemovableHandle]:
-        """Hooks on the layer itself, for its first forward with nothing frozen."""
+        """Hook the layer itself for its first forward with nothing frozen."""
 
         def note(module: nn.Module, args: Any, kwargs: Any) -> None:
             if not module.training or torch.compiler.is_compiling() or self._frozen:
@@ -102,12 +115,12 @@ class RecomputeBoundary:
             for handle in mine:
                 handle.remove()
 
-        # In front of ZeRO-3's own hooks, whose copies of the inputs require no grad inside a region.
+        # In front of ZeRO-3's own hooks, whose copies of the inputs do not require grad inside a region.
         mine = [top.register_forward_pre_hook(ModuleHook(note), with_kwargs=True, prepend=True) for top in layer.modules]
         return mine
 
     def _watch(self, layer: Layer, *, once: bool) -> list[RemovableHandle]:
-        """Hooks on the modules of `layer` that hold weights: part of a layer may be a region of its own."""
+        """Hook the modules of `layer` that hold weights: a part of a layer may be a region of its own."""
 
         def note(module: nn.Module, args: Any) -> None:
             if not module.training or torch.compiler.is_compiling():
@@ -118,7 +131,7 @@ class RecomputeBoundary:
                 return  # torch.no_grad()
             if reentrant and known is False and not once:
                 self._on_late(module)
-            # What the recomputation in backward sees (gradients on) comes second and changes nothing.
+            # The recomputation in backward (gradients on) comes second and changes nothing.
             self._under[layer.position] = bool(known) or reentrant
             if once:
                 mine.pop(module).remove()
@@ -128,8 +141,8 @@ class RecomputeBoundary:
         return list(mine.values())
 
     def _open(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Forward hook of the last frozen layer."""
-        # A layer not seen yet (frozen before the first forward, or just resumed) is taken to be checkpointed for this once.
+        """Forward hook of the last frozen layer: make its output require grad."""
+        # A layer not seen yet (frozen before the first forward, or just resumed) is assumed to be checkpointed.
         needed = self._under.get(self._first, True) and self._layers[self._first].modules[0].training
         if not needed or torch.is_inference_mode_enabled():
             return output
@@ -138,7 +151,7 @@ class RecomputeBoundary:
         return _map(output, self._requiring_grad)
 
     def _cut_recomputed(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Forward hook of the last frozen layer in a region that goes on behind it: in its recomputation back-propagation stops here."""
+        """Forward hook of the last frozen layer in a region that continues behind it: stop back-propagation in its recomputation."""
         if not torch.is_grad_enabled() or not self._layers[self._first].modules[0].training:
             return output
         return _map(output, lambda tensor: self._requiring_grad(tensor.detach()))
@@ -150,24 +163,26 @@ class RecomputeBoundary:
             if tensor.device not in self._anchors:
                 self._anchors[tensor.device] = torch.zeros((), device=tensor.device, requires_grad=True)
             return _Stop.apply(tensor, self._anchors[tensor.device])
-        # Inside a frozen layer's own region. What an autograd function returns stops requiring grad, unless it is a view that was made
-        # without gradients (torch/csrc/autograd/custom_function.cpp, _wrap_outputs). Such a view has no edge: nothing flows behind it.
+        # Inside a frozen layer's own region. The output of an autograd function stops requiring grad unless it is a
+        # view created without gradients (torch/csrc/autograd/custom_function.cpp, _wrap_outputs). Such a view has no
+        # edge, so nothing flows behind it.
         base = tensor.detach().requires_grad_()
         return base.view_as(base)
 
 
 def _cut_behind_users_hook(module: nn.Module) -> list[RemovableHandle]:
-    """Undo, on a frozen module, what the hook of `enable_input_require_grads` does (transformers and peft name it alike).
+    """Undo, on a frozen module, the effect of the hook of `enable_input_require_grads` (transformers and peft use the same name).
 
-    Directly behind it: under ZeRO-3 hooks of DeepSpeed follow, which would already see an output that requires grad.
+    The new hook runs directly behind it: under ZeRO-3, hooks of DeepSpeed follow, which would already see an output
+    that requires grad.
     """
-    hooks = module._forward_hooks  # torch/nn/modules/module.py: an ordered dictionary, run in its order
+    hooks = module._forward_hooks  # torch/nn/modules/module.py: an ordered dictionary; hooks run in its order
     found = [key for key, hook in hooks.items() if getattr(hook, "__name__", "") == "make_inputs_require_grads"]
     if not found:
         return []
     handle = module.register_forward_hook(_cut)
     order = list(hooks)
-    for key in order[order.index(found[-1]) + 1 : -1]:  # all that stood between the two
+    for key in order[order.index(found[-1]) + 1 : -1]:  # the hooks between the two
         hooks[key] = hooks.pop(key)
     return [handle]
 
@@ -177,7 +192,10 @@ def _cut(module: nn.Module, args: Any, output: Any) -> Any:
 
 
 class _Stop(torch.autograd.Function):
-    """A copy (of one activation) that requires grad and passes no gradient on. A copy, because what follows may work in place."""
+    """A copy of one activation that requires grad and passes no gradient on.
+
+    A copy, because the operations that follow may work in place.
+    """
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, anchor: Tensor) -> Tensor:
@@ -193,7 +211,7 @@ def _any_requires_grad(value: Any) -> bool:
 
 
 def _map(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`change` on a tensor, or on the tensors of a tuple, list or dict (a ModelOutput is one)."""
+    """Apply `change` to a tensor, or to the tensors of a tuple, list or dict (such as a ModelOutput)."""
     if isinstance(output, Tensor):
         return change(output)
     if type(output) in (tuple, list):

@@ -1,8 +1,9 @@
-"""What a step costs with these layers active: the one count that budget, report, planner and benchmarks use.
+"""FLOPs of a step for any set of active layers: the one count used by budget, report, planner and benchmarks.
 
-Counted are the multiplications and additions of matrix products, convolutions and fused attention, by torch's own formulas
-(torch/utils/flop_counter.py): no elementwise work, no optimizer, no recomputation of activation checkpointing.
-Every product notes on which layers its gradients hang; so a backward with any set of frozen layers is a sum, not a new run.
+Counts the multiplications and additions of matrix products, convolutions and fused attention with torch's own
+formulas (torch/utils/flop_counter.py), but no elementwise work, no optimizer, and no recomputation of activation
+checkpointing. Each product records the layers on which its gradients depend, so the backward for any set of frozen
+layers is a sum rather than a new run.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .layers import Layer, shape_of
 
 aten = torch.ops.aten
 _OPERANDS = {aten.mm: (0, 1), aten.bmm: (0, 1), aten.addmm: (1, 2), aten.baddbmm: (1, 2), aten.convolution: (0, 1)}
-# torch's registry leaves out the fused attention of the CPU
+# missing from torch's registry: fused attention on the CPU
 _ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu,
     aten._scaled_dot_product_flash_attention,
@@ -36,8 +37,13 @@ _ATTENTION = {
 
 @dataclass(frozen=True)
 class Gradient:
-    """One kind of product of the backward. flops: its cost; of_weight: the gradient of a weight, else of an activation; layers: the
-    positions of the layers of which one at least must be active for it to be computed."""
+    """One kind of product in the backward.
+
+    Attributes:
+        flops: Its cost.
+        of_weight: Whether it computes the gradient of a weight rather than of an activation.
+        layers: Positions of the layers of which at least one must be active for it to be computed.
+    """
 
     flops: float
     of_weight: bool
@@ -46,7 +52,12 @@ class Gradient:
 
 @dataclass(frozen=True)
 class FlopProfile:
-    """One forward and its backward (one micro-batch). forward: FLOPs of each layer, front to back; gradients: of the whole backward."""
+    """FLOPs of one forward and its backward (one micro-batch).
+
+    Attributes:
+        forward: FLOPs of each layer's forward, front to back.
+        gradients: Products of the whole backward.
+    """
 
     forward: tuple[float, ...]
     gradients: tuple[Gradient, ...]
@@ -61,21 +72,29 @@ class StepCost(NamedTuple):
 
     @property
     def total(self) -> float:
+        """FLOPs of forward and backward."""
         return self.forward + self.backward_input + self.backward_weight
 
 
 def step_flops(profile: FlopProfile | Sequence[float], frozen: Collection[int]) -> StepCost:
-    """The cost of a step while the layers at the positions `frozen` are frozen.
+    """Return the cost of a step with some layers frozen.
 
-    profile: measured (`FlopMeter`), estimated (`estimate_profile`), or the forward FLOPs of each layer alone (`chain_profile`).
-    The forward stays whole. Gradients of weights are computed for active layers, gradients of activations from the end to the first
-    active layer (within that layer: down to its first trainable weight). Raises ValueError for a position that no layer has.
+    The forward is always complete. Gradients of weights are computed for active layers, gradients of activations from
+    the end to the first active layer (within that layer, to its first trainable weight).
+
+    Args:
+        profile: Measured (`FlopMeter`), estimated (`estimate_profile`), or only the forward FLOPs of each layer
+            (`chain_profile`).
+        frozen: Positions of the frozen layers.
+
+    Raises:
+        ValueError: A position that no layer has.
     """
     if not isinstance(profile, FlopProfile):
         profile = chain_profile(profile)
     wrong = [p for p in frozen if not 0 <= p < len(profile.forward)]
     if wrong:
-        raise ValueError(f"frozen holds position {wrong[0]}; allowed are 0 to {len(profile.forward) - 1}")
+        raise ValueError(f"frozen: got position {wrong[0]}; allowed: 0 to {len(profile.forward) - 1}")
     still = frozenset(frozen)
     live = [g for g in profile.gradients if not g.layers <= still]
     return StepCost(
@@ -86,27 +105,43 @@ def step_flops(profile: FlopProfile | Sequence[float], frozen: Collection[int]) 
 
 
 def saved_fraction(profile: FlopProfile | Sequence[float], frozen: Collection[int]) -> float:
-    """The share of an unfrozen step's FLOPs that is saved while `frozen` are frozen, in [0, 1); 0 for a model without products."""
+    """Return the share of an unfrozen step's FLOPs saved with some layers frozen.
+
+    Args:
+        profile: As in `step_flops`.
+        frozen: Positions of the frozen layers.
+
+    Returns:
+        A share in [0, 1); 0 for a model without products.
+    """
     whole = step_flops(profile, ()).total
     return 1 - step_flops(profile, frozen).total / whole if whole else 0.0
 
 
 def chain_profile(forward: Sequence[float]) -> FlopProfile:
-    """A profile from nothing but the forward FLOPs of each layer: as if each layer were one product of the layer before with its own
-    weight (so attention, whose backward has two input products, is counted a little low)."""
+    """Build a profile from the forward FLOPs of each layer alone.
+
+    Treats each layer as one product of the previous layer's output and its own weight. Attention, whose backward has
+    two input products, is therefore counted slightly too low.
+    """
     gradients = [Gradient(flops, True, frozenset([i])) for i, flops in enumerate(forward)]
     gradients += [Gradient(flops, False, frozenset(range(i))) for i, flops in enumerate(forward) if i]
     return FlopProfile(tuple(forward), tuple(gradients))
 
 
 def estimate_profile(layers: Sequence[Layer], tokens: int) -> FlopProfile:
-    """A profile without a forward: 2 FLOPs a weight and token in each layer; no cost for vectors and for looking up in embeddings.
+    """Estimate a profile without a forward: 2 FLOPs per weight and token; vectors and embedding lookups cost nothing.
 
-    tokens: positions of a micro-batch (batch × sequence length), >= 1. Convolutions, which use a weight many times a sample, come out
-    far too low: use `FlopMeter` for them.
+    Args:
+        layers: All layers.
+        tokens: Positions of a micro-batch (batch × sequence length), >= 1. Convolutions, which use a weight many
+            times per sample, are far underestimated: use `FlopMeter` for them.
+
+    Raises:
+        ValueError: `tokens` is below 1.
     """
     if tokens < 1:
-        raise ValueError(f"tokens is {tokens}: it must be at least 1")
+        raise ValueError(f"tokens: got {tokens}; allowed: an integer >= 1")
     forward = []
     for layer in layers:
         tables = [p for top in layer.modules for m in top.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)]
@@ -117,34 +152,47 @@ def estimate_profile(layers: Sequence[Layer], tokens: int) -> FlopProfile:
 
 
 class FlopTally:
-    """Training FLOPs of a run so far, in micro-batches of one size: whole (with nothing frozen) and done (of what was really active)."""
+    """Counts the training FLOPs of a run so far, in micro-batches of one size.
+
+    Args:
+        layers: All layers.
+
+    Attributes:
+        profile: The current profile.
+        whole: FLOPs with nothing frozen.
+        done: FLOPs of what was actually active.
+    """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self._layers = layers
-        # Without a measured forward the weights stand for the FLOPs: each as one multiplication and addition.
+        # Without a measured forward, each weight counts as one multiplication and addition.
         self.profile = chain_profile([2.0 * x.numel for x in layers])
         self._frozen: tuple[int, ...] = ()
         self._a_step = (0.0, 0.0)
         self.whole = self.done = 0.0
 
     def measured(self, profile: FlopProfile) -> None:
-        """Count with a measured profile from now on."""
+        """Use a measured profile from now on."""
         self.profile = profile
         self._price()
 
     def set_frozen(self, frozen: Collection[str]) -> None:
-        """Count with these layers frozen from now on; those without weights of their own to train are so anyway."""
+        """Set the frozen layers for the following steps.
+
+        Args:
+            frozen: Names of the frozen layers. Layers without trainable weights of their own count as frozen anyway.
+        """
         self._frozen = tuple(x.position for x in self._layers if x.name in frozen or not (x.numel or x.is_borrower))
         self._price()
 
     def step(self) -> None:
-        """One more step."""
+        """Count one step."""
         self.whole += self._a_step[0]
         self.done += self._a_step[1]
 
     @property
     def saved_fraction(self) -> float:
-        """Share of the training FLOPs so far that was saved, in [0, 1)."""
+        """Share of the training FLOPs saved so far, in [0, 1)."""
         return 1 - self.done / self.whole if self.whole else 0.0
 
     def _price(self) -> None:
@@ -152,12 +200,19 @@ class FlopTally:
 
 
 class FlopMeter:
-    """Measures a `FlopProfile` in the first forward of `model` that builds a graph; no forward of its own. Then it removes its hooks.
+    """Measures a `FlopProfile` in the first forward of a model that builds a graph, without a forward of its own.
 
-    layers: of `find_layers`, nothing frozen yet. tied: as in the settings: whether a shared weight outlives its front layer.
-    profile: None until that forward has ended. A forward that raises, or runs without gradients, is not counted.
-    A gradient counts when something that it is for is active; that its path to the loss may be cut (`detach`) is not seen.
-    While it counts, a torch.compile'd model runs uncompiled.
+    It removes its hooks afterwards. A forward that raises or runs without gradients is not counted. A gradient counts
+    if something that it is needed for is active; a path to the loss that is cut (`detach`) is not noticed. A
+    torch.compile'd model runs uncompiled while it is measured.
+
+    Args:
+        model: The model to measure.
+        layers: From `find_layers`, with nothing frozen yet.
+        tied: As in the settings: whether a shared weight outlives its front layer.
+
+    Attributes:
+        profile: None until that forward has ended.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], tied: TiedMode = "train") -> None:
@@ -169,11 +224,11 @@ class FlopMeter:
             model.register_forward_hook(ModuleHook(self._seal)),
             model.register_forward_hook(ModuleHook(self._leave), always_call=True),
         ]
-        # Under FSDP the forward does not use the model's parameters but whole ones that stand in their places then.
+        # Under FSDP the forward uses whole parameters that temporarily replace the model's.
         self._handles += [module.register_forward_pre_hook(ModuleHook(self._meet)) for module in self._mode.places]
 
     def remove(self) -> None:
-        """Take the hooks away; `profile` stays what it is."""
+        """Remove the hooks; `profile` is kept."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -189,7 +244,7 @@ class FlopMeter:
             self._mode.meet(module)
 
     def _seal(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._entered:  # reached only when the forward ended well
+        if self._entered:  # reached only if the forward succeeded
             self.profile = self._mode.profile()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -202,8 +257,13 @@ class FlopMeter:
 
 
 class _Origin(NamedTuple):
-    """Where a tensor comes from. layers: bit mask of the layers whose activity makes its gradient needed; at: the rearmost layer that
-    had a part in it, -1 for none; weight: made of parameters alone."""
+    """Where a tensor comes from.
+
+    Attributes:
+        layers: Bit mask of the layers whose activity makes its gradient necessary.
+        at: Position of the rearmost layer that contributed to it, -1 for none.
+        weight: Whether it was computed from parameters alone.
+    """
 
     layers: int
     at: int
@@ -214,7 +274,7 @@ _NOWHERE = _Origin(0, -1, False)
 
 
 class _Count(TorchDispatchMode):
-    """Sees each operation of a forward below autograd, where the tensors are the ones that autograd knows."""
+    """Intercepts each operation of a forward below autograd, where the tensors are those that autograd knows."""
 
     supports_higher_order_operators = True
 
@@ -222,17 +282,17 @@ class _Count(TorchDispatchMode):
         super().__init__()
         self._layers = len(layers)
         self._weights: list[tuple[Tensor, _Origin]] = []
-        # mask of a parameter's use in an embedding, which alone is cut when frozen
+        # bit mask for a parameter's use in an embedding, the only use that is cut when it is frozen
         self._looked_up = WeakTensorKeyDictionary()
         self.places: dict[nn.Module, dict[str, nn.Parameter]] = {}  # the parameters of each module, by name
-        for layer in reversed(layers):  # so that the front layer has the last word on a shared weight
+        for layer in reversed(layers):  # reversed, so that the front layer determines the origin of a shared weight
             for p in (p for top in layer.modules for p in top.parameters() if not p.requires_grad):
                 self._weights.append((p, _Origin(0, layer.position, True)))
             for p in layer.params:
                 users = [layer, *(other for other in layers if tied == "train" and any(p is q for q in other.borrowed))]
                 self._weights.append((p, _Origin(sum(1 << user.position for user in users), layer.position, True)))
                 self._looked_up[p] = 1 << layer.position
-            for p in layer.borrowed:  # of a layer in front, or in another process; the former comes later and has the last word
+            for p in layer.borrowed:  # owned by a layer in front, which is visited later and overrides this, or by another process
                 self._weights.append((p, _Origin(1 << layer.position, layer.position, True)))
             for module in (m for top in layer.modules for m in top.modules()):
                 if held := dict(module.named_parameters(recurse=False)):
@@ -247,7 +307,7 @@ class _Count(TorchDispatchMode):
         self._gradients: dict[tuple[bool, int], float] = defaultdict(float)
 
     def meet(self, module: nn.Module) -> None:
-        """What stands in the places of this module's parameters now is them."""
+        """Register the tensors that currently replace this module's parameters."""
         for name, p in self.places[module].items():
             now = getattr(module, name, None)
             if isinstance(now, Tensor) and now is not p and p in self._origin:
@@ -269,13 +329,14 @@ class _Count(TorchDispatchMode):
         operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         origins = [self._origin.get(x, _NOWHERE) for x in operands]
         if packet is aten.embedding:
-            # the lookup, not the weight: with a tied weight this use alone is cut when its layer freezes
+            # the lookup, not the weight: only this use of a tied weight is cut when its layer freezes
             origins[0] = origins[0]._replace(layers=self._looked_up.get(operands[0], origins[0].layers))
         mask = 0
         for origin in origins:
             mask |= origin.layers
         at = max((origin.at for origin in origins), default=-1)
-        if packet is aten.detach and torch.is_grad_enabled():  # without gradients: inside an autograd function, not the user's cut
+        # without gradients it is inside an autograd function rather than a cut by the user
+        if packet is aten.detach and torch.is_grad_enabled():
             mask = 0
         made = _Origin(mask, at, bool(origins) and all(origin.weight for origin in origins))
         for x in tree_leaves(out):
@@ -287,7 +348,7 @@ class _Count(TorchDispatchMode):
     def _add(self, packet: Any, args: Any, kwargs: Any, out: Any, mask: int, at: int) -> None:
         if packet in _ATTENTION:
             flops = float(sdpa_flop_count(*(x.shape for x in args[:3])))
-            self._note(False, mask, 2.5 * flops)  # five products, the scores again among them: sdpa_backward_flop_count
+            self._note(False, mask, 2.5 * flops)  # five products, including the scores again: sdpa_backward_flop_count
         elif packet not in flop_registry:
             return
         else:
@@ -295,7 +356,7 @@ class _Count(TorchDispatchMode):
             if packet in _OPERANDS:
                 for operand in (self._origin.get(args[i], _NOWHERE) for i in _OPERANDS[packet]):
                     self._note(operand.weight, operand.layers, flops)
-            else:  # an operation that torch counts and we don't know: two gradients
+            else:  # an operation that torch counts but this module does not know: assume two gradients
                 self._note(False, mask, 2 * flops)
         self._forward[at] += flops
 

@@ -1,6 +1,6 @@
-"""What freezing a layer means on the side of its modules, and which of its weights leave the optimizer.
+"""What freezing a layer means for its modules, and which of its weights leave the optimizer.
 
-Nothing here knows an engine: how the weights leave is the backend's work.
+Independent of the engine: the backend removes the weights.
 """
 
 from __future__ import annotations
@@ -17,10 +17,17 @@ FrozenMode = Literal["eval", "train"]
 
 
 def check_tied(layers: Sequence[Layer], tied: TiedMode) -> None:
-    """Refuse, at start, weights whose use can't be cut out of backward alone.
+    """Refuse, at start, shared weights whose use cannot be cut out of backward separately.
 
-    With tied == "train" the front layer's use of a shared weight is cut at the module that owns it. Without touching anything else that
-    works where the module's input carries no gradient: embeddings (integer input). Raises ValueError for any other owner.
+    With tied == "train", the front layer's use of a shared weight is cut at the module that owns it. This affects
+    nothing else only if the module's input carries no gradient, as in embeddings (integer input).
+
+    Args:
+        layers: All layers.
+        tied: The setting `smartfrz.tied`.
+
+    Raises:
+        ValueError: A shared weight has another kind of owner.
     """
     if tied == "freeze":
         return
@@ -29,18 +36,23 @@ def check_tied(layers: Sequence[Layer], tied: TiedMode) -> None:
         stuck = [p for p in layer.tied if id(p) not in cut]
         if stuck:
             raise ValueError(
-                f"smartfrz.tied is 'train', but layer {layer.name!r} shares a weight of shape {shape_of(stuck[0])} with a layer behind it "
-                "outside an embedding: only an embedding's use of a weight can be cut out of backward. Allowed here: 'freeze'"
+                f"smartfrz.tied: got 'train', but layer {layer.name!r} shares a weight of shape {shape_of(stuck[0])} with a later layer "
+                "outside an embedding, and only an embedding's use of a weight can be cut out of backward; allowed here: 'freeze'"
             )
 
 
 def freeze_modules(layer: Layer, mode: FrozenMode = "eval", tied: TiedMode = "train") -> None:
-    """Make the layer's modules behave as frozen. Calling it twice is once.
+    """Make the layer's modules behave as frozen. Idempotent.
 
-    mode: "eval": no dropout and running statistics stand still, also after model.train(); "train": modules are left as they are.
-    tied: "train": an embedding's use of a shared weight is cut out of backward, so that only the other users train it.
-    `requires_grad`, gradients and the optimizer are the backend's. The hooks are part of the modules: they add no key to state_dict and
-    go along with pickle and deepcopy.
+    `requires_grad`, gradients and the optimizer are left to the backend. The hooks are part of the modules: they add
+    no key to state_dict, and are pickled and copied with them.
+
+    Args:
+        layer: The layer to freeze.
+        mode: "eval": no dropout and no update of running statistics, also after model.train(); "train": modules are
+            unchanged.
+        tied: "train": an embedding's use of a shared weight is cut out of backward, so that only the other users
+            train it.
     """
     before = {module: hook for top in layer.modules for module, hook in _remove_hooks(top).items()}
     for top in layer.modules if mode == "eval" else ():
@@ -54,32 +66,47 @@ def freeze_modules(layer: Layer, mode: FrozenMode = "eval", tied: TiedMode = "tr
 
 
 def thaw_modules(layer: Layer, training: bool = True) -> None:
-    """Undo `freeze_modules`. training: the flag of the whole model (`model.training`), which the layer's modules take again;
-    modules inside that were in eval on their own before the freeze stay so."""
+    """Undo `freeze_modules`.
+
+    Args:
+        layer: The layer to thaw.
+        training: The flag of the whole model (`model.training`), which the layer's modules take again. Modules that
+            were in eval on their own before the freeze stay so.
+    """
     for top in layer.modules:
         thaw_module(top, training)
 
 
 def thaw_module(top: nn.Module, training: bool = True) -> None:
-    """The same for one module of a layer and what is inside of it."""
+    """Undo `freeze_modules` for one module of a layer and its submodules."""
     for module, hook in _remove_hooks(top).items():
         module.training = training and not hook.own_eval
 
 
 def leaving_params(frozen: Collection[Layer], layers: Sequence[Layer], tied: TiedMode) -> tuple[nn.Parameter, ...]:
-    """The parameters that must leave the optimizer (and no longer be trained) when exactly `frozen` are frozen, in the model's order.
+    """Return the parameters that must leave the optimizer (and stop training) when exactly the layers `frozen` are frozen.
 
-    tied == "train": a shared weight stays while one of the layers that use it is active. tied == "freeze": it goes with its front layer.
+    Args:
+        frozen: The frozen layers.
+        layers: All layers.
+        tied: "train": a shared weight stays while a layer that uses it is active; "freeze": it leaves with its front
+            layer.
+
+    Returns:
+        Parameters in the model's order.
     """
     still_used = {id(p) for layer in layers if layer not in frozen for p in layer.borrowed} if tied == "train" else set()
     return tuple(p for layer in layers if layer in frozen for p in (*layer.params, *layer.copies) if id(p) not in still_used)
 
 
 class _StayEval:
-    """Forward pre-hook: back to eval whatever model.train() did. A class, so that it can be found again in a pickled or copied model."""
+    """Forward pre-hook that returns the module to eval after model.train().
+
+    A class, so that it can be found again in a pickled or copied model.
+    """
 
     def __init__(self, own_eval: bool) -> None:
-        self.own_eval = own_eval  # the user had put this module, but not the layer, into eval
+        self.own_eval = own_eval  # the user had put this module, but not the layer, into eval mode
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if module.training:
@@ -91,7 +118,7 @@ def _cut_use(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 
 
 def _remove_hooks(top: nn.Module) -> dict[nn.Module, _StayEval]:
-    # Handles would not survive a copy of the model; torch/nn/modules/module.py keeps the hooks in these two dicts.
+    # Handles do not survive a copy of the model; torch/nn/modules/module.py keeps the hooks in these two dicts.
     removed = {}
     for module in top.modules():
         for key, hook in list(module._forward_pre_hooks.items()):

@@ -1,4 +1,4 @@
-"""A hook on a module of the model, that stays behind when the model is copied or pickled."""
+"""Hooks on modules that become inactive when the model is copied or pickled."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from typing import Any
 
 
 class ModuleHook:
-    """Calls a function of ours. In a pickled or copied model (an EMA, for example) it does nothing: that one is not being frozen."""
+    """Calls a function of ours.
+
+    In a pickled or copied model (an EMA, for example) it does nothing, because that model is not being frozen.
+
+    Args:
+        function: The function to call; None for none.
+    """
 
     def __init__(self, function: Callable[..., Any] | None) -> None:
         self._function = function

@@ -1,4 +1,4 @@
-"""Which layers the user's name patterns keep active: patterns of layers, or of modules inside of them."""
+"""Find the layers that the user's name patterns keep active: patterns of layers, or of modules inside them."""
 
 from __future__ import annotations
 
@@ -17,41 +17,45 @@ _SHOWN = 8  # names in a message
 
 @dataclass(frozen=True)
 class KeptActive:
-    """What a list of patterns keeps active.
+    """The layers that a list of patterns keeps active.
 
-    Args:
-        names: of the layers.
-        inside: for each pattern that names no layer but modules or parameters inside of layers: the layers that contain them, and of each
-            the first such name. Empty where all patterns name layers.
+    Attributes:
+        names: Names of the layers.
+        inside: For each pattern that names no layer but modules or parameters inside layers: the layers that contain
+            them, each with the first such name. Empty if all patterns name layers.
     """
 
     names: frozenset[str]
     inside: Mapping[str, Mapping[str, str]]
 
     def reason(self, layer: str) -> str:
-        """What inside of `layer` keeps it active, empty where its own name does."""
+        """Explain which name inside `layer` keeps it active; empty if its own name does."""
         return next((f"{pattern!r} names {found[layer]} in it" for pattern, found in self.inside.items() if layer in found), "")
 
     def told(self, key: str) -> str:
-        """One line on the patterns that name modules inside of layers, empty without any."""
+        """Describe the patterns that name modules inside layers in one line; empty if there are none."""
         parts = []
         for pattern, found in self.inside.items():
             shown = [f"{layer} ({name})" for layer, name in list(found.items())[:_SHOWN]]
             if len(found) > _SHOWN:
                 shown.append(f"{len(found) - _SHOWN} more")
             which = "a layer, which stays" if len(found) == 1 else f"{len(found)} layers, which stay"
-            parts.append(f"{pattern!r} matches what is inside of {which} active as a whole: {', '.join(shown)}")
+            parts.append(f"{pattern!r} matches modules inside {which} active as a whole: {', '.join(shown)}")
         return f"{key}: {'; '.join(parts)}" if parts else ""
 
 
 def names_inside(model: nn.Module, layers: Sequence[Layer]) -> dict[str, list[str]]:
-    """The names of the modules and parameters in each layer, of those that this process holds.
+    """Return the names of the modules and parameters in each layer that this process holds.
+
+    Args:
+        model: The model.
+        layers: All layers.
 
     Returns:
-        For each layer's name the dotted names from the root of `model`; where a layer's name isn't the path of its module (as in a
-        pipeline), also the names that begin with the layer's.
+        For each layer's name, the dotted names from the root of `model`. If a layer's name is not the path of its
+        module (as in a pipeline), also the names that begin with the layer's.
     """
-    paths: dict[nn.Module | nn.Parameter, list[str]] = {}  # a shared one has several
+    paths: dict[nn.Module | nn.Parameter, list[str]] = {}  # a shared module or parameter has several
     for name, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(module, []).append(name)
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -64,7 +68,8 @@ def names_inside(model: nn.Module, layers: Sequence[Layer]) -> dict[str, list[st
             below += [name for name, _ in top.named_parameters(remove_duplicate=False)]
             for start in (*paths.get(top, ()), layer.name):
                 names.update(dict.fromkeys(f"{start}.{name}".strip(".") for name in below))
-        held = {p for top in layer.modules for p in top.parameters()}  # a shared weight by its name here, not by that in the head
+        # a shared weight under its name in this layer, not the one in the head
+        held = {p for top in layer.modules for p in top.parameters()}
         names.update(dict.fromkeys(name for p in layer.params if p not in held for name in paths.get(p, ())))
         found[layer.name] = list(names)
     return found
@@ -74,14 +79,14 @@ def keep_active(patterns: Iterable[str], layers: Sequence[Layer], inside: Mappin
     """Find the layers that `patterns` keep active.
 
     Args:
-        patterns: globs, of which `*` spans dots. A pattern that matches the whole name of layers picks these. One that matches none picks
-            the layers that contain what it matches.
-        layers: of the model.
-        inside: names of the modules and parameters in each layer (`names_inside`).
-        key: of the setting, for messages, for example "smartfrz.keep_active".
+        patterns: Globs in which `*` spans dots. A pattern that matches whole names of layers selects these layers;
+            one that matches none selects the layers that contain what it matches.
+        layers: All layers.
+        inside: Names of the modules and parameters in each layer (`names_inside`).
+        key: The setting, for messages, for example "smartfrz.keep_active".
 
     Raises:
-        ValueError: a pattern matches neither a layer nor anything inside of one.
+        ValueError: A pattern matches neither a layer nor anything inside one.
     """
     names = [layer.name for layer in layers]
     kept: set[str] = set()
@@ -94,7 +99,7 @@ def keep_active(patterns: Iterable[str], layers: Sequence[Layer], inside: Mappin
             }
             if not found:
                 near = nearest(pattern, [*names, *dict.fromkeys(x for name in names for x in inside.get(name, ()) if x not in names)])
-                raise ValueError(f"{key}: {pattern!r} matches no layer and no module inside of one; {near}")
+                raise ValueError(f"{key}: {pattern!r} matches no layer and no module inside one; {near}")
             contained[pattern] = found
             hits = list(found)
         kept.update(hits)

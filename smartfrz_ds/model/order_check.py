@@ -1,4 +1,4 @@
-"""Is the order of the layers, read off the structure, the order in which the model uses them?"""
+"""Check that the order of the layers, read from the structure, is the order in which the model uses them."""
 
 from __future__ import annotations
 
@@ -19,23 +19,33 @@ _SHOWN = 60  # entries of the forward in a message
 
 
 class OrderCheck:
-    """Compares the order of the layers with the order in which the first forward of `model` uses them; then it removes its hooks.
+    """Compares the order of the layers with their order in the first forward of `model`, then removes its hooks.
 
-    A layer counts from its first use, the head and a projector from their last. An embedding must come before the layer behind it (a
-    decoder's embedding may run before the encoder), wherever it is: inside another layer, such as a whole language model, it doesn't count.
-    Layers that the forward does not call as modules are left out.
-    When the orders differ: ValueError with both, out of that forward (strict), or a UserWarning. A projector alone that runs elsewhere, or
-    a head that begins earlier, always warns: while it is active, back-propagation runs up to its first part. So does a part of the
-    embeddings that runs behind the blocks (a final norm that is registered in front of them): it freezes with the embeddings.
+    A layer counts from its first use, the head and projectors from their last. An embedding must run before the layer
+    behind it; a decoder's embedding may run before the encoder. An embedding inside another layer (such as a whole
+    language model) does not count. Layers that the forward does not call as modules are ignored.
+
+    If the orders differ, the forward raises ValueError (strict) or warns, with both orders. If only a projector runs
+    elsewhere, or a head begins early, it always warns: while that layer is active, back-propagation extends to its
+    first part. It also warns about a part of the embeddings that runs behind the blocks (a final norm registered in
+    front of them), because that part freezes with the embeddings.
+
+    Args:
+        model: The model to watch.
+        layers: Its layers, front to back.
+        strict: Whether to raise rather than warn.
+
+    Attributes:
+        done: Whether the comparison has taken place.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], strict: bool = True) -> None:
         self.done = False
         self._layers = layers
         self._strict = strict
-        self._names: list[str] = []  # by number of the module
-        self._free: set[int] = set()  # numbers of embeddings inside of layers that are none
-        self._used: dict[tuple[int, int], list[int]] = {}  # (position of the layer, number of the module) -> its first and last call
+        self._names: list[str] = []  # indexed by the number of the module
+        self._free: set[int] = set()  # numbers of embeddings inside layers that are not embeddings
+        self._used: dict[tuple[int, int], list[int]] = {}  # (position of the layer, number of the module) -> first and last call
         self._calls = 0
         paths = {module: name for name, module in model.named_modules()}
         owner = {module: layer.position for layer in reversed(layers) for top in layer.modules for module in top.modules()}
@@ -48,18 +58,18 @@ class OrderCheck:
             if layers[position].kind == "block" and issubclass(class_of(module), nn.Embedding):
                 self._free.add(number)
             self._handles.append(module.register_forward_pre_hook(ModuleHook(partial(self._note, position, number))))
-        # first of all pre-hooks of the root, which may be a layer's module itself
+        # before all other pre-hooks of the root, which may itself be a layer's module
         self._handles.append(model.register_forward_pre_hook(ModuleHook(self._start), prepend=True))
         self._handles.append(model.register_forward_hook(ModuleHook(self._compare)))
 
     def remove(self) -> None:
-        """Remove the hooks; nothing will be compared any more."""
+        """Remove the hooks; nothing is compared any more."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def _start(self, module: nn.Module, args: Any) -> None:
-        self._used.clear()  # whatever ran outside a whole forward, or in one that failed
+        self._used.clear()  # discard calls outside a complete forward, or in one that failed
         self._calls = 0
 
     def _note(self, position: int, number: int, module: nn.Module, args: Any) -> None:
@@ -80,32 +90,36 @@ class OrderCheck:
         seen = sorted(first)
         for p, behind in reversed(list(pairwise(seen))):
             if self._layers[p].kind == "embedding" and rank_of[p] < rank_of[behind]:
-                rank_of[p] = rank_of[behind] - 0.5 ** (behind - p)  # runs early enough, however early
+                rank_of[p] = rank_of[behind] - 0.5 ** (behind - p)  # early enough, however early it runs
         actual = sorted(seen, key=rank_of.__getitem__)
         firm = [p for p in actual if not self._layers[p].projector]
         if actual != seen:
             self._tell(
-                "the forward uses the layers in another order than the model's structure shows.\n"
+                "the forward uses the layers in a different order from the model's structure.\n"
                 f"  structure: {', '.join(self._layers[p].name for p in seen)}\n  forward:   {self._ran()}\n"
-                'List the layers front to back, "smartfrz": {"layers": [...]}, or set "order": "any", which demands no order',
+                'List the layers front to back, "smartfrz": {"layers": [...]}, or set "order": "any", which requires no order',
                 self._strict and firm != sorted(firm),
             )
         elif len(seen) > 1 and self._layers[seen[-1]].kind == "head" and first[seen[-1]] < first[seen[-2]]:
             self._tell(
-                f"a part of layer {self._layers[seen[-1]].name!r} runs before other layers: while it is active, back-propagation runs up "
-                'to that part. To give it to a layer in front, list the layers explicitly: "smartfrz": {"layers": [...]}',
+                f"a part of layer {self._layers[seen[-1]].name!r} runs before other layers: while the layer is active, back-propagation "
+                'extends to that part. To assign it to an earlier layer, list the layers explicitly: "smartfrz": {"layers": [...]}',
                 strict=False,
             )
         elif ends := self._behind_the_blocks(first):
             parts = ", ".join(f"{part} (of layer {name!r})" for part, name in ends[:_SHOWN])
             self._tell(
-                f"registered in front of the blocks, but run behind them: {parts}. They would freeze with the embeddings; to give them to "
-                'the last layer, list all layers explicitly without them: "smartfrz": {"layers": [...]}',
+                f"registered in front of the blocks, but run behind them: {parts}. They would freeze with the embeddings; to assign them "
+                'to the last layer, list all other layers explicitly: "smartfrz": {"layers": [...]}',
                 strict=False,
             )
 
     def _behind_the_blocks(self, first: Mapping[int, int]) -> list[tuple[str, str]]:
-        """Modules of embeddings that first run when all blocks behind have begun, each with its layer. first: call by position."""
+        """Return the modules of embeddings that first run after all blocks behind them have begun, each with its layer.
+
+        Args:
+            first: First call of each layer, by position.
+        """
         found = []
         for (position, number), (begin, _) in self._used.items():
             behind = [call for other, call in first.items() if other > position and self._layers[other].kind == "block"]
@@ -114,7 +128,7 @@ class OrderCheck:
         return found
 
     def _ran(self) -> str:
-        """The layers in the order in which their modules first ran; a layer that ran in several places with the first module of each."""
+        """List the layers in the order in which their modules first ran; one that ran in several places with the first module of each."""
         runs = [(p, [number for _, number in uses]) for p, uses in groupby(self._used, key=lambda use: use[0])]
         places = [p for p, _ in runs]
         shown = [self._layers[p].name + (f" ({self._names[numbers[0]]})" if places.count(p) > 1 else "") for p, numbers in runs[:_SHOWN]]

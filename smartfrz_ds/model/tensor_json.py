@@ -1,4 +1,4 @@
-"""Small tensors inside of JSON, exactly: what policies and counters put into a checkpoint's freeze state."""
+"""Lossless JSON encoding of small tensors, for the state of policies and counters in a checkpoint's freeze state."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 def encode(tensor: Tensor) -> dict[str, Any]:
-    """A fp32 or fp64 tensor as shape, dtype and the base64 of its bytes."""
+    """Encode an fp32 or fp64 tensor as shape, dtype and the base64 of its bytes."""
     data = tensor.detach().cpu().contiguous().numpy()
     return {"shape": list(data.shape), "dtype": data.dtype.name, "data": base64.b64encode(data.tobytes()).decode()}
 
 
 def decode(item: Mapping[str, Any]) -> Tensor:
-    """The tensor of `encode`, bit for bit, on the host."""
+    """Decode a tensor encoded by `encode`, bit for bit, on the host."""
     data = np.frombuffer(bytearray(base64.b64decode(item["data"])), dtype=item["dtype"])
     return torch.from_numpy(data).to(_DTYPES[item["dtype"]]).view(*item["shape"])

@@ -1,4 +1,4 @@
-"""What a policy gets to see at a freezing stage: numbers and names, never an engine."""
+"""What a policy sees at a freezing stage: numbers and names, never an engine."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from torch import Tensor
 from .flops import FlopProfile
 from .layers import Layer, LayerKind
 
-# weights: sampled weights over time. gradients: View.gradients. activations: View.grams, from the probe batch. total_steps: the run's
-# length. lr_scale: learning rates of single layers can be scaled.
+# weights: sampled weights over time. gradients: View.gradients. activations: View.grams, from the probe batch.
+# total_steps: the length of the run. lr_scale: learning rates can be scaled per layer.
 Need = Literal["weights", "gradients", "activations", "total_steps", "lr_scale"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerInfo:
-    """What a policy may know of a layer.
+    """What a policy knows about a layer.
 
-    name: the layer's name, unique in the model.
-    kind: "embedding" (layer 0 of its tower: judged by the block behind it), "block" or "head" (never frozen by a policy).
-    numel: number of trainable weights, > 0 unless the user froze them all.
+    Attributes:
+        name: The layer's name, unique in the model.
+        kind: "embedding" (the first layer of its tower, judged by the block behind it), "block" or "head" (never
+            frozen by a policy).
+        numel: Number of trainable weights, > 0 unless the user froze them all.
     """
 
     name: str
@@ -34,9 +36,10 @@ class LayerInfo:
 class Window:
     """The recent snapshots of one layer, oldest first.
 
-    steps: (n,) int64, the steps at which the snapshots were taken, strictly rising. n <= the configured `window`.
-    weights: (n, sample_size) fp32, the sampled weights, always the same indices in the same columns.
-    lr_spent: (n,) fp64, the sum of the learning rates of all steps up to and including each snapshot's step.
+    Attributes:
+        steps: (n,) int64, the steps of the snapshots, strictly increasing; n <= the configured `window`.
+        weights: (n, sample_size) fp32, the sampled weights; a column always contains the same weight.
+        lr_spent: (n,) fp64, the sum of the learning rates of all steps up to and including each snapshot's step.
     """
 
     steps: Tensor
@@ -46,26 +49,33 @@ class Window:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """All that a policy sees at one freezing stage.
+    """Everything that a policy sees at one freezing stage.
 
-    step: successful optimizer steps so far, >= 1.
-    total_steps: steps of the whole run, None when unknown.
-    lr_spent: sum of the learning rates of all steps so far, as scheduled (without what a policy makes of them for single layers).
-    lr_remaining: sum of the scheduled learning rates still to come, None when the schedule or the run's length is unknown.
-    layers: every layer in order, the head too.
-    frozen: names of the frozen layers, in order.
-    candidates: names of the layers that the policy may freeze now, in order (active, not the head, not under keep_active).
-    windows: for each layer with weights its window; a frozen layer keeps the window it had when it froze.
-    window_size: the number of snapshots in a full window.
-    gradients: for each active layer but the head (sample_size,) fp32, the gradient summed over the steps since the last multiple of
-        freeze_interval, mean over the ranks, at the layer's sampled indices (those of the windows). Empty where the policy doesn't need
-        it; without the layers that were not watched all of the interval (thawed in it).
-    grams: for each layer whose output has one row an input, (rows, rows) fp64: the centered Gram matrix of its output for the probe
-        batch (predictor/similarity.py; of sequences two tokens an input are rows), the head too. Empty without a probe batch.
-    profile: FLOPs of one forward and backward of a micro-batch, None before one was measured.
-    lr_ahead: (steps still to come,) fp64, their learning rates; None where lr_remaining is.
-    flops_full, flops_done: training FLOPs (forward and backward, one micro-batch a step) of all steps so far, with nothing frozen and as
-        they were.
+    Attributes:
+        step: Successful optimizer steps so far, >= 1.
+        total_steps: Steps of the whole run; None if unknown.
+        lr_spent: Sum of the scheduled learning rates of all steps so far (without the factors that a policy applies
+            per layer).
+        lr_remaining: Sum of the remaining scheduled learning rates; None if the schedule or the length of the run is
+            unknown.
+        layers: All layers in order, including the head.
+        frozen: Names of the frozen layers, in order.
+        candidates: Names of the layers that the policy may freeze now, in order (active, not the head, not under
+            keep_active).
+        windows: The window of each layer with weights; a frozen layer keeps the window it had when it froze.
+        window_size: Number of snapshots in a full window.
+        gradients: For each active layer except the head, (sample_size,) fp32: the gradient summed over the steps
+            since the last multiple of freeze_interval, averaged over the ranks, at the layer's sampled weights (those
+            of the windows). Empty if the policy does not need it; without layers that were not watched during the
+            whole interval (thawed within it).
+        grams: For each layer, including the head, whose output has one row per input, (rows, rows) fp64: the centered
+            Gram matrix of its output for the probe batch (predictor/similarity.py; for sequences, two tokens per
+            input are rows). Empty without a probe batch.
+        profile: FLOPs of one forward and backward of a micro-batch; None before they have been measured.
+        lr_ahead: (remaining steps,) fp64, their learning rates; None if lr_remaining is None.
+        flops_full: Training FLOPs (forward and backward, one micro-batch per step) of all steps so far, as if nothing
+            were frozen.
+        flops_done: Training FLOPs of all steps so far, as they were.
     """
 
     step: int
@@ -86,5 +96,5 @@ class View:
 
 
 def layer_infos(layers: Sequence[Layer]) -> tuple[LayerInfo, ...]:
-    """What a policy may know of the layers."""
+    """Return what a policy knows about the layers."""
     return tuple(LayerInfo(name=layer.name, kind=layer.kind, numel=layer.numel) for layer in layers)

@@ -158,7 +158,7 @@ def test_estimate_takes_lookups_for_free_and_counts_the_tied_head() -> None:
     assert estimate.forward[0] == 0
     assert estimate.forward[-1] == 2 * 12 * 16 * 40
     assert estimate.forward[1] == 2 * 12 * (16 * 48 + 16 * 16 + 2 * 16 * 64)
-    with pytest.raises(ValueError, match="tokens is 0"):
+    with pytest.raises(ValueError, match="tokens: got 0"):
         estimate_profile(layers, 0)
 
 
@@ -277,5 +277,5 @@ def test_the_meter_waits_for_a_forward_with_gradients_and_leaves_no_trace() -> N
 
 
 def test_wrong_position() -> None:
-    with pytest.raises(ValueError, match="position 4; allowed are 0 to 3"):
+    with pytest.raises(ValueError, match="got position 4; allowed: 0 to 3"):
         step_flops([1.0, 1.0, 1.0, 1.0], (4,))

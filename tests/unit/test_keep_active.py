@@ -53,7 +53,7 @@ def test_a_pattern_may_name_what_is_inside_of_layers(pattern: str, names: list[s
     assert found.names == set(names) and list(found.inside[pattern]) == names and found.inside[pattern][names[0]] == first
     line = found.told("smartfrz.keep_active")
     many = f"{len(names)} layers, which stay" if len(names) > 1 else "a layer, which stays"
-    assert line.startswith(f"smartfrz.keep_active: {pattern!r} matches what is inside of {many} active as a whole: ")
+    assert line.startswith(f"smartfrz.keep_active: {pattern!r} matches modules inside {many} active as a whole: ")
     assert all(f"{name} (" in line for name in names) and "\n" not in line
     assert found.reason(names[0]) == f"{pattern!r} names {first} in it" and found.reason("nothing") == ""
 
@@ -86,7 +86,7 @@ def test_what_matches_nothing_is_an_error_with_near_names() -> None:
 def test_long_lists_are_cut() -> None:
     net = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for _ in range(20)), nn.Linear(4, 2))
     line = kept(net, "*.1").told("key")
-    assert "inside of 20 layers" in line and line.endswith("7 (7.1), 12 more")
+    assert "inside 20 layers" in line and line.endswith("7 (7.1), 12 more")
 
 
 def test_a_run_says_it_once_and_holds_to_it(caplog: pytest.LogCaptureFixture) -> None:
@@ -109,4 +109,4 @@ def test_the_doctor_says_which_module_keeps_a_layer_active() -> None:
     reasons = {fact.name: fact.reason for fact in facts}
     assert reasons["transformer.h.1"] == "smartfrz.keep_active: '*.h.1.attn' names transformer.h.1.attn in it"
     assert reasons["transformer.h.2"] == "smartfrz.keep_active"
-    assert any("'*.h.1.attn' matches what is inside of a layer, which stays active" in x.text for x in found)
+    assert any("'*.h.1.attn' matches modules inside a layer, which stays active" in x.text for x in found)

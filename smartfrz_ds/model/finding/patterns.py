@@ -13,9 +13,9 @@ from .structure import Group
 
 
 def listed(model: nn.Module, patterns: Sequence[str]) -> list[Group]:
-    """Groups that the user lists."""
+    """Build the groups that the user lists. See `find_layers` for the patterns."""
     if not patterns:
-        raise ValueError('smartfrz.layers is []: it must be "auto" or name at least one layer')
+        raise ValueError("smartfrz.layers: got []; allowed: 'auto' or a list with at least one name")
     named = {path: module for path, module in _walk("", model, set()) if path}
     groups: list[Group] = []
     taken: dict[str, str] = {}
@@ -38,7 +38,7 @@ def listed(model: nn.Module, patterns: Sequence[str]) -> list[Group]:
         leading = leading and (module is None or looks_like_embedding(group.name, module))
         if leading or (module is not None and issubclass(class_of(module), nn.Embedding)):
             group.kind = "embedding"
-    # What nobody listed: the largest modules with no listed name in them, and single parameters.
+    # Everything unlisted: the largest modules that contain no listed name, and single parameters.
     rest: list[str] = []
     covered = {m for path in taken if (module := named[path]) is not None for m in module.modules()}
 
@@ -63,7 +63,7 @@ def listed(model: nn.Module, patterns: Sequence[str]) -> list[Group]:
 
 
 def _walk(path: str, module: nn.Module, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module | None]]:
-    """Every module and (as None) parameter with its name, in the order of registration; a shared module once."""
+    """Yield every module and (as None) parameter with its name, in the order of registration; a shared module once."""
     if module not in seen:
         seen.add(module)
         yield path, module
@@ -79,5 +79,6 @@ def _matches(path: str, pattern: str) -> bool:
 
 
 def nearest(pattern: str, names: Sequence[str]) -> str:
+    """Name the closest matches of a pattern, for a message."""
     near = get_close_matches(pattern, names, n=3, cutoff=0.3) or list(names)[:3]
     return f"the nearest names are {', '.join(map(repr, near))}"

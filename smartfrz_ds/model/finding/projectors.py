@@ -1,7 +1,7 @@
-"""Projectors: what carries one tower of blocks over to the next, as between a vision tower and a language model.
+"""Projectors: modules that connect one tower of blocks to the next, as between a vision tower and a language model.
 
-A projector is a layer of its own: freezing a tower leaves it training. It is found by where it is and by the widths that it joins; names
-help only where these leave it open.
+A projector is a layer of its own, so that it keeps training while a tower is frozen. It is recognized by its place
+and the widths that it connects; names are used only if these are not conclusive.
 """
 
 from __future__ import annotations
@@ -16,32 +16,36 @@ from torch import nn
 
 from .facts import LISTS, class_of, common_parent, is_vectors, looks_like_embedding, parent_of, shape_of
 
-_FOLDED = 16  # most features of a tower that a projector takes as one (pixel shuffle: 4; concatenated layers of features: 6)
+_FOLDED = 16  # upper limit of features that a projector combines into one (pixel shuffle: 4; concatenated feature layers: 6)
 
-# Names that say what a module is for. The first are given to nothing else; the second also to heads, as in contrastive models.
+# Names that tell what a module is for. The first are used for projectors only; the second also for heads, as in
+# contrastive models.
 _SURELY = re.compile(r"projector|multi_?modal|(^|_)mm_|connector|merger|(^|_)mlp1$|aligner|resampler|abstractor|bridge|enc_to_dec")
 _PERHAPS = re.compile(r"(^|_)proj(_|\d*$)|projection")
-# Names of what runs behind a tower's blocks, wherever it is registered.
+# Names of modules that run behind a tower's blocks, wherever they are registered.
 _LAST = re.compile(r"final|(^|_)(out|head|f)(_|$)")
 
 
 def surely_named(path: str) -> bool:
-    """Whether the last part of a name is one that people give to projectors only."""
+    """Return whether the last part of a name is one used for projectors only."""
     return _SURELY.search(path.rsplit(".", 1)[-1].lower()) is not None
 
 
 def perhaps_named(path: str) -> bool:
-    """Whether the last part of a name is one that people give to projectors, among others."""
+    """Return whether the last part of a name is one used for projectors, among others."""
     return surely_named(path) or _PERHAPS.search(path.rsplit(".", 1)[-1].lower()) is not None
 
 
 def named_last(path: str) -> bool:
-    """Whether the last part of a name is one that people give to what runs at a tower's end."""
+    """Return whether the last part of a name is one used for modules at the end of a tower."""
     return _LAST.search(path.rsplit(".", 1)[-1].lower()) is not None
 
 
 def projector_list(parent: nn.Module, child: nn.Module) -> bool:
-    """Whether `child` is a list of modules of the class of a projector beside it: no blocks, but more of the same (Qwen3-VL's mergers)."""
+    """Return whether `child` is a list of modules of the same class as a projector beside it.
+
+    Such a list contains further projectors rather than blocks (Qwen3-VL's mergers).
+    """
     items = {class_of(item) for item in child.children()}
     return len(items) == 1 and any(
         class_of(other) in items and surely_named(name) for name, other in parent.named_children() if other is not child
@@ -50,16 +54,17 @@ def projector_list(parent: nn.Module, child: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Border:
-    """Between block `at` and the next one.
+    """The border between block `at` and the next one.
 
-    Args:
-        at: number of the block in front.
-        top: path of the innermost module that holds both blocks.
-        front, back: paths of the children of `top` that hold the block in front and the one behind.
-        sure: whether towers of different kinds meet here by their structure, rather than stages of one.
-        mixed: whether the two blocks are of different classes.
-        width: of the block in front.
-        behind: widths of all blocks behind.
+    Attributes:
+        at: Number of the block in front.
+        top: Path of the innermost module that contains both blocks.
+        front: Path of the child of `top` that contains the block in front.
+        back: Path of the child of `top` that contains the block behind.
+        sure: Whether the structure shows that towers of different kinds meet here, rather than stages of one.
+        mixed: Whether the two blocks are of different classes.
+        width: Width of the block in front.
+        behind: Widths of all blocks behind.
     """
 
     at: int
@@ -73,7 +78,12 @@ class Border:
 
 
 class Borders:
-    """Where towers meet in a model. blocks: names of the model's blocks, front to back, as `layer_structure` finds them."""
+    """The places in a model where towers meet.
+
+    Args:
+        model: The model.
+        blocks: Names of the model's blocks, front to back, from `finding.structure`.
+    """
 
     def __init__(self, model: nn.Module, blocks: Sequence[Sequence[str]]) -> None:
         self._model = model
@@ -91,12 +101,12 @@ class Borders:
             return None  # blocks or stages of one list
         one, other = self._model.get_submodule(a), self._model.get_submodule(b)
         mixed = class_of(one) is not class_of(other)
-        lists = any(kind in LISTS for kind in kinds)  # as a ResNet's layer1 and layer2
+        lists = any(kind in LISTS for kind in kinds)  # such as layer1 and layer2 of a ResNet
         sure = kinds[0] not in LISTS and ((mixed and not lists) or self._embeds(back))
         return Border(at, top, front, back, sure, mixed, self._widths[at], frozenset(self._widths[at + 1 :]))
 
     def _embeds(self, path: str) -> bool:
-        """Whether what is below `path` takes an input of its own: embeddings outside of its blocks."""
+        """Return whether the module at `path` has an input of its own: embeddings outside its blocks."""
         inside = tuple(f"{block}." for block in self._blocks)
         return any(
             issubclass(class_of(module), nn.Embedding) and not f"{path}.{name}".startswith(inside)
@@ -104,7 +114,7 @@ class Borders:
         )
 
     def is_projector(self, path: str, module: nn.Module, at: int) -> bool:
-        """Whether a module that is registered between block `at` and the next one carries over to the next tower."""
+        """Return whether a module registered between block `at` and the next one is a projector to the next tower."""
         border = self.between.get(at)
         if border is None or is_vectors(module):
             return False
@@ -118,28 +128,30 @@ class Borders:
             return True
         if border.sure:  # not an output layer
             return not gives or gives in border.behind
-        onward = border.mixed or gives != self._widths[at + 1]  # to the next tower, or past a tower of the same kind; not to the next stage
+        onward = border.mixed or gives != self._widths[at + 1]  # to the next tower, or to a tower of the same kind; not to the next stage
         return bool(onward and reaches and border.width and takes % border.width == 0)
 
     def in_front(self, path: str, module: nn.Module, others: Collection[str], *, sure: bool = False) -> int | None:
-        """The number of the block in front of which a projector runs that is registered elsewhere, behind all towers or before them.
+        """Find the block in front of which a projector runs that is registered behind all towers or before them.
 
         Args:
-            path, module: of the candidate.
-            others: paths of what is registered in the same place.
-            sure: whether only a name that nothing else has will do.
+            path: Path of the candidate.
+            module: The candidate.
+            others: Paths of everything registered in the same place.
+            sure: Whether only an unambiguous name qualifies.
 
         Returns:
-            None where it isn't one: an output layer, or a projection of a contrastive model.
+            Number of the block; None if the candidate is not a projector, but an output layer or a projection of a
+            contrastive model.
         """
         if is_vectors(module) or looks_like_embedding(path, module):
             return None
         top = parent_of(path)
         inside = f"{top}." if top else ""
-        units: dict[str, list[int]] = {}  # child of `top` that holds the blocks -> their numbers
+        units: dict[str, list[int]] = {}  # child of `top` that contains the blocks -> their numbers
         for number, block in enumerate(self._blocks):
             if not block.startswith(inside):
-                return None  # beside a part of the towers only
+                return None  # beside only a part of the towers
             units.setdefault(block.removeprefix(inside).split(".")[0], []).append(number)
         takes, gives = _ends(module)
         names = list(units)
@@ -158,9 +170,12 @@ class Borders:
         return None
 
     def is_output(self, path: str, module: nn.Module, at: int) -> bool:
-        """Whether a module that is registered in front of a tower can only run behind its blocks: it takes their width, gives another one.
+        """Return whether a module registered in front of a tower can only run behind its blocks: it maps their width to another one.
 
-        at: number of the tower's last block.
+        Args:
+            path: Path of the module.
+            module: The module.
+            at: Number of the tower's last block.
         """
         if is_vectors(module) or looks_like_embedding(path, module):
             return False
@@ -168,9 +183,10 @@ class Borders:
         return takes == self._widths[at] and bool(gives) and gives not in self._widths
 
     def adopts(self, path: str, at: int) -> bool:
-        """Whether a norm or parameter beside the towers around border `at` goes with the projector there.
+        """Return whether a norm or parameter beside the towers around border `at` belongs to the projector there.
 
-        A norm does, and a parameter that has the width of the tower behind and not of the one in front (LLaVA-NeXT's image_newline).
+        A norm does. A parameter does if it has the width of the tower behind and not that of the tower in front
+        (LLaVA-NeXT's image_newline).
         """
         border = self.between[at]
         if parent_of(path) != border.top:
@@ -183,13 +199,13 @@ class Borders:
 
 
 def _width(block: nn.Module) -> int:
-    """The width of a block's residual stream: the size that most of its weights have. LoRA's ranks don't count."""
+    """Return the width of a block's residual stream: the most frequent dimension of its weights, without LoRA ranks."""
     sizes = Counter(n for name, p in block.named_parameters() if "lora_" not in name for n in set(shape_of(p)[:2]))
     return max(sizes, key=lambda n: (sizes[n], n), default=0)
 
 
 def _ends(module: nn.Module) -> tuple[int, int]:
-    """Width of what a module takes and gives, by its first and last matrix; (0, 0) without any."""
+    """Return the input and output width of a module, from its first and last matrix; (0, 0) if it has none."""
     widths = []
     for m in module.modules():
         if isinstance(m, nn.Linear):

@@ -1,4 +1,4 @@
-"""Groups of modules that are the layers of a model, read off its structure."""
+"""Detect groups of modules that form the layers of a model from its structure."""
 
 from __future__ import annotations
 
@@ -31,7 +31,14 @@ LayerKind = Literal["embedding", "block", "head"]
 
 @dataclass
 class Group:
-    """A layer to be: names of modules and parameters."""
+    """A future layer.
+
+    Attributes:
+        name: Name of the layer.
+        kind: Kind of the layer.
+        paths: Names of its modules and parameters.
+        projector: Whether it connects two towers.
+    """
 
     name: str
     kind: LayerKind
@@ -40,7 +47,7 @@ class Group:
 
 
 def stacked(model: nn.Module) -> list[Group]:
-    """Groups of a model with repeated blocks, else []."""
+    """Return the groups of a model with repeated blocks; an empty list for other models."""
     blocks = _find_blocks(model)
     if not blocks:
         return []
@@ -49,9 +56,9 @@ def stacked(model: nn.Module) -> list[Group]:
     fronts: dict[int, list[str]] = {}
     head: list[str] = []
     at = -1  # the last block that the walk has passed
-    covered = {m for path in block_of for m in model.get_submodule(path).modules()}  # a shared module counts where it stands first
+    covered = {m for path in block_of for m in model.get_submodule(path).modules()}  # a shared module counts at its first place
     borders = Borders(model, blocks)
-    bridges: dict[int, list[Group]] = {}  # projectors behind the block of this number
+    bridges: dict[int, list[Group]] = {}  # projectors behind the block with this number
 
     def place(path: str, module: nn.Module | None) -> None:
         if module is None or looks_like_embedding(path, module):
@@ -61,10 +68,10 @@ def stacked(model: nn.Module) -> list[Group]:
         elif at < 0:
             fronts.setdefault(0, []).append(path)
         elif not has_state(module):
-            return  # a dropout or activation that may be called anywhere: nobody's
+            return  # a dropout or activation that may be called anywhere belongs to no layer
         elif at == len(blocks) - 1:
             head.append(path)
-        else:  # between two blocks: a stage's down-sampling, an encoder's last norm
+        else:  # between two blocks: downsampling of a stage, last norm of an encoder
             gap = bridges.setdefault(at, [])
             beside = bool(gap) and parent_of(gap[-1].paths[0]) == parent_of(path)
             between = at in borders.between and parent_of(path) == borders.between[at].top
@@ -104,7 +111,7 @@ def stacked(model: nn.Module) -> list[Group]:
     for i, paths in enumerate(blocks):
         groups += bridges.get(i - 1, [])
         if fronts.get(i):
-            # "embeddings", and of a second tower "decoder.embeddings"
+            # "embeddings", or for a second tower "decoder.embeddings"
             tower = "" if i == 0 else common_parent([*fronts[i], paths[0]])
             groups.append(Group(join(tower, "embeddings"), "embedding", fronts[i]))
         groups.append(Group(paths[0], "block", paths))
@@ -124,9 +131,16 @@ def _gather_projectors(
     head: list[str],
     fixed: Collection[str],
 ) -> None:
-    """Move to the projectors (`bridges`) what belongs to them and was placed elsewhere, because it is registered elsewhere.
+    """Move to the projectors (`bridges`) what belongs to them but is registered elsewhere.
 
-    fixed: names of the blocks, which stay where they are.
+    Args:
+        model: The model.
+        borders: Where its towers meet.
+        bridges: Projectors by the number of the block in front; modified.
+        blocks: Paths of each block; modified.
+        fronts: Paths in front of each block; modified.
+        head: Paths of the head; modified.
+        fixed: Names of the blocks, which stay where they are.
     """
     # whole projectors: behind all towers (InternVL's mlp1), or before them
     for paths, sure in ((head, False), (fronts.get(0, []), True)):
@@ -136,7 +150,8 @@ def _gather_projectors(
             if first is not None:
                 paths.remove(path)
                 bridges.setdefault(first - 1, []).append(Group(path, "block", [path], projector=True))
-    # parts: the first of several matrices at a tower's end (Qwen3-Omni's proj1), lists of more of the same, a norm or a parameter beside
+    # Parts: the first of several matrices at the end of a tower (Qwen3-Omni's proj1), lists of more projectors, a
+    # norm or a parameter beside one.
     for i, group in ((i, gap[0]) for i, gap in bridges.items() if gap):
         top, parent = borders.between[i].top, parent_of(group.name)
         for paths in (*blocks, *fronts.values()):
@@ -157,9 +172,15 @@ def _gather_projectors(
 def _move_ends(
     model: nn.Module, borders: Borders, blocks: list[list[str]], fronts: dict[int, list[str]], head: list[str], fixed: Collection[str]
 ) -> None:
-    """Move to a tower's end what is registered in front of its blocks and runs behind them (OPT's final_layer_norm and project_out).
+    """Move modules registered in front of a tower's blocks that run behind them to its end (OPT's final_layer_norm and project_out).
 
-    fixed: names of the blocks, which stay where they are.
+    Args:
+        model: The model.
+        borders: Where its towers meet.
+        blocks: Paths of each block; modified.
+        fronts: Paths in front of each block; modified.
+        head: Paths of the head; modified.
+        fixed: Names of the blocks, which stay where they are.
     """
     firsts = [paths[0] for paths in blocks]
     no_output = all((found := _module_at(model, path)) is not None and is_vectors(found) for path in head)
@@ -177,13 +198,13 @@ def _move_ends(
 
 
 def _module_at(model: nn.Module, path: str) -> nn.Module | None:
-    """None for a parameter."""
+    """Return the module at a path; None for a parameter."""
     found = getattr(model.get_submodule(parent_of(path)), path.rpartition(".")[2])
     return found if isinstance(found, nn.Module) else None
 
 
 def _find_blocks(model: nn.Module) -> list[list[str]]:
-    """Names of the repeated blocks in order, each with the weightless neighbours (Sequential only) that run behind it."""
+    """Return the names of the repeated blocks in order, each with weightless modules that run behind it (Sequential only)."""
     lists = [m for m in model.modules() if isinstance(m, LISTS)]
     repeated = {c for c, n in Counter(class_of(item) for m in lists for item in m.children() if is_composite(item)).items() if n > 1}
     blocks: list[list[str]] = []
@@ -215,22 +236,25 @@ def _find_blocks(model: nn.Module) -> list[list[str]]:
 
 
 def _open_stage(path: str, item: nn.Module, mixed: bool) -> list[str]:
-    """The blocks inside when `item` is a stage, that is little more than a list of blocks of one class; else `item` itself.
+    """Return the blocks inside a stage (little more than a list of blocks of one class); for anything else, the item itself.
 
-    mixed: the item's siblings differ in shape, as stages do (a transformer's blocks don't).
+    Args:
+        path: Path of the item.
+        item: A repeated module.
+        mixed: Whether the item's siblings differ in shape, as stages do and transformer blocks do not.
     """
     held = [(path, item)] if class_of(item) in LISTS else [(join(path, n), c) for n, c in item.named_children() if isinstance(c, LISTS)]
     for inner_path, inner in held if mixed or class_of(item) in LISTS else ():
         kids = [(join(inner_path, name), kid) for name, kid in inner.named_children() if has_state(kid)]
         alike = len({class_of(kid) for _, kid in kids}) == 1 and all(is_composite(kid) for _, kid in kids)
-        # a ModuleList is never called itself
+        # a ModuleList itself is never called
         if kids and (class_of(item) is nn.ModuleList or (alike and 2 * sum(weight_of(k) for _, k in kids) > weight_of(item))):
             return [kid_path for kid_path, _ in kids]
     return [path]
 
 
 def plain(model: nn.Module) -> list[Group]:
-    """Groups of a model without repeated blocks: a layer for each child with weights, its norms with the layer before."""
+    """Return the groups of a model without repeated blocks: one layer per child with weights, norms with the layer before."""
     loose: list[str] = []  # parameters directly on a module that is opened
     units: list[tuple[list[str], nn.Module]] = []
     seen: set[nn.Module] = set()
@@ -238,7 +262,7 @@ def plain(model: nn.Module) -> list[Group]:
     def open_(path: str, module: nn.Module) -> None:
         if isinstance(module, nn.ModuleDict) and sum(has_state(c) for c in module.children()) > 1:
             raise ValueError(
-                f"the layers can't be ordered: {path or 'the model'} is a ModuleDict, which says nothing of the order. {example(model)}"
+                f"the layers cannot be ordered: {path or 'the model'} is a ModuleDict, which has no defined order. {example(model)}"
             )
         loose.extend(join(path, name) for name, _ in module.named_parameters(recurse=False))
         for name, child in module.named_children():
@@ -273,7 +297,7 @@ def plain(model: nn.Module) -> list[Group]:
     groups += [Group(paths[0], "block", paths) for paths, _ in units[leading:]]
     if len(groups) < 2:
         raise ValueError(
-            f"the layers can't be ordered: the model shows {len(groups)} part(s) with weights, at least 2 are needed. {example(model)}"
+            f"the layers cannot be ordered: the model has {len(groups)} part(s) with weights; at least 2 are required. {example(model)}"
         )
     groups[-1].kind = "head"
     return groups
