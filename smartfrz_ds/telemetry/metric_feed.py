@@ -1,4 +1,4 @@
-"""The metrics of a run, step by step and averaged over the ranks."""
+"""This rank's values of one metric, step by step."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from torch import Tensor
 
 
 class MetricFeed:
-    """This rank's values of one metric, step by step: the mean over the losses of the micro-batches, or over what was told in their place.
+    """This rank's values of one metric, one per step: the mean over what the user observed, else over the losses of the micro-batches.
 
-    metric: its name; "loss" also takes what goes through `engine.backward`. Losses are kept as tensors: reading one makes the host wait
-    for the device.
+    Losses stay tensors until `take`: reading one makes the host wait for the device.
+
+    Args:
+        metric: Name of the metric; "loss" also takes the losses passed to `engine.backward`.
     """
 
     def __init__(self, metric: str) -> None:
@@ -23,17 +25,17 @@ class MetricFeed:
         self._steps: list[Tensor | float] = []
 
     def loss(self, loss: Any) -> None:
-        """A micro-batch's loss, a tensor of one element."""
+        """Add a micro-batch's loss, a tensor of one element."""
         if self.metric == "loss" and isinstance(loss, Tensor):
             self._losses.append(loss.detach().double().mean())
 
     def tell(self, metrics: Mapping[str, float]) -> None:
-        """What a user observed; where the metric is among it, it stands in place of the losses of its step."""
+        """Add values that the user observed. A value of this metric replaces the losses of its step."""
         if self.metric in metrics:
             self._told.append(metrics[self.metric])
 
     def end_step(self, *, applied: bool) -> None:
-        """A step is over; what belongs to a skipped one does not count."""
+        """End a step. The values of a skipped step (applied=False) are discarded."""
         if applied and (self._told or self._losses):
             self._steps.append(sum(self._told) / len(self._told) if self._told else torch.stack(self._losses).mean())
         self._told, self._losses = [], []
@@ -42,7 +44,7 @@ class MetricFeed:
         return len(self._steps)
 
     def take(self) -> list[float]:
-        """The values since the last time, one for each step that had any."""
+        """Return the values since the last call, one for each step that has any."""
         values = [float(v) for v in self._steps]
         self._steps = []
         return values

@@ -1,4 +1,4 @@
-"""A run as its log tells it."""
+"""A run, reconstructed from its log."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from .outcome import Stages, outcome
 
 @dataclass(kw_only=True)
 class Run:
-    """One run out of a log, resumed or not, oldest first.
+    """One run of a log, resumed or not. All records are in order of time.
 
-    starts: one for each process that trained, and for each time that a run went back to a checkpoint; none in logs that were written
-        before there were such lines.
-    events: all of them, as they happened, those that a rollback took back too.
-    statuses: without those that a rollback took back.
-    live: all records in their order, without what a rollback took back.
-    resumes, rollbacks: how often the run went on in another process, and in the same one from an earlier checkpoint.
-    last_load: the checkpoint that was loaded after the last step, if one was.
-    notes: what a reader must know of the log itself.
+    Attributes:
+        starts: One for each process that trained and for each return to a checkpoint; empty in logs of versions without start lines.
+        events: All events, those undone by a rollback included.
+        statuses: The status lines, without those undone by a rollback.
+        live: All records, without those undone by a rollback.
+        resumes: How often the run continued in a new process.
+        rollbacks: How often it returned to an earlier checkpoint in the same process.
+        last_load: The checkpoint load after the last step, if there was one.
+        notes: Remarks on the log itself, for the reader of the report.
     """
 
     starts: list[RunStart] = field(default_factory=list)
@@ -36,7 +37,7 @@ class Run:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """All layers, front to back; without a start line those that the log names, in the order in which it does."""
+        """All layers, front to back. Without a start line: the layers named in the log, in order of appearance."""
         if self.starts:
             return self.starts[-1].layers
         named = {name: None for e in self.events for name in (*e.frozen, *e.layers, *e.probabilities)}
@@ -44,20 +45,21 @@ class Run:
 
     @property
     def last_step(self) -> int:
+        """The last step that the log knows of."""
         last = max((r.step for r in self.live), default=0)
         return max(last, self.last_load.from_step) if self.last_load is not None else last
 
     @property
     def dry(self) -> bool:
-        """Whether the run only decided."""
+        """Whether the run only recorded decisions."""
         return self.starts[-1].dry_run if self.starts else any(e.dry_run for e in self.events)
 
     def changes(self) -> list[FreezeEvent]:
-        """The freezes and thaws, without those that a rollback took back."""
+        """The freezes and thaws, without those undone by a rollback."""
         return [e for e in self.live if isinstance(e, FreezeEvent) and e.kind in ("freeze", "thaw")]
 
     def _marks(self) -> list[tuple[int, frozenset[str]]]:
-        """What is frozen (in a dry run: would be) from which step on, oldest first."""
+        """(step, layers frozen from that step on), oldest first. In a dry run: the layers that would be frozen."""
         if self.dry:
             wanted: set[str] = set()
             marks = []
@@ -69,7 +71,7 @@ class Run:
         return [(r.step, frozenset(r.frozen)) for r in self.live if not isinstance(r, FreezeEvent) or id(r) in changes]
 
     def outcome(self) -> str:
-        """What froze, or why nothing did: as the run itself has told it last, else as far as its events tell."""
+        """What froze, or why nothing did: the run's own last statement, else derived from its events."""
         last = self.statuses[-1] if self.statuses else None
         if last is not None and last.outcome and not any(e.step > last.step for e in self.changes()):
             return last.outcome
@@ -91,12 +93,12 @@ class Run:
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """The layers that are (or would be) frozen at the end, in order."""
+        """The layers that are frozen at the end, in order. In a dry run: that would be frozen."""
         marks = self._marks()
         return tuple(name for name in self.layers if marks and name in marks[-1][1])
 
     def frozen_spans(self) -> dict[str, list[tuple[int, int]]]:
-        """For each layer the spans of steps in which it was frozen, or in a dry run would be from the first decision on."""
+        """For each layer, the (start, end) steps of its frozen periods. In a dry run: from the first decision on."""
         spans: dict[str, list[tuple[int, int]]] = {name: [] for name in self.layers}
         since: dict[str, int] = {}
         for step, frozen in self._marks():
@@ -111,10 +113,14 @@ class Run:
 
 
 def find_log(run_dir: Path) -> Path:
-    """The log of a run: `run_dir` itself where it is a file, else the one log among the *.jsonl files in it, or in the folders in it.
-    Copies of what a resume has cut from a log (NAME.cut-STEP.jsonl) don't count.
+    """Find the log of a run.
 
-    Raises ValueError: there is none, or there are several.
+    Args:
+        run_dir: The log itself, or a folder with exactly one log among its *.jsonl files or those of its subfolders. Records that a
+            resume cut off (NAME.cut-STEP.jsonl) do not count.
+
+    Raises:
+        ValueError: There is no log, or more than one.
     """
     if run_dir.is_file():
         return run_dir
@@ -123,29 +129,30 @@ def find_log(run_dir: Path) -> Path:
     for pattern in ("*.jsonl", "*/*.jsonl"):
         found = [p for p in sorted(run_dir.glob(pattern)) if not re.search(r"\.cut-\d+(-\d+)?$", p.stem) and p.is_file() and is_log(p)]
         if len(found) > 1:
-            raise ValueError(f"{run_dir} holds several logs; name one of them: {', '.join(map(str, found))}")
+            raise ValueError(f"{run_dir} has several logs; name one of them: {', '.join(map(str, found))}")
         if found:
             return found[0]
     raise ValueError(
-        f'{run_dir}: no log of smartfrz in it (a *.jsonl file with an event in it). A run writes one where "log_path" is set in the '
-        '"smartfrz" section of its DeepSpeed JSON; a log that lies elsewhere can be named itself'
+        f'{run_dir}: no smartfrz log found (a *.jsonl file with at least one event). A run writes one if "log_path" is set in the '
+        '"smartfrz" section of its DeepSpeed JSON. A log in another place can be given as a path'
     )
 
 
 def load_run(path: Path) -> Run:
-    """The last run of a log. A resumed one is one run, without what was lived through twice.
+    """Load the last run of a log. A resumed run is one run, without the steps that it repeated.
 
-    Raises ValueError: no line at all, or a broken one that is not the last.
+    Raises:
+        ValueError: The log is empty, or a line other than the last is damaged.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         records = read_log(path)
     notes = [str(w.message).removeprefix(f"{path}: ") for w in caught]
     if not records:
-        raise ValueError(f"{path}: the log is empty: the run has written no whole line yet")
+        raise ValueError(f"{path}: the log is empty: the run has not written a complete line yet")
     lines: list[Record] = []
     earlier = 0
-    back: int | None = None  # the step of a checkpoint that was loaded into the running run, until training goes on
+    back: int | None = None  # the step of a checkpoint loaded into the running run, until training continues
     for record in records:
         if isinstance(record, FreezeEvent) and record.goes_back:
             back = record.step
@@ -160,7 +167,7 @@ def load_run(path: Path) -> Run:
             earlier, lines = earlier + 1, []
         lines.append(record)
     if earlier:
-        notes.append(f"the file also holds {earlier} earlier run{'s' * (earlier > 1)}, which this report leaves out")
+        notes.append(f"the file also has {earlier} earlier run{'s' * (earlier > 1)}, not shown in this report")
     run, back = Run(notes=notes), None
     for record in lines:
         if isinstance(record, RunStart):
@@ -182,10 +189,10 @@ def load_run(path: Path) -> Run:
         run.starts = [x for x in run.live if isinstance(x, RunStart)]
     run.statuses = [x for x in run.live if isinstance(x, Status)]
     if not run.statuses:
-        run.notes.append("there are no status lines: no losses, times and bytes over the run (an old log, or one that has just begun)")
+        run.notes.append("there are no status lines, so no losses, times and bytes are shown (an old log, or a run that has just started)")
     return run
 
 
 def _at_the_start(record: Record) -> bool:
-    """Whether a line may stand in front of the first start: warnings at attach, changes by hand before the first step."""
+    """Whether a line may precede the first start: warnings at attach, manual changes before the first step."""
     return isinstance(record, FreezeEvent) and record.step == 0

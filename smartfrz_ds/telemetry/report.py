@@ -1,6 +1,6 @@
-"""`smartfrz report`: one self-contained HTML page, and PNGs, of what a run's log says.
+"""`smartfrz report`: one self-contained HTML page, and PNGs, made from a run's log.
 
-Words and tables here; the charts are in report_charts.py, the page's frame in report.html.
+Text and tables are made here, charts in report_charts.py; report.html is the page's template.
 """
 
 from __future__ import annotations
@@ -20,14 +20,18 @@ MOST_ROWS = 400  # of the table of events
 
 
 def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
-    """Write report.html and its charts as PNGs; the page needs none of them.
+    """Write report.html, and its charts as separate PNGs.
 
-    run_dir: a folder with one log in it, or the log. output: folder, made where it isn't there; None: RUN_DIR/report.
-    Returns the page's path.
+    Args:
+        run_dir: A folder with one log in it, or the log.
+        output: Folder for the files, created if missing; None: RUN_DIR/report.
+
+    Returns:
+        The path of report.html, which does not need the PNGs.
 
     Raises:
-        ValueError: no log, several, an empty or a broken one.
-        ModuleNotFoundError: matplotlib is missing (extra "report").
+        ValueError: No log, several logs, an empty or a damaged one.
+        ModuleNotFoundError: matplotlib is not installed (extra "report").
     """
     log = find_log(Path(run_dir))
     run = load_run(log)
@@ -62,7 +66,7 @@ def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
 
 
 def summary(run: Run) -> list[str]:
-    """The run in a few sentences."""
+    """Describe the run in a few sentences."""
     total = run.starts[-1].total_steps if run.starts else None
     frozen, count = run.frozen, len(run.layers)
     at = f"step {run.last_step:,}" + (f" of {total:,}" if total else "")
@@ -74,21 +78,21 @@ def summary(run: Run) -> list[str]:
         lines = [f"At {at}, none of {count} layers is frozen." if run.starts else f"At {at}, no layer is frozen."]
     lines.append(f"What froze, or why not: {run.outcome()}.")
     if run.last_load is not None:
-        lines.append(f"After it {_loaded(run.last_load, run.layers)}.")
+        lines.append(f"After that, {_loaded(run.last_load, run.layers)}.")
     if run.rollbacks:
-        lines.append(f"The run went back to an earlier checkpoint {some(run.rollbacks, 'time')}; the charts show the part that counts.")
+        lines.append(f"The run returned to an earlier checkpoint {some(run.rollbacks, 'time')}; the charts leave out the undone steps.")
     if run.statuses:
         lines.append(_savings(run))
         lines += _before_and_after(run)
-    changes = [e for e in run.events if e.kind in ("freeze", "thaw")]  # training stood still for those that were taken back too
+    changes = [e for e in run.events if e.kind in ("freeze", "thaw")]  # those undone by a rollback stopped training too
     if changes:
         seconds = sum(e.seconds for e in changes)
         thaws = sum(e.kind == "thaw" for e in changes)
         text = f"{some(len(changes) - thaws, 'freeze')}" + (f" and {some(thaws, 'thaw')}" if thaws else "")
-        lines.append(f"{text} stopped training for {duration(seconds)} in all, {duration(max(e.seconds for e in changes))} at most.")
+        lines.append(f"{text} stopped training for {duration(seconds)} in total, {duration(max(e.seconds for e in changes))} at most.")
     guarded = [e for e in changes if e.kind == "thaw" and any(r.startswith("guard:") for r in e.reasons.values())]
     if guarded:
-        lines.append(f"The guard took {some(len(guarded), 'freeze')} back: the metric had become worse (see the table).")
+        lines.append(f"The guard undid {some(len(guarded), 'freeze')} because the metric had become worse (see the table).")
     return lines
 
 
@@ -96,20 +100,24 @@ def _loaded(load: FreezeEvent, order: Sequence[str]) -> str:
     frozen = f"{_layers(len(load.frozen), len(order))} frozen" + (f": {layer_names(load.frozen, order)}" if load.frozen else "")
     if load.message.endswith(WEIGHTS_ONLY):
         return f"the weights of {load.message.removesuffix(WEIGHTS_ONLY)} were loaded"
-    return f"{load.message} was loaded, of step {load.step:,}, with {frozen}"
+    return f"{load.message} of step {load.step:,} was loaded, with {frozen}"
 
 
 def _savings(run: Run) -> str:
     last = run.statuses[-1]
     text = f"{100 * last.saved_flops_fraction:.1f} % of the training FLOPs so far were saved"
     if last.hours_saved is None:
-        return text + "; hours can't be told: no step without frozen layers was timed."
+        return text + "; the time saved is unknown, because no step without frozen layers was timed."
     hours = last.hours_saved
-    return text + f", and an estimated {_hours(hours)} " + ("of time." if hours >= 0 else "of time lost (this package's own work counts).")
+    return (
+        text
+        + f", and an estimated {_hours(hours)} "
+        + ("of time." if hours >= 0 else "of time were lost (including this package's own work).")
+    )
 
 
 def _before_and_after(run: Run) -> list[str]:
-    """Sentences on what the frozen layers changed; none where nothing is frozen, or nothing is known of the time before it was."""
+    """Sentences on what freezing changed; none where nothing is frozen, or where the time before the first freeze is unknown."""
     after = [s for s in run.statuses if s.frozen]
     if not after:
         return []
@@ -130,7 +138,7 @@ def _before_and_after(run: Run) -> list[str]:
 
 
 def _before(run: Run, after: Sequence[Status]) -> tuple[int | None, int | None]:
-    """Bytes of the optimizer and of gradients before the first freeze: of a status or of the start; else what was released since counts."""
+    """Bytes of optimizer state and gradients before the first freeze: from a status or the start line, else from what was released."""
     found: list[Status | RunStart] = [s for s in run.statuses if not s.frozen and s.step < after[-1].step]
     found = found[-1:] or [s for s in run.starts if not s.frozen and s.optimizer_bytes]
     if found:
@@ -146,8 +154,8 @@ def _change(before: float, after: float, show: Callable[[float], str]) -> str:
     return f"{show(before)} → {show(after)}{share}"
 
 
-def _layers(some: int, of: int) -> str:
-    return f"{some} of {of} layers"
+def _layers(count: int, total: int) -> str:
+    return f"{count} of {total} layers"
 
 
 def _hours(hours: float) -> str:
@@ -168,7 +176,7 @@ def _facts(run: Run, log: Path) -> str:
         last = run.starts[-1]
         facts |= {"policy": last.policy + (", dry run" if last.dry_run else ""), "engine": last.engine, "ranks": str(last.ranks)}
         facts |= {"layers": str(len(last.layers)), "weights": f"{sum(last.weights):,}", "smartfrz_ds": last.version}
-        facts["began"] = _when(run.starts[0].time)
+        facts["started"] = _when(run.starts[0].time)
         facts |= {"resumed": some(run.resumes, "time")} if run.resumes else {}
     if run.statuses:
         facts["last status"] = f"step {run.statuses[-1].step:,}, {_when(run.statuses[-1].time)}"
@@ -191,9 +199,9 @@ def _table(run: Run) -> str:
     rows = "".join(_row(e, run.layers) for e in shown[:MOST_ROWS])
     if not rows:
         rows = '<tr><td colspan="6">none yet</td></tr>'
-    about = f"<p>{some(silent, 'more decision')} of the policy froze nothing.</p>" if silent else ""
+    about = f"<p>{some(silent, 'more decision')} of the policy did not freeze anything.</p>" if silent else ""
     if len(shown) > MOST_ROWS:
-        about += f"<p>{len(shown) - MOST_ROWS} later events are only in the log.</p>"
+        about += f"<p>{len(shown) - MOST_ROWS} more events are only in the log.</p>"
     heads = "".join(f"<th>{name}</th>" for name in ("step", "what", "layers", "released", "pause", "reason"))
     return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>{about}'
 
@@ -207,7 +215,7 @@ def _row(event: FreezeEvent, order: Sequence[str]) -> str:
     several = len(event.layers) > 1 and len(reasons) > 1
     why = [f"<b>{_text(layer_names(names, order))}</b>: {_text(r)}" if several else _text(r) for r, names in reasons.items()]
     if not why:
-        why = [_text(event.message) or "by hand, or not given"]
+        why = [_text(event.message) or "manual, or no reason given"]
     what = {"decision": "would freeze", "rebalance": "stages moved"}.get(event.kind, event.kind)
     if event.bounds:
         why = [f"stages begin at {', '.join(map(str, event.bounds[:-1]))}; predicted {event.gain:.2f} × faster"]

@@ -1,4 +1,4 @@
-"""The charts of `smartfrz report`, each as an SVG that takes its colours from the page (light or dark) and as a PNG."""
+"""The charts of `smartfrz report`: each as an SVG that uses the page's colours (light or dark), and as a PNG."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .words import size
 if TYPE_CHECKING:
     from .recorded_run import Run
 
-# Things are drawn in these; in the SVG each becomes a variable of the page's style.
+# The colours of the PNGs. In an SVG each is replaced by a variable of the page's style sheet.
 INK, SOFT, LINE, ACTIVE, FROZEN, MARK, OWN = "#1c2330", "#5a6475", "#d8dde5", "#dbe4f0", "#2a6fbb", "#c2571a", "#b9bfc9"
 _VARIABLES = {INK: "ink", SOFT: "soft", LINE: "line", ACTIVE: "active", FROZEN: "frozen", MARK: "mark", OWN: "own"}
 _WIDTH = 9.0  # inches
@@ -44,7 +44,15 @@ _STYLE: Any = {
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """name: of its file; title, about: words for people; svg: one <svg> element; png: a whole file."""
+    """A finished chart.
+
+    Attributes:
+        name: File name without suffix, and the section's id.
+        title: Heading.
+        about: Explanation under the heading.
+        svg: One <svg> element.
+        png: Content of a PNG file.
+    """
 
     name: str
     title: str
@@ -54,16 +62,16 @@ class Chart:
 
 
 def charts(run: Run) -> list[Chart]:
-    """All charts that the run's log has numbers for."""
+    """Draw all charts for which the run's log has numbers."""
     kinds = {e.kind for e in run.changes()}
     marks = " Lines mark the freezes" * bool(kinds) + (" (dashed: thaws)." if "thaw" in kinds else "." if kinds else "")
     made = [_frozen(run), _probabilities(run)]
     plots: list[tuple[str, str, str, Sequence[tuple[str, Callable[[Any], float | None]]], bool]] = [
-        ("loss", "Loss", f"Mean over the steps since the point before, all ranks.{marks}", [("loss", lambda s: s.loss)], False),
+        ("loss", "Loss", f"Mean over the steps since the previous point, over all ranks.{marks}", [("loss", lambda s: s.loss)], False),
         (
             "step-time",
             "Step time",
-            f"Median of the steps since the point before, without this package's own work and pauses.{marks}",
+            f"Median over the steps since the previous point, without this package's own work and pauses.{marks}",
             [("seconds", lambda s: s.step_seconds)],
             True,
         ),
@@ -77,15 +85,15 @@ def charts(run: Run) -> list[Chart]:
         (
             "gradients",
             "Gradients sent",
-            f"Bytes of gradients that all ranks together hand to reductions in a step, as the layout says.{marks}",
+            f"Bytes of gradients that all ranks together pass to reductions in a step, computed from the layout.{marks}",
             [("bytes", lambda s: s.gradient_bytes)],
             True,
         ),
         (
             "savings",
             "Savings so far",
-            "Share of the training FLOPs up to here that was not spent; and hours: measured step times against the median step without "
-            f"frozen layers, this package's own work and pauses taken off.{marks}",
+            "Fraction of the training FLOPs so far that freezing saved. Hours: measured step times compared with the median step without "
+            f"frozen layers, minus this package's own work and pauses.{marks}",
             [("FLOPs saved, %", lambda s: 100 * s.saved_flops_fraction), ("hours saved", lambda s: s.hours_saved)],
             False,
         ),
@@ -114,10 +122,14 @@ def _frozen(run: Run) -> Chart | None:
         word = "would be frozen" if run.dry else "frozen"
         handles = [matplotlib.patches.Patch(color=ACTIVE, label="trains"), matplotlib.patches.Patch(color=FROZEN, label=word)]
         if 0 in weights.values():
-            handles.append(matplotlib.patches.Patch(color=OWN, label="frozen by you, or without weights"))
+            handles.append(matplotlib.patches.Patch(color=OWN, label="frozen by the user, or without weights"))
         figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False)
-        about = "Each row is a layer, the front one on top." + (
-            " Dotted: the run was resumed, or went back." if run.rollbacks else " Dotted: the run was resumed." if run.starts[1:] else ""
+        about = "Each row is a layer, the first at the top." + (
+            " Dotted: the run was resumed, or returned to a checkpoint."
+            if run.rollbacks
+            else " Dotted: the run was resumed."
+            if run.starts[1:]
+            else ""
         )
         return _chart("frozen", "Frozen layers", about, figure)
 
@@ -133,12 +145,12 @@ def _probabilities(run: Run) -> Chart | None:
     seen = {name for values in at.values() for name in values}
     names = [name for name in run.layers if name in seen]
     grid = np.array([[at[step].get(name, math.nan) for step in steps] for name in names])  # (layers, stages)
-    # A cell reaches from the stage before to its own; the first, and one behind a gap, is as wide as they usually are.
+    # A cell extends from the previous stage to its own. The first one, and one after a gap, has the usual width.
     usual = float(np.median(np.diff(steps))) if len(steps) > 1 else max(1.0, steps[0] / 10)
     cells = [(max(left, step - 1.5 * usual), step) for left, step in zip([steps[0] - usual, *steps[:-1]], steps, strict=True)]
     with matplotlib.rc_context(_STYLE):
         figure, ax = _rows(names)
-        # One hue whose opacity is the probability: it can be read on a light and on a dark page.
+        # One hue with the probability as opacity, which is readable on light and dark pages.
         colors = ListedColormap([(*to_rgb(FROZEN), 0.1 + 0.9 * i / 255) for i in range(256)])
         edges = np.arange(len(names) + 1) - 0.5
         mesh: Any = None
@@ -148,16 +160,16 @@ def _probabilities(run: Run) -> Chart | None:
         ax.set_xlim(0, max(run.last_step, steps[-1]))
         bar = figure.colorbar(mesh, ax=ax, pad=0.015, aspect=max(10, 1.4 * len(names)), ticks=[0, 0.5, 1])
         bar.outline.set_visible(False)
-        about = "What the policy thought at each freezing stage: how sure it is that a layer has converged. Empty: not judged (any more)."
+        about = "The policy's probability, at each freezing stage, that a layer has converged. Empty: not judged, or no longer."
         return _chart("probabilities", "Probabilities", about, figure)
 
 
 def _lines(
     run: Run, name: str, title: str, about: str, series: Sequence[tuple[str, Callable[[Any], float | None]]], zero: bool
 ) -> Chart | None:
-    """One panel a series, below each other; None where no status has a number for any. zero: the axis begins at 0."""
+    """One panel per series, one below the other; None where no status has a number for any. zero: the axis starts at 0."""
     values = [(label, [math.nan if (v := of(s)) is None else float(v) for s in run.statuses]) for label, of in series]
-    # Without a number for any status there is nothing to draw, nor where there are no bytes at all: nobody to send gradients to.
+    # A series without any number is left out, and one of zero bytes: a single process sends no gradients.
     values = [(label, n) for label, n in values if not all(math.isnan(x) or (label == "bytes" and x == 0) for x in n)]
     if not values:
         return None
@@ -169,9 +181,9 @@ def _lines(
         for ax, (label, numbers) in zip(panels, values, strict=True):
             for e in run.changes():
                 ax.axvline(e.step, color=MARK, linewidth=0.7, linestyle="-" if e.kind == "freeze" else "--")
-            if label == "seconds":  # a median belongs to the steps before its point
+            if label == "seconds":  # a median describes the steps before its point
                 ax.step([run.starts[0].step if run.starts else 0, *steps], [numbers[0], *numbers], where="pre", color=FROZEN, linewidth=1.6)
-            elif label == "bytes":  # they stay what they are until something is frozen
+            elif label == "bytes":  # bytes are constant until something is frozen
                 ax.step([*steps, run.last_step], [*numbers, numbers[-1]], where="post", color=FROZEN, linewidth=1.6)
             else:
                 ax.plot(steps, numbers, color=FROZEN, linewidth=1.6, marker="o" if len(steps) < 30 else "", markersize=3)
@@ -194,7 +206,7 @@ def _lines(
 
 
 def _rows(names: Sequence[str]) -> tuple[Figure, Any]:
-    """A figure with a row a layer, the first on top; of many layers only some carry their name."""
+    """A figure with one row per layer, the first at the top. With many layers only some are labelled."""
     count = len(names)
     row = min(0.24, max(0.17, 6 / count)) if count <= 80 else 14 / count  # inches
     figure = Figure(figsize=(_WIDTH, 0.95 + row * max(count, 3)), layout="constrained")
@@ -224,14 +236,14 @@ def _short(name: str) -> str:
 def _chart(name: str, title: str, about: str, figure: Figure) -> Chart:
     png, svg = io.BytesIO(), io.StringIO()
     figure.savefig(png, format="png", dpi=110, facecolor="white")
-    # The salt: ids of all charts stand on one page.
+    # Salt: the ids of all charts must differ, as they are on one page.
     with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(svg, format="svg", dpi=150, transparent=True, metadata={"Date": None})
     text = svg.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # figure_1, axes_1, … on every chart
-    text = text.replace("font-family: 'DejaVu Sans'; ", "")  # the page's own: that one need not be there
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # figure_1, axes_1, … are the same in every chart
+    text = text.replace("font-family: 'DejaVu Sans'; ", "")  # use the page's font: this one may not be installed
     for color, variable in _VARIABLES.items():
         text = text.replace(color, f"var(--{variable})")
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)

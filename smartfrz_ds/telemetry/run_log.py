@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
-from .events import EventLog, FreezeEvent, Monitor, Record
+from .event_log import EventLog, Monitor
+from .events import FreezeEvent, Record
 
 # The logs that controllers of this process write now. Weak: an engine that is dropped without destroy() gives its log back.
 _WRITING: WeakSet[RunLog] = WeakSet()

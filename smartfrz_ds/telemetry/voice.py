@@ -1,7 +1,7 @@
-"""What a run says while it runs: one line for each thing that happens, on rank 0, through the logger "smartfrz_ds".
+"""The log lines of a run: one for each event, on rank 0, through the logger "smartfrz_ds".
 
-Python shows no line below a warning by default. Where the user has configured no logging, this package's lines get a handler of their own;
-it is added when a controller is made, never at import, and goes away as soon as the user configures logging.
+By default Python shows only warnings. Where the user has not configured logging, this package adds a handler of its own: when a controller
+is created, never at import. It is removed as soon as the user configures logging.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ENDING: WeakSet[Any] = WeakSet()
 
 
 class _Handler(logging.Handler):
-    """Writes to whatever sys.stderr is at that moment, as logging's own last resort does."""
+    """Writes to the current sys.stderr, as the last-resort handler of `logging` does."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -37,11 +37,11 @@ _OWN.setFormatter(logging.Formatter(_FORMAT))
 
 
 def make_audible() -> None:
-    """Let the lines be seen where the user has configured no logging, and leave them to the user's handlers and levels where he has."""
+    """Show the lines where the user has not configured logging; otherwise leave them to the user's handlers and levels."""
     root = logging.getLogger()
     ours = _OWN in LOGGER.handlers
     if root.handlers or not LOGGER.propagate or any(handler is not _OWN for handler in LOGGER.handlers):
-        if ours:  # configured meanwhile: else each line would come twice
+        if ours:  # configured in the meantime: with both handlers each line would appear twice
             LOGGER.removeHandler(_OWN)
             if LOGGER.level == _Level.set_to:
                 LOGGER.setLevel(logging.NOTSET)
@@ -49,7 +49,7 @@ def make_audible() -> None:
         return
     if not ours:
         LOGGER.addHandler(_OWN)
-    if LOGGER.level == logging.NOTSET and root.level == logging.WARNING:  # no level was chosen
+    if LOGGER.level == logging.NOTSET and root.level == logging.WARNING:  # the user chose no level
         LOGGER.setLevel(logging.INFO)
         _Level.set_to = logging.INFO
 
@@ -59,7 +59,11 @@ class _Level:
 
 
 class Voice:
-    """The lines of one controller. speaks: whether this is rank 0."""
+    """The log lines of one controller.
+
+    Args:
+        speaks: Whether this rank writes lines: rank 0 only.
+    """
 
     def __init__(self, speaks: bool) -> None:
         self._speaks = speaks
@@ -67,13 +71,13 @@ class Voice:
             make_audible()
 
     def say(self, text: str, *, level: int = logging.INFO) -> None:
-        """One line."""
+        """Write one line."""
         if self._speaks:
             make_audible()
             LOGGER.log(level, "smartfrz: %s", text)
 
     def at_exit(self, owner: Any) -> None:
-        """Call `owner.end()` when the interpreter ends, if it still lives then."""
+        """Call `owner.end()` when the interpreter exits, if the owner still exists."""
         if self._speaks:
             if not _ENDING:
                 atexit.unregister(_end_all)
@@ -102,34 +106,38 @@ def start_text(
     log: str,
     dry_run: bool,
 ) -> str:
-    """How a run begins.
+    """The first line of a run.
 
     Args:
-        engine: the backend's name. ranks: how many. policy: its name.
-        layers: names, front to back. own: how many of them the user froze, or have no weights.
-        length: of the run, in words, with where it was read. total_steps: the same as a number, None: unknown.
-        first_stage: the step of the first freezing stage; None: no policy decides.
-        log: where the log is, in words.
-        dry_run: whether the run only decides.
+        engine: Name of the backend.
+        ranks: Number of ranks.
+        policy: Name of the policy.
+        layers: Names of all layers, front to back.
+        own: Number of layers that the user froze or that have no weights.
+        length: Length of the run as text, with its source.
+        total_steps: Length of the run in steps; None where unknown.
+        first_stage: Step of the first freezing stage; None where no policy decides.
+        log: Location of the log, as text.
+        dry_run: Whether the run only records decisions.
     """
     found = f"{some(len(layers), 'layer')} ({layers[0]} … {layers[-1]}" + (f"; {own} without trainable weights)" if own else ")")
     if first_stage is None:
-        stage = "no freezing stages: only freeze() and thaw() act"
+        stage = "no freezing stages: layers change only through freeze() and thaw()"
     elif total_steps is not None and first_stage >= total_steps:
-        stage = f"no freezing stage comes: the first would be at step {first_stage:,}"
+        stage = f"the run ends before the first freezing stage, step {first_stage:,}"
     else:
         stage = f"first freezing stage at step {first_stage:,}"
-    mode = ", dry run: decides and freezes nothing" if dry_run else ""
+    mode = ", dry run: decisions only, nothing is frozen" if dry_run else ""
     return f"on ({engine}, {some(ranks, 'rank')}); policy {policy}{mode}; {found}; {length}; {stage}; {log}"
 
 
 def event_text(event: FreezeEvent, order: Sequence[str], *, policy: str | None) -> str:
-    """What has happened, in one line; empty for what is said elsewhere (warnings) or not worth one (decisions that change nothing).
+    """The line of an event; "" for warnings, which are logged elsewhere, and for decisions that change nothing.
 
     Args:
-        event: the event.
-        order: all layers, front to back.
-        policy: the name of the policy that decided; None: the user called.
+        event: The event.
+        order: All layers, front to back.
+        policy: Name of the policy that decided; None where the user called freeze() or thaw().
     """
     at = f"step {event.step:,}"
     now = f"{len(event.frozen)} of {some(len(order), 'layer')} frozen"
@@ -138,7 +146,7 @@ def event_text(event: FreezeEvent, order: Sequence[str], *, policy: str | None) 
         moved = (
             f"released {size(event.bytes_released_total)}"
             if event.bytes_released_total >= 0
-            else f"took {size(-event.bytes_released_total)}"
+            else f"allocated {size(-event.bytes_released_total)}"
         )
         expected = f", predicted {duration(event.predicted_seconds)}" if event.predicted_seconds else ""
         return (
@@ -153,7 +161,7 @@ def event_text(event: FreezeEvent, order: Sequence[str], *, policy: str | None) 
         if event.message.endswith(WEIGHTS_ONLY):
             return f"step {event.from_step:,}: loaded the weights of {event.message.removesuffix(WEIGHTS_ONLY)}; {now}"
         changed = f" (changed: {layer_names(event.layers, order)})" if event.layers else ""
-        return f"step {event.from_step:,}: went to step {event.step:,} with {event.message}; {now}{changed}"
+        return f"step {event.from_step:,}: moved to step {event.step:,} by {event.message}; {now}{changed}"
     return ""
 
 

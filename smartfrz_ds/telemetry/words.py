@@ -1,4 +1,4 @@
-"""Numbers and names as people write them, for the report page and for the lines of a run."""
+"""Numbers and names as text, for the report page and the log lines of a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def size(count: float) -> str:
-    """Bytes."""
+    """Format a number of bytes."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if abs(count) >= scale:
             return f"{count / scale:.3g} {unit}".replace("-", "−")
@@ -14,17 +14,22 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, or milliseconds below one."""
+    """Format seconds, as milliseconds below one second."""
     return f"{1000 * seconds:.3g} ms" if abs(seconds) < 1 else f"{seconds:.3g} s"
 
 
 def some(count: int, word: str) -> str:
-    """A count with its noun."""
+    """Format a count with its noun: "1 layer", "2 layers"."""
     return f"{count} {word}{'s' * (count != 1)}"
 
 
 def layer_names(names: Sequence[str], order: Sequence[str]) -> str:
-    """Layers in their order, with runs of neighbours as "first … last (n)"."""
+    """List layers in model order, with more than three adjacent ones as "first … last (n)".
+
+    Args:
+        names: The layers to list.
+        order: All layers, front to back.
+    """
     place = {name: i for i, name in enumerate(order)}
     known = sorted(names, key=lambda name: place.get(name, len(place)))
     groups: list[list[str]] = []

@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from smartfrz_ds.cli.main import app
-from smartfrz_ds.telemetry.events import EventLog, FreezeEvent, RunStart, Status
+from smartfrz_ds.telemetry.event_log import EventLog
+from smartfrz_ds.telemetry.events import FreezeEvent, RunStart, Status
 
 
 def run(*args: str) -> tuple[int, str, str]:
@@ -110,7 +111,7 @@ def test_report_names_its_page_or_what_is_wrong(tmp_path: Path) -> None:
     assert (code, out.strip()) == (0, str(tmp_path / "there" / "report.html"))
     assert (tmp_path / "there" / "frozen.png").exists()
     code, _, err = run("report", str(tmp_path / "there"))
-    assert code == 2 and "no log of smartfrz in it" in err
+    assert code == 2 and "no smartfrz log found" in err
 
 
 def test_doctor_exits_with_one_for_a_problem_and_prints_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

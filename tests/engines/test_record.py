@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from helpers import TESTS, environment, run_worker
 
-from smartfrz_ds.telemetry.events import EventLog, FreezeEvent, RunStart, read_events, read_log
+from smartfrz_ds.telemetry.event_log import EventLog
+from smartfrz_ds.telemetry.events import FreezeEvent, RunStart, read_events, read_log
 from smartfrz_ds.telemetry.recorded_run import find_log, load_run
 
 FRONT = ["embeddings", "blocks.0"]
@@ -179,7 +180,7 @@ def test_a_log_of_another_run_is_not_cut(tmp_path: Path) -> None:
     log_of(tmp_path / "log.jsonl", freeze(6, "a"))
     other = (tmp_path / "log.jsonl").read_text().replace('"step": 4', '"step": 3')
     (tmp_path / "log.jsonl").write_text(other)
-    with pytest.warns(RuntimeWarning, match="not the one of this checkpoint"):
+    with pytest.warns(RuntimeWarning, match="does not belong to this checkpoint"):
         assert log.truncate_to(position, mark, copy=tmp_path / "copy.jsonl") is None
     assert (tmp_path / "log.jsonl").read_text() == other and not (tmp_path / "copy.jsonl").exists()
 

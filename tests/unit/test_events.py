@@ -14,7 +14,8 @@ import pytest
 from helpers import environment, run_worker
 from reference.bounds import rounding
 
-from smartfrz_ds.telemetry.events import EventLog, FreezeEvent, RunStart, Status, is_log, read_events, read_log
+from smartfrz_ds.telemetry.event_log import EventLog
+from smartfrz_ds.telemetry.events import FreezeEvent, RunStart, Status, is_log, read_events, read_log
 
 FREEZE = FreezeEvent(
     kind="freeze",
@@ -189,7 +190,7 @@ def test_killed_writer_leaves_only_whole_events(tmp_path: Path) -> None:
     """SIGKILL at any moment of a busy writer: every event it reported as written is there, in order."""
     path = tmp_path / "log.jsonl"
     code = (
-        "import sys; from pathlib import Path; from smartfrz_ds.telemetry.events import *\n"
+        "import sys; from pathlib import Path; from smartfrz_ds.telemetry.event_log import EventLog, FreezeEvent\n"
         "log = EventLog(Path(sys.argv[1]))\n"
         "for step in range(10**6):\n"
         "    log.write(FreezeEvent(kind='warning', step=step, message='x' * 3000))\n"
@@ -220,7 +221,7 @@ def test_full_disk_warns_and_leaves_no_half_line(tmp_path: Path) -> None:
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (log.position + 20, before[1]))
-        with pytest.warns(RuntimeWarning, match="an event of step 250 is not in the log"):
+        with pytest.warns(RuntimeWarning, match="could not write an event of step 250 to the log"):
             log.write(THAW)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -234,7 +235,7 @@ def test_full_disk_warns_and_leaves_no_half_line(tmp_path: Path) -> None:
 def test_a_file_that_is_no_log_is_left_alone(tmp_path: Path, text: str) -> None:
     path = tmp_path / "train.py"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"smartfrz\.log_path: got .*train\.py.*no log of smartfrz"):
+    with pytest.raises(ValueError, match=r"smartfrz\.log_path: got .*train\.py.*not a smartfrz log"):
         EventLog(path)
     assert path.read_text() == text
 
@@ -270,7 +271,7 @@ def test_resume_drops_what_will_happen_again(tmp_path: Path) -> None:
 def test_position_of_another_file_warns_and_cuts_nothing(tmp_path: Path, offset: int) -> None:
     log = EventLog(tmp_path / "log.jsonl")
     log.write(FREEZE)
-    with pytest.warns(RuntimeWarning, match="not the one of this checkpoint"):
+    with pytest.warns(RuntimeWarning, match="does not belong to this checkpoint"):
         log.truncate_to(log.position + offset)
     assert read_events(tmp_path / "log.jsonl") == [FREEZE]
 
@@ -282,7 +283,7 @@ import sys
 import deepspeed
 from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
-from smartfrz_ds.telemetry.events import EventLog
+from smartfrz_ds.telemetry.event_log import EventLog
 sys.path.insert(0, sys.argv[2])
 from test_events import FREEZE, DECISION, THAW, WARNING, START, STATUS
 deepspeed.init_distributed("gloo", init_method=f"file://{sys.argv[1]}/store", rank=0, world_size=1, verbose=False, auto_mpi_discovery=False)

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from smartfrz_ds.telemetry.events import EventLog, FreezeEvent, Record, RunStart, Status
+from smartfrz_ds.telemetry.event_log import EventLog
+from smartfrz_ds.telemetry.events import FreezeEvent, Record, RunStart, Status
 from smartfrz_ds.telemetry.recorded_run import find_log, load_run
 from smartfrz_ds.telemetry.report import summary, write_report
 
@@ -157,8 +158,8 @@ def test_words_at_the_top(tmp_path: Path) -> None:
         "8.3 % of the training FLOPs so far were saved, and an estimated 11.6 s of time.",
         "Optimizer memory over all ranks: 6 MB → 4 MB (−33 %); gradients sent per step: 1.5 MB → 1 MB (−33 %).",
         "A step took 500 ms → 417 ms (−17 %) (medians, before the first freeze and last).",
-        "2 freezes and 1 thaw stopped training for 400 ms in all, 200 ms at most.",
-        "The guard took 1 freeze back: the metric had become worse (see the table).",
+        "2 freezes and 1 thaw stopped training for 400 ms in total, 200 ms at most.",
+        "The guard undid 1 freeze because the metric had become worse (see the table).",
     ]
 
 
@@ -198,7 +199,7 @@ def test_table_of_events(page: Path) -> None:
         ["70", "freeze", "blocks.1", "1 MB", "200 ms", "probability 0.90 &gt;= 0.9, twice"],
         ["90", "thaw", "blocks.1", "0 B", "0 ms", "guard: the smoothed metric is 2.5"],
     ]
-    assert "1 more decision of the policy froze nothing" in source
+    assert "1 more decision of the policy did not freeze anything" in source
 
 
 def test_spans_in_which_layers_are_frozen(tmp_path: Path) -> None:
@@ -235,7 +236,7 @@ def test_a_resumed_run_is_one_run(tmp_path: Path) -> None:
 
 def test_an_earlier_run_in_the_same_file_is_left_out_and_said(tmp_path: Path) -> None:
     run = load_run(log_of(tmp_path, [*RUN, start(), status(20)]))
-    assert run.last_step == 20 and run.notes == ["the file also holds 1 earlier run, which this report leaves out"]
+    assert run.last_step == 20 and run.notes == ["the file also has 1 earlier run, not shown in this report"]
     again = load_run(log_of(tmp_path / "second", [start(), start(), status(20), start()]))
     assert again.last_step == 0 and len(again.notes) == 2  # a run that has just begun
 
@@ -260,7 +261,7 @@ def test_numbers_that_are_not_known_leave_gaps(tmp_path: Path) -> None:
     log_of(tmp_path, [start(), status(20, **nothing), freeze(40, FRONT, FRONT), status(60, FRONT, **nothing)])
     page = Page(write_report(tmp_path))
     assert [i for i in page.ids if i in CHARTS] == ["frozen", "probabilities", "optimizer", "savings", "learning-rate"]
-    assert "hours can't be told" in page.text
+    assert "the time saved is unknown" in page.text
 
 
 @pytest.mark.parametrize("blocks", [46, 300])
@@ -279,7 +280,7 @@ def test_folders_without_a_log_or_with_several(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such folder"):
         find_log(tmp_path / "none")
     (tmp_path / "other.jsonl").write_text('{"some": "thing"}\n')
-    with pytest.raises(ValueError, match=r'no log of smartfrz in it .* "log_path" is set'):
+    with pytest.raises(ValueError, match=r'no smartfrz log found .* "log_path" is set'):
         find_log(tmp_path)
     deep = log_of(tmp_path / "attention", RUN)
     assert find_log(tmp_path) == deep == find_log(deep)
