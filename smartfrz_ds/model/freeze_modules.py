@@ -99,6 +99,11 @@ def leaving_params(frozen: Collection[Layer], layers: Sequence[Layer], tied: Tie
     return tuple(p for layer in layers if layer in frozen for p in (*layer.params, *layer.copies) if id(p) not in still_used)
 
 
+def use_is_cut(module: nn.Module) -> bool:
+    """Whether this embedding belongs to a frozen layer, and its use of a shared weight is cut out of backward."""
+    return any(hook is _cut_use for hook in module._forward_hooks.values())
+
+
 class _StayEval:
     """Forward pre-hook that returns the module to eval after model.train().
 

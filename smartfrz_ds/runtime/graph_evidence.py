@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from smartfrz_ds.model.forward_mode import ForwardMode
+from smartfrz_ds.model.freeze_modules import use_is_cut
 from smartfrz_ds.model.hooks import ModuleHook
 
 
@@ -56,6 +57,8 @@ class GraphEvidence:
         self._ran, self._fed = set(), set()
         self._recording = record
         for module in dict.fromkeys(m for p in params for m in self._owners.get(p, ())):
+            if use_is_cut(module):
+                continue  # on purpose: that use trains nothing, the weight's other uses do
             # In front of ZeRO-3's own hooks, whose copies of the inputs require no grad inside a region.
             self._handles.append(module.register_forward_pre_hook(ModuleHook(self._before), with_kwargs=True, prepend=True))
             if record:

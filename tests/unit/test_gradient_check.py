@@ -223,6 +223,45 @@ def test_a_parameter_that_comes_back_cut_is_found() -> None:
         run(6)
 
 
+@pytest.mark.parametrize(("head_runs", "doubts"), [(False, 0), (True, 1)])
+def test_a_loss_without_the_tied_head(head_runs: bool, doubts: int) -> None:
+    """Background: the frozen embedding's use of the shared weight is cut on purpose. A batch whose loss is on hidden states, so that the
+    head doesn't use the weight either, was taken for a cut graph."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.emb = nn.Embedding(9, WIDTH)
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(3))
+            self.head = nn.Linear(WIDTH, 9, bias=False)
+            self.head.weight = self.emb.weight
+
+        def forward(self, x: Tensor, head: bool) -> tuple[Tensor, Tensor | None]:
+            x = self.emb(x)
+            for block in self.blocks:
+                x = x + block(x)
+            return x, self.head(x) if head else None
+
+    model = Tied()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    controller = smartfrz_ds.attach_torch(model, optimizer, {"policy": "manual"})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(STEPS):
+            if step == FREEZE_AT:
+                controller.freeze(PREFIX)
+            optimizer.zero_grad()
+            hidden, logits = model(torch.arange(4 + step % 3), head_runs or step != FREEZE_AT)
+            loss = hidden.square().mean()
+            if step != FREEZE_AT:
+                assert logits is not None
+                loss = loss + logits.square().mean()
+            loss.backward()
+            optimizer.step()
+    assert len([w for w in caught if "got no gradient" in str(w.message)]) == doubts
+
+
 @pytest.fixture
 def peft() -> Iterator[Any]:
     yield pytest.importorskip("peft")
