@@ -230,9 +230,10 @@ class Controller(GuardedAttributes, LayoutControl):
 
         Raises:
             ValueError: a name that is no layer, or a set that `order` or `keep_active` forbids.
-            RuntimeError: not at a step boundary.
+            RuntimeError: not at a step boundary, or after `release`.
             RanksDisagree: the ranks named different layers.
         """
+        self._check_attached("freeze")
         wanted = _as_set(names)
         self._ranks.assert_same(f"freeze {sorted(wanted)} at step {self.step} on top of {self.frozen}", "layers to freeze")
         theirs = wanted.intersection(self._users.names)
@@ -254,6 +255,7 @@ class Controller(GuardedAttributes, LayoutControl):
         Raises: as `freeze`; and ValueError for a layer that the user froze where such a layer can't train: in a pipeline, under FSDP1,
             quantized weights, a policy that sets learning rates of single layers.
         """
+        self._check_attached("thaw")
         wanted = _as_set(names)
         self._ranks.assert_same(f"thaw {sorted(wanted)} at step {self.step} out of {self.frozen}", "layers to thaw")
         theirs = wanted.intersection(self._users.names)
@@ -694,6 +696,13 @@ class Controller(GuardedAttributes, LayoutControl):
     def _allowed(self, names: Sequence[str]) -> frozenset[str]:
         order, most = self.config.order, self.config.max_frozen_fraction
         return allowed(self._layers, self._frozen, names, order=order, max_frozen_fraction=most)
+
+    def _check_attached(self, call: str) -> None:
+        if self.released:
+            raise RuntimeError(
+                f"{call}: this controller was released, and no longer acts on its engine; allowed: attach again, and {call} with the new "
+                "controller"
+            )
 
     # --- small things ---------------------------------------------------------------------------------------------------------
 

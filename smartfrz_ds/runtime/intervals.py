@@ -73,8 +73,8 @@ def resolve(config: FreezeConfig, total_steps: int | None, *, provisional: bool 
             return value
         percent = percent_of(value)
         assert percent is not None, value  # checked by the settings
-        if total_steps is not None:
-            return steps_of(percent, total_steps)
+        if total_steps is not None or percent == 0:
+            return steps_of(percent, total_steps or 0)
         if unknown is None and not provisional:
             problems.append(
                 f"{SECTION}.{key}: got '{value}', and the length of the run is unknown; allowed: an integer here, or one at "

@@ -66,3 +66,20 @@ def test_a_length_that_comes_later_is_learnt() -> None:
     made.learn(total_steps=50)
     assert made.total_steps == 50
     made.release()
+
+
+@pytest.mark.parametrize("call", ["freeze", "thaw"])
+def test_a_released_controller_freezes_nothing(call: str) -> None:
+    """It used to switch the model's flags all the same, in a run that trains on without it."""
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    made = smartfrz_ds.attach_torch(model, optimizer, {"policy": "manual", "order": "any"})
+    made.freeze(["blocks.0"])
+    made.release()
+    with pytest.raises(RuntimeError, match=f"{call}: this controller was released.*attach again"):
+        getattr(made, call)(["blocks.1"])
+    assert all(p.requires_grad for p in model.parameters())
+    again = smartfrz_ds.attach_torch(model, optimizer, {"policy": "manual", "order": "any"})
+    again.freeze(["blocks.1"])
+    assert again.frozen == ("blocks.1",)
+    again.release()

@@ -113,6 +113,11 @@ def test_a_share_of_an_unknown_length_is_refused_by_name() -> None:
         smartfrz_ds.attach_torch(model, torch.optim.SGD(model.parameters(), lr=0.1), {"freeze_interval": "3%"})
 
 
+def test_no_share_of_an_unknown_length_is_none() -> None:
+    now = resolve(FreezeConfig(warmup_steps="0%", keep_state="0%"), None)
+    assert (now.warmup_steps, now.keep_state) == (0, 0)
+
+
 def test_ranks_compare_what_was_written() -> None:
     assert digest(config(warmup_steps="10%")) == digest(FreezeConfig())
     assert digest(config(warmup_steps="20%")) != digest(FreezeConfig()) != digest(config(warmup_steps=100))
