@@ -23,7 +23,7 @@ done
 
 smartfrz_venv demo
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-python "$root/smartfrz_ds/integrations/build_locks.py" # what a killed build left would make this one wait indefinitely
+python "$root/smartfrz_ds/integrations/build_locks.py" # the lock of a killed build would make this start wait indefinitely
 if [ "$(python -c 'import torch; print(torch.cuda.device_count())')" -lt 2 ]; then
     export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 fi

@@ -1,10 +1,10 @@
-"""Freeze converged layers while a DeepSpeed run goes on: exactly, with memory and traffic really released.
+"""Freezes converged layers during a DeepSpeed or FSDP run, bit-exactly, and releases their memory and communication.
 
     engine, optimizer, loader, scheduler = smartfrz_ds.initialize(model=model, config="ds_config.json")
-    engine = smartfrz_ds.attach(engine)   # or: on an engine that somebody else made
+    engine = smartfrz_ds.attach(engine)   # or: an engine that a framework created
     controller = smartfrz_ds.attach_torch(model, optimizer, settings)   # or: FSDP, DDP or one process, without DeepSpeed
 
-`engine.smartfrz` is the controller. Names are loaded when they are first used: the predictor runs without DeepSpeed.
+`engine.smartfrz` is the controller. Names are loaded on first use, so that parts work without DeepSpeed or torch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Run somebody's script with freezing on: `deepspeed --module smartfrz_ds train.py …` or `python -m smartfrz_ds train.py …`.
+"""Runs an unmodified script with freezing: `deepspeed --module smartfrz_ds train.py …` or `python -m smartfrz_ds train.py …`.
 
-For the length of this process deepspeed.initialize returns freezing engines; settings come from the script's own DeepSpeed JSON.
+In this process deepspeed.initialize returns freezing engines. The settings come from the script's own DeepSpeed JSON.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ USAGE = "usage: deepspeed --module smartfrz_ds [--local_rank=N] SCRIPT.py [the s
 
 
 def split_arguments(arguments: list[str]) -> tuple[str, list[str]]:
-    """The script and its arguments. The launcher puts `--local_rank=N` in front of the script; scripts expect it behind.
+    """Split the command line into the script and its arguments.
+
+    The launcher passes `--local_rank=N` before the script; scripts expect it among their arguments.
 
     Raises:
-        ValueError: no script, or one that isn't there.
+        ValueError: There is no script, or its file does not exist.
     """
     front: list[str] = []
     rest = list(arguments)
@@ -33,11 +35,14 @@ def split_arguments(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def main() -> None:
+    """Run the script as `__main__`, with the hook on deepspeed.initialize installed."""
     try:
         script, arguments = split_arguments(sys.argv[1:])
     except ValueError as error:
         sys.exit(f"smartfrz_ds: {error}")
-    from smartfrz_ds.integrations.initialize_hook import install_hook  # here: what is wrong with the arguments is said at once
+    from smartfrz_ds.integrations.initialize_hook import (
+        install_hook,
+    )  # here: errors in the arguments are reported without importing DeepSpeed
 
     install_hook()
     sys.argv = [script, *arguments]

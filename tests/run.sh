@@ -47,6 +47,6 @@ fi
 
 smartfrz_venv test
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
-python "$root/smartfrz_ds/integrations/build_locks.py" # what a killed build left would make this one wait indefinitely
+python "$root/smartfrz_ds/integrations/build_locks.py" # the lock of a killed build would make this start wait indefinitely
 cd "$root"
 exec python -m pytest ${marks:+-m "$marks"} ${rest[@]+"${rest[@]}"}

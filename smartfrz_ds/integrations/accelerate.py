@@ -1,4 +1,4 @@
-"""Accelerate's way in: `smartfrz_ds.prepare(accelerator, model, optimizer, …)` in place of `accelerator.prepare(model, optimizer, …)`."""
+"""Entry point for Accelerate: `smartfrz_ds.prepare(accelerator, …)` replaces `accelerator.prepare(…)`."""
 
 from __future__ import annotations
 
@@ -23,23 +23,31 @@ from .torch import TorchController, attach_torch
 def prepare(
     accelerator: Any, *objects: Any, config: ConfigSource = None, probe_batch: Any = None, device_placement: Any = None, **settings: Any
 ) -> Any:
-    """accelerator.prepare(*objects), with freezing on. Collective.
+    """Call accelerator.prepare(*objects) with freezing enabled. Collective.
 
-    accelerator: with DeepSpeed, FSDP2, DDP or one process.
-    objects: a model and its optimizer among them, and the scheduler if there is one.
-    config: the settings: a dict, the path of a DeepSpeed JSON or a FreezeConfig; None takes the "smartfrz" section of the DeepSpeed config
-        (without DeepSpeed: the defaults). settings: single ones by name, over those of `config`. probe_batch: as of `attach`.
-    device_placement: accelerator.prepare's.
-    Returns what accelerator.prepare returns. The controller is `accelerator.smartfrz` (None with DeepSpeed and `enabled: false`).
-    `accelerator.save_state` and `load_state` take the freeze state along.
+    The controller is `accelerator.smartfrz` (None with DeepSpeed and `enabled: false`). `accelerator.save_state` and `load_state` include
+    the freeze state.
+
+    Args:
+        accelerator: Configured for DeepSpeed, FSDP2, DDP or one process.
+        objects: Exactly one model and its optimizer, the scheduler if there is one, and anything else that accelerator.prepare takes.
+        config: The settings: a dict, the path of a DeepSpeed JSON or a FreezeConfig. None: the "smartfrz" section of the DeepSpeed config,
+            without DeepSpeed the defaults.
+        probe_batch: As in `attach`.
+        device_placement: Passed to accelerator.prepare.
+        settings: Single settings by name, which take precedence over `config`.
+
+    Returns:
+        The result of accelerator.prepare.
 
     Raises:
-        ValueError: wrong settings; not one model and one optimizer; one that freezing does not work with.
-        RanksDisagree: the ranks differ in settings, package version or layers.
+        ValueError: Wrong settings, not exactly one model and one optimizer, or a model or optimizer that freezing does not support.
+        RanksDisagree: The ranks differ in settings, package version or layers.
     """
     models = [x for x in objects if isinstance(x, torch.nn.Module)]
     if len(models) != 1 or sum(_is_optimizer(x) for x in objects) != 1:
-        raise ValueError(f"prepare takes one model and its optimizer, got {', '.join(type(x).__name__ for x in objects) or 'nothing'}")
+        got = ", ".join(type(x).__name__ for x in objects) or "nothing"
+        raise ValueError(f"prepare: got {got}; allowed: exactly one model and one optimizer among the arguments")
 
     def over(source: ConfigSource) -> FreezeConfig:
         return with_settings(source if config is None else config, settings)
@@ -62,12 +70,17 @@ def prepare(
         model, optimizer, chosen, scheduler=_as_stepped(result), probe_batch=probe_batch, scaler=getattr(accelerator, "scaler", None)
     )
     accelerator.smartfrz = controller
-    _take_along(accelerator, controller)
+    _include_in_states(accelerator, controller)
     return result
 
 
 class PerStep:
-    """A scheduler as Accelerate steps it: `times` times for each step of the optimizer. For forecasts and the length of the run."""
+    """A scheduler as Accelerate steps it: several times per optimizer step. Used for forecasts and the length of the run.
+
+    Args:
+        scheduler: The user's scheduler.
+        times: Scheduler steps per optimizer step, >= 1.
+    """
 
     def __init__(self, scheduler: Any, times: int) -> None:
         self.scheduler, self.times = scheduler, times
@@ -84,7 +97,7 @@ class PerStep:
 
 
 def _as_stepped(prepared: Any) -> Any:
-    """The scheduler among what accelerator.prepare returned, or None (there is none, or a DeepSpeed engine has it)."""
+    """The scheduler that accelerator.prepare returned, or None: there is none, or the DeepSpeed engine has it."""
     found = next((x for x in prepared if type(x) is AcceleratedScheduler), None)
     if found is None:
         return None
@@ -96,21 +109,21 @@ def _is_optimizer(x: Any) -> bool:
     return isinstance(x, torch.optim.Optimizer) or type(x).__name__ == "DummyOptim"  # accelerate/utils/deepspeed.py
 
 
-def _take_along(accelerator: Any, controller: TorchController) -> None:
-    """Let save_state and load_state of this accelerator carry the freeze state."""
+def _include_in_states(accelerator: Any, controller: TorchController) -> None:
+    """Make save_state and load_state of this accelerator include the freeze state."""
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: controller.save(folder))
 
-    # Around it, not by Accelerate's hooks: for FSDP those come only when the optimizer is loaded (accelerate/accelerator.py: load_state).
+    # A wrapper, not Accelerate's hooks: with FSDP they run only after the optimizer was loaded (accelerate/accelerator.py: load_state).
     load_state = accelerator.load_state
 
     def load(input_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
         folder = os.path.expanduser(input_dir) if input_dir is not None else _newest(accelerator)
         if folder is None or not Path(folder).is_dir():
-            return load_state(input_dir, *args, **kwargs)  # which says what is wrong
+            return load_state(input_dir, *args, **kwargs)  # which reports the error
         there = (Path(folder) / SIDE_FILE).is_file()
         if there:
             controller.restore(folder)
-        else:  # a state of before
+        else:  # a state saved without freezing
             controller.restore_layout(())
         result = load_state(input_dir, *args, **kwargs)
         if not there:
@@ -121,7 +134,7 @@ def _take_along(accelerator: Any, controller: TorchController) -> None:
 
 
 def _newest(accelerator: Any) -> str | None:
-    """The folder that load_state() takes by itself; None: none."""
+    """The folder that load_state() chooses without an argument, None where it has none."""
     if not accelerator.project_configuration.automatic_checkpoint_naming:
         return None
     folders = [str(x) for x in (Path(accelerator.project_dir) / "checkpoints").iterdir()]

@@ -1,10 +1,10 @@
-"""Locks that a killed build left in torch's folder of extensions: every later start waits for them, indefinitely and silently.
+"""Locks that a killed build left in torch's extensions folder. Every later start waits for them, indefinitely and silently.
 
-torch/utils/cpp_extension.py builds an extension under a file `lock` (torch/utils/file_baton.py): the builder creates it and keeps it open
-until it removes it; any other process waits until the file is gone. A builder that was killed never removes it. `clear` removes such a lock
-where it is proven that no process has it open, and names every other one.
+torch/utils/cpp_extension.py builds an extension under a file `lock` (torch/utils/file_baton.py): the builder creates the file and keeps it
+open until it removes it; all other processes wait until the file is gone. A killed builder never removes it. `clear` removes such a lock
+if no process can have it open, and reports all others.
 
-`python smartfrz_ds/integrations/build_locks.py` does that for a shell script; it imports neither torch nor DeepSpeed.
+Shell scripts run `python smartfrz_ds/integrations/build_locks.py`, which imports neither torch nor DeepSpeed.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from typing import Literal
 
 State = Literal["built", "orphaned", "abandoned", "unclear"]
 
-# File systems of one host alone: a process that has a file of theirs open runs on this host. Anything else (nfs, lustre, 9p, fuse, …) may
-# have its builder elsewhere.
+# File systems that belong to one host: a process with an open file on them runs on this host. On any other (nfs, lustre, 9p, fuse, …) the
+# builder may run on another host.
 _LOCAL = frozenset({"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"})
-# torch closes the file before it removes it: an instant in which a builder that lives has it no longer open.
+# torch closes the file before it removes it: for an instant, a running builder does not have it open.
 _RELEASE_SECONDS = 0.5
-# Without a lease there is the list of open files alone, which shows no process of another container: then the lock must be older than any
-# build besides. The longest, of DeepSpeed's CPUAdam, takes about two minutes.
+# Without a lease only the list of open files is left, which does not show processes of other containers. The lock must then also be older
+# than any build takes. The longest build, DeepSpeed's CPUAdam, takes about two minutes.
 _BUILD_SECONDS = 600.0
 
 logger = logging.getLogger("smartfrz_ds")
@@ -40,11 +40,14 @@ logger = logging.getLogger("smartfrz_ds")
 
 @dataclass(frozen=True)
 class BuildLock:
-    """A lock and what is known of it.
+    """A lock and its state.
 
-    state: "built": a process has it open; "orphaned": none has, but a process that the builder started is still at work; "abandoned": no
-        process has to do with it; "unclear": that can't be told.
-    age: seconds since it was made. why: for people, what the state is told from.
+    Attributes:
+        path: The lock file.
+        state: "built": a process has it open. "orphaned": no process has it open, but one that the builder started is still running.
+            "abandoned": no process uses it. "unclear": the state cannot be determined.
+        age: Seconds since its creation.
+        why: The evidence for the state, as text.
     """
 
     path: Path
@@ -54,12 +57,12 @@ class BuildLock:
 
     @property
     def answer(self) -> str:
-        """What a person should do."""
+        """The action for the user."""
         if self.state == "built":
             return "wait for it"
         if self.state == "abandoned":
             return f"remove it: rm '{self.path}'"
-        return f"if nothing is being built now: rm '{self.path}'"
+        return f"if no build is running: rm '{self.path}'"
 
     def __str__(self) -> str:
         age = f"{self.age:.0f} seconds" if self.age < 120 else f"{self.age / 60:.0f} minutes"
@@ -67,13 +70,20 @@ class BuildLock:
 
 
 def extensions_folder() -> Path:
-    """Where torch builds extensions: TORCH_EXTENSIONS_DIR, else its own place (torch/utils/cpp_extension.py, get_default_build_root)."""
+    """Where torch builds extensions: TORCH_EXTENSIONS_DIR, else torch's default (torch/utils/cpp_extension.py: get_default_build_root)."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default)
 
 
 def find(folder: Path | None = None) -> list[BuildLock]:
-    """All build locks under `folder` (default: `extensions_folder`), examined, in the order of their paths. Nothing is changed."""
+    """Examine all build locks in a folder, without changing anything.
+
+    Args:
+        folder: Default: `extensions_folder`.
+
+    Returns:
+        The locks, sorted by path.
+    """
     found = []
     for path in _paths(folder):
         with contextlib.suppress(FileNotFoundError), _examined(path) as lock:
@@ -82,15 +92,21 @@ def find(folder: Path | None = None) -> list[BuildLock]:
 
 
 def clear(folder: Path | None = None, *, say: Callable[[str], None] | None = None) -> list[BuildLock]:
-    """Remove the abandoned build locks under `folder`, name the others, and return those that are left.
+    """Remove the abandoned build locks in a folder and report the others.
 
-    A lock is removed only on a local file system, when no process has it open: the kernel grants a lease for writing only on such a file,
-    whichever user or container the other process belongs to and however young it is, and while it is held no process can open the file.
-    Where there are no leases, it takes a list of all processes' open files, and an age that no build reaches.
-    Every rank of a host calls this, before it may need an extension: a rank that waited for a lock that is removed meanwhile would load an
-    extension that was never built. The first one removes it, local rank 0 names what is left.
+    A lock is removed only on a local file system, and only if no process has it open. The kernel grants a write lease only on such a file,
+    whichever user or container another process belongs to, and no process can open the file while the lease is held. Where leases are not
+    available, the open files of all processes are listed, and the lock must be older than any build takes.
 
-    folder: default: `extensions_folder`. say: takes a line for people; default: a warning in the log of "smartfrz_ds".
+    Every rank of a host calls this before it may need an extension: a rank that already waits for a lock which is then removed would load
+    an extension that was never built. The first rank removes the lock, local rank 0 reports the remaining ones.
+
+    Args:
+        folder: Default: `extensions_folder`.
+        say: Receives each message; default: a warning of the logger "smartfrz_ds".
+
+    Returns:
+        The locks that remain.
     """
     say = say or logger.warning
     left = []
@@ -99,42 +115,43 @@ def clear(folder: Path | None = None, *, say: Callable[[str], None] | None = Non
         end = time.monotonic() + _BUILD_SECONDS
         try:
             while lock is None or (lock.state == "orphaned" and time.monotonic() < end):
-                if lock is not None:  # the compiler of a builder that was killed would write into the next build
+                if lock is not None:  # the killed builder's compiler would write into the next build
                     time.sleep(0.5)
                 with _examined(path) as lock:
                     if lock.state == "abandoned" and _removed(path):
-                        say(f"smartfrz: removed a lock that a killed build left: {lock}")
+                        say(f"smartfrz: removed the lock of a killed build: {lock}")
                         lock = None
                         break
-        except FileNotFoundError:  # another rank was here, or the builder is done
+        except FileNotFoundError:  # another rank removed it, or the build has finished
             continue
         if lock is not None:
             left.append(lock)
             if os.environ.get("LOCAL_RANK", "0") == "0":
-                say(f"smartfrz: this start waits as long as a build lock is there: {lock}; {lock.answer}")
+                say(f"smartfrz: this start waits until a build lock is gone: {lock}; {lock.answer}")
     return left
 
 
 def _paths(folder: Path | None) -> list[Path]:
-    """FOLDER/EXTENSION/lock, and, in torch's own place, FOLDER/pyXY_ACCELERATOR/EXTENSION/lock."""
+    """FOLDER/EXTENSION/lock and, in torch's default folder, FOLDER/pyXY_ACCELERATOR/EXTENSION/lock."""
     folder = extensions_folder() if folder is None else folder
     return sorted({*folder.glob("lock"), *folder.glob("*/lock"), *folder.glob("*/*/lock")})
 
 
 @contextlib.contextmanager
 def _examined(path: Path) -> Iterator[BuildLock]:
-    """What is known of a lock. While it is given, an abandoned one can't be opened by another process.
+    """Examine a lock. Inside the block, no other process can open an abandoned one.
 
-    Raises FileNotFoundError where there is none any more.
+    Raises:
+        FileNotFoundError: The lock is gone.
     """
     status = path.lstat()
     age = max(0.0, time.time() - status.st_mtime)
     if not stat.S_ISREG(status.st_mode) or status.st_size:
-        yield BuildLock(path, "unclear", age, "it is not an empty file, as torch's locks are")
+        yield BuildLock(path, "unclear", age, "it is not an empty file, unlike torch's locks")
         return
     kind = filesystem_of(path)
     if kind not in _LOCAL:
-        yield BuildLock(path, "unclear", age, f"it lies on a file system ({kind or 'unknown'}) that another host may be building on")
+        yield BuildLock(path, "unclear", age, f"it is on a file system ({kind or 'unknown'}) on which another host may be building")
         return
     file, why = _open(path)
     try:
@@ -146,13 +163,13 @@ def _examined(path: Path) -> Iterator[BuildLock]:
         if leased is False or holder is not None:
             yield BuildLock(path, "built", age, f"{'a process' if holder is None else f'process {holder}'} is building")
         elif worker is not None:
-            yield BuildLock(path, "orphaned", age, f"its builder has ended, but process {worker} is still at work in its folder")
+            yield BuildLock(path, "orphaned", age, f"its builder has ended, but process {worker} is still running in its folder")
         elif leased:
             yield BuildLock(path, "abandoned", age, "no process has it open")
         elif not whole:
             yield BuildLock(path, "unclear", age, "the open files of other users' processes can't be listed here")
         elif age < _BUILD_SECONDS:
-            yield BuildLock(path, "unclear", age, "no process that is visible here has it open, but it is younger than a build can take")
+            yield BuildLock(path, "unclear", age, "no visible process has it open, but it is younger than a build can take")
         else:
             yield BuildLock(path, "abandoned", age, "no process has it open, and it is older than a build can take")
     finally:
@@ -161,21 +178,21 @@ def _examined(path: Path) -> Iterator[BuildLock]:
 
 
 def _open(path: Path) -> tuple[int | None, str]:
-    """The lock, opened for reading; or None, and why not."""
+    """Open the lock for reading. Returns (file descriptor, "") or (None, the reason)."""
     for _ in range(1200):  # a minute
         try:
             return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC), ""
-        except BlockingIOError:  # another rank has the lease just now, and removes it
+        except BlockingIOError:  # another rank holds the lease and is removing the lock
             time.sleep(0.05)
         except PermissionError:
             return None, f"it belongs to user {path.lstat().st_uid}"
-    return None, "another process examines it"
+    return None, "another process is examining it"
 
 
 def _lease(file: int) -> bool | None:
-    """Whether the kernel grants a lease for writing: only where no other open file is this one. None: it can't be told (fcntl(2))."""
+    """Whether the kernel grants a write lease, which it does only if no other process has the file open (fcntl(2)). None: unknown."""
     try:
-        # A process that opens the file breaks the lease, and the default signal for that, SIGIO, would end this one. SIGURG is ignored.
+        # A process that opens the file breaks the lease. The default signal for that, SIGIO, would end this process; SIGURG is ignored.
         fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
     except OSError as error:
@@ -184,8 +201,12 @@ def _lease(file: int) -> bool | None:
 
 
 def _processes(path: Path, proc: Path = Path("/proc")) -> tuple[int | None, int | None, bool]:
-    """A process other than this one that has the file open, one that works in its folder (torch starts ninja there), and whether all
-    processes could be looked at."""
+    """Look for processes, other than this one, that use the lock.
+
+    Returns:
+        A process that has the file open, a process whose working directory is its folder (torch starts ninja there), and whether all
+        processes could be examined.
+    """
     file, place, whole = _identity(path), _identity(path.parent), True
     worker: int | None = None
     for folder in proc.glob("[0-9]*"):
@@ -211,11 +232,18 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _removed(path: Path) -> bool:
-    """Remove an abandoned lock; whether that was allowed. Raises FileNotFoundError where its builder does it itself."""
+    """Remove an abandoned lock.
+
+    Returns:
+        False where the permissions do not allow it.
+
+    Raises:
+        FileNotFoundError: Its builder removed it.
+    """
     before = _identity(path)
     time.sleep(_RELEASE_SECONDS)
     if _identity(path) != before:
-        raise FileNotFoundError(path)  # it was done, and the next one has begun
+        raise FileNotFoundError(path)  # that build has finished, and the next one has started
     try:
         path.unlink()
     except PermissionError:
@@ -224,9 +252,11 @@ def _removed(path: Path) -> bool:
 
 
 def filesystem_of(path: Path, mounts: str | None = None) -> str:
-    """The type of the file system that a path lies on, e.g. "ext4" or "nfs4"; "" where that is unknown.
+    """The type of a path's file system, such as "ext4" or "nfs4"; "" where unknown.
 
-    mounts: text in the form of /proc/self/mountinfo (default: that file's).
+    Args:
+        path: An existing path.
+        mounts: Text in the format of /proc/self/mountinfo. Default: that file's content.
     """
     if mounts is None:
         try:
@@ -236,7 +266,7 @@ def filesystem_of(path: Path, mounts: str | None = None) -> str:
     real = Path(os.path.realpath(path))
     best, kind = -1, ""
     for line in mounts.splitlines():
-        left, _, right = line.partition(" - ")  # proc(5): the fields before the separator vary in number
+        left, _, right = line.partition(" - ")  # proc(5): the number of fields before the separator varies
         fields = left.split()
         if len(fields) < 5 or not right:
             continue
@@ -247,7 +277,7 @@ def filesystem_of(path: Path, mounts: str | None = None) -> str:
 
 
 def main() -> None:
-    """Clear the locks of the folder that is named, or of `extensions_folder`; the exit code is 0 in any case."""
+    """Clear the locks of the folder in the arguments, default `extensions_folder`. The exit code is 0 even if locks remain."""
     if len(sys.argv) > 2 or (sys.argv[1:] and sys.argv[1].startswith("-")):
         sys.exit("usage: python -m smartfrz_ds.integrations.build_locks [FOLDER]")
     clear(Path(sys.argv[1]) if sys.argv[1:] else None, say=lambda line: print(line, file=sys.stderr))

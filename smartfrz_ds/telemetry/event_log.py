@@ -132,7 +132,7 @@ class EventLog:
                 fits = position <= self.position and (position == 0 or file.read(1) == b"\n")
                 if not fits or (mark and mark != self.mark(position)):
                     text = f"smartfrz: the log {self.path} does not belong to this checkpoint (no event ends at byte {position})"
-                    warnings.warn(text, RuntimeWarning, stacklevel=2)
+                    warnings.warn(f"{text}: left unchanged", RuntimeWarning, stacklevel=2)
                     return None
                 file.seek(position)
                 kept = None if copy is None else _keep(copy, file.read())

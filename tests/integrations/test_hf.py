@@ -356,7 +356,7 @@ def test_importing_the_package_imports_no_transformers() -> None:
 
 
 def test_prepare_wants_a_model_and_its_optimizer() -> None:
-    with pytest.raises(ValueError, match="one model and its optimizer, got nothing"):
+    with pytest.raises(ValueError, match="prepare: got nothing; allowed: exactly one model"):
         smartfrz_ds.prepare(object())
 
 

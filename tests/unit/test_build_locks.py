@@ -76,7 +76,7 @@ def test_a_living_builders_lock_is_left_alone_and_a_killed_ones_is_removed(tmp_p
             assert str(lock) in line and f"process {process.pid} is building; wait for it" in line
             aged(lock)
     (line,) = told(tmp_path)[1]
-    assert not lock.exists() and f"removed a lock that a killed build left: {lock} is 60 minutes old" in line
+    assert not lock.exists() and f"removed the lock of a killed build: {lock} is 60 minutes old" in line
     assert told(tmp_path) == ([], [])
     killed(lock)  # seconds old
     assert find(tmp_path)[0].state == "abandoned" and lock.exists()
@@ -112,7 +112,7 @@ def test_without_leases_it_takes_all_open_files_and_an_age(tmp_path: Path, monke
     shutil.rmtree(proc)
     monkeypatch.setattr(build_locks, "_processes", lambda path: (None, None, True))
     (left,), (line,) = told(tmp_path)
-    assert left.state == "unclear" and "younger than a build can take; if nothing is being built now: rm" in line and lock.exists()
+    assert left.state == "unclear" and "younger than a build can take; if no build is running: rm" in line and lock.exists()
     aged(lock)
     monkeypatch.setattr(build_locks, "_processes", lambda path: (None, None, False))
     assert "other users' processes can't be listed" in told(tmp_path)[1][0] and lock.exists()
@@ -124,7 +124,7 @@ def test_a_compiler_that_outlives_its_builder_is_waited_for(tmp_path: Path) -> N
     """torch starts ninja in the folder of the extension. A build beside it would write the same files."""
     lock = killed(tmp_path / "op" / "lock")
     with subprocess.Popen(["sleep", "2"], cwd=lock.parent) as compiler:
-        assert find(tmp_path)[0].state == "orphaned" and f"process {compiler.pid} is still at work" in str(find(tmp_path)[0])
+        assert find(tmp_path)[0].state == "orphaned" and f"process {compiler.pid} is still running" in str(find(tmp_path)[0])
         assert told(tmp_path)[0] == [] and not lock.exists()
         assert not Path(f"/proc/{compiler.pid}/cwd").exists() or compiler.poll() is not None
 
@@ -161,7 +161,7 @@ def test_where_another_host_may_build_nothing_is_removed(tmp_path: Path, monkeyp
     monkeypatch.setattr(build_locks, "filesystem_of", lambda path: kind)
     (left,), (line,) = told(tmp_path)
     assert lock.exists() and left.state == "unclear"
-    assert f"({kind or 'unknown'}) that another host may be building on; if nothing is being built now: rm '{lock}'" in line
+    assert f"({kind or 'unknown'}) on which another host may be building; if no build is running: rm '{lock}'" in line
 
 
 def test_what_is_no_lock_of_torchs_is_left_alone(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_another_users_lock_is_named() -> None:
             [python, "-S", str(folder / "build_locks.py"), name], user=65534, cwd="/", capture_output=True, text=True, check=False
         )
         assert done.returncode == 0 and lock.exists(), done.stderr
-        assert f"if nothing is being built now: rm '{lock}'" in done.stderr, done.stderr
+        assert f"if no build is running: rm '{lock}'" in done.stderr, done.stderr
 
 
 def test_ranks_that_start_together_remove_each_lock_once(tmp_path: Path) -> None:
@@ -208,11 +208,11 @@ def test_ranks_that_start_together_remove_each_lock_once(tmp_path: Path) -> None
         assert [p.returncode for p in started] == [0] * 4, texts
         assert (tmp_path / "living" / "lock").exists()
         assert sum(text.count(f"process {process.pid} is building") for text in texts) == 4
-    removed = [line for text in texts for line in re.findall(r"removed .*?left: (\S+/lock)", text)]
+    removed = [line for text in texts for line in re.findall(r"removed the lock of a killed build: (\S+/lock)", text)]
     assert sorted(removed) == sorted(map(str, locks))
 
 
-def test_only_local_rank_0_names_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_local_rank_0_reports_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lock = tmp_path / "op" / "lock"
     lock.parent.mkdir()
     with lock.open("w"):
@@ -277,4 +277,4 @@ def test_a_start_with_a_stale_lock(tmp_path: Path) -> None:
             left.unlink(missing_ok=True)
     for rank in range(2):
         assert json.loads((tmp_path / f"saw.{rank}").read_text()) == [False, False, 1], output
-    assert output.count("removed a lock that a killed build left") == 2, output
+    assert output.count("removed the lock of a killed build") == 2, output
