@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -11,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import TESTS, environment, launch
+from torch import nn
+from transformers import Trainer, TrainingArguments
 
+import smartfrz_ds
 from smartfrz_ds.telemetry.events import FreezeEvent
 from smartfrz_ds.telemetry.outcome import Stages, outcome
 
@@ -48,6 +53,49 @@ def test_lines_of_a_deepspeed_run(tmp_path: Path) -> None:
     last = sorted(told[len(expected) :])  # which of the two engines ends first is not said
     assert last[0] == "end at step 3 of 3: nothing was frozen: the policy is manual, and freeze() was not called"
     assert last[1].startswith(f"end at step 7 of 12: {end}; 2 of 7 layers frozen now")
+
+
+class Regression(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(4))
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        for block in self.blocks:
+            x = block(x)
+        y = self.head(x)
+        return {"loss": (y - labels).square().mean(), "logits": y}
+
+
+@pytest.mark.parametrize("epochs", [False, True])
+def test_lines_of_a_trainer(epochs: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """12 steps either way, told by a schedule that decays or else by the Trainer, which works them out from epochs. One process."""
+    data = [{"x": torch.ones(4) * i, "labels": torch.ones(1)} for i in range(16)]
+    length: dict[str, Any] = {"num_train_epochs": 3, "lr_scheduler_type": "constant"} if epochs else {"max_steps": 12}
+    arguments = TrainingArguments(
+        str(tmp_path), **length, per_device_train_batch_size=4, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
+        logging_steps=100,
+    )  # fmt: skip
+    log = tmp_path / "log.jsonl"
+    callback = smartfrz_ds.FreezeCallback(
+        policy="linear", linear={"start_step": 2, "end_step": 10}, warmup_steps=0, freeze_interval=4, cooldown=0, log_path=str(log)
+    )
+    with caplog.at_level(logging.INFO, "smartfrz_ds"):
+        Trainer(Regression(), arguments, train_dataset=data, callbacks=[callback]).train()
+    told = [r.getMessage() for r in caplog.records if r.name == "smartfrz_ds" and r.levelno == logging.INFO]
+    start, *freezes, end = told
+    assert start == (
+        "smartfrz: on (torch, 1 rank); policy linear; 5 layers (blocks.0 … head); 12 steps "
+        f"({'the Trainer' if epochs else 'scheduler LambdaLR'}); first freezing stage at step 4; log {log}"
+    )
+    events = [event for event in callback.controller.report().events if event.kind == "freeze"]
+    assert len(freezes) == len(events) == 2
+    for line, event, now in zip(freezes, events, (1, 2), strict=True):
+        assert line.startswith(f"smartfrz: step {event.step}: froze blocks.") and f"; {now} of 5 layers frozen; " in line
+    last = "smartfrz: end at step 12 of 12: froze blocks.0 at step 4, blocks.1 at step 8; 2 of 5 layers frozen now: blocks.0, blocks.1; "
+    assert end.startswith(last)
 
 
 ALONE = """
