@@ -1,4 +1,4 @@
-"""What `smartfrz check-config` prints: the settings of a run, and when it can freeze."""
+"""The output of `smartfrz check-config`: the settings of a run and its first freezing stage."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from smartfrz_ds.runtime.intervals import first_stage, resolve, why_never
 from smartfrz_ds.signals.lr_forecast import total_steps_in
 
 _UNKNOWN = (
-    f"length of the run: not in the file. A scheduler or a Trainer of the script says it, or {SECTION}.total_steps; --total-steps N shows "
-    "the settings for N steps"
+    f"length of the run: not in the file. The script's scheduler or Trainer sets it, or {SECTION}.total_steps; --total-steps N prints the "
+    "settings for N steps"
 )
 
 
 def settings_text(file: Path, total_steps: int | None = None) -> str:
-    """The settings in a DeepSpeed JSON, one a line, and the first freezing stage.
+    """Format the settings in a DeepSpeed JSON, one per line, and the first freezing stage.
 
-    total_steps: the length of the run, >= 1; None: what the file says.
+    Args:
+        file: The DeepSpeed JSON.
+        total_steps: Length of the run in steps, >= 1; None: taken from the file.
 
     Raises:
-        ValueError: as `FreezeConfig.load`.
+        ValueError: As `FreezeConfig.load`.
     """
     config = FreezeConfig.load(file)
     total = total_steps or total_steps_in(read_config(file)[0], config.total_steps)
@@ -41,7 +43,7 @@ def settings_text(file: Path, total_steps: int | None = None) -> str:
         shown.append(text + ("  (default)" if value == default else ""))
     if config.enabled and config.policy != "manual":
         shown += [_stage(config, total), *([] if total is not None else [_UNKNOWN])]
-    return "\n".join([*shown, f"{file}: ok" + ("" if config.enabled else ", freezing is switched off")])
+    return "\n".join([*shown, f"{file}: ok" + ("" if config.enabled else ", freezing is disabled")])
 
 
 def _stage(config: FreezeConfig, total: int | None) -> str:
@@ -49,6 +51,6 @@ def _stage(config: FreezeConfig, total: int | None) -> str:
         if why := why_never(config, total):
             return f"WARNING: {why}"
         first = first_stage(config, total)
-    except ValueError as error:  # a share, and no length: a run whose script doesn't say it either ends here
+    except ValueError as error:  # a percentage and no length: a run whose script does not set it either stops with this error
         return f"WARNING: {error}"
     return f"first freezing stage: step {first}" + (f" of {total}" if total else "")

@@ -1,4 +1,4 @@
-"""What the doctor found."""
+"""The result of one check of the doctor."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ Level = Literal["ok", "warning", "problem"]
 
 @dataclass(frozen=True)
 class Finding:
-    """check: what was looked at. level: "problem": a run fails or hangs; "warning": it may, or something is lost. text: what was found.
-    answer: what to do; empty where there is nothing to do."""
+    """One result of a check.
+
+    Attributes:
+        check: Name of the check.
+        level: "ok"; "warning": a run may fail, or something is lost; "problem": a run fails or hangs.
+        text: The result.
+        answer: What to do; "" where nothing needs to be done.
+    """
 
     check: str
     level: Level
@@ -19,4 +25,5 @@ class Finding:
     answer: str = ""
 
     def to_json(self) -> dict[str, str]:
+        """Return a JSON-serializable dict."""
         return asdict(self)

@@ -1,4 +1,4 @@
-"""The `smartfrz` command: parses, calls, prints."""
+"""The `smartfrz` command: parses arguments, calls the package, prints the result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .predictor import add_commands
 
 app = typer.Typer(
     name="smartfrz",
-    help="Freeze converged layers while a DeepSpeed run goes on.",
+    help="Freeze converged layers during a DeepSpeed or FSDP run.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -25,7 +25,11 @@ app = typer.Typer(
 
 @contextmanager
 def _plain_errors(extra: str = "predictor") -> Iterator[None]:
-    """What the user got wrong is told without a traceback, with exit code 2. extra: what brings a package that may be missing."""
+    """Print errors of the user without a traceback and exit with code 2.
+
+    Args:
+        extra: The extra of this package that installs what may be missing.
+    """
     try:
         yield
     except ModuleNotFoundError as error:
@@ -47,7 +51,8 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def main(
     show_version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and those of DeepSpeed and torch.")
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the versions of smartfrz_ds, DeepSpeed and torch."),
     ] = False,
 ) -> None:
     pass
@@ -60,16 +65,17 @@ add_commands(app, _plain_errors)
 def check_config(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A DeepSpeed JSON.")],
     total_steps: Annotated[
-        int | None, typer.Option(min=1, help="Length of the run in steps, where FILE does not say it (a Trainer, a scheduler of yours).")
+        int | None,
+        typer.Option(min=1, help="Length of the run in steps, if only the script knows it (a Trainer, a scheduler of your own)."),
     ] = None,
 ) -> None:
-    """Check a DeepSpeed JSON, print the settings.
+    """Check a DeepSpeed JSON and print the settings.
 
-    Checks the "smartfrz" section and prints the settings that a run would use, shares of the run also as steps where its length is known,
-    and the first freezing stage. Name patterns are checked only with the model, when the engine is made.
+    Checks the "smartfrz" section and prints the settings that a run would use and the first freezing stage. Percentages are also printed as
+    steps if the length of the run is known. Name patterns are checked only when the engine is created, as they need the model.
     """
     with _plain_errors():
-        from .check_config import settings_text  # here, as it needs torch
+        from .check_config import settings_text  # here: it needs pydantic
 
         text = settings_text(file, total_steps)
     typer.echo(text)
@@ -78,32 +84,35 @@ def check_config(
 @app.command()
 def plan(
     profile: Annotated[Path | None, typer.Option(dir_okay=False, help="JSON file with measured layer costs (docs/planning.md).")] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Blocks of a GPT whose costs are estimated, instead of --profile.")] = None,
-    hidden: Annotated[int, typer.Option(min=1, help="Its hidden size.")] = 4096,
-    vocabulary: Annotated[int, typer.Option(min=1, help="Its vocabulary.")] = 32000,
-    sequence: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 4096,
-    micro_batch: Annotated[int, typer.Option(min=1, help="Sequences of a micro-batch.")] = 1,
-    tflops: Annotated[float, typer.Option(help="TFLOP/s that a device reaches.")] = 150.0,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Instead of --profile: number of blocks of a GPT whose costs are estimated.")
+    ] = None,
+    hidden: Annotated[int, typer.Option(min=1, help="Hidden size of that GPT.")] = 4096,
+    vocabulary: Annotated[int, typer.Option(min=1, help="Vocabulary size of that GPT.")] = 32000,
+    sequence: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 4096,
+    micro_batch: Annotated[int, typer.Option(min=1, help="Sequences per micro-batch.")] = 1,
+    tflops: Annotated[float, typer.Option(help="TFLOP/s that a device achieves.")] = 150.0,
     recompute: Annotated[bool, typer.Option("--recompute", help="Activation checkpointing in every block.")] = False,
     pp: Annotated[int, typer.Option(min=1, help="Pipeline stages; 1: no pipeline.")] = 1,
     dp: Annotated[int, typer.Option(min=1, help="Data-parallel replicas.")] = 1,
-    micro_batches: Annotated[int, typer.Option(min=1, help="Micro-batches of a step (gradient accumulation).")] = 1,
-    zero: Annotated[int, typer.Option(min=0, max=3, help="ZeRO stage; in a pipeline 0 or 1.")] = 1,
-    bandwidth: Annotated[float, typer.Option(help="GB/s that a rank sends.")] = 25.0,
-    latency: Annotated[float, typer.Option(min=0, help="Microseconds of the smallest message.")] = 50.0,
-    overlap: Annotated[bool, typer.Option("--overlap", help="Without a pipeline: communication hides behind computing.")] = False,
-    element_bytes: Annotated[int, typer.Option(min=1, help="Bytes of a weight and of its gradient: 2 (bf16) or 4 (fp32).")] = 2,
-    memory_limit: Annotated[float | None, typer.Option(min=0, help="GB of a rank, which every cut respects.")] = None,
-    parts: Annotated[str | None, typer.Option(help="Bounds of the stages at first, e.g. 0,9,18 (default: the best).")] = None,
-    order: Annotated[str, typer.Option(help="Order of instructions: 1f1b (DeepSpeed's) or gpipe.")] = "1f1b",
+    micro_batches: Annotated[int, typer.Option(min=1, help="Micro-batches per step (gradient accumulation).")] = 1,
+    zero: Annotated[int, typer.Option(min=0, max=3, help="ZeRO stage; 0 or 1 in a pipeline.")] = 1,
+    bandwidth: Annotated[float, typer.Option(help="Bandwidth of a rank in GB/s.")] = 25.0,
+    latency: Annotated[float, typer.Option(min=0, help="Latency of a message in microseconds.")] = 50.0,
+    overlap: Annotated[bool, typer.Option("--overlap", help="Without a pipeline: communication overlaps with computation.")] = False,
+    element_bytes: Annotated[int, typer.Option(min=1, help="Bytes per weight and per gradient: 2 (bf16) or 4 (fp32).")] = 2,
+    memory_limit: Annotated[float | None, typer.Option(min=0, help="Memory limit per rank in GB, for every partition into stages.")] = None,
+    parts: Annotated[str | None, typer.Option(help="Initial stage bounds, e.g. 0,9,18 (default: the best).")] = None,
+    order: Annotated[str, typer.Option(help="Pipeline schedule: 1f1b (DeepSpeed's) or gpipe.")] = "1f1b",
     frozen: Annotated[str | None, typer.Option(help="Fractions of the layers to compare, e.g. 0.25,0.5.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="A run's phases, SHARE:FRACTION, e.g. 0.4:0,0.6:0.5.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="Phases of a run as SHARE:FRACTION, e.g. 0.4:0,0.6:0.5.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the run.")] = 100_000,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: seconds, bytes, hours.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in seconds, bytes and hours.")] = False,
 ) -> None:
     """Predict what freezing saves on a cluster.
 
-    Step time with front layers frozen, with and without re-balancing the pipeline; bytes; hours of a run. Nothing is run.
+    Predicts step times with a frozen prefix, with and without rebalancing the pipeline, communicated bytes and the hours of a run. Nothing
+    is executed.
     """
     with _plain_errors():
         from smartfrz_ds.cli import plan as command
@@ -133,20 +142,21 @@ def plan(
 
 @app.command()
 def reshape(
-    checkpoint: Annotated[Path, typer.Argument(file_okay=False, help="Folder as load_checkpoint takes it.")],
+    checkpoint: Annotated[Path, typer.Argument(file_okay=False, help="Checkpoint folder, as load_checkpoint takes it.")],
     pp: Annotated[int, typer.Option(help="Pipeline stages of the new run.")],
     dp: Annotated[int, typer.Option(help="Data-parallel replicas of the new run.")],
     output: Annotated[Path | None, typer.Option(file_okay=False, help="New folder (default: CHECKPOINT-ppP-dpD).")] = None,
-    tag: Annotated[str | None, typer.Option(help="Which checkpoint of the folder (default: the one that `latest` names).")] = None,
-    bounds: Annotated[str | None, typer.Option(help="Bounds of the stages, e.g. 0,9,18 (default: even, frozen layers a third).")] = None,
+    tag: Annotated[str | None, typer.Option(help="Which checkpoint of the folder (default: the one named in `latest`).")] = None,
+    bounds: Annotated[
+        str | None, typer.Option(help="Stage bounds, e.g. 0,9,18 (default: balanced, a frozen layer counts as a third).")
+    ] = None,
     trust: Annotated[
-        bool, typer.Option("--trust", help="Unpickle objects of yours (client_state): runs code that the files name.")
+        bool, typer.Option("--trust", help="Unpickle your own objects (client_state). This runs code named in the files.")
     ] = False,
 ) -> None:
-    """Give a pipeline's checkpoint fewer stages and more replicas.
+    """Convert a pipeline's checkpoint to other numbers of stages and replicas.
 
-    Or any others: writes a checkpoint of a freezing PipelineEngine anew, so that a run of P stages and D replicas goes on from it.
-    The checkpoint itself is only read.
+    Writes a new checkpoint from which a run with P stages and D replicas resumes. The original checkpoint is only read.
     """
     with _plain_errors():
         from smartfrz_ds.checkpoint.reshape import reshape as write
@@ -154,21 +164,19 @@ def reshape(
         try:
             cut = None if bounds is None else [int(bound) for bound in bounds.split(",")]
         except ValueError:
-            raise ValueError(f"--bounds: got {bounds!r}; allowed: rising integers, by commas") from None
+            raise ValueError(f"--bounds: got {bounds!r}; allowed: a comma-separated list of increasing integers") from None
         made = write(checkpoint, pp, dp, output=output, tag=tag, bounds=cut, trust=trust, progress=True)
     typer.echo(made.text())
 
 
 @app.command()
 def report(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder with the run's log (smartfrz.log_path), or the log itself.")],
-    output: Annotated[
-        Path | None, typer.Option(file_okay=False, help="Folder of the page and its charts (default: RUN_DIR/report).")
-    ] = None,
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of the run's log (smartfrz.log_path), or the log itself.")],
+    output: Annotated[Path | None, typer.Option(file_okay=False, help="Output folder (default: RUN_DIR/report).")] = None,
 ) -> None:
-    """Make a page of what a run's log says.
+    """Make a report of a run from its log.
 
-    One HTML file that needs nothing else, and its charts as PNGs: frozen layers, probabilities, loss, times, bytes, savings, events.
+    Writes one self-contained HTML file, and its charts as PNGs: frozen layers, probabilities, loss, step times, bytes, savings, events.
     """
     with _plain_errors("report"):
         from smartfrz_ds.telemetry.report import write_report
@@ -179,16 +187,17 @@ def report(
 
 @app.command()
 def doctor(
-    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.json]", help="A DeepSpeed JSON to look at too.")] = None,
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.json]", help="A DeepSpeed JSON to check as well.")] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="MODULE:CALLABLE that returns a model, or a Hugging Face model's name or folder.")
+        str | None,
+        typer.Option(metavar="MODEL", help="MODULE:CALLABLE that returns a model, or the name or folder of a Hugging Face model."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: findings, and the model's layers.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings and the model's layers as JSON.")] = False,
 ) -> None:
-    """Look for what would stop a run.
+    """Look for problems that would stop a run.
 
-    Versions, compiler, stale build locks, MPI, host name, ports, shared memory; the settings; which layers of a model can freeze, and why
-    not. Every problem with what to do. Exit code 1 if there is one, 0 with none but warnings.
+    Checks versions, compiler, stale build locks, MPI, host name, ports and shared memory, optionally the settings, and which layers of a
+    model can freeze. Prints a remedy for each problem. The exit code is 1 if there is a problem, 0 if there are only warnings.
     """
     with _plain_errors("demo"):
         from .doctor import examine, render
@@ -198,24 +207,24 @@ def doctor(
     raise typer.Exit(examined.exit_code)
 
 
-bench = typer.Typer(no_args_is_help=True, help="Measure what freezing saves, on real engines on this machine.", rich_markup_mode=None)
+bench = typer.Typer(no_args_is_help=True, help="Measure what freezing saves, with real engines on this machine.", rich_markup_mode=None)
 app.add_typer(bench, name="bench")
 
 
 @bench.command("zero")
 def bench_zero(
-    stages: Annotated[str, typer.Option(help="ZeRO stages, by commas.")] = "0,1,2,3",
-    engine: Annotated[list[str] | None, typer.Option(help="Only this engine (z2-bf16, ...); may be given again.")] = None,
-    params: Annotated[float, typer.Option(help="Size of the net, in millions of weights.")] = 38.0,
-    rounds: Annotated[int, typer.Option(help="Rounds; figures are medians over them.")] = 5,
-    steps: Annotated[int, typer.Option(help="Timed steps a round of each copy.")] = 3,
-    out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the results; what is there is not measured again.")] = Path(
+    stages: Annotated[str, typer.Option(help="Comma-separated ZeRO stages.")] = "0,1,2,3",
+    engine: Annotated[list[str] | None, typer.Option(help="Only this engine (z2-bf16, ...). Repeatable.")] = None,
+    params: Annotated[float, typer.Option(help="Size of the network in millions of weights.")] = 38.0,
+    rounds: Annotated[int, typer.Option(help="Number of rounds; results are medians over them.")] = 5,
+    steps: Annotated[int, typer.Option(help="Timed steps per round and copy.")] = 3,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Results folder; existing results are not measured again.")] = Path(
         "bench-zero"
     ),
 ) -> None:
-    """Freeze half of a net on each ZeRO engine.
+    """Measure freezing half of a network on each ZeRO engine.
 
-    Two ranks on CPU. Step time, bytes, memory and the pause, beside the ideal and beside requires_grad_(False).
+    Runs two ranks on the CPU. Compares step time, communicated bytes, memory and pause with the ideal and with requires_grad_(False).
     """
     with _plain_errors():
         from smartfrz_ds.bench.zero import bench_zero as measure
@@ -224,26 +233,27 @@ def bench_zero(
         try:
             wanted = [int(stage) for stage in stages.split(",")]
         except ValueError:
-            raise ValueError(f"--stages: got {stages!r}; allowed: some of 0, 1, 2, 3, by commas") from None
+            raise ValueError(f"--stages: got {stages!r}; allowed: a comma-separated list of 0, 1, 2, 3") from None
         text = measure(engine or engines_of(wanted), out, params=params, rounds=rounds, steps=steps)
     typer.echo(text)
 
 
 @bench.command("pipeline")
 def bench_pipeline(
-    case: Annotated[list[str] | None, typer.Option(help="Only this case: sleep-pp2, sleep-pp4 or gpt-pp2; may be given again.")] = None,
-    rounds: Annotated[int, typer.Option(help="Timed steps of each copy.")] = 7,
-    nap: Annotated[float, typer.Option(help="Milliseconds that a sleeping layer takes for its forward, and for each gradient.")] = 10.0,
-    micro_batches: Annotated[int, typer.Option(help="Micro-batches of a step.")] = 8,
-    blocks: Annotated[int, typer.Option(help="Blocks of the GPT, a multiple of 4.")] = 16,
-    width: Annotated[int, typer.Option(help="Its width.")] = 256,
-    out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the results; what is there is not measured again.")] = Path(
+    case: Annotated[list[str] | None, typer.Option(help="Only this case: sleep-pp2, sleep-pp4 or gpt-pp2. Repeatable.")] = None,
+    rounds: Annotated[int, typer.Option(help="Timed steps per copy.")] = 7,
+    nap: Annotated[float, typer.Option(help="Milliseconds that a sleeping layer takes for its forward and for each gradient.")] = 10.0,
+    micro_batches: Annotated[int, typer.Option(help="Micro-batches per step.")] = 8,
+    blocks: Annotated[int, typer.Option(help="Number of blocks of the GPT, a multiple of 4.")] = 16,
+    width: Annotated[int, typer.Option(help="Width of the GPT.")] = 256,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Results folder; existing results are not measured again.")] = Path(
         "bench-pipeline"
     ),
 ) -> None:
-    """Freeze the front of a pipeline, move layers, and compare with what was predicted.
+    """Measure freezing and rebalancing a pipeline, and compare with the prediction.
 
-    Layers that sleep for a known time on 2 and 4 stages, and a GPT on 2, on CPU. Step times, bytes between stages, optimizer memory.
+    Runs layers that sleep for a known time on 2 and 4 stages, and a GPT on 2, on the CPU. Reports step times, bytes between stages and
+    optimizer memory.
     """
     with _plain_errors():
         from smartfrz_ds.bench.pipeline import CASES
@@ -256,26 +266,26 @@ def bench_pipeline(
 @bench.command("policies")
 def bench_policies(
     task: Annotated[
-        list[str] | None, typer.Option(help="Only this task: a shipped one's name, or a task file of yours; may be given again.")
+        list[str] | None, typer.Option(help="Only this task: the name of a shipped one, or a task file of your own. Repeatable.")
     ] = None,
-    policy: Annotated[list[str] | None, typer.Option(help="Only this policy of the policies' file; may be given again.")] = None,
+    policy: Annotated[list[str] | None, typer.Option(help="Only this entry of the policies file. Repeatable.")] = None,
     policies_file: Annotated[
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="YAML file with policies and their settings (default: the shipped one)."),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(help="At most so many seeds.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Runs at a time, one thread each (default: one for each core).")] = None,
-    tables: Annotated[bool, typer.Option("--tables", help="Run nothing: make the tables of what is there.")] = False,
-    out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the results; what is there is not run again.")] = Path(
+    seeds: Annotated[int | None, typer.Option(help="Maximum number of seeds.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Number of parallel runs, one thread each (default: one per core).")] = None,
+    tables: Annotated[bool, typer.Option("--tables", help="Run nothing; make tables of the existing results.")] = False,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Results folder; existing results are not run again.")] = Path(
         "bench-policies"
     ),
 ) -> None:
     """Compare policies at equal saved FLOPs.
 
-    The same tasks, seeds and engine for every policy and for training without freezing. Tables, CSV and a plot.
+    Runs the same tasks, seeds and engine for every policy and for training without freezing. Writes tables, a CSV file and a plot.
     """
     with _plain_errors("bench"):
-        # Here, not above: it needs packages that the other commands don't.
+        # Here, not above: this command needs packages that the others do not.
         from smartfrz_ds.bench.policies.command import bench_policies as measure
         from smartfrz_ds.bench.policies.files import POLICIES_FILE
 

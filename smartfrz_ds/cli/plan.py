@@ -1,4 +1,4 @@
-"""The `smartfrz plan` command: from its options to a plan, and the plan as a table."""
+"""The `smartfrz plan` command: makes a plan from its options, and a table from the plan."""
 
 from __future__ import annotations
 
@@ -35,23 +35,24 @@ def planned(
     schedule: str | None,
     steps: int,
 ) -> Plan:
-    """The plan for the options of `smartfrz plan`, in their units: TFLOP/s, GB/s, microseconds, GB.
+    """Make the plan for the options of `smartfrz plan`, in their units: TFLOP/s, GB/s, microseconds, GB.
 
-    ValueError names the option and what is allowed.
+    Raises:
+        ValueError: An option is wrong; the message has its value and what is allowed.
     """
     check_schedule(order, "--order")
     for option, value in (("--tflops", tflops), ("--bandwidth", bandwidth)):
         if not value > 0:
             raise ValueError(f"{option}: got {value:g}; allowed: a number above 0")
     if (profile is None) == (shape["layers"] is None):
-        raise ValueError("--profile, --layers: allowed: one of the two, a file with measured costs or a number of blocks")
+        raise ValueError("--profile, --layers: allowed: exactly one of them, a file with measured costs or a number of blocks")
     if frozen is not None and schedule is not None:
-        raise ValueError("--frozen, --schedule: allowed: at most one of the two")
+        raise ValueError("--frozen, --schedule: allowed: at most one of them")
     if zero > 1 and stages > 1:
         raise ValueError(f"--zero: got {zero} with --pp {stages}; allowed in a pipeline: 0 or 1")
     costs = load_costs(profile) if profile else _estimated(shape, tflops, recompute, replicas if zero else 1)
     if stages > len(costs):
-        raise ValueError(f"--pp: got {stages}; allowed: at most {len(costs)}, one layer a stage")
+        raise ValueError(f"--pp: got {stages}; allowed: at most {len(costs)}, one layer per stage")
     link = Link(latency=latency * 1e-6, bandwidth=bandwidth * 1e9)
     cluster = Cluster(
         replicas=replicas,
@@ -60,7 +61,7 @@ def planned(
         between_replicas=link,
         gradient_bytes=element_bytes,
         weight_bytes=element_bytes,
-        state_bytes=12 if element_bytes < 4 else 8,  # fp32 weights are their own master
+        state_bytes=12 if element_bytes < 4 else 8,  # fp32 weights have no separate master copy
         overlap=overlap,
     )
     if schedule is not None:
@@ -80,29 +81,29 @@ def planned(
             memory_limit=None if memory_limit is None else memory_limit * 1e9,
         )
     except DoesNotFit:
-        allowed = f"GB with which some cut of {len(costs)} layers into {stages} stages keeps to it on every rank"
+        allowed = f"a number of GB that some partition of {len(costs)} layers into {stages} stages respects on every rank"
         raise ValueError(f"--memory-limit: got {memory_limit:g}; allowed: {allowed}") from None
 
 
 def parse_parts(text: str, layers: int, stages: int) -> list[int]:
-    """Bounds of --parts: "0,9,18"."""
+    """Parse the stage bounds of --parts: "0,9,18"."""
     try:
         bounds = [int(part) for part in text.split(",")]
     except ValueError:
         bounds = []
     if len(bounds) != stages + 1 or bounds[0] != 0 or bounds[-1] != layers or any(a >= b for a, b in pairwise(bounds)):
-        raise ValueError(f"--parts: got {text!r}; allowed: {stages + 1} rising numbers from 0 to {layers}, by commas")
+        raise ValueError(f"--parts: got {text!r}; allowed: {stages + 1} increasing comma-separated integers from 0 to {layers}")
     return bounds
 
 
 def parse_fractions(text: str, layers: int) -> list[Phase]:
-    """Cases of --frozen: "0.25,0.5" of all layers, front first; rounded down. Each has the whole run as its share."""
+    """Parse the cases of --frozen: "0.25,0.5" of all layers, rounded down. Each case covers the whole run."""
     return [Phase(share=1.0, frozen=_layers("--frozen", text, part, layers)) for part in text.split(",")]
 
 
 def parse_schedule(text: str, layers: int) -> list[Phase]:
-    """Phases of --schedule: "0.4:0,0.6:0.5", the share of the run and the fraction of layers that is frozen in it."""
-    allowed = "SHARE:FRACTION by commas, e.g. 0.4:0,0.6:0.5; shares above 0 that add up to 1"
+    """Parse the phases of --schedule: "0.4:0,0.6:0.5", the share of the run and the fraction of layers frozen in it."""
+    allowed = "comma-separated SHARE:FRACTION, e.g. 0.4:0,0.6:0.5; shares above 0 that add up to 1"
     phases = []
     for part in text.split(","):
         share, colon, fraction = part.partition(":")
@@ -115,9 +116,14 @@ def parse_schedule(text: str, layers: int) -> list[Phase]:
 
 
 def render(plan: Plan, *, of_run: bool) -> str:
-    """The plan as a table for people. of_run: the phases make up a run, so hours are told."""
+    """Format the plan as a table.
+
+    Args:
+        plan: The plan.
+        of_run: Whether the phases make up a run; then the hours are included.
+    """
     whole = plan.unfrozen
-    rows = [["share", "frozen", "pruned", "", "re-balanced", "", "idle", "to replicas", "between stages", "layers of the stages"]]
+    rows = [["share", "frozen", "pruned", "", "rebalanced", "", "idle", "to replicas", "between stages", "layers of the stages"]]
     rows.append(["", "0", _ms(whole.seconds), "1.00x", _ms(whole.seconds), "1.00x", *_traffic(whole)])
     for p in plan.phases:
         speeds = [x for s in (p.pruned, p.rebalanced) for x in (_ms(s.seconds), f"{whole.seconds / s.seconds if s.seconds else 1:.2f}x")]
@@ -128,11 +134,11 @@ def render(plan: Plan, *, of_run: bool) -> str:
     ]
     lines.append("")
     lines.append(
-        "Step times per optimizer step. To replicas: sent by the busiest rank; between stages: by all of one pipeline; idle: share of time."
+        "Times per optimizer step. To replicas: sent by the busiest rank; between stages: by all ranks of a pipeline; idle: share of time."
     )
     if of_run:
         hours = plan.hours
-        for name, label in (("pruned", "pruned"), ("rebalanced", "re-balanced")):
+        for name, label in (("pruned", "pruned"), ("rebalanced", "rebalanced")):
             saved = hours["unfrozen"] - hours[name]
             share = saved / hours["unfrozen"] if hours["unfrozen"] else 0.0
             lines.append(

@@ -12,36 +12,41 @@ import typer
 
 from smartfrz_ds.predictor.constants import CONVERGED, RULES
 
-_Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
-_Quick = Annotated[bool, typer.Option("--quick", help="A few short runs only: to see that it works, not to be used.")]
-_Workers = Annotated[int, typer.Option(min=1, help="Processes that collect, one thread each.")]
-_Data = Annotated[Path, typer.Option("--data", file_okay=False, help="Folder of a data set, as `smartfrz collect` or a Recorder made it.")]
-_Predictor = Annotated[Path | None, typer.Option(dir_okay=False, help="A predictor's .safetensors file; left out: the shipped one.")]
-_Rule = Annotated[str, typer.Option(help=f"What is compared: {', '.join(RULES)}.")]
-_Similarity = Annotated[float, typer.Option(help="Linear CKA with the end of the run from which a layer counts as converged.")]
+_Seed = Annotated[int, typer.Option(min=0, help="Random seed.")]
+_Quick = Annotated[bool, typer.Option("--quick", help="Only a few short runs, to try the command out; the result is not usable.")]
+_Workers = Annotated[int, typer.Option(min=1, help="Number of collecting processes, one thread each.")]
+_Data = Annotated[Path, typer.Option("--data", file_okay=False, help="Folder of a data set written by `smartfrz collect` or a Recorder.")]
+_Predictor = Annotated[Path | None, typer.Option(dir_okay=False, help="A predictor's .safetensors file (default: the shipped one).")]
+_Rule = Annotated[str, typer.Option(help=f"Labelling rule: {', '.join(RULES)}.")]
+_Similarity = Annotated[float, typer.Option(help="Linear CKA with the end of the run at which a layer counts as converged.")]
 
 
 def add_commands(app: typer.Typer, plain_errors: Callable[[], AbstractContextManager[None]]) -> None:
-    """Adds the commands to `app`. plain_errors: a context in which what the user got wrong is told without a traceback."""
+    """Add the predictor's commands to `app`.
+
+    Args:
+        app: The application.
+        plain_errors: Context manager that prints errors of the user without a traceback.
+    """
 
     @app.command()
     def collect(
-        out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the data set; what is there is not made again.")],
+        out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the data set; existing recordings are kept.")],
         seed: _Seed = 0,
         quick: _Quick = False,
-        branches: Annotated[bool, typer.Option(help="Counterfactual branches too: freeze a prefix now, train to the end.")] = True,
+        branches: Annotated[bool, typer.Option(help="Also record counterfactual branches: freeze a prefix, train to the end.")] = True,
         workers: _Workers = 1,
         script: Annotated[
             Path | None,
-            typer.Option(dir_okay=False, help="Run this Python script instead; its Recorder saves into the folder."),
+            typer.Option(dir_okay=False, help="Run this Python script instead, whose Recorder saves into the folder."),
         ] = None,
     ) -> None:
         """Record training runs for a predictor.
 
-        Trains networks and writes down snapshots of their weights and how their layers' outputs on held-out inputs changed.
+        Trains networks and records snapshots of their weights and the changes of their layers' outputs on held-out inputs.
         """
         with plain_errors():
-            # Here, not above: it needs scikit-learn and others, which the other commands don't.
+            # Here, not above: this command needs scikit-learn and others.
             from smartfrz_ds.predictor.recording.collect import collect_dataset, collect_script
 
             if script is not None:
@@ -50,13 +55,13 @@ def add_commands(app: typer.Typer, plain_errors: Callable[[], AbstractContextMan
                 return
             data = collect_dataset(out, seed=seed, quick=quick, branches=branches, workers=workers)
         minutes = data.cpu_seconds / 60
-        typer.echo(f"{out}: {len(data.recordings)} runs, {len(data.branches)} branches, {minutes:.1f} minutes of one core in all")
+        typer.echo(f"{out}: {len(data.recordings)} runs, {len(data.branches)} branches, {minutes:.1f} minutes of one core in total")
 
     @app.command()
     def label(data: _Data, rule: _Rule = "prefix-settled", similarity: _Similarity = CONVERGED, tie_embeddings: bool = True) -> None:
-        """Label recordings: which layer had converged when.
+        """Label recordings: at which step each layer had converged.
 
-        Writes labels.safetensors and labels.json into the folder, and prints how much the labels hang on their constants.
+        Writes labels.safetensors and labels.json into the folder, and prints how sensitive the labels are to their constants.
         """
         with plain_errors():
             from smartfrz_ds.predictor.recording.labels import LabelSettings
@@ -66,16 +71,18 @@ def add_commands(app: typer.Typer, plain_errors: Callable[[], AbstractContextMan
             settings = LabelSettings(rule=rule, similarity=similarity, tie_embeddings=tie_embeddings)  # type: ignore[arg-type]  # checked there
             figures = label_dataset(data, settings)
         typer.echo(sensitivity_table(figures["sensitivity"]))
-        typer.echo(f"{data}: {figures['runs']} runs labelled, {figures['positive_share']:.1%} of the labels are true")
+        typer.echo(f"{data}: {figures['runs']} runs labelled, {figures['positive_share']:.1%} of the labels are positive")
 
     @app.command()
     def train_predictor(
-        out: Annotated[Path, typer.Option(help="The .safetensors file to write; its card (.md) goes beside it.")],
+        out: Annotated[Path, typer.Option(help="The .safetensors file to write. Its model card (.md) is written next to it.")],
         seed: _Seed = 0,
         quick: _Quick = False,
         data: Annotated[
             Path | None,
-            typer.Option("--data", "--cache", file_okay=False, help="Folder that keeps the data set, so that a cut-off run goes on."),
+            typer.Option(
+                "--data", "--cache", file_okay=False, help="Folder that keeps the data set, so that an interrupted run can continue."
+            ),
         ] = None,
         workers: _Workers = 1,
         rule: _Rule = "prefix-settled",
@@ -83,11 +90,11 @@ def add_commands(app: typer.Typer, plain_errors: Callable[[], AbstractContextMan
     ) -> None:
         """Train the attention predictor.
 
-        Collects, labels by similarity to the trained network, trains on it, and writes the weights and their card.
+        Records runs, labels them by similarity to the trained network, trains the predictor, and writes its weights and model card.
         """
         with plain_errors():
             if out.suffix != ".safetensors":
-                raise ValueError(f"--out: got {str(out)!r}; allowed: a path that ends in .safetensors")
+                raise ValueError(f"--out: got {str(out)!r}; allowed: a path with the suffix .safetensors")
             from smartfrz_ds.predictor.recording.labels import LabelSettings
             from smartfrz_ds.predictor.training.train import train_predictor as train
 
@@ -101,14 +108,15 @@ def add_commands(app: typer.Typer, plain_errors: Callable[[], AbstractContextMan
         data: _Data,
         predictor: _Predictor = None,
         ablations: Annotated[
-            bool, typer.Option("--ablations", help="Fit it anew without its parts, one network kind left out after the other. Minutes.")
+            bool,
+            typer.Option("--ablations", help="Refit without each of its parts, leaving out one network kind at a time. Takes minutes."),
         ] = False,
-        out: Annotated[Path | None, typer.Option(dir_okay=False, help="A JSON file for all figures.")] = None,
+        out: Annotated[Path | None, typer.Option(dir_okay=False, help="JSON file for all results.")] = None,
         seed: _Seed = 0,
     ) -> None:
-        """Say how good a predictor is on recordings.
+        """Evaluate a predictor on recordings.
 
-        AUC, the same among windows at the same time of their runs, precision, recall, calibration; and against branches.
+        Prints AUC, AUC among windows at the same time of their runs, precision, recall and calibration, and a comparison with the branches.
         """
         with plain_errors():
             from smartfrz_ds.predictor.training.calibrate import evaluate_predictor
@@ -131,13 +139,13 @@ def add_commands(app: typer.Typer, plain_errors: Callable[[], AbstractContextMan
     def calibrate(
         data: _Data,
         predictor: _Predictor = None,
-        out: Annotated[Path | None, typer.Option(dir_okay=False, help="A .safetensors file for it with the new threshold.")] = None,
-        precision: Annotated[float, typer.Option(help="Share of what is called converged that must be so, in (0.5, 1).")] = 0.96,
-        plot: Annotated[Path | None, typer.Option(dir_okay=False, help="A .png for the reliability diagram.")] = None,
+        out: Annotated[Path | None, typer.Option(dir_okay=False, help="The .safetensors file to write, with the new threshold.")] = None,
+        precision: Annotated[float, typer.Option(help="Required precision of 'converged', in (0.5, 1).")] = 0.96,
+        plot: Annotated[Path | None, typer.Option(dir_okay=False, help="PNG file for the reliability diagram.")] = None,
     ) -> None:
-        """Choose the threshold on your own recordings.
+        """Fit the threshold to your own recordings.
 
-        The lowest probability from which on the predictor is right with the share --precision, and the reliability diagram.
+        Finds the lowest threshold at which the predictor reaches --precision, and draws the reliability diagram.
         """
         with plain_errors():
             from smartfrz_ds.predictor.training.calibrate import calibrate as fit_threshold

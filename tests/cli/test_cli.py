@@ -77,7 +77,7 @@ def test_check_config_prints_what_a_run_would_use(tmp_path: Path) -> None:
 def test_check_config_says_when_freezing_is_off(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     file.write_text('{"smartfrz": {"enabled": false}}')
-    assert run("check-config", str(file))[1].splitlines()[-1] == f"{file}: ok, freezing is switched off"
+    assert run("check-config", str(file))[1].splitlines()[-1] == f"{file}: ok, freezing is disabled"
 
 
 def test_check_config_lists_all_problems(tmp_path: Path) -> None:

@@ -176,20 +176,26 @@ def test_the_documented_plan_is_what_the_command_prints() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "--profile, --layers: allowed: one of the two"),
+        ([], "--profile, --layers: allowed: exactly one of them"),
         (["--layers", "4", "--frozen", "1.5"], "--frozen: got '1.5'; allowed: fractions of the layers from 0 to below 1"),
         (["--layers", "4", "--frozen", "a"], "--frozen: got 'a'; allowed"),
-        (["--layers", "4", "--schedule", "0.5:0.5"], "--schedule: got '0.5:0.5', whose shares add up to 0.5; allowed: SHARE:FRACTION"),
-        (["--layers", "4", "--schedule", "half"], "--schedule: got 'half'; allowed: SHARE:FRACTION"),
+        (
+            ["--layers", "4", "--schedule", "0.5:0.5"],
+            "--schedule: got '0.5:0.5', whose shares add up to 0.5; allowed: comma-separated SHARE:FRACTION",
+        ),
+        (["--layers", "4", "--schedule", "half"], "--schedule: got 'half'; allowed: comma-separated SHARE:FRACTION"),
         (["--layers", "4", "--schedule", "1:0", "--frozen", "0.5"], "--frozen, --schedule: allowed: at most one"),
         (["--layers", "4", "--pp", "7"], "--pp: got 7; allowed: at most 6"),
         (["--layers", "4", "--pp", "2", "--zero", "2"], "--zero: got 2 with --pp 2; allowed in a pipeline: 0 or 1"),
-        (["--layers", "4", "--pp", "2", "--parts", "0,7,6"], "--parts: got '0,7,6'; allowed: 3 rising numbers from 0 to 6"),
+        (
+            ["--layers", "4", "--pp", "2", "--parts", "0,7,6"],
+            "--parts: got '0,7,6'; allowed: 3 increasing comma-separated integers from 0 to 6",
+        ),
         (["--layers", "4", "--order", "zb"], "--order: got 'zb'; allowed: '1f1b' or 'gpipe'"),
         (["--layers", "4", "--bandwidth", "0"], "--bandwidth: got 0; allowed: a number above 0"),
         (
             ["--layers", "4", "--memory-limit", "0.001"],
-            "--memory-limit: got 0.001; allowed: GB with which some cut of 6 layers into 1 stages",
+            "--memory-limit: got 0.001; allowed: a number of GB that some partition of 6 layers into 1 stages",
         ),
         (["--profile", "no/such.json"], "no/such.json"),
     ],
