@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from torch.optim.lr_scheduler import LinearLR, PolynomialLR, SequentialLR
+
 # A longer forecast would delay a freezing stage noticeably.
 MAX_FORECAST = 2_000_000
 
@@ -18,17 +20,64 @@ _LENGTHS = ("total_num_steps", "total_steps", "T_max")
 def total_steps_of(scheduler: Any) -> int | None:
     """Return the number of steps of the whole run known to a scheduler; None if it is unknown.
 
-    The get_*_schedule functions of transformers bind `num_training_steps` to the lambda of a LambdaLR.
+    The get_*_schedule functions of transformers bind `num_training_steps` (or the lengths of all parts) to the lambda of a LambdaLR.
+    A SequentialLR ends with its last part, a PolynomialLR and a LinearLR that falls where they reach their end.
     """
     for name in _LENGTHS:
         value = getattr(scheduler, name, None)
         if isinstance(value, int) and value > 0:
             return value
     for function in getattr(scheduler, "lr_lambdas", ()):
-        value = (getattr(function, "keywords", None) or {}).get("num_training_steps")
+        bound = getattr(function, "keywords", None) or {}
+        value = bound.get("num_training_steps")
+        parts = [bound.get(f"num_{part}_steps") for part in ("warmup", "stable", "decay")]
+        if value is None and all(isinstance(part, int) for part in parts):
+            value = sum(parts)
         if isinstance(value, int) and value > 0:
             return value
+    if isinstance(scheduler, SequentialLR):
+        last = total_steps_of(scheduler._schedulers[-1])
+        return None if last is None else last + int(scheduler._milestones[-1])
+    falls = isinstance(scheduler, LinearLR) and scheduler.end_factor < scheduler.start_factor
+    if isinstance(scheduler, PolynomialLR) or falls:
+        return int(scheduler.total_iters)
     return None
+
+
+class ScheduleUnit:
+    """Whether a scheduler moves once a step: one that moves once an epoch counts epochs, and its length is not the run's in steps.
+
+    Args:
+        scheduler: The run's scheduler; None if it is unknown.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self._first: tuple[int, int] | None = None  # step, and position of the scheduler then
+
+    def after_step(self, step: int) -> None:
+        """Note where the scheduler stands after the first step that this process takes."""
+        if self._first is None and (position := _position(self.scheduler)) is not None:
+            self._first = step, position
+
+    def restart(self) -> None:
+        """Begin anew, after a checkpoint was loaded."""
+        self._first = None
+
+    def is_slower(self, step: int) -> bool:
+        """Return whether the scheduler has moved less than half as often as the optimizer, up to this step."""
+        position = _position(self.scheduler)
+        if self._first is None or position is None:
+            return False
+        steps, moves = step - self._first[0], position - self._first[1]
+        return steps > 0 and 2 * moves < steps
+
+
+def _position(scheduler: Any) -> int | None:
+    """How often a scheduler has moved; None where it doesn't say. Of DeepSpeed's schedulers `last_batch_iteration`."""
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate/scheduler.py wraps it
+    values = (getattr(scheduler, name, None) for name in ("last_epoch", "last_batch_iteration"))
+    return next((value for value in values if isinstance(value, int)), None)
 
 
 def total_steps_in(config: Mapping[str, Any], total_steps: int | str | None) -> int | None:

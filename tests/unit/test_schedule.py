@@ -9,7 +9,7 @@ import pytest
 import torch
 from deepspeed.runtime.lr_schedules import WarmupCosineLR, WarmupDecayLR
 from torch.optim import lr_scheduler as s
-from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup, get_scheduler
 
 from smartfrz_ds.signals.lr_forecast import RemainingLr, current_lr, forecast, total_steps_of
 
@@ -19,6 +19,11 @@ SCHEDULERS: dict[str, tuple[Make, int | None]] = {
     "cosine": (lambda o: s.CosineAnnealingLR(o, T_max=30), 30),
     "onecycle": (lambda o: s.OneCycleLR(o, max_lr=0.1, total_steps=40), 40),
     "sequential": (lambda o: s.SequentialLR(o, [s.LinearLR(o, 0.1, total_iters=5), s.ExponentialLR(o, 0.9)], [5]), None),
+    "warm-up and cosine": (lambda o: s.SequentialLR(o, [s.LinearLR(o, 0.1, total_iters=5), s.CosineAnnealingLR(o, 35)], [5]), 40),
+    "polynomial": (lambda o: s.PolynomialLR(o, 40), 40),
+    "linear to zero": (lambda o: s.LinearLR(o, 1.0, 0.01, 40), 40),
+    "warm-up alone": (lambda o: s.LinearLR(o, 0.1, total_iters=5), None),
+    "hf stable": (lambda o: get_scheduler("warmup_stable_decay", o, 5, 40, scheduler_specific_kwargs={"num_decay_steps": 10}), 40),
     "hf linear": (lambda o: get_linear_schedule_with_warmup(o, 5, 40), 40),
     "hf cosine": (lambda o: get_cosine_schedule_with_warmup(o, 5, 40), 40),
     "ds decay": (lambda o: WarmupDecayLR(o, total_num_steps=40, warmup_max_lr=0.1, warmup_num_steps=5), 40),
