@@ -30,8 +30,8 @@ def total_steps_of(scheduler: Any) -> int | None:
     for function in getattr(scheduler, "lr_lambdas", ()):
         bound = getattr(function, "keywords", None) or {}
         value = bound.get("num_training_steps")
-        parts = [bound.get(f"num_{part}_steps") for part in ("warmup", "stable", "decay")]
-        if value is None and all(isinstance(part, int) for part in parts):
+        parts = [n for part in ("warmup", "stable", "decay") if isinstance(n := bound.get(f"num_{part}_steps"), int)]
+        if value is None and len(parts) == 3:
             value = sum(parts)
         if isinstance(value, int) and value > 0:
             return value
