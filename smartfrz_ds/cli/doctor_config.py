@@ -1,4 +1,4 @@
-"""`smartfrz doctor`, second part: what is wrong with a DeepSpeed JSON, and what of a model can freeze."""
+"""`smartfrz doctor`, second part: problems of a DeepSpeed JSON, and the layers of a model that can freeze."""
 
 from __future__ import annotations
 
@@ -33,12 +33,16 @@ _NEEDS_LENGTH = ("linear", "late", "random", "freezeout", "pipetransformer", "we
 
 
 def check_config(file: Path) -> tuple[list[Finding], FreezeConfig | None]:
-    """Findings on a DeepSpeed JSON, and its settings where they can be read."""
+    """Check a DeepSpeed JSON.
+
+    Returns:
+        The findings, and the settings; None where they cannot be read.
+    """
     try:
         settings = FreezeConfig.load(file)
         raw = dict(read_config(file)[0])
     except ValueError as error:
-        answer = "docs/configuration.md lists every key; smartfrz check-config FILE shows what a run would use"
+        answer = "docs/configuration.md lists every key; smartfrz check-config FILE prints the settings that a run would use"
         return [Finding("config", "problem", line, answer) for line in str(error).splitlines()], None
     if not settings.enabled:
         return [Finding("config", "warning", f"{SECTION}.enabled is false: nothing will freeze", "set it to true")], settings
@@ -48,29 +52,38 @@ def check_config(file: Path) -> tuple[list[Finding], FreezeConfig | None]:
 
 
 def traps(raw: Mapping[str, Any], settings: FreezeConfig, *, gpus: int | None = None) -> list[tuple[str, str]]:
-    """What works, but not as one would think; with answers. gpus: default: those of this machine."""
+    """Find settings that work but have unexpected effects.
+
+    Args:
+        raw: The whole DeepSpeed config.
+        settings: Its "smartfrz" section.
+        gpus: Number of GPUs; default: of this machine.
+
+    Returns:
+        Pairs of text and remedy.
+    """
     zero, optimizer = _sub(raw, "zero_optimization"), _sub(raw, "optimizer")
     gpus = torch.cuda.device_count() if gpus is None else gpus
     cpu = gpus == 0 or os.environ.get("DS_ACCELERATOR") == "cpu"
     found: list[tuple[str, str]] = []
     if SECTION not in raw:
-        found.append((f'there is no "{SECTION}" section: a run takes all defaults', f'add one, if only "{SECTION}": {{}}'))
+        found.append((f'there is no "{SECTION}" section: all settings have their defaults', f'add one, at least "{SECTION}": {{}}'))
     if "gradient_clipping" not in raw:
-        text = "gradient_clipping is not set: DeepSpeed 0.19.8 clips at 1.0 then, by the norm of the active layers, which a freeze changes"
-        found.append((text, "write what you mean: a number, or 0.0 for no clipping"))
+        text = "gradient_clipping is not set: DeepSpeed 0.19.8 then clips at 1.0, by the norm of the active layers, which a freeze changes"
+        found.append((text, "set it explicitly: a number, or 0.0 for no clipping"))
     params = optimizer.get("params") if isinstance(optimizer.get("params"), Mapping) else {}
     if str(optimizer.get("type", "")).lower() in ("adam", "adamw") and cpu and not params.get("torch_adam"):  # type: ignore[union-attr]
-        text = (
-            "optimizer.params.torch_adam is not true: on the CPU DeepSpeed compiles its own Adam at the first start; its last bits differ"
-        )
+        text = "optimizer.params.torch_adam is not true: on the CPU DeepSpeed compiles its own Adam, which rounds differently"
         found.append((text, '"torch_adam": true'))
     bucket, stage = zero.get("reduce_bucket_size", 5e8), zero.get("stage", 0)
     if cpu and stage in (1, 2) and isinstance(bucket, int | float) and bucket >= 1e8:
-        text = f"zero_optimization.reduce_bucket_size is {bucket:.0e} weights: each rank may take {4 * bucket / 1e9:.1f} GB for it (fp32)"
-        found.append((text, "make it a few million on a machine without GPUs"))
+        text = (
+            f"zero_optimization.reduce_bucket_size is {bucket:.0e} weights: each rank may allocate {4 * bucket / 1e9:.1f} GB for it (fp32)"
+        )
+        found.append((text, "set it to a few million on a machine without GPUs"))
     found += _length(settings, raw)
     if settings.log_path is None:
-        text = f"{SECTION}.log_path is null: there will be no log, and nothing for smartfrz report"
+        text = f"{SECTION}.log_path is null: no log is written, and smartfrz report has no input"
         found.append((text, '"log_path": "runs/NAME/freezing.jsonl"'))
     return found
 
@@ -81,15 +94,17 @@ def _length(settings: FreezeConfig, raw: Mapping[str, Any]) -> list[tuple[str, s
     total = total_steps_in(raw, settings.total_steps)
     found = []
     if not _sub(raw, "scheduler") and settings.policy == "attention":
-        text = "there is no scheduler in the JSON: with a constant learning rate weights never settle, and the predictor may never freeze"
-        found.append((text, "give the run a schedule that decays, here or in the script"))
-    answer = "scheduler.params.total_num_steps, or smartfrz.total_steps; a scheduler or Trainer of the script's says it too"
+        text = (
+            "there is no scheduler in the JSON: with a constant learning rate the weights keep moving, and the predictor may never freeze"
+        )
+        found.append((text, "use a decaying learning-rate schedule, here or in the script"))
+    answer = "set scheduler.params.total_num_steps or smartfrz.total_steps; a scheduler or Trainer in the script also sets it"
     try:
         now = resolve(settings, total)
     except ValueError as error:
         return [*found, *((line, answer) for line in str(error).splitlines())]
     if total is None and (settings.policy in _NEEDS_LENGTH or (settings.policy == "attention" and settings.attention.mode == "budget")):
-        text = f"the JSON does not say how long the run is, and the policy {settings.policy!r} plans by it"
+        text = f"the JSON does not set the length of the run, which the policy {settings.policy!r} needs"
         found.append((text, answer))
     if why := why_never(settings, total):
         text, _, what = why.partition(". Set ")
@@ -97,8 +112,8 @@ def _length(settings: FreezeConfig, raw: Mapping[str, Any]) -> list[tuple[str, s
     spaced = not is_default(settings, "snapshot_interval") or not is_default(settings, "window")
     span = (settings.window - 1) * now.snapshot_interval
     if total and not why and spaced and settings.policy == "attention" and span > total / 2:
-        text = f"a window of snapshots spans {span} steps, more than half of the run's {total}"
-        found.append((text, "a smaller snapshot_interval, or a smaller window"))
+        text = f"a window of snapshots spans {span} steps, more than half of the run ({total} steps)"
+        found.append((text, "use a smaller snapshot_interval or window"))
     return found
 
 
@@ -107,8 +122,18 @@ def _length(settings: FreezeConfig, raw: Mapping[str, Any]) -> list[tuple[str, s
 
 @dataclass(frozen=True, kw_only=True)
 class LayerFacts:
-    """One row of the table. weights: that train. forward: share of the forward's FLOPs. saved: share of a training step's FLOPs that is
-    saved while this layer and all in front of it are frozen. reason: why it can't freeze, or what becomes of shared weights."""
+    """One row of the model's table.
+
+    Attributes:
+        position: Index of the layer, front to back.
+        name: Name of the layer.
+        kind: "embedding", "block" or "head".
+        weights: Number of trainable weights.
+        forward: Share of the forward's FLOPs, in [0, 1].
+        saved: Share of a training step's FLOPs that freezing this layer and all before it saves, in [0, 1].
+        freezable: Whether it can freeze.
+        reason: Why it cannot freeze, or what happens to shared weights.
+    """
 
     position: int
     name: str
@@ -120,15 +145,22 @@ class LayerFacts:
     reason: str
 
     def to_json(self) -> dict[str, Any]:
+        """Return a JSON-serializable dict."""
         return asdict(self)
 
 
 def load_model(name: str) -> tuple[nn.Module, Any]:
-    """A model, and a batch for it where there is one.
+    """Build a model.
 
-    name: MODULE:CALLABLE (called without arguments; returns a module, or a module and what its forward takes), or a Hugging Face model's
-        name or folder: built without weights, on the meta device.
-    Raises ValueError where that can't be.
+    Args:
+        name: MODULE:CALLABLE, which is called without arguments and returns a module, or a module and the input of its forward; or the name
+            or folder of a Hugging Face model, which is built on the meta device, without weights.
+
+    Returns:
+        The model, and the input of its forward; None where there is none.
+
+    Raises:
+        ValueError: The model cannot be built.
     """
     module, colon, function = name.rpartition(":")
     try:
@@ -137,7 +169,7 @@ def load_model(name: str) -> tuple[nn.Module, Any]:
             made = getattr(importlib.import_module(module), function)()
             model, batch = made if isinstance(made, tuple) else (made, None)
             if not isinstance(model, nn.Module):
-                raise ValueError(f"it returned {type(model).__name__}, no torch module")
+                raise ValueError(f"it returned {type(model).__name__}; expected a torch.nn.Module")
             return model, batch
         import transformers
 
@@ -155,41 +187,55 @@ def load_model(name: str) -> tuple[nn.Module, Any]:
 
 
 def check_model(model: nn.Module, batch: Any = None, settings: FreezeConfig | None = None) -> tuple[list[Finding], list[LayerFacts]]:
-    """Which layers a model has, in which order, and what of them can freeze; front to back.
+    """Examine the layers of a model, their order, and which of them can freeze.
 
-    batch: what its forward takes, to count FLOPs with (a tensor, a tuple or a dict); None, or where that forward fails: estimated.
+    Args:
+        model: The model.
+        batch: Input of its forward, with which FLOPs are counted: a tensor, a tuple or a dict. None: FLOPs are estimated, also where the
+            forward fails.
+        settings: Default: the defaults.
+
+    Returns:
+        The findings, and the layers front to back.
     """
     settings = settings or FreezeConfig()
     try:
         layers = find_layers(model, settings.layers)
     except ValueError as error:
-        answer = "list the layers by hand, front to back: smartfrz.layers (docs/configuration.md)"
+        answer = "list the layers explicitly, front to back, in smartfrz.layers (docs/configuration.md)"
         return [Finding("model", "problem", str(error), answer)], []
     try:
         kept = keep_active(settings.keep_active, layers, names_inside(model, layers), "smartfrz.keep_active")
     except ValueError as error:
-        return [Finding("model", "problem", str(error), f"layers are: {', '.join(layer.name for layer in layers)}")], []
+        return [Finding("model", "problem", str(error), f"the layers are: {', '.join(layer.name for layer in layers)}")], []
     found = [Finding("model", "ok", line)] if (line := kept.told("smartfrz.keep_active")) else []
     try:
         check_tied(layers, settings.tied)
     except ValueError as error:
-        found.append(Finding("model", "problem", str(error), 'smartfrz.tied: "freeze", if freezing both uses is right for your model'))
+        found.append(Finding("model", "problem", str(error), 'set smartfrz.tied to "freeze" if your model may freeze both uses'))
     profile, measured = _profile(model, layers, batch, settings)
     facts = _facts(layers, profile, settings, kept)
     able = [fact for fact in facts if fact.freezable]
     if not able:
         text = f"none of the {len(layers)} layers can freeze"
-        found.append(Finding("model", "problem", text, "the table says why for each; look at smartfrz.keep_active and max_frozen_fraction"))
+        found.append(
+            Finding("model", "problem", text, "the table has the reason for each; check smartfrz.keep_active and max_frozen_fraction")
+        )
     else:
         how = "counted in a forward" if measured else f"estimated from the weights, {_TOKENS} tokens (too low for convolutions)"
         most = max(fact.saved for fact in able)
-        text = f"{len(layers)} layers, {len(able)} can freeze; with all of them frozen a step needs {100 * most:.0f} % fewer FLOPs ({how})"
+        text = f"{len(layers)} layers, {len(able)} can freeze; freezing all of these saves {100 * most:.0f} % of a step's FLOPs ({how})"
         found.append(Finding("model", "ok", text))
     hidden = next((fact for fact in facts if fact.weights and not fact.freezable and fact.kind != "head"), None)
     if hidden and able and settings.order == "front_to_back" and hidden.position < max(fact.position for fact in able):
-        text = f"{hidden.name!r} stays active, so nothing behind it ever freezes (order is front_to_back)"
+        text = f"{hidden.name!r} stays active, so no layer after it ever freezes (order is front_to_back)"
         found.append(
-            Finding("model", "warning", text, 'smartfrz.order: "any" (it saves memory and traffic, but little time), or let it freeze')
+            Finding(
+                "model",
+                "warning",
+                text,
+                'set smartfrz.order to "any" (saves memory and traffic, but little time), or allow this layer to freeze',
+            )
         )
     return found, facts
 
@@ -203,11 +249,11 @@ def _facts(layers: Sequence[Layer], profile: FlopProfile, settings: FreezeConfig
         if layer.kind == "head":
             reason = "the head always trains"
         elif not layer.numel:
-            reason = "nothing to freeze: " + ("you froze its weights" if _has_weights(layer) else "no weights of its own")
+            reason = "nothing to freeze: " + ("its weights were frozen by the user" if _has_weights(layer) else "no weights of its own")
         elif layer.name in kept.names:
             reason = "smartfrz.keep_active" + (f": {why}" if (why := kept.reason(layer.name)) else "")
         elif layer.name not in fits and settings.order == "front_to_back" and _blocked(layer, layers, able):
-            reason = f"{_blocked(layer, layers, able)} in front of it stays active"
+            reason = f"the earlier layer {_blocked(layer, layers, able)} stays active"
         elif layer.name not in fits:
             reason = f"max_frozen_fraction {settings.max_frozen_fraction}"
         else:
@@ -222,7 +268,7 @@ def _facts(layers: Sequence[Layer], profile: FlopProfile, settings: FreezeConfig
                 forward=profile.forward[layer.position] / whole,
                 saved=saved_fraction(profile, range(layer.position + 1)),
                 freezable=not reason,
-                reason="its shared weight goes on training in the layer behind" if shares else reason,
+                reason="its shared weight continues to train in the later layer" if shares else reason,
             )
         )
     return facts
@@ -248,7 +294,7 @@ def _profile(model: nn.Module, layers: Sequence[Layer], batch: Any, settings: Fr
         )
         try:
             call()
-        except Exception:  # a model that can't do it without weights, or wants other inputs: the estimate says so
+        except Exception:  # the model cannot run without weights, or needs other inputs: the estimate replaces the count
             meter.profile = None
         meter.remove()
         if meter.profile is not None and any(meter.profile.forward):

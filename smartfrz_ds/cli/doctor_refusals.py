@@ -1,4 +1,4 @@
-"""`smartfrz doctor`, third part: values that DeepSpeed itself refuses, and what a JSON and a model together turn on."""
+"""`smartfrz doctor`, third part: values that DeepSpeed itself refuses, and features that a JSON and a model together turn on."""
 
 from __future__ import annotations
 
@@ -17,24 +17,31 @@ from .findings import Finding
 
 
 def wrong_values(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Values of a DeepSpeed config that DeepSpeed can't start with, as pairs of text and remedy. Nothing where it isn't installed."""
+    """Find values of a DeepSpeed config that DeepSpeed itself refuses.
+
+    Args:
+        raw: The whole DeepSpeed config.
+
+    Returns:
+        Pairs of text and remedy. Empty where DeepSpeed is not installed.
+    """
     try:
-        # What runtime/config.py calls for each section; its whole parser needs a process group.
+        # The functions that deepspeed/runtime/config.py calls for each section; its whole parser needs a process group.
         from deepspeed.runtime.config import _reject_removed_config_keys
         from deepspeed.runtime.precision_config import get_bfloat16_config, get_float16_config
         from deepspeed.runtime.zero.config import get_zero_config
-    except ModuleNotFoundError:  # the check of versions says so
+    except ModuleNotFoundError:  # reported by the check of versions
         return []
     except ImportError as error:
-        return [(f"the values of the DeepSpeed config can't be checked: {error}", "install a DeepSpeed that was tested")]
+        return [(f"the values of the DeepSpeed config cannot be checked: {error}", "install a tested version of DeepSpeed")]
     if removed := _refused_values("", _reject_removed_config_keys, raw):
-        return removed  # they are unknown to their section too
+        return removed  # their sections would report them again as unknown keys
     checks = {"zero_optimization": get_zero_config, "bf16": get_bfloat16_config, "fp16": get_float16_config}
     return [found for key, check in checks.items() if raw.get(key) is not None for found in _refused_values(key, check, raw)]
 
 
 def _refused_values(key: str, check: Callable[[dict[str, Any]], Any], raw: Mapping[str, Any]) -> list[tuple[str, str]]:
-    answer = "correct it: DeepSpeed ends with this error at the start (deepspeed.ai/docs/config-json)"
+    answer = "correct it: DeepSpeed stops with this error at the start (deepspeed.ai/docs/config-json)"
     try:
         check(dict(raw))
     except ValidationError as error:
@@ -54,11 +61,11 @@ def _in_words(section_name: str, error: Mapping[str, Any]) -> str:
 
 
 def check_together(model: nn.Module, config: Path | Mapping[str, Any] | None) -> list[Finding]:
-    """What is refused at start because of a model, in the words of the start.
+    """Find what the start of a run refuses because of the model, with the same message.
 
     Args:
-        model: as the run builds it; it is not changed.
-        config: a DeepSpeed JSON or its content; None: that is not known.
+        model: The model as the run builds it. It is not changed.
+        config: A DeepSpeed JSON or its content; None where unknown.
     """
     try:
         from deepspeed.moe.layer import MoE
@@ -72,6 +79,6 @@ def check_together(model: nn.Module, config: Path | Mapping[str, Any] | None) ->
         found.append((REFUSALS["moe"].said(raw), REFUSALS["moe"].remedy))
     zero = section(raw, "zero_optimization")
     if zero_stage(raw) == 3 and not REFUSALS["granularity"].keys(raw):
-        with contextlib.suppress(ValidationError):  # the check of the JSON says so
+        with contextlib.suppress(ValidationError):  # reported by the check of the JSON
             found += describe_leaf_modules(model, leaves_by_config(model, zero), zero)
     return [Finding("model", "problem", f"{said}: {ENDING}", remedy) for said, remedy in found]

@@ -78,7 +78,7 @@ def test_packages_of_another_version_and_missing_ones(tmp_path: Path, monkeypatc
     (old / "METADATA").write_text("Metadata-Version: 2.1\nName: accelerate\nVersion: 0.20.0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     found = only(doctor.check_packages(["accelerate"]), "warning")
-    assert found.text == "accelerate 0.20.0 was not tried with this package (tried: >=1.10)"
+    assert found.text == "accelerate 0.20.0 was not tested with this package (tested: >=1.10)"
     assert "not installed" in only(doctor.check_packages(["no-such-package"]), "ok").text
 
 
@@ -152,10 +152,10 @@ def test_mpirun_without_mpi4py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_host_name_that_leads_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     found = only(doctor.check_host("localhost"), "warning")
-    assert "'localhost' means" in found.text and "GLOO_SOCKET_IFNAME" in found.answer
+    assert "'localhost' resolves to" in found.text and "GLOO_SOCKET_IFNAME" in found.answer
     found = only(doctor.check_host("no-such-host.invalid"), "problem")
-    assert "can't be resolved" in found.text and "/etc/hosts" in found.answer
-    assert only(doctor.check_host("192.0.2.7"), "ok").text.endswith("means 192.0.2.7")
+    assert "cannot be resolved" in found.text and "/etc/hosts" in found.answer
+    assert only(doctor.check_host("192.0.2.7"), "ok").text.endswith("resolves to 192.0.2.7")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth77")
     assert "no such interface" in only(doctor.check_host(), "problem").text
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
@@ -169,7 +169,7 @@ def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         port = taken.getsockname()[1]
         monkeypatch.setenv("MASTER_PORT", str(port))
         found = only(doctor.check_port(), "warning")
-    assert f"port {port}, the launcher's, can't be used (Address already in use)" in found.text
+    assert f"the launcher's port {port} cannot be used (Address already in use)" in found.text
     assert only(doctor.check_port(), "ok").text == f"port {port} is free"
     monkeypatch.setenv("MASTER_PORT", "eighty")
     assert only(doctor.check_port(), "problem").text == "MASTER_PORT is 'eighty'"
@@ -182,7 +182,7 @@ def test_shared_memory_without_room_and_with_leftovers(tmp_path: Path) -> None:
     for rank in (0, 1):
         (tmp_path / f"deepspeed_allreduce_buffer_0_127.0.0.1_29500_{rank}").write_bytes(bytes(10**6))
     found = only(doctor.check_shm(tmp_path), "warning")
-    assert found.text.startswith("2 files of runs that have ended hold 2 MB")
+    assert found.text.startswith("2 files of ended runs occupy 2 MB")
     with (tmp_path / "deepspeed_allreduce_buffer_0_127.0.0.1_29500_0").open("r+b") as file, mmap.mmap(file.fileno(), 0):
         assert doctor.check_shm(tmp_path)[0].text.startswith("1 files"), "one is in use"
     subprocess.run(found.answer.split(": ", 1)[1], shell=True, check=True)
@@ -312,7 +312,7 @@ def test_leaf_modules_need_the_json_and_the_model(tmp_path: Path) -> None:
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}, "torch_adam is not true"),
         ({"zero_optimization": {"stage": 1}}, "reduce_bucket_size is 5e+08"),
         ({"scheduler": None}, "constant learning rate"),
-        ({"scheduler": None, "smartfrz": {"log_path": "x", "policy": "linear"}}, "does not say how long the run is"),
+        ({"scheduler": None, "smartfrz": {"log_path": "x", "policy": "linear"}}, "does not set the length of the run"),
         ({"smartfrz": {}}, "log_path is null"),
         (
             {"smartfrz": {"log_path": "x", "total_steps": 40, "warmup_steps": 100}},
@@ -355,11 +355,11 @@ def test_the_table_says_what_can_freeze_and_why_not() -> None:
     settings = FreezeConfig.load({"keep_active": ["transformer.h.2"], "max_frozen_fraction": 0.75})
     found, facts = check_model(model, {"input_ids": torch.zeros(1, 16, dtype=torch.long)}, settings)
     assert [(x.name.removeprefix("transformer."), x.kind, x.freezable, x.reason) for x in facts] == [
-        ("embeddings", "embedding", True, "its shared weight goes on training in the layer behind"),
+        ("embeddings", "embedding", True, "its shared weight continues to train in the later layer"),
         ("h.0", "block", True, ""),
-        ("h.1", "block", False, "nothing to freeze: you froze its weights"),
+        ("h.1", "block", False, "nothing to freeze: its weights were frozen by the user"),
         ("h.2", "block", False, "smartfrz.keep_active"),
-        ("h.3", "block", False, "transformer.h.2 in front of it stays active"),
+        ("h.3", "block", False, "the earlier layer transformer.h.2 stays active"),
         ("head", "head", False, "the head always trains"),
     ]
     assert facts[1].weights == sum(p.numel() for p in model.get_submodule("transformer.h.0").parameters())
