@@ -1,6 +1,6 @@
-"""SmartFRZ's core: reads how a layer's weights moved and says whether it has converged. Needs torch only, never DeepSpeed.
+"""The core of SmartFRZ: decide from the movement of a layer's weights whether it has converged. Needs torch, never DeepSpeed.
 
-Names are loaded when they are first used: whoever needs `constants` alone does without torch.
+Names are loaded on first use, so that code which only needs `constants` does not import torch.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    """Load a public name on first use."""
     if name in _HOMES:
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

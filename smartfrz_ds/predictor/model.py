@@ -1,8 +1,9 @@
-"""The predictor: a small attention network over a layer's snapshots, and its file.
+"""The predictor, a small attention network over a layer's snapshots, and its file format.
 
-After SmartFRZ (Li et al., ICLR 2023): the newest snapshot asks, the window answers. What stands in a token is not the weights but
-their scale-free movement (features.py), and the layer's scalars join before the verdict. The published form, for comparison, is in
-reference.py.
+Source: SmartFRZ (Li et al., ICLR 2023): the newest snapshot is the query, the window provides keys and values.
+Differences from the paper: a token contains the weights' scale-free movement (features.py) rather than the weights,
+and the layer's scalars are added before the verdict. The published form, for comparison, is in
+training/published_form.py.
 """
 
 from __future__ import annotations
@@ -28,15 +29,25 @@ FORMAT = "smartfrz-predictor"
 FORMAT_VERSION = 2
 DEFAULT_PREDICTOR = Path(__file__).with_name("default.safetensors")
 
-_CLIP = 4.0  # standard deviations; a run unlike every training run must not drive the network where it was never fitted
+_CLIP = 4.0  # standard deviations: bounds the inputs of a run unlike any in training to the fitted range
 _DROPOUT = 0.2  # in training only
 _SETTING = "smartfrz.attention.predictor"
-_ALLOWED = f"allowed is a safetensors file written by `smartfrz train-predictor`, format version {FORMAT_VERSION}"
+_ALLOWED = f"allowed: a safetensors file written by `smartfrz train-predictor`, format version {FORMAT_VERSION}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictorConfig:
-    """Hyper-parameters: token width and number of heads (a divisor of it), hidden width of the verdict, snapshots of a full window."""
+    """Hyper-parameters, each an integer in 1..4096.
+
+    Attributes:
+        dim: Width of a token.
+        heads: Number of attention heads, a divisor of `dim`.
+        hidden: Hidden width of the verdict.
+        window: Snapshots of a full window.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
 
     dim: int = 16
     heads: int = 2
@@ -47,13 +58,18 @@ class PredictorConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             if type(value) is not int or not 1 <= value <= 4096:
-                raise ValueError(f"{field.name} must be a whole number in 1..4096, got {value!r}")
+                raise ValueError(f"{field.name}: got {value!r}; allowed: an integer from 1 to 4096")
         if self.dim % self.heads:
-            raise ValueError(f"dim {self.dim} must be divisible by heads {self.heads}")
+            raise ValueError(f"dim: got {self.dim}; allowed: a multiple of heads ({self.heads})")
 
 
 class Judge(nn.Module):
-    """Attention over a layer's snapshots, joined by its scalars: one logit a layer."""
+    """Attention over a layer's snapshots combined with its scalars: one logit per layer.
+
+    Args:
+        config: Hyper-parameters.
+        scalars: Number of scalars.
+    """
 
     token_mean: Tensor
     token_std: Tensor
@@ -68,17 +84,23 @@ class Judge(nn.Module):
         for name, size in (("token", len(TOKEN_FEATURES)), ("scalar", scalars)):
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
-        self.register_buffer("calibration", torch.tensor([1.0, 0.0]))  # logits are multiplied with the first, the second is added
+        self.register_buffer("calibration", torch.tensor([1.0, 0.0]))  # logits are multiplied by the first, then the second is added
         self.embed = nn.Sequential(nn.Linear(len(TOKEN_FEATURES), dim), nn.GELU())
         self.query, self.key, self.value = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
-        # What the scalars say on their own, linearly, carries over to what was never seen; the rest corrects it.
+        # The linear part of the scalars generalizes best to unseen networks; the rest learns corrections.
         self.linear = nn.Linear(scalars, 1)
         self.verdict = nn.Sequential(
             nn.Dropout(_DROPOUT), nn.Linear(2 * dim + scalars, hidden), nn.GELU(), nn.Dropout(_DROPOUT), nn.Linear(hidden, 1)
         )
 
     def forward(self, tokens: Tensor, mask: Tensor, scalars: Tensor) -> Tensor:
-        """tokens (b, n, TOKEN_FEATURES) fp32, mask (b, n) bool, its last column true, scalars (b, scalars) fp32: logits (b,)."""
+        """Compute logits (b,).
+
+        Args:
+            tokens: (b, n, TOKEN_FEATURES) fp32.
+            mask: (b, n) bool, true in the last column.
+            scalars: (b, scalars) fp32.
+        """
         x = self.embed(((tokens - self.token_mean) / self.token_std).clamp(-_CLIP, _CLIP))  # (b, n, dim)
         newest = x[:, -1:]  # (b, 1, dim)
         q, k, v = (self._split(part) for part in (self.query(newest), self.key(x), self.value(x)))  # (b, heads, 1 or n, dim / heads)
@@ -87,11 +109,11 @@ class Judge(nn.Module):
         return (self.linear(scaled) + self.verdict(torch.cat([newest[:, 0], read.flatten(1), scaled], 1)))[:, 0]
 
     def scale(self, scalars: Tensor) -> Tensor:
-        """Scalars (b, scalars) in standard deviations of the training set, clipped."""
+        """Convert scalars (b, scalars) to standard deviations of the training set, clipped."""
         return ((scalars - self.scalar_mean) / self.scalar_std).clamp(-_CLIP, _CLIP)
 
     def calibrated(self, logits: Tensor) -> Tensor:
-        """Logits of the network as those of a probability on network kinds that it never saw."""
+        """Convert logits of the network to those of a calibrated probability on unseen network kinds."""
         return self.calibration[0] * logits + self.calibration[1]
 
     def _split(self, x: Tensor) -> Tensor:
@@ -99,10 +121,14 @@ class Judge(nn.Module):
 
 
 class FreezePredictor(nn.Module):
-    """Says how likely a layer and all before it have converged: one judge reads the weights alone, the other their probe features too.
+    """Estimates how likely a layer and all layers before it have converged.
 
-    threshold: the probability, in (0, 1), from which a layer counts as converged; chosen in training, stored in the file. At it both
-    judges have the same precision on network kinds that were left out.
+    One judge reads the weights alone, the other also reads their probe features.
+
+    Args:
+        config: Hyper-parameters; None: the defaults.
+        threshold: Probability in (0, 1) from which a layer counts as converged; chosen in training and stored in the
+            file. At it both judges have the same precision on left-out network kinds.
     """
 
     def __init__(self, config: PredictorConfig | None = None, *, threshold: float = 0.5) -> None:
@@ -113,15 +139,25 @@ class FreezePredictor(nn.Module):
         self.probe = Judge(self.config, len(SCALAR_FEATURES) + len(PROBE_FEATURES))
 
     def set_thresholds(self, weights: float, probe: float | None) -> None:
-        """Makes `threshold` mean for each judge what its own threshold, a probability in (0, 1), would: the logits of the one with the
-        probe are shifted by the difference. None: the probe's judge stays as it is."""
+        """Set `threshold`, and shift the probe judge's logits so that the same threshold is the right one for it.
+
+        Args:
+            weights: Threshold of the judge on weights alone, in (0, 1).
+            probe: The probe judge's own threshold, in (0, 1); None: that judge is unchanged.
+        """
         self.threshold = weights
         if probe is not None:
             self.probe.calibration[1] += math.log(weights / (1 - weights)) - math.log(probe / (1 - probe))
 
     def forward(self, tokens: Tensor, mask: Tensor, scalars: Tensor, probe: Tensor | None = None) -> Tensor:
-        """Calibrated logits (b,) of tokens (b, n, TOKEN_FEATURES) fp32, mask (b, n) bool, its last column true, scalars
-        (b, SCALAR_FEATURES) fp32 and, where known, probe (b, PROBE_FEATURES) fp32; its rows with NaN are judged by the weights."""
+        """Compute calibrated logits (b,).
+
+        Args:
+            tokens: (b, n, TOKEN_FEATURES) fp32.
+            mask: (b, n) bool, true in the last column.
+            scalars: (b, SCALAR_FEATURES) fp32.
+            probe: (b, PROBE_FEATURES) fp32, if known; rows with NaN are judged by the weights alone.
+        """
         logits: Tensor = self.weights.calibrated(self.weights(tokens, mask, scalars))
         if probe is None:
             return logits
@@ -131,9 +167,12 @@ class FreezePredictor(nn.Module):
 
     @torch.no_grad()
     def probabilities(self, batch: FeatureBatch) -> Tensor:
-        """The probability that each layer of the batch, and all before it, have converged: (layers,) fp32 in [0, 1], falling.
+        """Return the probability that each layer of the batch and all layers before it have converged.
 
-        What it says of a prefix can't be more than what it says of a shorter one: the lowest value so far counts.
+        The probability of a prefix cannot exceed that of a shorter one, so the lowest value so far counts.
+
+        Returns:
+            (layers,) fp32 in [0, 1], non-increasing.
         """
         if not batch.names:
             return torch.zeros(0)
@@ -141,9 +180,12 @@ class FreezePredictor(nn.Module):
 
 
 def save_predictor(model: FreezePredictor, path: Path, notes: dict[str, Any] | None = None) -> None:
-    """Writes weights, feature statistics, names and threshold to a safetensors file, whole or not at all.
+    """Write weights, feature statistics, names and threshold to a safetensors file, atomically.
 
-    notes: JSON-able, how it was made.
+    Args:
+        model: The predictor.
+        path: The file.
+        notes: JSON-able description of how it was made.
     """
     header = {
         "format": FORMAT,
@@ -158,26 +200,31 @@ def save_predictor(model: FreezePredictor, path: Path, notes: dict[str, Any] | N
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    # One metadata entry: safetensors writes several in an order that changes from run to run.
+    # A single metadata entry, because safetensors writes several in an order that varies between runs.
     partial.write_bytes(save({k: v.contiguous() for k, v in model.state_dict().items()}, metadata={"smartfrz": json.dumps(header)}))
     os.replace(partial, path)
 
 
 def load_predictor(path: str | Path | None = None) -> FreezePredictor:
-    """Reads a predictor; None is the one that is shipped.
+    """Load a predictor.
 
-    Raises ValueError, naming the setting, the path and what is allowed, when the file is missing, truncated, no safetensors file (a
-    pickle is never opened), of another format version, of other features, of another shape, or holds values that aren't finite.
+    Args:
+        path: The file; None: the shipped one.
+
+    Raises:
+        ValueError: The file is missing, truncated, not a safetensors file (pickles are never opened), or has another
+            format version, other features or shapes, or non-finite values. Names the setting, the path and what is
+            allowed.
     """
     path = DEFAULT_PREDICTOR if path is None else Path(path)
     if not path.is_file():
-        raise _refuse(path, "there is no such file")
+        raise _refuse(path, "no such file")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise _refuse(path, f"it isn't a whole safetensors file ({error})") from error
+        raise _refuse(path, f"not a complete safetensors file ({error})") from error
     try:
         header = json.loads(metadata.get("smartfrz", "{}"))
         if header.get("format") != FORMAT or header.get("format_version") != FORMAT_VERSION:
@@ -199,20 +246,24 @@ def load_predictor(path: str | Path | None = None) -> FreezePredictor:
         raise _refuse(path, f"its tensor {name} has the shape {found.get(name)}, expected {expected.get(name)}")
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32 or not bool(tensor.isfinite().all()):
-            raise _refuse(path, f"its tensor {name} isn't finite fp32")
+            raise _refuse(path, f"its tensor {name} is not finite fp32")
     model.load_state_dict(tensors)
     return model.eval().requires_grad_(False)
 
 
 def predictor_notes(path: str | Path) -> dict[str, Any]:
-    """How the predictor in this file was made: the notes that train_predictor wrote. Raises ValueError as load_predictor does."""
+    """Return how the predictor in a file was made: the notes written by `train_predictor`.
+
+    Raises:
+        ValueError: As in `load_predictor`.
+    """
     load_predictor(path)
     with safe_open(path, framework="pt") as file:
         return json.loads(file.metadata()["smartfrz"])["notes"]
 
 
 def standardize(judge: Judge, tokens: Tensor, mask: Tensor, scalars: Tensor) -> None:
-    """Sets the judge's feature statistics to those of a training set, shapes as in Judge.forward."""
+    """Set the judge's feature statistics to those of a training set. Shapes as in `Judge.forward`."""
     for name, values in (("token", tokens[mask]), ("scalar", scalars)):
         std = values.double().std(0)
         getattr(judge, f"{name}_mean").copy_(values.double().mean(0))
@@ -224,4 +275,5 @@ def _refuse(path: Path, why: str) -> ValueError:
 
 
 def parameter_count(model: nn.Module) -> int:
+    """Return the number of parameters of a module."""
     return sum(math.prod(p.shape) for p in model.parameters())

@@ -1,7 +1,7 @@
-"""The second opinion: how much each layer's output on a small probe batch changed between two freezing stages.
+"""Probe features: how much each layer's output on a small batch changed between two freezing stages.
 
-The weights say how far a layer moved; this says whether it mattered to its output. Needs the Gram matrices that the controller takes
-with `probe` inputs, or the similarities of a recording.
+The weights show how far a layer moved; this shows whether the movement affected its output. Requires the Gram
+matrices that the controller computes with the setting `probe`, or the similarities of a recording.
 """
 
 from __future__ import annotations
@@ -19,21 +19,23 @@ if TYPE_CHECKING:  # policies import this module
 
 PROBE_FEATURES = (
     "log_change",  # log(1 - CKA between this freezing stage and the last one) of the layer's output on the probe
-    "log_prefix_change",  # the largest of these over this and all earlier active blocks (CKA is blind on embeddings)
+    "log_prefix_change",  # maximum of log_change over this and all earlier active blocks (CKA is not informative for embeddings)
     "log_change_ratio",  # log_change minus its value at the first stage that had one
-    "log_stage_lr_remaining",  # log(learning rates still to come / learning rates since the last stage), 0 when unknown
+    "log_stage_lr_remaining",  # log(remaining learning rates / learning rates since the last stage), 0 if unknown
 )
-RATIO_LIMIT = 6.0  # |log ratio| beyond e^6 says nothing more
-_CHANGE_FLOOR = 1e-6  # of 1 - CKA: below it are the last digits of fp32 representations
+RATIO_LIMIT = 6.0  # larger |log ratio| is clipped: beyond e^6 it carries no information
+_CHANGE_FLOOR = 1e-6  # of 1 - CKA: smaller values are rounding errors of fp32 representations
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeMemory:
-    """What must be remembered of a layer's output on the probe.
+    """What is remembered of a layer's output on the probe.
 
-    lr_spent: at the last stage at which it was active. first: log(1 - CKA) at the first stage that had one. gram: the (n, n) fp64
-    matrix of the last stage, of norm 1. It is too large for a checkpoint's JSON: after a resume the second opinion begins at the
-    second stage.
+    Attributes:
+        lr_spent: Learning rate spent up to the last stage at which the layer was active.
+        first: log(1 - CKA) at the first stage that had one.
+        gram: (n, n) fp64, the matrix of the last stage, with norm 1. It is too large for a checkpoint's JSON, so
+            probe features restart at the second stage after a resume.
     """
 
     lr_spent: float
@@ -42,16 +44,22 @@ class ProbeMemory:
 
 
 class ProbeTracker:
-    """Compares each layer's output with that of the last stage. A layer that froze keeps its own matrix."""
+    """Compares each layer's output with that of the last stage. A frozen layer keeps its matrix."""
 
     def __init__(self) -> None:
         self.memory: dict[str, ProbeMemory] = {}
 
     def rows(self, view: View, names: Sequence[str], changes: Mapping[str, float] | None = None) -> Tensor | None:
-        """The probe features of the layers `names`: (names, len(PROBE_FEATURES)) fp32, NaN where a layer has none at this stage.
+        """Compute the probe features of some layers.
 
-        Uses view.grams: of each layer its centered Gram matrix, (n, n) fp64. changes: 1 - CKA since the last stage by name, instead.
-        Returns None where there is neither.
+        Args:
+            view: The run as seen at this freezing stage. Its `grams` are the centered Gram matrices, (n, n) fp64.
+            names: Names of the layers.
+            changes: 1 - CKA since the last stage by name, used for layers without a Gram matrix.
+
+        Returns:
+            (names, len(PROBE_FEATURES)) fp32, NaN for a layer without features at this stage; None without `grams`
+            and `changes`.
         """
         grams = view.grams
         if not grams and changes is None:
@@ -64,7 +72,7 @@ class ProbeTracker:
                 continue
             before = self.memory.get(layer.name)
             if layer.name in frozen:
-                continue  # it keeps its matrix; what its freeze took away stands in the held features of the weights
+                continue  # it keeps its matrix; the effect of its freeze is in the held features of the weights
             gram = _normalised(grams.get(layer.name))
             change = (changes or {}).get(layer.name) if gram is None else _change(gram, before)
             now = replace(before or ProbeMemory(lr_spent=0.0), lr_spent=view.lr_spent, gram=gram)
@@ -81,15 +89,24 @@ class ProbeTracker:
         return torch.tensor([found.get(name, nothing) for name in names]).float().reshape(len(names), len(PROBE_FEATURES))
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able: layer name to the fields of its ProbeMemory, without the matrix."""
+        """Return JSON-able data: layer name -> fields of its ProbeMemory, without the matrix."""
         return {name: {k: v for k, v in vars(memory).items() if k != "gram"} for name, memory in self.memory.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state that `state_dict` returned."""
         self.memory = {name: ProbeMemory(**fields) for name, fields in state.items()}
 
 
 def log_lr_ratio(remaining: float | None, spent: float) -> float | None:
-    """log(remaining / spent), both sums of learning rates, within +-RATIO_LIMIT; None when nobody knows what remains."""
+    """Return log(remaining / spent), within ±RATIO_LIMIT.
+
+    Args:
+        remaining: Sum of the remaining learning rates; None if unknown.
+        spent: Sum of learning rates spent.
+
+    Returns:
+        None if `remaining` is unknown.
+    """
     if remaining is None:
         return None
     if remaining <= 0:
@@ -105,7 +122,7 @@ def _normalised(gram: Tensor | None) -> Tensor | None:
     gram = gram.double()
     norm = float(gram.norm())
     if not math.isfinite(norm):
-        return None  # the weights alone judge, and say so if they are not finite either
+        return None  # the weights alone judge, and fail if they are not finite either
     return gram / norm if norm > 0 else gram
 
 

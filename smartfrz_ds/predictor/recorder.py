@@ -1,6 +1,6 @@
-"""Writes down how the layers of a training run moved and how like their final selves they were on the way.
+"""Record how the layers of a training run moved, and how similar they were to their final state.
 
-The same recorder is used by `smartfrz collect` and by anybody's own script:
+`smartfrz collect` and users' own scripts use the same recorder:
 
     recorder = Recorder(model, probe=held_out_inputs)
     for batch in loader:
@@ -42,17 +42,26 @@ _TENSORS = ("steps", "weights", "lr_spent", "cka_pairs", "cka_steps", "frozen_at
 
 @dataclass(frozen=True, kw_only=True)
 class Recording:
-    """What a run left behind. Only the body: the head, which is never frozen, isn't recorded.
+    """The record of a run. Contains only the body: the head never freezes and is not recorded.
 
-    name: of the run. tags: what it was (network, data, ...), JSON-able; what can be held out in an evaluation.
-    layers, kinds: name and kind of each layer, front to back.
-    steps: (snapshots,) int64, 0 first. weights: (layers, snapshots, sample_size) fp32, fixed indices (smaller layers repeat).
-    lr_spent: (snapshots,) fp64, the sum of the learning rates of all steps so far. lr_total: at the end. total_steps: of the run.
-    cka_pairs: (evaluations, evaluations, layers) fp32, similarity of each layer between two evaluations, 1 on the diagonal.
-    cka_steps: (evaluations,) int64, 0 first, the end of the run last.
-    frozen_at: (layers,) int64, the step after which the layer stood still, NEVER for one that trained to the end.
-    metric, loss: of the final model, held out (accuracy 0..1 and mean negative log-likelihood in nats); NaN where nobody said.
-    seconds, cpu_seconds: what it took.
+    Attributes:
+        name: Name of the run.
+        tags: JSON-able description of the run (network, data, ...), by which an evaluation can hold out runs.
+        layers: Name of each layer, front to back.
+        kinds: Kind of each layer, front to back.
+        steps: (snapshots,) int64, starting with 0.
+        weights: (layers, snapshots, sample_size) fp32, at fixed indices (repeated in smaller layers).
+        lr_spent: (snapshots,) fp64, the sum of the learning rates of all steps so far.
+        lr_total: The same at the end of the run.
+        total_steps: Steps of the run.
+        cka_pairs: (evaluations, evaluations, layers) fp32, similarity of each layer between two evaluations, 1 on the
+            diagonal.
+        cka_steps: (evaluations,) int64, from 0 to the end of the run.
+        frozen_at: (layers,) int64, the step after which the layer did not change; NEVER if it trained to the end.
+        metric: Held-out accuracy of the final model, 0..1; NaN if not given.
+        loss: Held-out mean negative log-likelihood of the final model in nats; NaN if not given.
+        seconds: Wall-clock time.
+        cpu_seconds: Processor time.
     """
 
     name: str
@@ -74,15 +83,16 @@ class Recording:
 
     @property
     def cka(self) -> Tensor:
-        """(evaluations, layers) fp64, similarity of each layer to itself at the end of the run."""
+        """Similarity of each layer to itself at the end of the run: (evaluations, layers) fp64."""
         return self.cka_pairs[:, -1].double()
 
 
 class Recorder:
-    """Records a run of any nn.Module, beside its own training loop; changes nothing in it.
+    """Records a run of any nn.Module alongside its own training loop, which it does not affect.
 
-    Holds the snapshots and the similarity vectors of the run in host memory: of each layer 4 * sample_size bytes a snapshot, and
-    2 * n^2 bytes an evaluation of n probe inputs (100 layers, 128 inputs, 100 evaluations: 330 MB). One process, whole weights.
+    Keeps the snapshots and similarity vectors of the run in host memory: for each layer 4 * sample_size bytes per
+    snapshot, and 2 * n^2 bytes per evaluation of n probe inputs (100 layers, 128 inputs, 100 evaluations: 330 MB).
+    Supports one process with unsharded weights.
     """
 
     def __init__(
@@ -97,23 +107,29 @@ class Recorder:
         sample_size: int = 256,
         seed: int = 0,
     ) -> None:
-        """model: the module that trains, on its device. Made before the first step: the initial weights are recorded.
+        """Start recording. Create the recorder before the first step, because it records the initial weights.
 
-        probe: a batch of 2 or more held-out inputs, kept for the whole run; a tensor, or whatever forward takes.
-        layers: as `smartfrz.layers` ("auto", or patterns), or the layers themselves.
-        forward: how the model is called on the probe; None: model(probe), or model(**probe) for a mapping. Runs in eval mode without
-        gradients, and the model's mode and the random generators are as before after it.
-        snapshot_interval, evaluate_interval: steps, >= 1, the second a multiple of the first. sample_size: weights a layer, >= 1.
-        seed: which weights are sampled.
-        Raises ValueError for anything else, and for a layer whose output on the probe is no tensor with one row an input.
+        Args:
+            model: The module that trains, on its device.
+            probe: A batch of 2 or more held-out inputs, kept for the whole run; a tensor, or anything that `forward`
+                accepts.
+            layers: As `smartfrz.layers` ("auto", or patterns), or the layers themselves.
+            forward: How to call the model on the probe; None: model(probe), or model(**probe) for a mapping. It runs
+                in eval mode without gradients, and the model's mode and the random states are restored afterwards.
+            snapshot_interval: Steps between snapshots, >= 1.
+            evaluate_interval: Steps between evaluations, a multiple of snapshot_interval.
+            sample_size: Weights sampled from each layer, >= 1.
+            seed: Seed for the choice of the weights.
+
+        Raises:
+            ValueError: A value is out of range, or a layer's output on the probe is not a tensor with one row per
+                input.
         """
         for name, value in (("snapshot_interval", snapshot_interval), ("sample_size", sample_size)):
             if value < 1:
-                raise ValueError(f"{name}: got {value}, allowed is a whole number >= 1")
+                raise ValueError(f"{name}: got {value}; allowed: an integer >= 1")
         if evaluate_interval < snapshot_interval or evaluate_interval % snapshot_interval:
-            raise ValueError(
-                f"evaluate_interval: got {evaluate_interval}, allowed is a multiple of snapshot_interval ({snapshot_interval})"
-            )
+            raise ValueError(f"evaluate_interval: got {evaluate_interval}; allowed: a multiple of snapshot_interval ({snapshot_interval})")
         self.model, self.probe = model, probe
         given = [] if isinstance(layers, str) else [x for x in layers if isinstance(x, Layer)]
         names = layers if isinstance(layers, str) else [x for x in layers if isinstance(x, str)]
@@ -122,13 +138,17 @@ class Recorder:
         self.steps_done, self.lr_spent = 0, 0.0
         self._forward = forward or _call
         self._began = (time.perf_counter(), time.process_time())
-        self._samples = [_plan(layer, sample_size, seed) for layer in self.layers]
+        self._samples = [_sample_of(layer, sample_size, seed) for layer in self.layers]
         self._state = _State(frozen_at=[NEVER] * len(self.layers))
         self._snapshot()
         self._evaluate()
 
     def step(self, lr: float) -> None:
-        """To be called after every optimizer step. lr: the learning rate of this step (of the first group where there are several)."""
+        """Record a step. Call after every optimizer step.
+
+        Args:
+            lr: The learning rate of the step (of the first group, if there are several).
+        """
         self.steps_done += 1
         self.lr_spent += lr
         if self.steps_done % self.snapshot_interval == 0:
@@ -144,15 +164,22 @@ class Recorder:
         metric: float = float("nan"),
         loss: float = float("nan"),
     ) -> Recording:
-        """The recording of the run that ends here. A last evaluation is made where the run doesn't end on one.
+        """Finish the recording, with a last evaluation if the run does not end on one.
 
-        Raises ValueError for a run with fewer than two evaluations.
+        Args:
+            name: Name of the run.
+            tags: JSON-able description of the run.
+            metric: Held-out accuracy, 0..1.
+            loss: Held-out mean negative log-likelihood, nats.
+
+        Raises:
+            ValueError: The run has fewer than two evaluations.
         """
         state = self._state
         if state.cka_steps[-1] != self.steps_done:
             self._evaluate()
         if len(state.cka_steps) < 2:
-            raise ValueError(f"{name}: a recording needs at least one step, got none")
+            raise ValueError(f"{name}: got no step; allowed: a recording of at least one step")
         began, cpu_began = self._began
         return Recording(
             name=name,
@@ -174,8 +201,18 @@ class Recorder:
         )
 
     def save(self, path: str | Path | None = None, *, name: str, tags: Mapping[str, Any] | None = None, **figures: float) -> Recording:
-        """finish, and write_recording to path (.safetensors); None: NAME.safetensors in the folder that the environment variable
-        SMARTFRZ_RECORDINGS names, without it in recordings/runs."""
+        """Finish the recording and write it to a file.
+
+        Args:
+            path: The file (.safetensors); None: NAME.safetensors in the folder given by the environment variable
+                SMARTFRZ_RECORDINGS, by default recordings/runs.
+            name: As in `finish`.
+            tags: As in `finish`.
+            **figures: `metric` and `loss`, as in `finish`.
+
+        Raises:
+            ValueError: As in `finish`.
+        """
         recording = self.finish(name=name, tags=tags, **figures)
         folder = Path(os.environ.get(FOLDER_VARIABLE, "recordings/runs"))
         write_recording(recording, folder / f"{name}.safetensors" if path is None else Path(path))
@@ -202,10 +239,12 @@ class Recorder:
 def probe_outputs(
     model: nn.Module, layers: Sequence[Layer], probe: Any, forward: Callable[[nn.Module, Any], Any] | None = None
 ) -> list[Tensor]:
-    """The representation of the probe in each layer, (rows, features...) as probe_rows gives it. In eval mode, without gradients.
+    """Return each layer's representation of the probe, (rows, features...) as in `probe_rows`, in eval mode without gradients.
 
-    A layer without a module of its own (bare parameters) takes the output of the next one.
-    Raises ValueError, naming the layer, where its output is no tensor.
+    A layer without a module (bare parameters) takes the output of the next layer.
+
+    Raises:
+        ValueError: A layer's output is not a tensor, or the layer is not used; names the layer.
     """
     found: dict[int, Tensor] = {}
 
@@ -214,9 +253,9 @@ def probe_outputs(
             value = output[0] if isinstance(output, tuple | list) else output
             if not isinstance(value, Tensor):
                 raise ValueError(
-                    f"layer {layers[i].name}: its output is a {type(value).__name__}; a recording needs a tensor, or a tuple with one"
+                    f"layer {layers[i].name}: got an output of type {type(value).__name__}; allowed: a tensor, or a tuple with one"
                 )
-            found[i] = value.detach()  # of several modules the last one in the forward pass
+            found[i] = value.detach()  # of several modules, the last one in the forward pass
 
         return hook
 
@@ -234,13 +273,13 @@ def probe_outputs(
     outputs: list[Tensor] = []
     for i in reversed(range(len(layers))):
         if i not in found and not outputs:
-            raise ValueError(f"layer {layers[i].name}: it was not used on the probe")
+            raise ValueError(f"layer {layers[i].name}: not used in the forward of the probe")
         outputs.append(probe_rows(found[i]) if i in found else outputs[-1])
     return outputs[::-1]
 
 
 def write_recording(recording: Recording, path: Path) -> None:
-    """Writes one safetensors file, whole or not at all; the numbers and names stand in its metadata as JSON."""
+    """Write one safetensors file, atomically; numbers and names are stored in its metadata as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     tensors = {name: getattr(recording, name).contiguous() for name in _TENSORS}
@@ -251,17 +290,21 @@ def write_recording(recording: Recording, path: Path) -> None:
 
 
 def read_recording(path: Path) -> Recording:
-    """Raises ValueError, naming the file, when it is missing, damaged or of another version."""
+    """Read a recording.
+
+    Raises:
+        ValueError: The file is missing, damaged or of another version; names the file.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["recording"])
             tensors = {name: file.get_tensor(name) for name in _TENSORS}
         if (header.pop("format"), header.pop("version")) != (RECORDING_FORMAT, RECORDING_VERSION):
-            raise ValueError("another version")
+            raise ValueError("unsupported version")
         return Recording(**(header | {"layers": tuple(header["layers"]), "kinds": tuple(header["kinds"])}), **tensors)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         allowed = f"a recording written by smartfrz_ds, version {RECORDING_VERSION}"
-        raise ValueError(f"{path}: got no whole recording ({type(error).__name__}: {error}); allowed: {allowed}") from error
+        raise ValueError(f"{path}: not a complete recording ({type(error).__name__}: {error}); allowed: {allowed}") from error
 
 
 @dataclass(kw_only=True)
@@ -274,8 +317,8 @@ class _State:
     vectors: list[list[Tensor]] = field(default_factory=list)  # evaluations x layers, each as gram_vector gives it
 
 
-def _plan(layer: Layer, sample_size: int, seed: int) -> tuple[list[nn.Parameter], list[Tensor], list[Tensor]]:
-    """The parameters of a sample, the positions in each, and the columns where they stand."""
+def _sample_of(layer: Layer, sample_size: int, seed: int) -> tuple[list[nn.Parameter], list[Tensor], list[Tensor]]:
+    """Return the parameters of a sample, the positions in each, and their columns."""
     params = sampled_params(layer)
     generator = torch.Generator().manual_seed((seed * 1_000_003 + layer.position) % 2**63)
     chosen = sample_indices(sum(p.numel() for p in params), sample_size, generator)
@@ -297,14 +340,14 @@ def _read(sample: tuple[list[nn.Parameter], list[Tensor], list[Tensor]]) -> Tens
 
 
 def _pairs(vectors: list[list[Tensor]]) -> Tensor:
-    """(evaluations, evaluations, layers) fp32. In blocks of 64 bits: near one, fp32 sums would be noise."""
+    """Compute (evaluations, evaluations, layers) fp32. Sums are in fp64, because fp32 is too coarse for similarities near 1."""
     layers = []
     for i in range(len(vectors[0])):
         rows = torch.stack([row[i] for row in vectors]).double()
         norms = rows.norm(dim=1)
         cosine = (rows @ rows.T).clamp(0, 1)
         dead = norms == 0
-        # A representation that doesn't depend on its input is like another such one, and like nothing else.
+        # A representation that does not depend on its input is similar to another such one, and to nothing else.
         cosine[dead[:, None] ^ dead[None, :]] = 0.0
         cosine[dead[:, None] & dead[None, :]] = 1.0
         layers.append(cosine.fill_diagonal_(1.0))

@@ -482,10 +482,10 @@ def rewrite(path: Path, header: dict[str, Any] | None = None, tensors: dict[str,
 BAD_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (lambda p: p.unlink(), "no such file"),
     "a folder": (lambda p: (p.unlink(), p.mkdir()), "no such file"),
-    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "whole safetensors file"),
-    "truncated header": (lambda p: p.write_bytes(p.read_bytes()[:20]), "whole safetensors file"),
-    "empty": (lambda p: p.write_bytes(b""), "whole safetensors file"),
-    "a pickle": (lambda p: torch.save({"w": torch.ones(3)}, p), "whole safetensors file"),
+    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "complete safetensors file"),
+    "truncated header": (lambda p: p.write_bytes(p.read_bytes()[:20]), "complete safetensors file"),
+    "empty": (lambda p: p.write_bytes(b""), "complete safetensors file"),
+    "a pickle": (lambda p: torch.save({"w": torch.ones(3)}, p), "complete safetensors file"),
     "another model": (lambda p: save_file({"w": torch.ones(3)}, p), "format is None"),
     "another version": (lambda p: rewrite(p, {"format_version": 1}), "version 1"),
     "other features": (lambda p: rewrite(p, {"scalar_features": ["size"]}), "scalar_features"),
@@ -498,7 +498,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "half precision": (lambda p: rewrite(p, tensors={"probe.query.weight": torch.ones(16, 16).half()}), "fp32"),
     "threshold 1": (lambda p: rewrite(p, {"threshold": 1.0}), "threshold"),
     "no threshold": (lambda p: rewrite(p, {"threshold": None}), "threshold"),
-    "heads that don't divide": (lambda p: rewrite(p, {"config": {"dim": 16, "heads": 3, "hidden": 24, "window": 30}}), "divisible"),
+    "heads that don't divide": (lambda p: rewrite(p, {"config": {"dim": 16, "heads": 3, "hidden": 24, "window": 30}}), "multiple of heads"),
     "an unknown setting": (lambda p: rewrite(p, {"config": {"depth": 3}}), "depth"),
     "a header that is no object": (lambda p: save_file({"w": torch.ones(1)}, p, metadata={"smartfrz": "[1]"}), "list"),
 }
@@ -512,7 +512,7 @@ def test_a_file_that_is_no_predictor_is_refused(name: str, tmp_path: Path) -> No
     spoil(path)
     with pytest.raises(ValueError) as error:
         load_predictor(path)
-    for part in ("smartfrz.attention.predictor", str(path), "allowed is a safetensors file", words):
+    for part in ("smartfrz.attention.predictor", str(path), "allowed: a safetensors file", words):
         assert part in str(error.value), str(error.value)
 
 

@@ -19,12 +19,12 @@ from smartfrz_ds.predictor.recorder import NEVER, read_recording
 from smartfrz_ds.predictor.recording.branches import branch, branched_runs, collect_branches
 from smartfrz_ds.predictor.recording.collect import collect, collect_dataset, collect_script, one_thread, read_dataset, record
 from smartfrz_ds.predictor.recording.labels import LabelSettings, converged_at, prefix_settled, settled, similarity_of
-from smartfrz_ds.predictor.recording.runs import SETTINGS, Run, Training, freezing_plan, plan
+from smartfrz_ds.predictor.recording.runs import SETTINGS, TaskRun, Training, freezing_schedule, planned_runs
 from smartfrz_ds.predictor.training.counterfactual_eval import branch_examples
 from smartfrz_ds.predictor.training.dataset import make_examples
 from smartfrz_ds.predictor.training.labelling import label_dataset, labels_of
 
-SMALL_RUN = Run(net="mlp", data="digits", optimizer="adamw-cosine", regime="scratch", seed=7, steps=80)
+SMALL_RUN = TaskRun(net="mlp", data="digits", optimizer="adamw-cosine", regime="scratch", seed=7, steps=80)
 
 
 @pytest.fixture(autouse=True)
@@ -112,8 +112,8 @@ def test_every_network_trains(net: Any, data: Any) -> None:
 
 def test_frozen_layers_stand_still_and_are_marked() -> None:
     run = replace(SMALL_RUN, net="cnn", steps=80, freezes=True)
-    stages = freezing_plan(run, 8)
-    assert stages and stages == freezing_plan(run, 8)
+    stages = freezing_schedule(run, 8)
+    assert stages and stages == freezing_schedule(run, 8)
     one = record(run)
     for i, at in enumerate(one.frozen_at.tolist()):
         if at == NEVER:
@@ -193,7 +193,7 @@ def test_a_recorder_refuses_what_it_cannot_record(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one step"):
         Recorder(Model(), x).finish(name="nothing")
     (tmp_path / "bad.safetensors").write_bytes(b"no")
-    with pytest.raises(ValueError, match=r"bad\.safetensors: got no whole recording"):
+    with pytest.raises(ValueError, match=r"bad\.safetensors: not a complete recording"):
         read_recording(tmp_path / "bad.safetensors")
 
 
@@ -212,7 +212,7 @@ def test_recordings_are_taken_from_the_folder_and_damaged_ones_made_anew(tmp_pat
 
 
 def test_the_plan_has_what_it_should() -> None:
-    runs = plan()
+    runs = planned_runs()
     assert len(runs) == len({run.name for run in runs}) == 144
     assert {(run.net, run.data) for run in runs} == set(SETTINGS)
     for field, values in (("optimizer", 4), ("regime", 2), ("seed", 3), ("freezes", 2)):
@@ -268,10 +268,10 @@ def test_examples_are_what_a_real_run_would_see() -> None:
 
 
 def test_a_data_set_is_made_labelled_and_read(tmp_path: Path) -> None:
-    runs = plan(quick=True)[:1]
+    runs = planned_runs(quick=True)[:1]
     for run in runs:
         collect(run, tmp_path / "runs")
-    with pytest.raises(ValueError, match=r"got no recording"):
+    with pytest.raises(ValueError, match=r"no recording in"):
         read_dataset(tmp_path / "empty")
     figures = label_dataset(tmp_path, LabelSettings(similarity=0.9))
     assert labels_of(tmp_path) == LabelSettings(similarity=0.9)
@@ -288,7 +288,7 @@ def test_two_workers_make_the_same_files_and_another_seed_is_refused(tmp_path: P
     from smartfrz_ds.predictor.recording import collect as module
 
     runs = [SMALL_RUN, replace(SMALL_RUN, seed=8)]
-    monkeypatch.setattr(module, "plan", lambda seed, quick: runs)  # two short runs instead of the five of the quick scale
+    monkeypatch.setattr(module, "planned_runs", lambda seed, quick: runs)  # two short runs instead of the five of the quick scale
     one = collect_dataset(tmp_path / "one", quick=True, branches=False)
     two = collect_dataset(tmp_path / "two", quick=True, branches=False, workers=2)
     assert all(same(a, b) for a, b in zip(one.recordings, two.recordings, strict=True))

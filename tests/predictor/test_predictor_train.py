@@ -22,7 +22,7 @@ from smartfrz_ds.cli.main import app
 from smartfrz_ds.predictor import DEFAULT_PREDICTOR, load_predictor
 from smartfrz_ds.predictor.model import PredictorConfig, parameter_count, predictor_notes
 from smartfrz_ds.predictor.recording.collect import collect, one_thread, read_dataset
-from smartfrz_ds.predictor.recording.runs import Run, plan
+from smartfrz_ds.predictor.recording.runs import TaskRun, planned_runs
 from smartfrz_ds.predictor.training.ablate import replay
 from smartfrz_ds.predictor.training.calibrate import calibrate, evaluate_predictor
 from smartfrz_ds.predictor.training.dataset import Examples, make_examples
@@ -41,7 +41,7 @@ from smartfrz_ds.predictor.training.logistic_baseline import fit_regression
 from smartfrz_ds.predictor.training.published_form import PublishedPredictor, fit_reference, raw_windows
 from smartfrz_ds.predictor.training.train import train_predictor
 
-SMALL_RUN = Run(net="mlp", data="digits", optimizer="adamw-cosine", regime="scratch", seed=7, steps=80)
+SMALL_RUN = TaskRun(net="mlp", data="digits", optimizer="adamw-cosine", regime="scratch", seed=7, steps=80)
 
 
 @pytest.fixture(autouse=True)
@@ -209,7 +209,7 @@ def test_training_makes_the_same_file_twice_and_a_card(quick: tuple[Path, Path, 
     assert "smartfrz train-predictor --out mine.safetensors --seed 0 --quick" in card
     assert f"{shipped['cnn']['auc']:.3f} (" in card
     assert hashlib.sha256(out.read_bytes()).hexdigest() in card
-    assert "is of no use" in card
+    assert "is not usable" in card
 
 
 @pytest.mark.parametrize(
@@ -267,10 +267,10 @@ def test_the_commands(quick: tuple[Path, Path, dict[str, Any]], tmp_path: Path) 
     code, text = run("calibrate", "--data", str(data), "--predictor", str(predictor), "--precision", "0.9")
     assert (code, "threshold: " in text) == (0, True), text
     for arguments, words in (
-        (("label", "--data", str(tmp_path)), "got no recording"),
+        (("label", "--data", str(tmp_path)), "no recording in"),
         (("label", "--data", str(data), "--rule", "best"), "rule: got 'best'"),
         (("collect", "--out", str(tmp_path), "--script", str(tmp_path / "none.py")), "script: got"),
-        (("eval-predictor", "--data", str(data), "--predictor", str(tmp_path / "none.safetensors")), "there is no such file"),
+        (("eval-predictor", "--data", str(data), "--predictor", str(tmp_path / "none.safetensors")), "no such file"),
     ):
         code, text = run(*arguments)
         assert (code, words in text) == (2, True), text
@@ -316,7 +316,7 @@ def test_the_shipped_predictor_says_what_it_said_when_it_was_made() -> None:
 def test_the_shipped_predictor_on_a_run_it_never_saw() -> None:
     """Another seed, width and learning rate than all of its training runs: it ranks the windows, and what it calls converged is so."""
     run = replace(SMALL_RUN, seed=1234, steps=1440)
-    assert run not in plan()
+    assert run not in planned_runs()
     examples, model = make_examples([collect(run)], 30), load_predictor()
     for scores, probed in ((score(model, examples.without_probe()), False), (score(model, examples), True)):
         there = examples.probed if probed else torch.ones(len(examples), dtype=torch.bool)

@@ -15,7 +15,7 @@ from torch import Tensor
 from smartfrz_ds.policies import AttentionPolicy, Decision, LayerInfo, LinearPolicy, ManualPolicy, Policy, View, Window, make_policy
 from smartfrz_ds.predictor import MIN_SNAPSHOTS
 from smartfrz_ds.predictor.constants import CONVERGED
-from smartfrz_ds.predictor.recording.collect import SNAPSHOT_EVERY, Recording, Run, record
+from smartfrz_ds.predictor.recording.collect import SNAPSHOT_EVERY, Recording, TaskRun, record
 from smartfrz_ds.predictor.recording.labels import prefix_settled
 
 INTERVAL, STAGE, WINDOW = 10, 50, 30  # the defaults of a run
@@ -185,7 +185,7 @@ def test_attention_runs_without_knowing_the_length_of_the_run() -> None:
         ({"threshold": 0.0}, "smartfrz.attention.threshold: got 0.0; allowed: "),
         ({"threshold": math.nan}, "smartfrz.attention.threshold: got nan; allowed: "),
         ({"patience": 0}, "smartfrz.attention.patience: got 0; allowed: "),
-        ({"predictor": "nowhere.safetensors"}, "smartfrz.attention.predictor: nowhere.safetensors: there is no such file; allowed is "),
+        ({"predictor": "nowhere.safetensors"}, "smartfrz.attention.predictor: nowhere.safetensors: no such file; allowed: "),
     ],
 )
 def test_attention_refuses_wrong_settings(settings: dict[str, Any], words: str) -> None:
@@ -239,7 +239,7 @@ def replay(recording: Recording, policy: Policy) -> dict[str, int]:
 
 def test_attention_on_a_real_run_that_it_never_saw() -> None:
     """Fine-tuning with a decaying learning rate: it freezes, not at the start, and what it froze stays what it was."""
-    recording = record(Run(net="mlp", data="digits", optimizer="adamw-cosine", regime="finetune", seed=4321, steps=400))
+    recording = record(TaskRun(net="mlp", data="digits", optimizer="adamw-cosine", regime="finetune", seed=4321, steps=400))
     frozen = replay(recording, AttentionPolicy())
     assert len(frozen) >= 2
     truth = prefix_settled(recording.cka, recording.kinds)

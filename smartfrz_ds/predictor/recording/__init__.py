@@ -1,1 +1,1 @@
-"""Training runs that are recorded: the material from which the predictor learns."""
+"""Recorded training runs, from which the predictor learns."""

@@ -1,6 +1,7 @@
-"""Counterfactual branches: from a checkpoint in the middle of a run, freeze the first layers now and train to the end. What did it cost?
+"""Counterfactual branches: freeze the first layers in the middle of a run, train to the end, and measure the cost.
 
-This is the truth that similarity labels only stand for. A branch sees the same data in the same order as the run it leaves.
+Similarity labels only approximate this ground truth. A branch sees the same data in the same order as the run it
+starts from.
 """
 
 from __future__ import annotations
@@ -13,23 +14,28 @@ from pathlib import Path
 
 import torch
 
-from .runs import EVALUATE_EVERY, OPTIMIZERS, REGIMES, SETTINGS, Run, Training, final_figures, plan
+from .runs import EVALUATE_EVERY, OPTIMIZERS, REGIMES, SETTINGS, TaskRun, Training, final_figures, planned_runs
 
 STAGES = (0.25, 0.5, 0.75)
-"""Shares of the run after which it is branched, rounded to _STAGE_STEPS."""
+"""Shares of the run at which branches start, rounded to _STAGE_STEPS."""
 HARMLESS = 0.01
-"""A branch is harmless when it costs less than one point of accuracy."""
+"""A branch is harmless if it costs less than one point of accuracy."""
 
-_STAGE_STEPS = 40  # a freezing stage at every spacing of 2, 4 and 8 steps
+_STAGE_STEPS = 40  # a multiple of the freezing interval at snapshot spacings of 2, 4 and 8 steps
 _LAST_EVALUATIONS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Branch:
-    """One counterfactual. step: of the freeze. frozen: the first so many layers, the embedding counted.
+    """One counterfactual.
 
-    cost: accuracy of the unfrozen controls minus that of the branch, 0..1. loss_cost: loss of the branch over that of the controls,
-    minus 1. noise: standard deviation of the controls' accuracies.
+    Attributes:
+        run: Name of the run.
+        step: Step of the freeze.
+        frozen: Number of frozen front layers, including the embedding.
+        cost: Accuracy of the unfrozen controls minus that of the branch, 0..1.
+        loss_cost: Loss of the branch / loss of the controls, minus 1.
+        noise: Standard deviation of the controls' accuracies.
     """
 
     run: str
@@ -40,9 +46,9 @@ class Branch:
     noise: float
 
 
-def branched_runs(seed: int = 0, *, quick: bool = False) -> list[Run]:
-    """Which runs of plan(seed) are branched: 18 without freezes, every setting, all optimizers and both regimes among them."""
-    runs = [run for run in plan(seed, quick=quick) if not run.freezes]
+def branched_runs(seed: int = 0, *, quick: bool = False) -> list[TaskRun]:
+    """Return the runs of planned_runs(seed) to branch: 18 without freezes, from every setting, optimizer and regime."""
+    runs = [run for run in planned_runs(seed, quick=quick) if not run.freezes]
     if quick:
         return runs[:1]
     chosen = []
@@ -53,8 +59,11 @@ def branched_runs(seed: int = 0, *, quick: bool = False) -> list[Run]:
     return chosen
 
 
-def branch(run: Run) -> list[Branch]:
-    """Trains the run and all of its branches: at each stage the first block, half, and all of the body. Deterministic on one thread."""
+def branch(run: TaskRun) -> list[Branch]:
+    """Train a run and all of its branches.
+
+    At each stage, branches freeze the first block, half of the body, and all of it. Deterministic on one thread.
+    """
     with torch.random.fork_rng(devices=[]):
         main = Training(run)
         stages = sorted({max(1, round(s * run.steps / _STAGE_STEPS)) * _STAGE_STEPS for s in STAGES})
@@ -90,8 +99,12 @@ def branch(run: Run) -> list[Branch]:
     return results
 
 
-def collect_branches(run: Run, folder: Path) -> tuple[list[Branch], float]:
-    """The branches of a run and their processor seconds, from `folder` when they are there, else made and put there."""
+def collect_branches(run: TaskRun, folder: Path) -> tuple[list[Branch], float]:
+    """Load the branches of a run from `folder`, or compute and store them there.
+
+    Returns:
+        The branches and the processor seconds that they took.
+    """
     path = folder / f"{run.name}.json"
     if path.is_file():
         try:
@@ -99,7 +112,7 @@ def collect_branches(run: Run, folder: Path) -> tuple[list[Branch], float]:
             if held["run"] == run.identity:
                 return [Branch(**row) for row in held["branches"]], float(held["cpu_seconds"])
         except (ValueError, KeyError, TypeError):
-            pass  # damaged, or of another version: made anew
+            pass  # damaged or from another version: compute again
     began = time.process_time()
     branches = branch(run)
     seconds = time.process_time() - began

@@ -1,4 +1,4 @@
-"""The card of a data set of recorded runs."""
+"""Card of a data set of recorded runs."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ if TYPE_CHECKING:
 
 
 def dataset_card(data: Dataset, *, seed: int, quick: bool) -> str:
-    """The README.md of a data set that `smartfrz collect` made."""
+    """Return the README.md of a data set created by `smartfrz collect`."""
     nets = sorted({str(r.tags.get("net")) for r in data.recordings})
     freezes = sum(bool(r.tags.get("freezes")) for r in data.recordings)
     lines = [
-        "# Recordings for a freezing predictor",
+        "# Recordings for training a freezing predictor",
         "",
-        f"`smartfrz collect --out DIR --seed {seed}{' --quick' if quick else ''}` made this folder: {len(data.recordings)} training runs",
-        f"({', '.join(nets)}; {freezes} of them with freezes on the way) and {len(data.branches)} counterfactual branches,",
-        f"{data.cpu_seconds / 60:.1f} minutes of one core. It holds sampled weights, similarities and figures; nobody's text or image.",
+        f"Created by `smartfrz collect --out DIR --seed {seed}{' --quick' if quick else ''}`: {len(data.recordings)} training runs",
+        f"({', '.join(nets)}; {freezes} of them with freezes) and {len(data.branches)} counterfactual branches, which took",
+        f"{data.cpu_seconds / 60:.1f} minutes on one core. Contains sampled weights, similarities and figures, but no texts or images.",
         "",
-        "- `dataset.json`: versions, seed, names of the runs.",
-        "- `runs/NAME.safetensors`: `weights` (layers, snapshots, 256) fp32, sampled at fixed places; `steps`, `lr_spent` of the",
-        "  snapshots; `cka_pairs` (evaluations, evaluations, layers), linear CKA of each layer between two moments on 128 held-out inputs;",
-        "  `cka_steps`; `frozen_at` of each layer, -1 for never. The rest stands in the metadata, as JSON.",
-        "- `branches/NAME.json`: what freezing a prefix at a step cost at the end, against two unfrozen controls.",
-        "- `labels.safetensors`, `labels.json` (by `smartfrz label`): by default converged is a settled prefix similarity of",
-        f"  {CONVERGED} to the end.",
+        "- `dataset.json`: versions, seed and names of the runs.",
+        "- `runs/NAME.safetensors`: `weights` (layers, snapshots, 256) fp32, sampled at fixed positions; `steps`, `lr_spent` of the",
+        "  snapshots; `cka_pairs` (evaluations, evaluations, layers), linear CKA of each layer between two steps on 128 held-out inputs;",
+        "  `cka_steps`; `frozen_at` of each layer, -1 for never. Everything else is in the metadata, as JSON.",
+        "- `branches/NAME.json`: the final cost of freezing a prefix at a step, compared with two unfrozen controls.",
+        "- `labels.safetensors`, `labels.json` (from `smartfrz label`): by default, converged means a settled prefix similarity to the",
+        f"  end of at least {CONVERGED}.",
         "",
         "| run | steps | accuracy | frozen layers |",
         "| --- | --- | --- | --- |",

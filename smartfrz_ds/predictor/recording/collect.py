@@ -1,7 +1,8 @@
-"""Records runs: the registered tasks' into a data set on disk, over processes, resumable; and reads such data sets, anybody's too.
+"""Record the runs of the registered tasks into a data set on disk, resumable and in parallel, and read data sets.
 
-A data set is a folder: `runs/NAME.safetensors` (recorder.py), `branches/NAME.json` (branches.py), `dataset.json` (what belongs to it,
-with versions) and `README.md` (its card). Recordings that a user's own script saved into `runs/` belong to it as well.
+A data set is a folder with `runs/NAME.safetensors` (recorder.py), `branches/NAME.json` (branches.py), `dataset.json`
+(contents and versions) and `README.md` (its card). Recordings that a user's script saves into `runs/` are part of it
+as well.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from smartfrz_ds._version import __version__
 from smartfrz_ds.predictor.recorder import FOLDER_VARIABLE, RECORDING_VERSION, Recorder, Recording, read_recording, write_recording
 
 from .branches import Branch, branched_runs, collect_branches
-from .runs import EVALUATE_EVERY, SNAPSHOT_EVERY, OptimizerKind, Regime, Run, Training, final_figures, freezing_plan, plan
+from .runs import EVALUATE_EVERY, SNAPSHOT_EVERY, OptimizerKind, Regime, TaskRun, Training, final_figures, freezing_schedule, planned_runs
 
 DATASET_FORMAT, DATASET_VERSION = "smartfrz-dataset", 1
-SAMPLE_SIZE = 256  # weights a layer
+SAMPLE_SIZE = 256  # weights per layer
 
 __all__ = [
     "DATASET_VERSION",
@@ -40,12 +41,12 @@ __all__ = [
     "OptimizerKind",
     "Recording",
     "Regime",
-    "Run",
+    "TaskRun",
     "collect",
     "collect_dataset",
     "collect_script",
     "one_thread",
-    "plan",
+    "planned_runs",
     "read_dataset",
     "record",
 ]
@@ -56,15 +57,21 @@ _Made = TypeVar("_Made")
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """Recordings in the order of their names' first appearance in dataset.json, then by name; branches of some; what they took."""
+    """A data set in memory.
+
+    Attributes:
+        recordings: Recordings in the order of dataset.json, then by name.
+        branches: Branches of some of the runs.
+        cpu_seconds: Processor seconds that they took.
+    """
 
     recordings: list[Recording]
     branches: list[Branch]
     cpu_seconds: float
 
 
-def record(run: Run) -> Recording:
-    """Trains a registered run and records it. Deterministic in `run` on one thread; leaves the global generator as it was."""
+def record(run: TaskRun) -> Recording:
+    """Train and record a registered run. Deterministic in `run` on one thread; restores the global random state."""
     began, cpu_began = time.perf_counter(), time.process_time()
     with torch.random.fork_rng(devices=[]):
         training = Training(run)
@@ -77,7 +84,7 @@ def record(run: Run) -> Recording:
             sample_size=SAMPLE_SIZE,
             seed=run.seed,
         )
-        freezes = freezing_plan(run, len(training.layers))
+        freezes = freezing_schedule(run, len(training.layers))
         figures = []
         for step in range(1, run.steps + 1):
             recorder.step(training.step())
@@ -91,8 +98,13 @@ def record(run: Run) -> Recording:
     return replace(recording, seconds=time.perf_counter() - began, cpu_seconds=time.process_time() - cpu_began)
 
 
-def collect(run: Run, folder: Path | None = None) -> Recording:
-    """The recording of a registered run, from `folder` when it is there, else made and put there. A damaged one is made anew."""
+def collect(run: TaskRun, folder: Path | None = None) -> Recording:
+    """Load the recording of a registered run from `folder`, or create and store it there. A damaged file is replaced.
+
+    Args:
+        run: The run.
+        folder: The folder; None: do not store the recording.
+    """
     if folder is None:
         return record(run)
     path = folder / f"{run.name}.safetensors"
@@ -110,16 +122,24 @@ def collect(run: Run, folder: Path | None = None) -> Recording:
 
 
 def collect_dataset(out: Path, *, seed: int = 0, quick: bool = False, branches: bool = True, workers: int = 1) -> Dataset:
-    """Records every run of plan(seed) and, with branches, the counterfactuals, into the folder `out`; what is there already stays.
+    """Record every run of planned_runs(seed) and optionally the branches into a data set. Existing files are kept.
 
-    workers: processes, one thread each, >= 1; the files are the same for any number. Raises ValueError for anything else, and where
-    `out` holds a data set of another seed, scale or version; ImportError where a package with data is missing.
+    Args:
+        out: Folder of the data set.
+        seed: Seed of the runs, >= 0.
+        quick: Five short runs instead of all.
+        branches: Whether to compute the counterfactual branches.
+        workers: Number of processes with one thread each, >= 1; the files do not depend on it.
+
+    Raises:
+        ValueError: A value is out of range, or `out` contains a data set of another seed, scale or version.
+        ImportError: A package with data is missing.
     """
     if seed < 0:
-        raise ValueError(f"seed: got {seed}, allowed is a whole number >= 0")
+        raise ValueError(f"seed: got {seed}; allowed: an integer >= 0")
     if workers < 1:
-        raise ValueError(f"workers: got {workers}, allowed is a whole number >= 1")
-    runs = plan(seed, quick=quick)
+        raise ValueError(f"workers: got {workers}; allowed: an integer >= 1")
+    runs = planned_runs(seed, quick=quick)
     branched = branched_runs(seed, quick=quick) if branches else []
     head = {"format": DATASET_FORMAT, "version": DATASET_VERSION, "recording_version": RECORDING_VERSION, "seed": seed, "quick": quick}
     file = out / "dataset.json"
@@ -130,27 +150,36 @@ def collect_dataset(out: Path, *, seed: int = 0, quick: bool = False, branches: 
     made_with = {"smartfrz_ds": __version__, "torch": torch.__version__}
     _write_text(file, json.dumps({**head, **body, "made_with": made_with}, indent=1) + "\n")
     with one_thread():
-        jobs: list[tuple[str, Run, Path]] = [("run", run, out / "runs") for run in runs]
+        jobs: list[tuple[str, TaskRun, Path]] = [("run", run, out / "runs") for run in runs]
         jobs += [("branches", run, out / "branches") for run in branched]
         missing = [job for job in jobs if not _is_there(*job)]
         if len(missing) < len(jobs):
-            print(f"{len(jobs) - len(missing)} of {len(jobs)} are in {out} already", file=sys.stderr)
+            print(f"{len(jobs) - len(missing)} of {len(jobs)} are already in {out}", file=sys.stderr)
         for _ in _over(workers, _job, missing, "training small networks"):
             pass
     found = read_dataset(out)
-    from .card import dataset_card  # here: the card of a data set needs its labels
+    from .card import dataset_card  # imported here because the card needs the data set's labels
 
     _write_text(out / "README.md", dataset_card(found, seed=seed, quick=quick))
     return found
 
 
 def collect_script(script: Path, out: Path, arguments: Sequence[str] = ()) -> list[str]:
-    """Runs somebody's training script with this Python; what its Recorder saves without a path goes into the data set `out`.
+    """Run a user's training script; what its Recorder saves without a path becomes part of the data set `out`.
 
-    Returns the names of the recordings that are new. Raises ValueError where the script isn't there, fails or records nothing.
+    Args:
+        script: Python file.
+        out: Folder of the data set.
+        arguments: Arguments of the script.
+
+    Returns:
+        Names of the new recordings.
+
+    Raises:
+        ValueError: The script does not exist, fails or records nothing.
     """
     if not script.is_file():
-        raise ValueError(f"script: got {str(script)!r}, allowed is the path of a Python file")
+        raise ValueError(f"script: got {str(script)!r}; allowed: the path of a Python file")
     runs = out / "runs"
     before = {path: path.stat().st_mtime_ns for path in runs.glob("*.safetensors")}
     code = subprocess.run([sys.executable, str(script), *arguments], env={**os.environ, FOLDER_VARIABLE: str(runs.resolve())}).returncode
@@ -163,13 +192,17 @@ def collect_script(script: Path, out: Path, arguments: Sequence[str] = ()) -> li
 
 
 def read_dataset(folder: Path) -> Dataset:
-    """All recordings and branches under `folder`. Raises ValueError where it holds none, or a damaged one."""
+    """Read all recordings and branches of a data set.
+
+    Raises:
+        ValueError: The folder contains no recording, or a damaged one.
+    """
     file = folder / "dataset.json"
     first: list[str] = json.loads(file.read_text())["runs"] if file.is_file() else []
     order = {name: i for i, name in enumerate(first)}
     paths = sorted((folder / "runs").glob("*.safetensors"), key=lambda p: (order.get(p.stem, len(order)), p.stem))
     if not paths:
-        raise ValueError(f"{folder}: got no recording in {folder / 'runs'}; allowed: a folder made by `smartfrz collect`, or by a Recorder")
+        raise ValueError(f"{folder}: no recording in {folder / 'runs'}; allowed: a folder written by `smartfrz collect` or a Recorder")
     branches: list[Branch] = []
     seconds = 0.0
     for path in sorted((folder / "branches").glob("*.json"), key=lambda p: (order.get(p.stem, len(order)), p.stem)):
@@ -182,7 +215,7 @@ def read_dataset(folder: Path) -> Dataset:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Sums in torch depend on the number of threads in their last digits: one thread makes a run repeatable."""
+    """Limit torch to one thread, because the last digits of sums depend on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -191,7 +224,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _job(job: tuple[str, Run, Path]) -> None:
+def _job(job: tuple[str, TaskRun, Path]) -> None:
     kind, run, folder = job
     with one_thread():
         if kind == "run":
@@ -200,8 +233,8 @@ def _job(job: tuple[str, Run, Path]) -> None:
             collect_branches(run, folder)
 
 
-def _is_there(kind: str, run: Run, folder: Path) -> bool:
-    """Whether this job's file is there, whole and of this version."""
+def _is_there(kind: str, run: TaskRun, folder: Path) -> bool:
+    """Return whether a job's file exists, complete and of this version."""
     try:
         if kind == "run":
             return dict(read_recording(folder / f"{run.name}.safetensors").tags) == run.identity
@@ -211,9 +244,9 @@ def _is_there(kind: str, run: Run, folder: Path) -> bool:
 
 
 def _over(
-    workers: int, work: Callable[[tuple[str, Run, Path]], _Made], jobs: Sequence[tuple[str, Run, Path]], what: str
+    workers: int, work: Callable[[tuple[str, TaskRun, Path]], _Made], jobs: Sequence[tuple[str, TaskRun, Path]], what: str
 ) -> Iterator[_Made]:
-    """Each job's result as it is done, with a progress bar. Fresh processes: a forked one would inherit locked thread pools."""
+    """Yield each job's result when it is done, with a progress bar. Uses spawn: a forked process would inherit locked thread pools."""
     if workers == 1 or not jobs:
         yield from (work(job) for job in tqdm(jobs, desc=what, unit="run"))
         return
@@ -228,9 +261,9 @@ def _check_head(file: Path, head: dict[str, object]) -> None:
         found = json.loads(file.read_text())
         there = {key: found.get(key) for key in head}
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file}: got something that is no JSON object; allowed: a data set made by `smartfrz collect`") from error
+        raise ValueError(f"{file}: not a JSON object; allowed: a data set written by `smartfrz collect`") from error
     if there != head:
-        raise ValueError(f"{file}: got a data set with {there}; allowed here: {head}. Choose another folder")
+        raise ValueError(f"{file}: got a data set with {there}; allowed: {head}. Choose another folder")
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -1,7 +1,7 @@
-"""When a layer had converged, seen from the end of its run: the truth that the predictor is trained on.
+"""Labels for training the predictor: when a layer had converged, judged from the end of its run.
 
-The default label is the prefix minimum of the settled similarity, not the layer's own: a layer's output moves whenever anything before it
-moves, and only a frozen prefix saves back-propagation.
+The default label is the prefix minimum of the settled similarity rather than the layer's own: a layer's output
+changes whenever any layer before it changes, and only a frozen prefix shortens back-propagation.
 """
 
 from __future__ import annotations
@@ -15,18 +15,24 @@ from torch import Tensor
 from smartfrz_ds.model.layers import LayerKind
 from smartfrz_ds.predictor.constants import CONVERGED, RULES, Rule
 
-_VARIANCE, _LEVEL, _LAST = 4e-4, 0.3, 20  # of "published", as the only public re-implementation has them
+_VARIANCE, _LEVEL, _LAST = 4e-4, 0.3, 20  # constants of "published", from the only public re-implementation
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelSettings:
     """What counts as converged.
 
-    rule: "prefix-settled": the lowest similarity from now on, the lowest over this layer and all before it (default); "settled": of the
-    layer alone; "now": of the layer alone, at this moment; "published": the variance of the layer's last 20 similarities is below 4e-4
-    and the newest is above 0.3 (the constants of the only public re-implementation of SmartFRZ; `similarity` isn't used).
-    similarity: linear CKA with the layer at the end of the run from which it counts as converged, in (0, 1).
-    tie_embeddings: an embedding takes the similarity of the first block behind it, because CKA is blind on a nearly linear map.
+    Attributes:
+        rule: "prefix-settled" (default): the lowest similarity from now on, minimized over this layer and all before
+            it; "settled": of this layer alone; "now": of this layer alone, at this step; "published": the variance of
+            the layer's last 20 similarities is below 4e-4 and the newest is above 0.3 (constants of the only public
+            re-implementation of SmartFRZ; `similarity` is not used).
+        similarity: Linear CKA to the layer at the end of the run from which it counts as converged, in (0, 1).
+        tie_embeddings: Whether an embedding takes the similarity of the first block behind it, because CKA is not
+            informative for a nearly linear map.
+
+    Raises:
+        ValueError: A value is out of range.
     """
 
     rule: Rule = "prefix-settled"
@@ -41,40 +47,59 @@ class LabelSettings:
 
 
 def settled(cka: Tensor) -> Tensor:
-    """The lowest similarity from now on to the end of the run: cka (evaluations, layers) fp64 in [0, 1], the same shape out."""
+    """Return the lowest similarity from now to the end of the run. cka: (evaluations, layers) fp64 in [0, 1]; same shape out."""
     return cka.flip(0).cummin(dim=0).values.flip(0)
 
 
 def tied(cka: Tensor, kinds: Sequence[LayerKind]) -> Tensor:
-    """cka (evaluations, layers) with each embedding's column taken from the first block behind it.
+    """Replace each embedding's column by that of the first block behind it.
 
-    Raises ValueError when an embedding has no block behind it.
+    Args:
+        cka: (evaluations, layers).
+        kinds: Kind of each layer, front to back.
+
+    Raises:
+        ValueError: An embedding has no block behind it.
     """
     out = cka.clone()
     for i in reversed(range(len(kinds))):
         if kinds[i] == "embedding":
             if i + 1 == len(kinds):
-                raise ValueError("an embedding needs a block behind it to be judged by")
+                raise ValueError("kinds: got an embedding without a block behind it; allowed: at least one block behind each embedding")
             out[:, i] = out[:, i + 1]
     return out
 
 
 def prefix_settled(cka: Tensor, kinds: Sequence[LayerKind]) -> Tensor:
-    """The settled similarity of the worst layer up to and including each one.
+    """Return the settled similarity of the worst layer up to and including each one.
 
-    cka: (evaluations, layers), similarity of each layer to itself at the end of the run, in [0, 1].
-    kinds: the kind of each layer, front to back. CKA is blind on an embedding (a nearly linear map of the input), so an embedding
-    takes the value of the first block behind it.
-    Returns (evaluations, layers), rising with time and falling with depth.
-    Raises ValueError when an embedding has no block behind it.
+    CKA is not informative for an embedding (a nearly linear map of the input), so an embedding takes the value of the
+    first block behind it.
+
+    Args:
+        cka: (evaluations, layers), similarity of each layer to itself at the end of the run, in [0, 1].
+        kinds: Kind of each layer, front to back.
+
+    Returns:
+        (evaluations, layers), non-decreasing with time and non-increasing with depth.
+
+    Raises:
+        ValueError: An embedding has no block behind it.
     """
     return settled(tied(cka, kinds)).cummin(dim=1).values
 
 
 def similarity_of(cka: Tensor, kinds: Sequence[LayerKind], settings: LabelSettings) -> Tensor:
-    """What the rule compares with settings.similarity: cka (evaluations, layers), the same shape out, in [0, 1].
+    """Return the value that the rule compares with `settings.similarity`.
 
-    For "published", which compares nothing with it: 1.0 where its two conditions hold, else 0.0.
+    Args:
+        cka: (evaluations, layers).
+        kinds: Kind of each layer, front to back.
+        settings: The label settings.
+
+    Returns:
+        (evaluations, layers) in [0, 1]. For "published", which compares nothing: 1.0 where both conditions hold, else
+        0.0.
     """
     cka = tied(cka, kinds) if settings.tie_embeddings else cka
     if settings.rule == "prefix-settled":
@@ -91,9 +116,18 @@ def similarity_of(cka: Tensor, kinds: Sequence[LayerKind], settings: LabelSettin
 
 
 def at_steps(values: Tensor, cka_steps: Tensor, steps: Tensor) -> Tensor:
-    """Rows of values (evaluations, layers) at `steps` (m,) int64, none before the first evaluation: (m, layers).
+    """Return the rows of `values` at some steps.
 
-    Between two evaluations the earlier one counts: a settled similarity only rises, so this errs towards "still moving".
+    Between two evaluations the earlier one counts. A settled similarity only rises, so this errs towards "not
+    converged".
+
+    Args:
+        values: (evaluations, layers).
+        cka_steps: (evaluations,) int64, increasing.
+        steps: (m,) int64, none before the first evaluation.
+
+    Returns:
+        (m, layers).
     """
     index = torch.searchsorted(cka_steps, steps, right=True) - 1
     assert bool((index >= 0).all()), "a label is asked for before the first evaluation"
@@ -103,10 +137,17 @@ def at_steps(values: Tensor, cka_steps: Tensor, steps: Tensor) -> Tensor:
 def converged_at(
     cka: Tensor, cka_steps: Tensor, kinds: Sequence[LayerKind], steps: Tensor, settings: LabelSettings | None = None
 ) -> Tensor:
-    """The labels at some steps of a run.
+    """Return the labels at some steps of a run.
 
-    cka: (evaluations, layers); cka_steps: (evaluations,) int64 rising, when they were made; steps: (m,) int64, none before the first.
-    Returns (m, layers) bool.
+    Args:
+        cka: (evaluations, layers).
+        cka_steps: (evaluations,) int64, increasing: the steps of the evaluations.
+        kinds: Kind of each layer, front to back.
+        steps: (m,) int64, none before the first evaluation.
+        settings: The label settings; None: the defaults.
+
+    Returns:
+        (m, layers) bool.
     """
     settings = settings or LabelSettings()
     return at_steps(similarity_of(cka, kinds, settings), cka_steps, steps) >= settings.similarity

@@ -1,4 +1,4 @@
-"""The small networks whose training runs teach the predictor: six kinds, the layers of each found as in any user's model."""
+"""Small networks of six kinds whose training runs teach the predictor; their layers are found as in any user's model."""
 
 from __future__ import annotations
 
@@ -12,17 +12,24 @@ NetKind = Literal["mlp", "cnn", "resnet", "vit", "bert", "gpt"]
 NET_KINDS: tuple[NetKind, ...] = ("mlp", "cnn", "resnet", "vit", "bert", "gpt")
 
 SIDE, PATCH = 16, 4  # images are (1, 16, 16)
-CONTEXT = 32  # tokens of a text
+CONTEXT = 32  # tokens per text
 
 
 class Net(nn.Module):
-    """A stem (or none) in front of blocks, and a head. All three are found by smartfrz_ds.model.layers as in any other model."""
+    """An optional stem, blocks, and a head, found by smartfrz_ds.model.layers as in any other model.
+
+    Args:
+        stem: Module in front of the blocks; None: none.
+        blocks: The blocks.
+        head: The head.
+    """
 
     def __init__(self, stem: nn.Module | None, blocks: list[nn.Module], head: nn.Module) -> None:
         super().__init__()
         self.stem, self.blocks, self.head = stem, nn.ModuleList(blocks), head
 
     def forward(self, x: Tensor) -> Tensor:
+        """Run stem, blocks and head."""
         if self.stem is not None:
             x = self.stem(x)
         for block in self.blocks:
@@ -31,7 +38,14 @@ class Net(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """(b, n, d) to (b, n, d). post_norm: normalises after each addition (BERT), else before each branch (ViT, GPT)."""
+    """A transformer block, (b, n, d) to (b, n, d).
+
+    Args:
+        dim: Width d.
+        causal: Whether attention is causal.
+        post_norm: Normalize after each addition (BERT) rather than before each branch (ViT, GPT).
+        heads: Attention heads.
+    """
 
     def __init__(self, dim: int, *, causal: bool = False, post_norm: bool = False, heads: int = 4) -> None:
         super().__init__()
@@ -41,6 +55,7 @@ class TransformerBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute (b, n, d) from (b, n, d)."""
         if self.post_norm:
             x = self.norm1(x + self._attend(x))
             return self.norm2(x + self.mlp(x))
@@ -53,7 +68,7 @@ class TransformerBlock(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions with batch norm beside a shortcut: (b, i, h, w) to (b, o, h / stride, w / stride)."""
+    """Two 3 x 3 convolutions with batch norm and a shortcut: (b, i, h, w) to (b, o, h / stride, w / stride)."""
 
     def __init__(self, i: int, o: int, stride: int) -> None:
         super().__init__()
@@ -62,11 +77,12 @@ class ResidualBlock(nn.Module):
         self.short = nn.Identity() if i == o and stride == 1 else nn.Conv2d(i, o, 1, stride=stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute (b, o, h / stride, w / stride) from (b, i, h, w)."""
         return F.relu(self.short(x) + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x))))))
 
 
 class _Patches(nn.Module):
-    """Images (b, 1, 16, 16) to tokens (b, 16, d)."""
+    """Map images (b, 1, 16, 16) to tokens (b, 16, d)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -78,7 +94,7 @@ class _Patches(nn.Module):
 
 
 class _Tokens(nn.Module):
-    """Codes (b, n) int64 to (b, n, d)."""
+    """Map codes (b, n) int64 to (b, n, d)."""
 
     def __init__(self, dim: int, vocabulary: int) -> None:
         super().__init__()
@@ -91,7 +107,7 @@ class _Tokens(nn.Module):
 
 
 class _MeanHead(nn.Module):
-    """The mean over positions (tokens or pixels), then a linear classifier."""
+    """Average over positions (tokens or pixels), then classify linearly."""
 
     def __init__(self, dim: int, classes: int, over: tuple[int, ...]) -> None:
         super().__init__()
@@ -102,10 +118,14 @@ class _MeanHead(nn.Module):
 
 
 def build(kind: NetKind, width: float = 1.0, *, outputs: int = 10, vocabulary: int = 0, each_token: bool = False) -> Net:
-    """One of the networks with fresh weights from the global generator.
+    """Build one of the networks with fresh weights from the global generator.
 
-    width: factor on all widths, > 0. outputs: classes, or codes of a language model. vocabulary: codes in, for bert and gpt.
-    each_token: an answer for every token (language models), else one for the whole input.
+    Args:
+        kind: Kind of the network.
+        width: Factor on all widths, > 0.
+        outputs: Number of classes, or of codes of a language model.
+        vocabulary: Number of input codes, for bert and gpt.
+        each_token: Whether there is an answer for every token (language models) rather than one for the whole input.
     """
     if kind == "mlp":
         dim = int(96 * width)

@@ -1,4 +1,4 @@
-"""The training runs of the registered tasks: which there are, and how one trains, freezes on the way and is branched."""
+"""Training runs of the registered tasks: the list of runs, and how a run trains, freezes and is branched."""
 
 from __future__ import annotations
 
@@ -36,19 +36,26 @@ SETTINGS: tuple[tuple[NetKind, DataKind], ...] = (
     ("gpt", "news"),
 )
 LENGTHS = (320, 480, 640)  # steps
-MLP_LONGER = 3  # a step of an MLP costs a tenth of the others', and it learns slower
-SNAPSHOT_EVERY = 2  # steps; coarser spacings are made from these
+MLP_LONGER = 3  # a step of an MLP costs a tenth of the others', and MLPs learn more slowly
+SNAPSHOT_EVERY = 2  # steps; coarser spacings are subsampled from these
 EVALUATE_EVERY = 20  # steps between two similarity measurements
-_PRETRAINING = 200  # steps, of an MLP more as above
+_PRETRAINING = 200  # steps; more for an MLP, as above
 _BATCH = {"digits": 32, "mnist": 32, "python": 16, "news": 16}
-_VERSION = 3  # part of every run's identity: raise it when a run of the same fields would come out differently
+_VERSION = 3  # part of every run's identity: increase it if a run with the same fields would give another result
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class TaskRun:
     """One training run of a registered task, fully determined by these fields.
 
-    steps: optimizer steps, a multiple of EVALUATE_EVERY. freezes: layers are frozen on the way, at random freezing stages.
+    Attributes:
+        net: Kind of the network.
+        data: Data set.
+        optimizer: Optimizer and learning-rate schedule.
+        regime: "scratch" or "finetune".
+        seed: Seed of data and weights.
+        steps: Optimizer steps, a multiple of EVALUATE_EVERY.
+        freezes: Whether layers are frozen at random freezing stages during the run.
     """
 
     net: NetKind
@@ -61,19 +68,22 @@ class Run:
 
     @property
     def name(self) -> str:
+        """Name of the run, made of its fields."""
         parts = (self.net, self.data, self.optimizer, self.regime, self.seed, self.steps)
         return "-".join(map(str, parts)) + ("-freezes" if self.freezes else "")
 
     @property
     def identity(self) -> dict[str, object]:
-        """The tags of its recording: the fields, and the version of the code that ran it."""
+        """Tags of its recording: the fields and the version of the code that ran it."""
         return {**asdict(self), "version": _VERSION}
 
 
-def plan(seed: int = 0, *, quick: bool = False) -> list[Run]:
-    """The runs of a collection: every setting, optimizer and regime once without freezes, and half of them again with.
+def planned_runs(seed: int = 0, *, quick: bool = False) -> list[TaskRun]:
+    """Return the runs of a collection: every setting, optimizer and regime once without freezes, and half of them again with freezes.
 
-    96 + 48 runs on three seeds and three lengths; quick: five short ones. seed: >= 0, another one gives other runs of the same kinds.
+    Args:
+        seed: >= 0; another seed gives other runs of the same kinds.
+        quick: Five short runs instead of 96 + 48 runs with three seeds and three lengths.
     """
     if quick:
         small: tuple[tuple[NetKind, OptimizerKind, bool], ...] = (
@@ -84,7 +94,7 @@ def plan(seed: int = 0, *, quick: bool = False) -> list[Run]:
             ("mlp", "adamw-constant", True),
         )
         return [
-            Run(net=net, data="digits", optimizer=optimizer, regime="scratch", seed=seed * 100, steps=200, freezes=freezes)
+            TaskRun(net=net, data="digits", optimizer=optimizer, regime="scratch", seed=seed * 100, steps=200, freezes=freezes)
             for net, optimizer, freezes in small
         ]
     runs = []
@@ -94,9 +104,9 @@ def plan(seed: int = 0, *, quick: bool = False) -> list[Run]:
                 k = (s * len(OPTIMIZERS) + o) * len(REGIMES) + r
                 for freezes in (False, True)[: 1 + (s + o + r) % 2]:
                     longer = MLP_LONGER if net == "mlp" else 1
-                    mixed = (k + freezes) % 3  # seeds and lengths are spread over all settings, and apart from each other
+                    mixed = (k + freezes) % 3  # seeds and lengths are spread over all settings, independently of each other
                     runs.append(
-                        Run(
+                        TaskRun(
                             net=net,
                             data=data,
                             optimizer=optimizer,
@@ -110,7 +120,7 @@ def plan(seed: int = 0, *, quick: bool = False) -> list[Run]:
 
 
 class Training:
-    """One run of a registered task, step by step. Deterministic on one thread in its Run; made within forked generators."""
+    """One run of a registered task, step by step. Deterministic in its run on one thread; create it within forked random states."""
 
     steps_done: int
     frozen: int
@@ -118,13 +128,13 @@ class Training:
     optimizer: torch.optim.Optimizer
     peak: float
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TaskRun) -> None:
         assert run.steps % EVALUATE_EVERY == 0
         self.run = run
         seed = int.from_bytes(hashlib.sha256(run.name.encode()).digest()[:4], "big")
         torch.manual_seed(seed)
         self.generator = torch.Generator().manual_seed(seed)
-        # Widths up to a factor e^0.35, learning rates up to e^0.7 from the middle, both ways.
+        # Widths vary by up to a factor e^0.35, learning rates by up to e^0.7, in both directions.
         width, lr_factor = (math.exp(x) for x in (torch.rand(2) - 0.5).mul(torch.tensor([0.7, 1.4])).tolist())
         finetune = run.regime == "finetune"
         self.task: Task = make_task(run.net, run.data, run.seed, stage="first" if finetune else "scratch")
@@ -139,7 +149,7 @@ class Training:
         self._start()
 
     def step(self) -> float:
-        """One optimizer step; returns its learning rate."""
+        """Take one optimizer step; return its learning rate."""
         lr = self.peak * schedule(self.run.optimizer, self.steps_done / self.total)
         self.optimizer.param_groups[0]["lr"] = lr
         x, y = self.task.batch(_BATCH[self.run.data], self.generator)
@@ -152,17 +162,21 @@ class Training:
         return lr
 
     def freeze(self, count: int) -> None:
-        """The first `count` layers train no more, from now on, and their running statistics stand still."""
+        """Freeze the first `count` layers and their running statistics from now on."""
         for layer in self.layers[self.frozen : count]:
             for p in layer.params:
                 p.requires_grad_(False)
-                p.grad = None  # torch's optimizers leave such a weight alone
+                p.grad = None  # torch's optimizers skip such a weight
             for module in layer.modules:
                 module.eval()
         self.frozen = max(self.frozen, count)
 
     def fork(self, *, reorder: int | None = None) -> Training:
-        """A copy that goes on by itself with the same data; reorder: a number, with the data in another order."""
+        """Return a copy that continues independently with the same data.
+
+        Args:
+            reorder: Seed for another order of the data; None: the same order.
+        """
         memo = {id(self.task): self.task, id(self.generator): self.generator}
         other = copy.deepcopy(self, memo)
         other.generator = torch.Generator()
@@ -173,7 +187,7 @@ class Training:
 
     @torch.no_grad()
     def figures(self) -> tuple[float, float]:
-        """On the held-out test inputs: accuracy, 0..1, and mean negative log-likelihood, nats."""
+        """Return accuracy (0..1) and mean negative log-likelihood (nats) on the held-out test inputs."""
         modes = [(m, m.training) for m in self.net.modules()]
         self.net.eval()
         logits, answer = self.net(self.task.test).flatten(0, -2), self.task.answer.flatten()
@@ -195,7 +209,7 @@ class Training:
 
 
 def schedule(optimizer: OptimizerKind, done: float) -> float:
-    """The learning rate over its peak at a share `done` of the run, in [0, 1)."""
+    """Return the learning rate relative to its peak at a share `done` of the run, in [0, 1)."""
     if optimizer == "adamw-constant":
         return 1.0
     if optimizer == "adamw-linear":
@@ -203,11 +217,15 @@ def schedule(optimizer: OptimizerKind, done: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
-def freezing_plan(run: Run, layers: int) -> dict[int, int]:
-    """Of a run with freezes: at which steps how many of its `layers` layers are frozen from then on.
+def freezing_schedule(run: TaskRun, layers: int) -> dict[int, int]:
+    """Return, for a run with freezes, step -> number of layers frozen from that step on.
 
-    Two to four random stages between 15 % and 85 % of the run, each one to three layers more: many are too early, so what such
-    freezes do to the layers behind them is in the training set.
+    There are two to four random stages between 15 % and 85 % of the run, each with one to three more layers. Many are
+    too early, so that the training set shows the effect of early freezes on the layers behind them.
+
+    Args:
+        run: The run.
+        layers: Its number of layers.
     """
     if not run.freezes:
         return {}
@@ -226,6 +244,6 @@ def freezing_plan(run: Run, layers: int) -> dict[int, int]:
 
 
 def final_figures(values: list[tuple[float, float]]) -> tuple[float, float]:
-    """Accuracy and loss of a run: the mean of its last evaluations, because single ones of a noisy end differ by a point."""
+    """Average the last evaluations of a run (accuracy, loss), because single ones differ by a point near a noisy end."""
     t: Tensor = torch.tensor(values, dtype=torch.float64).mean(0)
     return float(t[0]), float(t[1])

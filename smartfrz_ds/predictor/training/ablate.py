@@ -1,4 +1,4 @@
-"""What each part of the predictor is worth, on network kinds that it never saw; and what patience and cool-down do in a replay."""
+"""Contribution of each part of the predictor on unseen network kinds, and the effect of patience and cooldown in a replay."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .fit import AXES, calibrated_apart, fit, held_out_scores, judge_logits
 from .logistic_baseline import fit_regression
 
 _AXIS = "network kind"
-_SPACING = (2,)  # every second recorded snapshot, in long runs every fourth
+_SPACING = (2,)  # every second recorded snapshot; in long runs every fourth
 _FEATURES = {
     "without the prefix": ("log_prefix_drift", "log_prefix_ratio", "log_prefix_future", "log_prefix_future_share"),
     "without the ratio to the first window": ("log_ratio", "log_prefix_ratio"),
@@ -39,10 +39,20 @@ _FEATURES = {
 
 
 def ablations(data: Dataset, seed: int, settings: LabelSettings | None = None) -> list[dict[str, Any]]:
-    """Rows of "part", "change" and, over the network kinds left out, "auc", "worst_auc", "auc_in_time", "balanced_accuracy".
+    """Measure the predictor without some of its parts.
 
-    The first two rows are the judges, fitted anew. All others are logistic regression on the scalars, the judges' linear part, which is
-    within a point of them and takes seconds; to be compared with the third. On one spacing of each run, so figures differ from the card's.
+    The first two rows are the judges, fitted again. All others are logistic regressions on the scalars, the judges'
+    linear part, which is within a point of them and takes seconds; compare them with the third row. One spacing of
+    each run is used, so that the figures differ from the card's.
+
+    Args:
+        data: Recorded runs.
+        seed: Seed of the fits.
+        settings: The label settings; None: the defaults.
+
+    Returns:
+        Rows of "part", "change" and, over the left-out network kinds, "auc", "worst_auc", "auc_in_time",
+        "balanced_accuracy".
     """
     settings = settings or LabelSettings()
     config = PredictorConfig()
@@ -66,14 +76,21 @@ def ablations(data: Dataset, seed: int, settings: LabelSettings | None = None) -
 
 
 def replay(data: Dataset, thresholds: Sequence[float], settings: LabelSettings | None = None) -> list[dict[str, Any]]:
-    """Patience and cool-down, replayed on the recorded runs without freezes.
+    """Replay patience and cooldown on the recorded runs without freezes.
 
-    Each run is judged by a regression on the scalars that never saw its network kind.
+    Each run is judged by a regression on the scalars that never saw its network kind. A freeze changes nothing in a
+    recording, so this shows which layers are chosen, not the consequences.
 
-    Front to back, or in any order; a freeze changes nothing in a recording, so this shows what is chosen and not what follows from it.
-    Rows: "patience", "cooldown" (stages), "order", "threshold"; "runs" that froze anything; "saved": mean over all runs of the share of
-    (block, step) that stands still; "right": share of the frozen blocks that had converged by the label when they froze; "similarity":
-    their lowest settled similarity, mean over runs.
+    Args:
+        data: Recorded runs.
+        thresholds: Thresholds to try.
+        settings: The label settings; None: the defaults.
+
+    Returns:
+        Rows of "patience", "cooldown" (stages), "order" (front_to_back or any), "threshold"; "runs" that froze
+        anything; "saved": mean over all runs of the frozen share of (block, step); "right": share of the frozen
+        blocks that had converged by the label when they froze; "similarity": their lowest settled similarity, mean
+        over runs.
     """
     settings = settings or LabelSettings()
     config = PredictorConfig()
@@ -94,7 +111,7 @@ def replay(data: Dataset, thresholds: Sequence[float], settings: LabelSettings |
 
 
 def ablation_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown of ablations' rows."""
+    """Format the rows of `ablations` as Markdown."""
     lines = ["| part | what is changed | AUC | worst | AUC in time | balanced accuracy |", "| --- | --- | --- | --- | --- | --- |"]
     for r in rows:
         numbers = " | ".join("-" if r[k] is None else f"{r[k]:.3f}" for k in ("auc", "worst_auc", "auc_in_time", "balanced_accuracy"))
@@ -103,7 +120,7 @@ def ablation_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def replay_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown of replay's rows."""
+    """Format the rows of `replay` as Markdown."""
     heads = ("threshold", "order", "patience", "cool-down", "runs that froze", "still share", "right", "lowest similarity")
     lines = [f"| {' | '.join(heads)} |", "| " + " | ".join(["---"] * len(heads)) + " |"]
     for r in rows:
@@ -159,7 +176,7 @@ def _without(examples: Examples, columns: Sequence[str]) -> Examples:
 
 
 def _redrawn(recording: Recording, seed: int) -> Recording:
-    """As if a quarter of the weights had been drawn anew at every snapshot, as the re-implementation does."""
+    """Draw a quarter of the weights again at every snapshot, as the public re-implementation does."""
     layers, snapshots, size = recording.weights.shape
     generator = torch.Generator().manual_seed(seed)
     index = torch.rand(layers, snapshots, size, generator=generator).argsort(2)[:, :, : size // 4]
@@ -169,7 +186,7 @@ def _redrawn(recording: Recording, seed: int) -> Recording:
 def _frozen(
     recording: Recording, run: int, examples: Examples, score: Tensor, threshold: float, patience: int, cooldown: int, order: str
 ) -> dict[int, int]:
-    """Block to the step at which it freezes, in the walk at the run's second smallest spacing."""
+    """Return block -> step at which it freezes, at the run's second smallest spacing."""
     here = torch.nonzero(examples.run == run)[:, 0]
     spacings = examples.spacing[here].unique()
     if not len(spacings):

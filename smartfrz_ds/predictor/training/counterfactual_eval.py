@@ -1,4 +1,4 @@
-"""Scores against the counterfactual truth: does a high score mean that freezing this prefix now costs less than a point?"""
+"""Evaluate scores against counterfactual branches: does a high score mean that freezing this prefix now costs less than a point?"""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ from .dataset import Examples
 from .evaluate import auc
 
 HARMLESS_LOSS = 0.05
-"""The same for the loss: less than 5 % more than the controls'."""
+"""A branch is harmless in loss if its loss exceeds the controls' by less than 5 %."""
 
 CLEARLY_HARMLESS, CLEARLY_HARMFUL = 0.005, 0.02
-"""Costs in accuracy between these are within the noise of the controls around one point."""
+"""Costs in accuracy between these two are within the noise of the controls around one point."""
 
 _DRAWS = 400
 
 
 def branch_examples(examples: Examples, branches: Sequence[Branch]) -> Tensor:
-    """Of each branch the example that a predictor would have judged its prefix by: (branches,) int64, -1 where there is none.
+    """Find the example by which a predictor would have judged each branch's prefix.
 
-    The last layer of the prefix, at the step of the freeze; the smallest spacing with probe features, else the smallest.
+    This is the last layer of the prefix at the step of the freeze, at the smallest spacing with probe features,
+    otherwise at the smallest spacing.
+
+    Returns:
+        (branches,) int64, -1 if there is no example.
     """
     names = [str(run["name"]) for run in examples.runs]
     found: dict[tuple[str, int, int], tuple[bool, int, int]] = {}
@@ -40,11 +44,17 @@ def branch_examples(examples: Examples, branches: Sequence[Branch]) -> Tensor:
 
 
 def against_truth(scores: Mapping[str, Tensor], branches: Sequence[Branch]) -> dict[str, dict[str, Any]]:
-    """Figures of each score (branches,), higher is more converged, NaN where it says nothing.
+    """Evaluate scores against the branches.
 
-    "auc": against "costs less than a point of accuracy", "low" and "high": its 95 % interval over draws of whole runs; "auc_loss":
-    against "costs less than 5 % of loss"; "branches": on how many; "within_kind": the mean AUC within one network kind; "auc_decay":
-    without the runs whose learning rate is constant, whose end is noise; "auc_clear": without costs between half a point and two.
+    Args:
+        scores: Scores (branches,) by name, higher is more converged, NaN if unknown.
+        branches: The branches.
+
+    Returns:
+        For each score: "auc" against "costs less than a point of accuracy" with its 95 % interval "low" to "high"
+            over draws of whole runs; "auc_loss" against "costs less than 5 % of loss"; "branches", their number;
+            "within_kind", the mean AUC within one network kind; "auc_decay", without runs of constant learning rate,
+            whose end is noisy; "auc_clear", without costs between half a point and two.
     """
     cost = torch.tensor([b.cost for b in branches], dtype=torch.float64)
     loss_cost = torch.tensor([b.loss_cost for b in branches], dtype=torch.float64)
@@ -78,7 +88,7 @@ def against_truth(scores: Mapping[str, Tensor], branches: Sequence[Branch]) -> d
 
 
 def _draws(score: Tensor, label: Tensor, run: Tensor, runs: int) -> list[float]:
-    """Sorted AUCs over draws of whole runs with replacement: branches of one run are not independent."""
+    """Return sorted AUCs over draws of whole runs with replacement, because branches of one run are not independent."""
     generator = torch.Generator().manual_seed(0)
     members = [torch.nonzero(run == i)[:, 0] for i in range(runs)]
     values = []

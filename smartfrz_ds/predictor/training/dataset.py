@@ -1,4 +1,4 @@
-"""Recordings as training examples: each run is walked through as a real one is, by the same code, at several spacings of its snapshots."""
+"""Training examples from recordings: each run is processed at several snapshot spacings by the same code as a real run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from smartfrz_ds.predictor.probe import PROBE_FEATURES
 from smartfrz_ds.predictor.recorder import NEVER, Recording
 from smartfrz_ds.predictor.recording.labels import LabelSettings, at_steps, similarity_of
 
-SNAPSHOTS_PER_STAGE = 5  # as the defaults of a real run: freeze_interval 50, snapshot_interval 10
-_STRIDES = (1, 2, 4, 8)  # of the recorded snapshots; a long run is walked through at the longer ones
+SNAPSHOTS_PER_STAGE = 5  # as in a real run with the defaults: freeze_interval 50, snapshot_interval 10
+_STRIDES = (1, 2, 4, 8)  # of the recorded snapshots; doubled for long runs
 _LONG = 400  # snapshots
 _COLUMNS = (
     "tokens",
@@ -38,15 +38,24 @@ _COLUMNS = (
 
 @dataclass(kw_only=True)
 class Examples:
-    """Judged windows of blocks that still trained (an embedding is judged by the block behind it, so it is no example).
+    """Judged windows of blocks that still trained. An embedding is judged by the block behind it, so it is not an example.
 
-    tokens: (m, window, TOKEN_FEATURES) fp32, mask: (m, window) bool, scalars: (m, SCALAR_FEATURES) fp32, label: (m,) bool.
-    scalars_without_lr: (m, SCALAR_FEATURES), as they are when nobody knows how much learning rate is still to come.
-    probe: (m, PROBE_FEATURES) fp32, rows of NaN where no similarity was recorded for the stage and the one before.
-    run: (m,) int64, index into runs. stage: (m,) int64, the same for the layers that were judged together, which stand front to back.
-    time: (m,) fp32, share of the run that was done. spacing: (m,) int64, steps between two snapshots. step, layer: (m,) int64, when,
-    and the layer's index in its recording. behind_frozen: (m,) bool, a layer in front of it was frozen.
-    runs: the tags of each recording, its name among them. weight: (m,) fp32, mean 1, all runs count the same.
+    Attributes:
+        tokens: (m, window, TOKEN_FEATURES) fp32.
+        mask: (m, window) bool.
+        scalars: (m, SCALAR_FEATURES) fp32.
+        scalars_without_lr: (m, SCALAR_FEATURES), the scalars if the remaining learning rate is unknown.
+        probe: (m, PROBE_FEATURES) fp32, NaN rows without recorded similarities for the stage and the previous one.
+        label: (m,) bool.
+        run: (m,) int64, index into `runs`.
+        stage: (m,) int64, equal for layers that were judged together, which are adjacent, front to back.
+        time: (m,) fp32, share of the run that was done.
+        spacing: (m,) int64, steps between two snapshots.
+        step: (m,) int64, step of the judgement.
+        layer: (m,) int64, index of the layer in its recording.
+        behind_frozen: (m,) bool, whether a layer in front of it was frozen.
+        runs: Tags of each recording, including its name.
+        weight: (m,) fp32, mean 1; all runs have the same total weight.
     """
 
     tokens: Tensor
@@ -74,30 +83,30 @@ class Examples:
 
     @property
     def probed(self) -> Tensor:
-        """Which examples have probe features: (m,) bool."""
+        """Mask of the examples with probe features: (m,) bool."""
         return ~self.probe.isnan().any(1)
 
     def where(self, keep: Tensor) -> Examples:
-        """The examples with keep (m,) bool true."""
+        """Return the examples selected by `keep`, (m,) bool."""
         return Examples(**{name: getattr(self, name)[keep] for name in _COLUMNS}, runs=self.runs)
 
     def having(self, field: str, value: object) -> Tensor:
-        """Which examples come from runs with this value of a tag: (m,) bool."""
+        """Return the mask of the examples from runs with this value of a tag: (m,) bool."""
         return torch.tensor([run.get(field) == value for run in self.runs])[self.run]
 
     def without_lr(self) -> Examples:
-        """The same as if nobody knew how much learning rate is still to come."""
+        """Return the same examples with an unknown remaining learning rate."""
         probe = self.probe.clone()
         column = PROBE_FEATURES.index("log_stage_lr_remaining")
         probe[:, column] = probe[:, column].where(probe[:, column].isnan(), torch.zeros(()))
         return replace(self, scalars=self.scalars_without_lr, probe=probe)
 
     def without_probe(self) -> Examples:
-        """The same as if no probe batch had been given."""
+        """Return the same examples without probe features."""
         return replace(self, probe=torch.full_like(self.probe, torch.nan))
 
     def prefix_minimum(self, score: Tensor) -> Tensor:
-        """Of each example the lowest score (m,) of its layer and those in front of it at the same stage, as the predictor does."""
+        """Return for each example the lowest score (m,) of its layer and those in front of it at the same stage, as the predictor does."""
         lowest = score.clone()
         deepest = int(torch.bincount(self.stage).max()) if len(self.stage) else 0
         for _ in range(deepest - 1):
@@ -108,10 +117,16 @@ class Examples:
 def make_examples(
     recordings: Sequence[Recording], window: int, settings: LabelSettings | None = None, strides: Sequence[int] = _STRIDES
 ) -> Examples:
-    """All examples of these runs; window: snapshots of a full one.
+    """Create all examples of some runs, with windows of MIN_SNAPSHOTS snapshots and more.
 
-    Windows from MIN_SNAPSHOTS on are in. settings: of the labels. strides: every how many recorded snapshots; twice as many in long runs.
-    Four spacings by default. Raises ValueError where no run is long enough for one window.
+    Args:
+        recordings: The runs.
+        window: Snapshots of a full window.
+        settings: The label settings; None: the defaults.
+        strides: Spacings in recorded snapshots, doubled for long runs.
+
+    Raises:
+        ValueError: No run is long enough for a window.
     """
     parts, runs = [], []
     for i, recording in enumerate(recordings):
@@ -121,7 +136,9 @@ def make_examples(
                 parts.append(part)
                 runs.append(torch.full((len(part["label"]),), i))
     if not parts:
-        raise ValueError(f"the recordings are too short: none has {MIN_SNAPSHOTS} snapshots and a freezing stage before its end")
+        raise ValueError(
+            f"recordings: all are too short; allowed: at least one with {MIN_SNAPSHOTS} snapshots and a freezing stage before its end"
+        )
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return Examples(
         **{name: column for name, column in columns.items() if name != "first_of_stage"},
@@ -132,10 +149,18 @@ def make_examples(
 
 
 def stage_views(recording: Recording, stride: int, window: int) -> list[tuple[View, dict[str, float] | None]]:
-    """What a policy would have seen of a recorded run at each freezing stage, and of each layer 1 - CKA since the last stage.
+    """Reconstruct what a policy would have seen of a recorded run at each freezing stage.
 
-    stride: of the recorded snapshots. The first snapshot is not that of the initial weights, as in a real run. The last step is no
-    stage: there is nothing left to freeze, and every label is true.
+    The first snapshot is not that of the initial weights, as in a real run. The last step is not a stage, because
+    nothing is left to freeze and every label is true.
+
+    Args:
+        recording: The run.
+        stride: Spacing in recorded snapshots.
+        window: Snapshots of a full window.
+
+    Returns:
+        For each stage its view, and 1 - CKA of each layer since the last stage.
     """
     steps, weights, lr = recording.steps[stride::stride], recording.weights[:, stride::stride], recording.lr_spent[stride::stride]
     names = list(recording.layers)
@@ -175,9 +200,11 @@ def stage_views(recording: Recording, stride: int, window: int) -> list[tuple[Vi
 
 
 def _walk(recording: Recording, stride: int, window: int, settings: LabelSettings) -> dict[str, Tensor] | None:
-    """One run at one spacing: the columns of Examples but run, and "first_of_stage" (m,) bool for stage.
+    """Process one run at one spacing.
 
-    None where the run is too short for a judgement at this spacing.
+    Returns:
+        The columns of `Examples` without `run`, and "first_of_stage" (m,) bool instead of `stage`; None if the run is
+        too short for a judgement at this spacing.
     """
     similarity = similarity_of(recording.cka, recording.kinds, settings)
     index = {name: i for i, name in enumerate(recording.layers)}

@@ -1,4 +1,4 @@
-"""How good a predictor is on what it never saw. Everything ends up in the card."""
+"""Evaluation of a predictor on unseen data. All figures are part of the card."""
 
 from __future__ import annotations
 
@@ -16,18 +16,24 @@ from smartfrz_ds.predictor.probe import PROBE_FEATURES
 from .dataset import Examples
 
 PRECISION_TARGET = 0.96
-"""Share of the windows called converged that must be so. A layer frozen too early costs accuracy, one frozen late only time."""
+"""Required precision of "converged". A layer that freezes too early costs accuracy, one that freezes late only time."""
 
-_NO_THRESHOLD = 0.99  # where no threshold reaches the target
+_NO_THRESHOLD = 0.99  # used if no threshold reaches the target
 _TIME_BINS = 20
 Figures = dict[str, float | None]
 
 
 def choose_threshold(score: Tensor, label: Tensor, weight: Tensor, target: float = PRECISION_TARGET) -> tuple[float, float | None]:
-    """The lowest probability, at least 0.5, from which on the precision is `target`.
+    """Find the lowest probability, at least 0.5, at which the precision is `target`.
 
-    score: (m,) in [0, 1], of predictors that never saw the example's network kind; NaN entries don't count. label: (m,) bool, weight: (m,).
-    Returns threshold and precision; (0.99, None) where no threshold reaches the target.
+    Args:
+        score: (m,) in [0, 1], from predictors that never saw the example's network kind; NaN entries are ignored.
+        label: (m,) bool.
+        weight: (m,).
+        target: Target precision.
+
+    Returns:
+        Threshold and precision; (0.99, None) if no threshold reaches the target.
     """
     there = ~score.isnan()
     order = score[there].argsort(descending=True, stable=True)
@@ -42,7 +48,13 @@ def choose_threshold(score: Tensor, label: Tensor, weight: Tensor, target: float
 
 
 def balancing_threshold(score: Tensor, label: Tensor, weight: Tensor) -> float:
-    """The score with the highest balanced accuracy. score: (m,), any range, NaN entries don't count; label: (m,) bool; weight: (m,)."""
+    """Return the score with the highest balanced accuracy.
+
+    Args:
+        score: (m,) in any range; NaN entries are ignored.
+        label: (m,) bool.
+        weight: (m,).
+    """
     there = ~score.isnan()
     order = score[there].argsort(descending=True, stable=True)
     s, y, w = score[there][order].double(), label[there][order].double(), weight[there][order].double()
@@ -54,13 +66,20 @@ def balancing_threshold(score: Tensor, label: Tensor, weight: Tensor) -> float:
 
 
 def evaluate(score: Tensor, examples: Examples, field: str, *, probability: bool = True) -> dict[str, Figures]:
-    """Figures for each value of a tag that was held out.
+    """Compute figures for each held-out value of a tag.
 
-    score: (m,), of predictors that never saw the example's value; NaN where there is none. probability: it is one.
-    Returns value (as text) to: "auc" (ROC), "auc_in_time" (the same among windows at the same share of their runs: time alone has .5),
-    "balanced_accuracy" at the threshold that is best on all *other* values' scores, "precision" and "recall" (of a probability) at the
-    threshold that choose_threshold takes there, "windows" (their number), "positive_share". None where a figure doesn't exist (one
-    class only, nothing called converged).
+    Args:
+        score: (m,), from predictors that never saw the example's value; NaN if there is none.
+        examples: The examples.
+        field: The tag.
+        probability: Whether the score is a probability.
+
+    Returns:
+        For each value (as text): "auc" (ROC); "auc_in_time", the same among windows at the same share of their runs,
+            where knowing the time is worth .5; "balanced_accuracy" at the best threshold for all *other* values'
+            scores; for a probability, "precision" and "recall" at the threshold that `choose_threshold` finds there;
+            "windows", their number; "positive_share". None for an undefined figure (only one class, nothing called
+            converged).
     """
     figures: dict[str, Figures] = {}
     for value in sorted({str(run.get(field)) for run in examples.runs}):
@@ -88,7 +107,11 @@ def evaluate(score: Tensor, examples: Examples, field: str, *, probability: bool
 
 
 def rules(examples: Examples) -> dict[str, Tensor]:
-    """What simpler rules say, each (m,), higher is more converged: one number each, nothing is fitted; NaN where it isn't known."""
+    """Compute the scores of simple rules without fitted parameters.
+
+    Returns:
+        Scores (m,) by name, higher is more converged; NaN if unknown.
+    """
 
     def column(name: str) -> Tensor:
         return -examples.scalars[:, SCALAR_FEATURES.index(name)]
@@ -106,7 +129,16 @@ def rules(examples: Examples) -> dict[str, Tensor]:
 
 
 def platt(logits: Tensor, label: Tensor, weight: Tensor) -> tuple[float, float]:
-    """Scale > 0 and offset that make logits (m,) those of a calibrated probability (Platt 1999): the optimum of the weighted loss."""
+    """Fit the scale and offset that turn logits into those of a calibrated probability (Platt 1999), by the weighted loss.
+
+    Args:
+        logits: (m,); NaN entries are ignored.
+        label: (m,) bool.
+        weight: (m,).
+
+    Returns:
+        Scale > 0 and offset.
+    """
     there = ~logits.isnan()
     x, y, w = logits[there].double(), label[there].double(), weight[there].double()
     if len(y.unique()) < 2:
@@ -126,8 +158,18 @@ def platt(logits: Tensor, label: Tensor, weight: Tensor) -> tuple[float, float]:
 
 
 def reliability(score: Tensor, label: Tensor, weight: Tensor, bins: int = 10) -> list[dict[str, float]]:
-    """The reliability diagram of probabilities (m,) as a table: of each tenth of [0, 1] that isn't empty "from", the weighted mean
-    "predicted", the share "converged", and its share of all windows "windows". NaN entries don't count."""
+    """Compute the reliability diagram of probabilities as a table.
+
+    Args:
+        score: (m,); NaN entries are ignored.
+        label: (m,) bool.
+        weight: (m,).
+        bins: Number of equal intervals of [0, 1].
+
+    Returns:
+        For each interval that is not empty, its start "from", the weighted mean "predicted", the share "converged",
+        and its share of all windows "windows".
+    """
     there = ~score.isnan()
     s, y, w = score[there].double(), label[there].double(), weight[there].double()
     where = (s * bins).long().clamp_max(bins - 1)
@@ -148,23 +190,23 @@ def reliability(score: Tensor, label: Tensor, weight: Tensor, bins: int = 10) ->
 
 
 def calibration_error(table: list[dict[str, float]]) -> float:
-    """The expected calibration error of a reliability table: the mean of |predicted - converged|, by share of windows."""
+    """Return the expected calibration error of a reliability table: the mean of |predicted - converged|, by share of windows."""
     return sum(row["windows"] * abs(row["predicted"] - row["converged"]) for row in table)
 
 
 def auc(score: Tensor, label: Tensor) -> float | None:
-    """Area under the ROC curve: how often a positive scores above a negative, ties count half. None with one class only."""
+    """Return the area under the ROC curve: how often a positive scores above a negative; ties count half. None with only one class."""
     positives = int(label.sum())
     negatives = len(label) - positives
     if positives == 0 or negatives == 0:
         return None
     _, inverse, count = score.double().unique(return_inverse=True, return_counts=True)
-    rank = (count.cumsum(0) - (count - 1) / 2)[inverse]  # of ties the mean
+    rank = (count.cumsum(0) - (count - 1) / 2)[inverse]  # mean rank of ties
     return float((rank[label].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
 def auc_in_time(score: Tensor, label: Tensor, time: Tensor) -> float | None:
-    """The AUC among examples in the same twentieth of their runs, mean weighted by the number of pairs. time: (m,) in [0, 1]."""
+    """Return the AUC among examples in the same twentieth of their runs, weighted by pairs. time: (m,) in [0, 1]."""
     total, pairs = 0.0, 0
     for i in range(_TIME_BINS):
         there = ((time * _TIME_BINS).long().clamp_max(_TIME_BINS - 1)) == i
@@ -176,17 +218,17 @@ def auc_in_time(score: Tensor, label: Tensor, time: Tensor) -> float | None:
 
 
 def mean(figures: Mapping[str, Mapping[str, float | None]], name: str) -> float | None:
-    """The plain mean of one figure over all held-out values; None when it is missing everywhere."""
+    """Return the unweighted mean of one figure over all held-out values; None if it is missing everywhere."""
     values: list[float] = [v for row in figures.values() if (v := row.get(name)) is not None]
     return sum(values) / len(values) if values else None
 
 
 def worst(figures: Mapping[str, Mapping[str, Any]], name: str) -> float | None:
-    """The lowest value of one figure over all held-out values."""
+    """Return the lowest value of one figure over all held-out values."""
     return min((v for row in figures.values() if (v := row.get(name)) is not None), default=None)
 
 
 def _share(weight: Tensor, hit: Tensor, of: Tensor) -> float | None:
-    """The weighted share of `of` that is `hit`."""
+    """Return the weighted share of `of` that is also `hit`."""
     whole = float(weight[of].sum())
     return float(weight[of & hit].sum()) / whole if whole > 0 else None

@@ -1,4 +1,4 @@
-"""Fits the predictor's two judges, and says what predictors that never saw a network kind, data set or seed say about it."""
+"""Fit the predictor's two judges, and score each network kind, data set and seed with predictors that never saw it."""
 
 from __future__ import annotations
 
@@ -18,19 +18,24 @@ from .dataset import Examples
 from .evaluate import platt
 
 AXES = {"network kind": "net", "data set": "data", "seed": "seed"}
-"""What is held out, one value after the other: the name for people, the tag of a recording."""
+"""What is held out, one value at a time: display name -> tag of a recording."""
 
 UNKNOWN_LR_SHARE = 0.25
-"""Share of the training examples that are shown without the remaining learning rate."""
+"""Share of the training examples for which the remaining learning rate is hidden."""
 
 _EPOCHS, _BATCH, _LR, _WEIGHT_DECAY = 4, 512, 3e-3, 2.0  # more epochs or less decay rank windows of unseen kinds worse
-_MIN_STEPS = 100  # of the quick scale, where four epochs are a handful of steps
+_MIN_STEPS = 100  # for the quick scale, in which four epochs are only a few steps
 
 
 def fit(examples: Examples, config: PredictorConfig, seed: int) -> FreezePredictor:
-    """Fits a fresh predictor to the examples, every run with the same weight; not calibrated. Deterministic on one thread.
+    """Fit a new predictor, with the same weight for every run; not calibrated. Deterministic on one thread.
 
-    The judge with the probe learns from the examples that have probe features; where none has, it stays unfitted.
+    The judge with the probe learns from the examples with probe features; without any, it stays unfitted.
+
+    Args:
+        examples: Training examples.
+        config: Hyper-parameters.
+        seed: Seed of initial weights, dropout and batches.
     """
     with torch.random.fork_rng(devices=[]):  # initial weights and dropout
         torch.manual_seed(seed)
@@ -44,7 +49,7 @@ def fit(examples: Examples, config: PredictorConfig, seed: int) -> FreezePredict
 
 @torch.no_grad()
 def judge_logits(judge: Judge, examples: Examples, *, with_probe: bool) -> Tensor:
-    """The judge's own logits, the lowest of each prefix: (m,) fp32; NaN where it has no probe features."""
+    """Return the judge's logits, minimized over each prefix: (m,) fp32; NaN for examples without required probe features."""
     inputs = _inputs(examples, with_probe)
     parts = [judge(examples.tokens[i : i + 4096], examples.mask[i : i + 4096], inputs[i : i + 4096]) for i in range(0, len(examples), 4096)]
     logits = torch.cat(parts) if parts else torch.zeros(0)
@@ -56,7 +61,7 @@ def judge_logits(judge: Judge, examples: Examples, *, with_probe: bool) -> Tenso
 
 @torch.no_grad()
 def score(model: FreezePredictor, examples: Examples) -> Tensor:
-    """The probability of every example, as FreezePredictor.probabilities gives it: (m,) fp32."""
+    """Return the probability of every example as in FreezePredictor.probabilities: (m,) fp32."""
     parts = [
         model(examples.tokens[i : i + 4096], examples.mask[i : i + 4096], examples.scalars[i : i + 4096], examples.probe[i : i + 4096])
         for i in range(0, len(examples), 4096)
@@ -65,7 +70,7 @@ def score(model: FreezePredictor, examples: Examples) -> Tensor:
 
 
 def folds(examples: Examples, axes: Iterable[str]) -> list[tuple[str, str]]:
-    """(axis, value) of everything that can be held out: at least two values of the tag are there."""
+    """Return (axis, value) for everything that can be held out: tags with at least two values."""
     found = []
     for axis in axes:
         values = sorted({str(run.get(AXES[axis])) for run in examples.runs})
@@ -81,9 +86,18 @@ def held_out_scores(
     progress: str = "fitting with one left out",
     workers: int = 1,
 ) -> dict[str, dict[str, Tensor]]:
-    """Name to axis to what the fitted scorers `names` say about each example without having seen its value there: (m,), else NaN.
+    """Score each example by predictors that never saw its value of a tag.
 
-    fitted: from training examples to scorers, in the order of `names`. workers: processes; the scores are the same for any number.
+    Args:
+        examples: The examples.
+        fitted: Maps training examples to scorers, in the order of `names`.
+        names: Names of the scorers.
+        axes: Keys of AXES to hold out.
+        progress: Text of the progress bar.
+        workers: Number of processes; the scores do not depend on it.
+
+    Returns:
+        Name -> axis -> scores (m,), NaN without a predictor.
     """
     axes = tuple(axes)
     scores = {name: {axis: torch.full((len(examples),), torch.nan) for axis in axes} for name in names}
@@ -106,7 +120,7 @@ def _having(examples: Examples, axis: str, value: str) -> Tensor:
     return torch.tensor([str(run.get(AXES[axis])) == value for run in examples.runs])[examples.run]
 
 
-_job: Callable[[tuple[str, str]], Any] | None = None  # what a forked worker calls: a closure can't be sent to it
+_job: Callable[[tuple[str, str]], Any] | None = None  # called by a forked worker, to which a closure cannot be sent
 
 
 def _call(job: tuple[str, str]) -> Any:
@@ -115,7 +129,7 @@ def _call(job: tuple[str, str]) -> Any:
 
 
 def _mapped(work: Callable[[tuple[str, str]], Any], jobs: list[tuple[str, str]], workers: int) -> Iterator[Any]:
-    """work(job) of each job, in order. Forked processes see the examples without a copy; they run on one thread, as this one does."""
+    """Yield work(job) of each job, in order. Forked processes share the examples without a copy and run on one thread."""
     global _job
     if workers == 1:
         yield from map(work, jobs)
@@ -129,7 +143,7 @@ def _mapped(work: Callable[[tuple[str, str]], Any], jobs: list[tuple[str, str]],
 
 
 def calibrated_apart(logits: Tensor, examples: Examples, field: str) -> Tensor:
-    """Probabilities of held-out logits (m,), each value of the tag calibrated on the other values' logits only: (m,)."""
+    """Convert held-out logits (m,) to probabilities (m,), each value of a tag calibrated on the other values' logits only."""
     out = torch.full_like(logits, torch.nan)
     of_run = [str(run.get(field)) for run in examples.runs]
     for value in sorted(set(of_run)):
@@ -166,9 +180,9 @@ def _fit_judge(judge: Judge, examples: Examples, *, with_probe: bool, generator:
 
 
 def _fit_linear(judge: Judge, examples: Examples, inputs: Tensor, blind: Tensor) -> None:
-    """Brings the linear part to the optimum of logistic regression; attention then only corrects it, beginning with no correction.
+    """Fit the linear part to the optimum of logistic regression; attention then learns corrections, starting from none.
 
-    Fitted together, the two end with a linear part far from its optimum, and worse figures on whatever was held out.
+    Fitted together, the linear part ends far from its optimum, with worse figures on held-out data.
     """
     features = judge.scale(torch.cat([inputs, blind]))
     weight = torch.cat([(1 - UNKNOWN_LR_SHARE) * examples.weight, UNKNOWN_LR_SHARE * examples.weight])

@@ -1,4 +1,4 @@
-"""Labels of a whole data set, on disk, and how much they hang on their constants."""
+"""Labels of a whole data set on disk, and their sensitivity to their constants."""
 
 from __future__ import annotations
 
@@ -25,11 +25,21 @@ _SIMILARITIES = (0.90, 0.95, 0.97, 0.98, 0.99, 0.995)
 
 
 def label_dataset(folder: Path, settings: LabelSettings | None = None) -> dict[str, Any]:
-    """Labels every recording of the data set in `folder`: writes labels.safetensors and labels.json beside it, and returns the latter.
+    """Label every recording of the data set in `folder`: write labels.safetensors and labels.json.
 
-    labels.safetensors: of each run NAME "NAME.similarity", (evaluations, layers) fp32, what the rule compares, and "NAME.converged", bool.
-    labels.json: the settings, the share of labels that are positive, and "sensitivity" (sensitivity_of).
-    Raises ValueError as read_dataset does.
+    labels.safetensors contains, for each run NAME, "NAME.similarity", (evaluations, layers) fp32, the value that the
+    rule compares, and "NAME.converged", bool. labels.json contains the settings, the share of positive labels, and
+    "sensitivity" (`sensitivity_of`).
+
+    Args:
+        folder: The data set.
+        settings: The label settings; None: the defaults.
+
+    Returns:
+        The content of labels.json.
+
+    Raises:
+        ValueError: As in `read_dataset`.
     """
     settings = settings or LabelSettings()
     data = read_dataset(folder)
@@ -54,23 +64,33 @@ def label_dataset(folder: Path, settings: LabelSettings | None = None) -> dict[s
 
 
 def labels_of(folder: Path) -> LabelSettings:
-    """The settings that the data set in `folder` was labelled with, the defaults where it wasn't. Raises ValueError for a bad file."""
+    """Return the settings with which a data set was labelled; the defaults if it was not.
+
+    Raises:
+        ValueError: labels.json is not valid.
+    """
     file = folder / "labels.json"
     if not file.is_file():
         return LabelSettings()
     try:
         return LabelSettings(**json.loads(file.read_text())["settings"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: got no label settings ({error}); allowed: a file made by `smartfrz label`") from error
+        raise ValueError(f"{file}: no valid label settings ({error}); allowed: a file written by `smartfrz label`") from error
 
 
 def sensitivity_of(data: Dataset, settings: LabelSettings) -> list[dict[str, Any]]:
-    """How the labels change with their constants, one row each: other similarities with the same rule, then other rules.
+    """Compute how the labels depend on their constants: other similarities with the same rule, then other rules.
 
-    "positive_share": of all labels, runs alike. "agreement": share equal to the labels of `settings`. Against the counterfactual
-    branches, where there are some: "fires": share of them where the label is true; "harmless": share of those that cost less than a
-    point; "mean_cost", "worst_cost": of those, in accuracy, 0..1; "mean_loss_cost": of those, relative; "auc": of the similarity that
-    the rule compares, against "harmless". None where nothing is there.
+    Args:
+        data: The data set.
+        settings: The reference label settings.
+
+    Returns:
+        Rows with the settings; "positive_share" of all labels, runs weighted equally; "agreement", share equal to the
+        labels of `settings`; and against the counterfactual branches, if any: "fires", share of branches whose label
+        is true; "harmless", share of those that cost less than a point; "mean_cost" and "worst_cost" of those in
+        accuracy, 0..1; "mean_loss_cost" of those, relative; "auc" of the compared similarity against "harmless". None
+        if undefined.
     """
     rows = [replace(settings, similarity=s) for s in sorted({*_SIMILARITIES, settings.similarity})]
     rows += [replace(settings, rule=rule) for rule in RULES if rule != settings.rule]
@@ -92,7 +112,11 @@ def sensitivity_of(data: Dataset, settings: LabelSettings) -> list[dict[str, Any
 
 
 def branch_similarity(recordings: Sequence[Recording], branches: Sequence[Branch], settings: LabelSettings) -> torch.Tensor:
-    """What the rule compares, of the last layer of each branch's prefix when it was frozen: (branches,) fp64, NaN without recording."""
+    """Return the value that the rule compares, for the last layer of each branch's prefix when it was frozen.
+
+    Returns:
+        (branches,) fp64, NaN without a recording.
+    """
     by_name = {r.name: r for r in recordings}
     values = []
     for b in branches:

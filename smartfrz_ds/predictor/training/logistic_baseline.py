@@ -1,4 +1,4 @@
-"""Logistic regression on the same scalars that the predictor reads: what attention has to beat."""
+"""Logistic regression on the predictor's scalars, the baseline for attention."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ from torch import Tensor
 
 from .dataset import Examples
 
-_CLIP = 4.0  # standard deviations, as the predictor
+_CLIP = 4.0  # standard deviations, as in the predictor
 
 
 def fit_regression(examples: Examples, *, with_probe: bool) -> Callable[[Examples], Tensor]:
-    """Fits it with scikit-learn, all runs alike; returns what scores others: logits (m,), the lowest of each prefix.
+    """Fit a logistic regression with scikit-learn, with the same weight for every run.
 
-    with_probe: on the scalars and the probe features, NaN where an example has none.
+    Args:
+        examples: Training examples.
+        with_probe: Whether to use the probe features as well.
+
+    Returns:
+        A scorer that returns logits (m,), minimized over each prefix; NaN for examples without required probe
+        features.
     """
     from sklearn.linear_model import LogisticRegression
 

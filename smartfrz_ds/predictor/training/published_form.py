@@ -1,9 +1,9 @@
-"""SmartFRZ's predictor in its published form, as a plain reference beside the shipped one. It is trained and measured, never shipped.
+"""SmartFRZ's predictor in its published form, as a plain reference for the shipped one. It is trained and evaluated, never shipped.
 
-Sizes come from the only public re-implementation (Ktuzinowski/MambaFRZ), since the paper's could not be read: the raw weights of the
-newest snapshot ask, those of the 29 older ones are keys and values; three MLPs sample-256-256-64 with ReLU; one head, no scaling, no
-positions, no normalisation; a verdict 64-32-32-2; AdamW 1e-3, batches of 32. Its faults are not repeated: the attention isn't summed over
-the batch, and the indices are fixed.
+Source: Ktuzinowski/MambaFRZ, the only public re-implementation, because the paper's sizes are not public. The raw
+weights of the newest snapshot are the query, those of the 29 older ones keys and values; three MLPs sample-256-256-64
+with ReLU; one head, without scaling, positions or normalization; a verdict 64-32-32-2; AdamW 1e-3, batches of 32. Its
+faults are not repeated: the attention is not summed over the batch, and the indices are fixed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ _BATCH, _LR = 32, 1e-3
 
 
 class PublishedPredictor(nn.Module):
-    """Raw windows to the two logits of "moving" and "converged"."""
+    """Maps raw windows to two logits, "moving" and "converged".
+
+    Args:
+        sample_size: Sampled weights per layer.
+    """
 
     def __init__(self, sample_size: int) -> None:
         super().__init__()
@@ -36,15 +40,27 @@ class PublishedPredictor(nn.Module):
         weights: Tensor,  # (b, n, sample_size) fp32, newest snapshot last
         mask: Tensor,  # (b, n) bool, true where there is a snapshot
     ) -> Tensor:  # (b, 2)
+        """Compute logits (b, 2).
+
+        Args:
+            weights: (b, n, sample_size) fp32, newest snapshot last.
+            mask: (b, n) bool, true for snapshots.
+        """
         query, key, value = self.query(weights[:, -1]), self.key(weights[:, :-1]), self.value(weights[:, :-1])
         scores = torch.einsum("bd,bnd->bn", query, key).masked_fill(~mask[:, :-1], -torch.inf)
         return self.verdict(torch.einsum("bn,bnd->bd", scores.softmax(1), value))
 
 
 def raw_windows(recordings: Sequence[Recording], examples: Examples, index: Tensor) -> Tensor:
-    """The sampled weights behind the examples at `index` (k,) int64: (k, window, sample_size) fp32, zeros where there is no snapshot.
+    """Return the sampled weights behind some examples.
 
-    recordings: those that the examples were made of, in the same order.
+    Args:
+        recordings: The recordings of which the examples were made, in the same order.
+        examples: The examples.
+        index: (k,) int64, the examples to select.
+
+    Returns:
+        (k, window, sample_size) fp32, zeros without a snapshot.
     """
     window, size = examples.mask.shape[1], recordings[0].weights.shape[2]
     out = torch.zeros(len(index), window, size)
@@ -59,9 +75,17 @@ def raw_windows(recordings: Sequence[Recording], examples: Examples, index: Tens
 def fit_reference(
     recordings: Sequence[Recording], examples: Examples, *, windows: int, epochs: int, seed: int
 ) -> Callable[[Examples], Tensor]:
-    """Trains the published form on `windows` random examples, all runs alike; returns what scores others: logit differences (m,).
+    """Train the published form on random examples, with the same weight for every run. Deterministic on one thread.
 
-    Deterministic on one thread.
+    Args:
+        recordings: The recordings of which the examples were made.
+        examples: Training examples.
+        windows: Number of examples to draw.
+        epochs: Number of epochs.
+        seed: Seed of the draw and the training.
+
+    Returns:
+        A scorer that returns logit differences (m,).
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.multinomial(examples.weight.double(), min(windows, len(examples)), generator=generator)

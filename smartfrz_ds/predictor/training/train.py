@@ -1,4 +1,4 @@
-"""Makes a predictor from nothing: collects runs, labels what they did, fits the predictor, and says how good it is beside simpler ones."""
+"""Create a predictor from nothing: collect runs, label them, fit the predictor, and compare it with simpler ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .published_form import fit_reference
 
 WEIGHTS, PROBE, BLIND = "shipped, weights alone", "shipped, with the probe", "shipped, LR unknown"
 REGRESSION, REGRESSION_PROBE, PUBLISHED = "logistic regression", "logistic regression, with the probe", "published form"
-_REFERENCE = {False: {"windows": 3000, "epochs": 2}, True: {"windows": 200, "epochs": 1}}  # by quick
+_REFERENCE = {False: {"windows": 3000, "epochs": 2}, True: {"windows": 200, "epochs": 1}}  # keyed by `quick`
 
 
 def train_predictor(
@@ -41,20 +41,30 @@ def train_predictor(
     workers: int = 1,
     settings: LabelSettings | None = None,
 ) -> dict[str, Any]:
-    """Makes a predictor and its card.
+    """Create a predictor and its card.
 
-    out: the safetensors file to write; the card goes beside it, with the suffix .md.
-    seed: >= 0, decides every run and initialisation; the same seed on the same versions and machine gives the same file.
-    quick: five short runs instead of 144: shows that all works, not a predictor to use. Seconds instead of half an hour.
-    cache: the data set's folder (collect_dataset), so that a run that was cut off goes on where it was; None: a temporary one.
-    workers: processes that collect and fit; the file is the same for any number. settings: of the labels.
-    Returns the figures of the card, JSON-able. Raises ValueError for an `out`, seed or cache that isn't possible, ImportError where a
-    package with data is missing.
+    Args:
+        out: The safetensors file; the card is written beside it with the suffix .md.
+        seed: Seed of all runs and initializations, >= 0. The same seed with the same versions and machine gives the
+            same file.
+        quick: Five short runs instead of 144, in seconds instead of half an hour. Shows that everything works; the
+            predictor is not usable.
+        cache: Folder of the data set (`collect_dataset`), so that an interrupted run can be resumed; None: a
+            temporary one.
+        workers: Processes that collect and fit; the file does not depend on it.
+        settings: The label settings; None: the defaults.
+
+    Returns:
+        The figures of the card, JSON-able.
+
+    Raises:
+        ValueError: `out`, the seed or the cache cannot be used.
+        ImportError: A package with data is missing.
     """
     if out.suffix != ".safetensors":
-        raise ValueError(f"out: got {str(out)!r}, allowed is a path that ends in .safetensors")
+        raise ValueError(f"out: got {str(out)!r}; allowed: a path that ends in .safetensors")
     if seed < 0:
-        raise ValueError(f"seed: got {seed}, allowed is a whole number >= 0")
+        raise ValueError(f"seed: got {seed}; allowed: an integer >= 0")
     settings = settings or LabelSettings()
     folder = nullcontext(str(cache)) if cache is not None else tempfile.TemporaryDirectory()
     with folder as name, one_thread():
@@ -71,7 +81,7 @@ def train_predictor(
 
 
 def _train(data: Dataset, seed: int, quick: bool, settings: LabelSettings, workers: int) -> tuple[FreezePredictor, dict[str, Any]]:
-    """The predictor, and the figures that are part of its file: nothing in them depends on the machine's speed."""
+    """Return the predictor and the figures stored in its file, none of which depends on the machine's speed."""
     config = PredictorConfig()
     examples = make_examples(data.recordings, config.window, settings)
     logits = _held_out_logits(data, examples, config, seed, quick, workers)
@@ -123,7 +133,7 @@ def _train(data: Dataset, seed: int, quick: bool, settings: LabelSettings, worke
 def _held_out_logits(
     data: Dataset, examples: Examples, config: PredictorConfig, seed: int, quick: bool, workers: int
 ) -> dict[str, dict[str, Tensor]]:
-    """Predictor to axis to the logits (m,) that it gives each example without having seen its value there."""
+    """Return predictor -> axis -> logits (m,) for each example by predictors that never saw its value."""
 
     def fitted(train: Examples) -> list[Callable[[Examples], Tensor]]:
         model = fit(train, config, seed)
@@ -149,7 +159,10 @@ def _held_out_logits(
 
 
 def _one_spacing(examples: Examples) -> Tensor:
-    """(m,) bool: of each run every second window of the second smallest spacing: on all of them the published form would take an hour."""
+    """Select every second window of each run's second smallest spacing: (m,) bool.
+
+    The published form would take an hour on all windows.
+    """
     keep = torch.zeros(len(examples), dtype=torch.bool)
     for run in range(len(examples.runs)):
         here = examples.run == run
@@ -160,12 +173,12 @@ def _one_spacing(examples: Examples) -> Tensor:
 
 
 def _cpu_seconds() -> float:
-    """Processor seconds of this process and of its workers that have ended."""
+    """Return the processor seconds of this process and its finished workers."""
     return sum(os.times()[:4])
 
 
 def _at(threshold: float, score: Tensor, examples: Examples) -> dict[str, float | None]:
-    """Precision and recall of probabilities (m,) at a threshold, runs alike."""
+    """Return precision and recall of probabilities (m,) at a threshold, with the same weight for every run."""
     there = ~score.isnan()
     weight, called, label = examples.weight[there].double(), score[there] >= threshold, examples.label[there]
     hit, all_called, all_true = (float(weight[x].sum()) for x in (called & label, called, label))
@@ -173,7 +186,7 @@ def _at(threshold: float, score: Tensor, examples: Examples) -> dict[str, float 
 
 
 def _behind_frozen(scores: dict[str, Tensor], examples: Examples) -> dict[str, Any]:
-    """The same windows apart: those behind a frozen layer, and those of runs without freezes; and how many."""
+    """Compare windows behind a frozen layer with those of runs without freezes."""
     behind = examples.behind_frozen
     parts = {"behind frozen layers": behind, "runs without freezes": ~examples.having("freezes", True)}
     out: dict[str, Any] = {"windows": {part: int(mask.sum()) for part, mask in parts.items()}}
@@ -221,7 +234,7 @@ def _branch_facts(branches: list[Branch]) -> dict[str, Any]:
 
 
 def _accuracies(data: Dataset) -> dict[str, float]:
-    """Mean held-out accuracy, 0..1, of the small networks themselves, by network, data set and regime."""
+    """Return the mean held-out accuracy, 0..1, of the small networks by network, data set and regime."""
     groups: dict[str, list[float]] = {}
     for r in data.recordings:
         groups.setdefault(" ".join(str(r.tags.get(key, "")) for key in ("net", "data", "regime")).strip(), []).append(r.metric)
