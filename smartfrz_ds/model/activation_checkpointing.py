@@ -103,7 +103,7 @@ class RecomputeBoundary:
                 self._marks.append(module.register_forward_hook(ModuleHook(function)))
 
     def _watch_region(self, layer: Layer) -> list[RemovableHandle]:
-        """Hook the layer itself for its first forward with nothing frozen."""
+        """Register hooks on the layer itself for its first forward with nothing frozen."""
 
         def note(module: nn.Module, args: Any, kwargs: Any) -> None:
             if not module.training or torch.compiler.is_compiling() or self._frozen:
@@ -120,7 +120,7 @@ class RecomputeBoundary:
         return mine
 
     def _watch(self, layer: Layer, *, once: bool) -> list[RemovableHandle]:
-        """Hook the modules of `layer` that hold weights: a part of a layer may be a region of its own."""
+        """Register hooks on the modules of `layer` that hold weights: a part of a layer may be a region of its own."""
 
         def note(module: nn.Module, args: Any) -> None:
             if not module.training or torch.compiler.is_compiling():

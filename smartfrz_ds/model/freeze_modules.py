@@ -100,7 +100,7 @@ def leaving_params(frozen: Collection[Layer], layers: Sequence[Layer], tied: Tie
 
 
 def use_is_cut(module: nn.Module) -> bool:
-    """Whether this embedding belongs to a frozen layer, and its use of a shared weight is cut out of backward."""
+    """Return whether this embedding belongs to a frozen layer and its use of a shared weight is cut out of backward."""
     return any(hook is _cut_use for hook in module._forward_hooks.values())
 
 

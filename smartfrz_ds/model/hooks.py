@@ -19,6 +19,7 @@ class ModuleHook:
         self._function = function
 
     def __call__(self, *args: Any) -> Any:
+        """Call the function, if there is one."""
         return None if self._function is None else self._function(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:

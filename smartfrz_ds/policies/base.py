@@ -156,5 +156,5 @@ def gradient_norms(view: View) -> dict[str, float]:
             sample = view.gradients[layer.name].double()
             norms[layer.name] = float(sample.square().mean().sqrt() * layer.numel**0.5)
             if not torch.isfinite(sample).all():
-                raise ValueError(f"layer {layer.name}: its gradients hold NaN or an infinite value")
+                raise ValueError(f"layer {layer.name}: its gradients contain NaN or an infinite value")
     return norms

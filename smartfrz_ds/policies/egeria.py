@@ -142,7 +142,7 @@ def similarity_rows(gram: Tensor, name: str) -> Tensor:
         ValueError: The Gram matrix is not finite.
     """
     if not torch.isfinite(gram).all():
-        raise ValueError(f"layer {name}: its output for the probe batch holds NaN or an infinite value")
+        raise ValueError(f"layer {name}: its output for the probe batch contains NaN or an infinite value")
     return torch.nn.functional.normalize(gram, dim=1)
 
 

@@ -98,7 +98,7 @@ def _drift(view: View, name: str) -> float | None:
         return None
     before, now = window.weights[-2].double(), window.weights[-1].double()
     if not torch.isfinite(window.weights[-2:]).all():
-        raise ValueError(f"layer {name}: its sampled weights hold NaN or an infinite value")
+        raise ValueError(f"layer {name}: its sampled weights contain NaN or an infinite value")
     size = float(before.abs().sum())
     moved = float((now - before).abs().sum())
     return moved / size if size else (0.0 if moved == 0.0 else float("inf"))

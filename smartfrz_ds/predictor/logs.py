@@ -27,7 +27,7 @@ def log_to_mean(x: Tensor) -> Tensor:
 
 
 def log(x: Tensor) -> Tensor:
-    """Return log(x), clamped to [LOG_FLOOR, LOG_CAP]."""
+    """Return the log of x, clamped to [LOG_FLOOR, LOG_CAP]."""
     return x.log().clamp(LOG_FLOOR, LOG_CAP)
 
 

@@ -20,8 +20,9 @@ _LENGTHS = ("total_num_steps", "total_steps", "T_max")
 def total_steps_of(scheduler: Any) -> int | None:
     """Return the number of steps of the whole run known to a scheduler; None if it is unknown.
 
-    The get_*_schedule functions of transformers bind `num_training_steps` (or the lengths of all parts) to the lambda of a LambdaLR.
-    A SequentialLR ends with its last part, a PolynomialLR and a LinearLR that falls where they reach their end.
+    The get_*_schedule functions of transformers bind `num_training_steps` (or the lengths of all parts) to the lambda
+    of a LambdaLR. A SequentialLR ends with its last part, and a PolynomialLR or a decreasing LinearLR at the end of
+    its range.
     """
     for name in _LENGTHS:
         value = getattr(scheduler, name, None)
@@ -45,7 +46,7 @@ def total_steps_of(scheduler: Any) -> int | None:
 
 
 class ScheduleUnit:
-    """Whether a scheduler moves once a step: one that moves once an epoch counts epochs, and its length is not the run's in steps.
+    """Detects a scheduler that moves once per epoch: it counts epochs, so its length is not the run's length in steps.
 
     Args:
         scheduler: The run's scheduler; None if it is unknown.
@@ -53,15 +54,15 @@ class ScheduleUnit:
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
-        self._first: tuple[int, int] | None = None  # step, and position of the scheduler then
+        self._first: tuple[int, int] | None = None  # a step and the position of the scheduler after it
 
     def after_step(self, step: int) -> None:
-        """Note where the scheduler stands after the first step that this process takes."""
+        """Record the scheduler's position after the first step that this process takes."""
         if self._first is None and (position := _position(self.scheduler)) is not None:
             self._first = step, position
 
     def restart(self) -> None:
-        """Begin anew, after a checkpoint was loaded."""
+        """Start over after a checkpoint was loaded."""
         self._first = None
 
     def is_slower(self, step: int) -> bool:
@@ -74,7 +75,7 @@ class ScheduleUnit:
 
 
 def _position(scheduler: Any) -> int | None:
-    """How often a scheduler has moved; None where it doesn't say. Of DeepSpeed's schedulers `last_batch_iteration`."""
+    """Return how often a scheduler has moved (`last_batch_iteration` for DeepSpeed's schedulers); None if unknown."""
     scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate/scheduler.py wraps it
     values = (getattr(scheduler, name, None) for name in ("last_epoch", "last_batch_iteration"))
     return next((value for value in values if isinstance(value, int)), None)

@@ -314,7 +314,7 @@ def test_autofreeze_goes_on_from_its_state_and_keeps_it_through_nan() -> None:
     policy.decide(view(50, "abcd", gradients=dict.fromkeys("abcd", 10)))
     again = revived(policy)
     before = again.state_dict()
-    with pytest.raises(ValueError, match="layer c: its gradients hold NaN"):
+    with pytest.raises(ValueError, match="layer c: its gradients contain NaN"):
         again.decide(view(100, "abcd", gradients={"a": 10, "b": 10, "c": math.nan, "d": 10}))
     assert again.state_dict() == before
     seen = view(100, "abcd", gradients={"a": 11, "b": 8, "c": 15, "d": 6})
@@ -395,7 +395,7 @@ def test_weight_drift_judges_an_embedding_by_its_block_and_needs_two_snapshots()
     decision = WeightDriftPolicy().decide(view(600, "eab", embedding="e", weights=weights))
     assert decision.freeze == ("e", "a")
     assert decision.reasons["e"].endswith("judged by a") and decision.reasons["b"] == "not judged yet: fewer than 2 snapshots"
-    with pytest.raises(ValueError, match="layer a: its sampled weights hold NaN"):
+    with pytest.raises(ValueError, match="layer a: its sampled weights contain NaN"):
         WeightDriftPolicy().decide(view(600, "a", weights={"a": still * math.nan}))
 
 
@@ -503,7 +503,7 @@ def test_egeria_goes_on_from_its_state_and_keeps_it_through_nan() -> None:
         frozen = egeria_run(policy, rests, range(1, cut))
         again = revived(policy)
         before = again.state_dict()
-        with pytest.raises(ValueError, match="layer a: its output for the probe batch holds NaN"):
+        with pytest.raises(ValueError, match="layer a: its output for the probe batch contains NaN"):
             again.decide(view(50 * cut, "ab", grams={"a": torch.full((6, 6), math.nan, dtype=torch.float64)}))
         assert again.state_dict() == before
         assert egeria_run(again, rests, range(cut, 40), frozen) == whole
