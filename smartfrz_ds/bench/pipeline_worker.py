@@ -121,7 +121,7 @@ class Run:
 
     def costs(self) -> list[LayerCost]:
         """Of each layer, as measured in the steps since the last change of the layout."""
-        costs = self.engine.smartfrz._rebalancer.costs()
+        costs = self.engine.smartfrz._moves.rebalancer.costs()
         assert costs is not None
         return list(costs)
 

@@ -143,7 +143,7 @@ def snapshot_and_gather(ours: Copy) -> dict[str, Any]:
             ours.wire.take()
             began = time.perf_counter()
             if name == "snapshot":
-                ours.engine.smartfrz._snapshots.take()
+                ours.engine.smartfrz._recording.snapshots.take()
             else:
                 with deepspeed.zero.GatheredParameters(list(ours.model.parameters())):
                     pass

@@ -69,6 +69,7 @@ class Checkpoints:
 
     def __init__(self, controller: Controller) -> None:
         self.controller, self.ranks = controller, controller.ranks
+        self.freeze_state = controller.freeze_state
         self.backend = cast("DeepSpeedBackend", controller.backend)  # the controller of a DeepSpeed engine has no other
 
     # --- saving ---------------------------------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ class Checkpoints:
             OSError or RuntimeError: a file can't be written, on every rank.
         """
         folder = Path(save_dir) / tag
-        self.controller.sync_for_checkpoint()
+        self.freeze_state.sync()
         digest = self._write_state(folder, tag)
         writes = Writes()
         with self.backend.saving(), writes.watched(self.backend.engine.checkpoint_engine):
@@ -118,7 +119,7 @@ class Checkpoints:
         def write_side() -> None:
             nonlocal told
             if self.ranks.rank == 0:
-                state = self.controller.state_dict() | {
+                state = self.freeze_state.state_dict() | {
                     "world": len(digests),
                     "sharded": self.backend.sharded,
                     "private": private,
@@ -146,7 +147,7 @@ class Checkpoints:
         state, before, folder = found.state, self.controller.frozen, Path(load_dir) / found.tag
         moments = optimizer and not module_only
         if state is not None:
-            self.controller.check_state(state)
+            self.freeze_state.check_state(state)
             if moments and self.backend.is_pipeline and not universal:
                 self._check_width(state, folder)
             needs_same = state["sharded"] and not universal and (moments or self.backend.weights_are_cut)
@@ -161,20 +162,20 @@ class Checkpoints:
                 )
         kept = self._read_kept(folder, state) if state is not None and moments and not universal else None
         frozen = set(state["frozen"]) if state is not None else set()
-        if universal and (emptied := self.backend.emptied_groups(self.controller.leaving(frozen))):
+        if universal and (emptied := self.backend.emptied_groups(self.freeze_state.leaving(frozen))):
             raise ValueError(f"{folder}: a universal checkpoint can't be loaded where parameter groups {emptied} are frozen as a whole")
         if moments and self.backend.is_pipeline and not universal:
-            self.controller.restore_bounds(None if state is None else state.get("parts"))
+            self.freeze_state.restore_bounds(None if state is None else state.get("parts"))
             if state is not None:
                 self.ranks.run_on_all_ranks(lambda: self.backend.check_groups(state["privates"][self.ranks.rank]))
         restored = Restored()
         if state is None:
-            self.controller.restore_layout(frozen)
+            self.freeze_state.restore_layout(frozen)
         else:
             by_position = moments and not universal and not self.backend.is_pipeline
-            restored = self.controller.restore_layout_of(state, by_position=by_position)
+            restored = self.freeze_state.restore_layout_of(state, by_position=by_position)
             if not module_only:  # before the load: a bare optimizer may hold what the user froze
-                self.controller.hand_back(restored.were_users)
+                self.freeze_state.return_to_user(restored.were_users)
         with self.backend.loading():
             yield
             if universal:
@@ -183,14 +184,14 @@ class Checkpoints:
             # Only weights were asked for: the run stays what it is.
             own = {*before, *restored.taken}
             if own != set(self.controller.frozen):
-                self.controller.restore_layout(own)
-            self.controller.hand_back(restored.taken)
-            self.controller.loaded_weights(str(folder))
+                self.freeze_state.restore_layout(own)
+            self.freeze_state.return_to_user(restored.taken)
+            self.freeze_state.weights_loaded(str(folder))
             return
         if state is None:
-            self.controller.reset(_applied_steps(self.backend.engine), str(folder))
+            self.freeze_state.reset(_applied_steps(self.backend.engine), str(folder))
         else:
-            self.controller.take_up(state, str(folder))
+            self.freeze_state.resume(state, str(folder))
         if moments:
             self.backend.forget([p for group in self.backend.groups for p in group])  # it belongs to the run as it was before
             private = {} if state is None else state["privates"][self.ranks.rank] if self.backend.is_pipeline else state["private"]
@@ -213,7 +214,7 @@ class Checkpoints:
 
     def _read_kept(self, folder: Path, state: Mapping[str, Any]) -> Any:
         """This rank's file of kept state, checked; None where there is none or nobody wants it."""
-        if not state["kept"] or not self.controller.keeps_state:
+        if not state["kept"] or not self.freeze_state.keeps_released:
             return None
         rank = self.ranks.rank if state["sharded"] else 0
         read: Any = None

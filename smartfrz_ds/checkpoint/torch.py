@@ -25,7 +25,7 @@ def save_beside(controller: Controller, backend: TorchBackend, folder: str | Pat
         OSError or RuntimeError: a file can't be written, on every rank.
     """
     folder, ranks = Path(folder), controller.ranks
-    controller.sync_for_checkpoint()
+    controller.freeze_state.sync()
     kept = backend.kept_state()
     writes = kept is not None and (ranks.rank == 0 or backend.sharded)
     data = pack_tensors(*kept) if kept is not None and writes else b""
@@ -61,14 +61,15 @@ def restore_from(controller: Controller, backend: TorchBackend, folder: str | Pa
 
     told = ranks.from_rank0(read)
     state = whole if ranks.rank == 0 else told
-    controller.check_state(state)
+    saved = controller.freeze_state
+    saved.check_state(state)
     kept: Any = None
 
     def look() -> None:
         nonlocal kept
         kept = read_kept(folder, state["kept"], ranks.rank if backend.sharded else 0)
 
-    if state["kept"] and controller.keeps_state:
+    if state["kept"] and saved.keeps_released:
         if state["sharded"] == backend.sharded and (not backend.sharded or state["world"] == len(ranks.gather_bytes(b"0"))):
             ranks.run_on_all_ranks(look)
         elif ranks.rank == 0:
@@ -78,9 +79,9 @@ def restore_from(controller: Controller, backend: TorchBackend, folder: str | Pa
                 RuntimeWarning,
                 stacklevel=3,
             )
-    restored = controller.restore_layout_of(state)
-    controller.hand_back(restored.were_users)
-    controller.take_up(state, str(folder))
+    restored = saved.restore_layout_of(state)
+    saved.return_to_user(restored.were_users)
+    saved.resume(state, str(folder))
     if kept is not None:
         backend.load_kept_state(*kept)
     controller.last_checkpoint = str(folder)

@@ -53,14 +53,14 @@ def prepare(
         return with_settings(source if config is None else config, settings)
 
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        install_hook(over, probe_batch=probe_batch, later=True)
+        install_hook(over, probe_batch=probe_batch, defer_policy=True)
         try:
             result = accelerator.prepare(*objects, device_placement=device_placement)
         finally:
             remove_hook()
         accelerator.smartfrz = getattr(engine_of(models[0]), "smartfrz", None)
         if accelerator.smartfrz is not None:
-            accelerator.smartfrz.learn(scheduler=_as_stepped(result))
+            accelerator.smartfrz.set_schedule(scheduler=_as_stepped(result))
         return result
     chosen = over(None)
     result = accelerator.prepare(*objects, device_placement=device_placement)
@@ -124,10 +124,10 @@ def _include_in_states(accelerator: Any, controller: TorchController) -> None:
         if there:
             controller.restore(folder)
         else:  # a state saved without freezing
-            controller.restore_layout(())
+            controller.freeze_state.restore_layout(())
         result = load_state(input_dir, *args, **kwargs)
         if not there:
-            controller.reset(controller.backend.step_count(), folder)
+            controller.freeze_state.reset(controller.backend.step_count(), folder)
         return result
 
     accelerator.load_state = load

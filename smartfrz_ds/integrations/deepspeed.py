@@ -73,7 +73,7 @@ class FreezingMixin(CompleteCheckpoints):
 
     def destroy(self) -> Any:
         """DeepSpeedEngine.destroy; the model is the user's again, all of it trainable, so that another engine can take it."""
-        self.smartfrz.release()
+        self.smartfrz.detach()
         return super().destroy()  # type: ignore[misc]
 
     def __del__(self) -> None:
@@ -99,7 +99,7 @@ class FreezingMixin(CompleteCheckpoints):
             raise ValueError(f"client_state: got the key {MARKER!r}, which smartfrz_ds uses itself; allowed: any other key")
         # DeepSpeed's own default, runtime/engine.py
         tag = str(tag) if tag is not None else f"global_step{self.global_steps}"  # type: ignore[attr-defined]
-        self.smartfrz.put_back()  # DeepSpeed takes what is frozen from the flags
+        self.smartfrz.restore_flags()  # DeepSpeed takes what is frozen from the flags
         leaving_out = self._leaving_out(exclude_frozen_parameters)
         saved = self._checkpoints.saved(save_dir, tag, save_latest=save_latest)
         with explained(self.smartfrz, "save_checkpoint"), saved as marker, leaving_out as exclude:
@@ -217,14 +217,17 @@ def initialize(
     return attach(engine, settings, probe_batch=probe_batch), optimizer, loader, scheduler
 
 
-def attach(engine: EngineT, config: ConfigSource = None, *, probe_batch: Any = None, later: bool = False) -> EngineT:
+def attach(
+    engine: EngineT, config: ConfigSource = None, *, probe_batch: Any = None, defer_policy: bool = False, later: bool = False
+) -> EngineT:
     """Turn freezing on for an engine that exists. Collective; the engine itself is changed and returned.
 
     config: the settings; None takes the "smartfrz" section of the engine's own JSON.
     probe_batch: inputs on which the layers' outputs are compared (`smartfrz.probe` of them): what the model's forward takes, a tensor, a
         tuple of positional arguments or a dict of keyword arguments, in the dtype that the model wants. On every rank, of
         the same shapes; rank 0's counts.
-    later: the scheduler and the length of the run are told with `engine.smartfrz.learn(…)`, before the first step.
+    defer_policy: the scheduler and the length of the run come with `engine.smartfrz.set_schedule(…)`, before the first step.
+    later: deprecated, the former name of defer_policy.
     With `enabled: false` the engine stays a plain one, but for this: it still loads the checkpoint of a run that froze.
 
     Raises:
@@ -238,14 +241,14 @@ def attach(engine: EngineT, config: ConfigSource = None, *, probe_batch: Any = N
     # engine.config: the dict that DeepSpeed parsed (runtime/engine.py)
     settings = FreezeConfig.load(engine.config if config is None else config)
     if settings.enabled:
-        _turn_on(engine, settings, probe_batch, later=later)
+        _turn_on(engine, settings, probe_batch, defer_policy=defer_policy or later)
     elif not isinstance(engine, RestoringMixin):
         engine._smartfrz_settings = settings
         engine.__class__ = type(f"Restoring{type(engine).__name__}", (RestoringMixin, type(engine)), {})
     return engine
 
 
-def _turn_on(engine: Any, settings: FreezeConfig, probe_batch: Any = None, *, later: bool = False) -> None:
+def _turn_on(engine: Any, settings: FreezeConfig, probe_batch: Any = None, *, defer_policy: bool = False) -> None:
     share_timeout()
     backend = make_backend(engine, zero3_frozen=settings.zero3.frozen, allow_untested_versions=settings.allow_untested_versions)
     engine.smartfrz = Controller(
@@ -256,7 +259,7 @@ def _turn_on(engine: Any, settings: FreezeConfig, probe_batch: Any = None, *, la
         monitor=engine.monitor,
         probe_batch=probe_batch,
         version=__version__,
-        later=later,
+        defer_policy=defer_policy,
     )
     mixin: type = FreezingPipelineMixin if isinstance(engine, PipelineEngine) else FreezingMixin
     engine.__class__ = type(f"Freezing{type(engine).__name__}", (mixin, type(engine)), {})

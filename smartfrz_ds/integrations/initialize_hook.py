@@ -21,7 +21,9 @@ from .deepspeed import _config_of, attach
 _ENGINES: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 
-def install_hook(settings_of: Callable[[Any], FreezeConfig] = FreezeConfig.load, *, probe_batch: Any = None, later: bool = False) -> None:
+def install_hook(
+    settings_of: Callable[[Any], FreezeConfig] = FreezeConfig.load, *, probe_batch: Any = None, defer_policy: bool = False
+) -> None:
     """Make deepspeed.initialize return freezing engines from now on.
 
     An engine without an optimizer (ZeRO-3 inference) is left unchanged. A new hook replaces the previous one until it is removed.
@@ -29,7 +31,7 @@ def install_hook(settings_of: Callable[[Any], FreezeConfig] = FreezeConfig.load,
     Args:
         settings_of: Returns the settings for the config that deepspeed.initialize receives.
         probe_batch: As in `attach`.
-        later: As in `attach`. The hook then covers one engine and is removed by `remove_hook`.
+        defer_policy: As in `attach`. The hook then covers one engine and is removed by `remove_hook`.
     """
     clear_build_locks()  # not only in attach: a script may need DeepSpeed's ops before it creates its engine
     found = deepspeed.initialize
@@ -41,20 +43,20 @@ def install_hook(settings_of: Callable[[Any], FreezeConfig] = FreezeConfig.load,
             settings = settings_of(_config_of(args, kwargs))  # wrong settings are refused before the engine is built
             engine, *others = plain(*args, **kwargs)
             if engine.basic_optimizer is not None:
-                attach(engine, settings, probe_batch=probe_batch, later=later)
+                attach(engine, settings, probe_batch=probe_batch, defer_policy=defer_policy)
                 _ENGINES[id(engine.module)] = engine
             return (engine, *others)
         finally:
-            if later and deepspeed.initialize is initialize:  # also where preparing failed: the caller may never remove the hook
+            if defer_policy and deepspeed.initialize is initialize:  # also where preparing failed: the caller may never remove the hook
                 remove_hook()
 
     initialize.without_freezing = plain  # type: ignore[attr-defined]
-    initialize.before = found if later else initialize  # type: ignore[attr-defined]
+    initialize.before = found if defer_policy else initialize  # type: ignore[attr-defined]
     deepspeed.initialize = initialize
 
 
 def remove_hook() -> None:
-    """Remove a hook that was installed with `later`."""
+    """Remove a hook that was installed with `defer_policy`."""
     deepspeed.initialize = getattr(deepspeed.initialize, "before", deepspeed.initialize)
 
 

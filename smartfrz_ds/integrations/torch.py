@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,13 @@ from smartfrz_ds.runtime.controller import Controller
 class TorchController(Controller):
     """The controller of a run without DeepSpeed. Made by `attach_torch`."""
 
-    _backend: TorchBackend
     _saved: str | None = None  # where `save` wrote last, until that checkpoint is known to be whole
     resumed_by = "controller.restore and your own load go on from"
+
+    @property
+    def backend(self) -> TorchBackend:
+        """The inside of the model's wrapper and its optimizer."""
+        return cast("TorchBackend", self._run.backend)
 
     def save(self, folder: str | Path) -> None:
         """Write the freeze state into the folder of the user's own checkpoint, beside its files. Collective, between steps.
@@ -41,7 +45,7 @@ class TorchController(Controller):
             OSError or RuntimeError: a file can't be written, on every rank.
         """
         with explained(self, "save"):
-            save_beside(self, self._backend, folder)
+            save_beside(self, self.backend, folder)
         self._saved = str(folder)
 
     def restore(self, folder: str | Path) -> None:
@@ -52,34 +56,36 @@ class TorchController(Controller):
             ValueError: there is no freeze state, it is damaged or of another model; nothing was changed.
         """
         with explained(self, "restore"):
-            restore_from(self, self._backend, folder)
+            restore_from(self, self.backend, folder)
 
-    def release(self) -> None:
+    def detach(self) -> None:
         """Give the model, its wrapper and its optimizer back as they were: every layer trains, no hook is left.
 
         Collective, at a step boundary. Layers that were frozen begin with fresh moments. A second call changes nothing.
         """
         if self.released:
             return
-        self._backend.give_back()
-        self._backend.on_layout_changed(self._layers, ())
-        super().release()
-        self._backend.remove()
+        backend = self.backend
+        backend.give_back()
+        backend.on_layout_changed(self._run.layers, ())
+        super().detach()
+        backend.remove()
         self._hooks.remove()
         self._forwards.remove()
-        bare = self._backend.base_optimizer()
+        bare = backend.base_optimizer()
         del bare.smartfrz  # type: ignore[attr-defined]
         if isinstance(bare, SeveralOptimizers):
             bare.let_go()
 
-    def learn(self, *, scheduler: Any = None, total_steps: int | None = None, told_by: str = "learn()") -> None:
-        super().learn(scheduler=scheduler, total_steps=total_steps, told_by=told_by)
+    def set_schedule(self, *, scheduler: Any = None, total_steps: int | None = None, told_by: str = "set_schedule()") -> None:
+        """As `Controller.set_schedule`."""
+        super().set_schedule(scheduler=scheduler, total_steps=total_steps, told_by=told_by)
         self._hooks.come_last()  # behind what a new policy has hooked
 
     def _listen(self, hooks: _Hooks) -> None:
         self._hooks = hooks
-        self._backend.on_skipped = self.step_skipped
-        self._forwards = self._backend.wrapped.register_forward_hook(ModuleHook(self._end_forward), always_call=True)
+        self.backend.on_skipped = self.step_skipped
+        self._forwards = self.backend.wrapped.register_forward_hook(ModuleHook(self._end_forward), always_call=True)
 
     def _end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         """After a forward, and where one raises: in it FSDP gathers weights."""
@@ -148,7 +154,7 @@ class _Hooks:
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self.controller is None or not self._counts:
             return
-        self.controller._backend.stepped()
+        self.controller.backend.stepped()
         # torch/amp/grad_scaler.py: a fused optimizer is called in any case, and skips the step itself where this is not zero.
         found_inf = getattr(optimizer, "found_inf", None)
         if isinstance(found_inf, Tensor) and found_inf.item():
@@ -190,6 +196,7 @@ def attach_torch(
     scheduler: Any = None,
     probe_batch: Any = None,
     scaler: Any = None,
+    defer_policy: bool = False,
     later: bool = False,
 ) -> TorchController:
     """Turn freezing on for a model and its torch optimizer, without DeepSpeed. Collective; it then acts after each optimizer.step().
@@ -204,7 +211,8 @@ def attach_torch(
         is left of the learning rate.
     probe_batch: inputs on which the layers' outputs are compared, as of `attach`.
     scaler: the torch.amp.GradScaler, where there is one and the policy reads gradients.
-    later: the scheduler and the length of the run come with `controller.learn(…)`, before the first step.
+    defer_policy: the scheduler and the length of the run come with `controller.set_schedule(…)`, before the first step.
+    later: deprecated, the former name of defer_policy.
     An optimizer that has a controller keeps it, and that one is returned.
 
     Raises:
@@ -226,7 +234,13 @@ def attach_torch(
     hooks = _Hooks(bare)
     try:
         controller = TorchController(
-            backend.module, backend, settings, scheduler=scheduler, probe_batch=probe_batch, version=__version__, later=later
+            backend.module,
+            backend,
+            settings,
+            scheduler=scheduler,
+            probe_batch=probe_batch,
+            version=__version__,
+            defer_policy=defer_policy or later,
         )
     except BaseException:
         backend.remove()

@@ -85,9 +85,9 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             callbacks = trainer.callback_handler.callbacks
             callbacks.sort(key=lambda other: other is not self)  # what we add to a log is for all that read logs
             if (engine := engine_of(trainer.model)) is not None and hasattr(engine, "smartfrz"):
-                engine.smartfrz.release()  # of a training that broke off
+                engine.smartfrz.detach()  # of a training that broke off
         if AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
-            install_hook(self._settings_over, probe_batch=self._probe_batch, later=True)
+            install_hook(self._settings_over, probe_batch=self._probe_batch, defer_policy=True)
         elif trainer is not None:
             _before_load(trainer)
 
@@ -111,7 +111,7 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             controller.restore(checkpoint)
         load()
         if not there:  # of a run without this callback
-            controller.reset(trainer.state.global_step, checkpoint)
+            controller.freeze_state.reset(trainer.state.global_step, checkpoint)
 
     def _attach(self, settings: FreezeConfig) -> TorchController:
         trainer = self._trainer
@@ -122,9 +122,9 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             scheduler=trainer.lr_scheduler,
             probe_batch=self._probe_batch,
             scaler=getattr(trainer.accelerator, "scaler", None),
-            later=True,
+            defer_policy=True,
         )
-        self._attached.learn(scheduler=trainer.lr_scheduler, total_steps=trainer.state.max_steps, told_by="the Trainer")
+        self._attached.set_schedule(scheduler=trainer.lr_scheduler, total_steps=trainer.state.max_steps, told_by="the Trainer")
         setattr(trainer, _SAVE, partial(self._save, getattr(trainer, _SAVE)))
         return self._attached
 
@@ -147,7 +147,7 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             self.controller = getattr(engine, "smartfrz", None)
             if self.controller is not None:
                 own = lr_scheduler if engine.lr_scheduler is None else None  # the Trainer's, which the engine doesn't know
-                self.controller.learn(scheduler=own, total_steps=state.max_steps, told_by="the Trainer")
+                self.controller.set_schedule(scheduler=own, total_steps=state.max_steps, told_by="the Trainer")
             return
         settings = self._settings_over(None)
         if self._attached is None and settings.enabled:
@@ -190,17 +190,17 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """The model is the user's again."""
         self._undo()
         if self._attached is not None and args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self._attached.loaded_weights(state.best_model_checkpoint)  # without DeepSpeed the Trainer loads them itself
+            self._attached.freeze_state.weights_loaded(state.best_model_checkpoint)  # without DeepSpeed the Trainer loads them itself
         self._let_go()
         if self.controller is not None and not self.controller.released:
-            self.controller.release()
+            self.controller.detach()
 
     def _let_go(self) -> None:
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
         if self._attached is not None:
-            self._attached.release()  # the Trainer's next training goes on with this optimizer
+            self._attached.detach()  # the Trainer's next training goes on with this optimizer
             self._attached = None
             self._trainer.__dict__.pop(_SAVE, None)
 

@@ -1,4 +1,4 @@
-"""The loop: snapshots, the policy on rank 0, one decision on all ranks, the backend, events. And freeze/thaw by hand.
+"""The loop: signals, the policy on rank 0, one decision on all ranks, the freezer, events. And freeze and thaw by the user.
 
 Everything here runs at step boundaries and is collective in the same order on every rank: what a rank does depends only on its step
 count, on settings whose digest was compared at the start, and on what rank 0 broadcasts.
@@ -6,87 +6,34 @@ count, on settings whose digest was compared at the start, and on what rank 0 br
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 
 from smartfrz_ds.backends.base import Backend
-from smartfrz_ds.backends.cost import Bandwidths, PausePrediction
-from smartfrz_ds.config.settings import FreezeConfig, digest
+from smartfrz_ds.backends.cost import PausePrediction
+from smartfrz_ds.config.settings import FreezeConfig
 from smartfrz_ds.distributed.collectives import Collectives
-from smartfrz_ds.model.activation_checkpointing import RecomputeBoundary
-from smartfrz_ds.model.flops import FlopMeter, FlopTally, chain_profile
-from smartfrz_ds.model.forward_mode import ForwardMode
-from smartfrz_ds.model.freeze_modules import check_tied, thaw_modules
-from smartfrz_ds.model.keep_active import keep_active, names_inside
-from smartfrz_ds.model.order_check import OrderCheck
-from smartfrz_ds.model.view import View, layer_infos
-from smartfrz_ds.planner.width import Width
-from smartfrz_ds.policies.base import Decision
-from smartfrz_ds.signals.history import History
-from smartfrz_ds.signals.lr_forecast import RemainingLr, current_lr, total_steps_of
-from smartfrz_ds.signals.policy_inputs import PolicyInputs, RunInfo
-from smartfrz_ds.signals.snapshots import Snapshots
+from smartfrz_ds.signals.lr_forecast import current_lr
 from smartfrz_ds.telemetry.events import FreezeEvent
-from smartfrz_ds.telemetry.run_log import RunLog
-from smartfrz_ds.telemetry.speaking import Speaker, scheduler_name
-from smartfrz_ds.telemetry.status import RunStatus
+from smartfrz_ds.telemetry.speaking import scheduler_name
 
-from .eligibility import allowed, candidates, check_known
-from .freezer import LayoutControl
-from .guard import Guard, GuardedRun
+from .assembly import assemble
+from .eligibility import check_known
+from .freeze_state import FreezeState
+from .guard import TakeBack
 from .guarded_attributes import GuardedAttributes
-from .intervals import Intervals, resolve, why_never
-from .kept_frozen import KeptFrozen
-from .missing_grad_check import GradientCheck
-from .policy_stage import broadcast_decision, build_policy, decide
-from .user_frozen import UserFrozen, whole_numel
+from .intervals import Intervals
+from .observers import LayoutChange
+from .run_report import Report as Report
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """Where a run stands.
-
-    step: successful optimizer steps since attach (or since the run began, after a resume).
-    layers, frozen: names, in order; among the frozen ones are not those that the user froze.
-    user_frozen: layers that the user froze before the start and has not thawed by name since.
-    events: what has happened, oldest first.
-    optimizer_bytes: live bytes of optimizer state and separate master weights on this rank.
-    plugin_seconds: time spent in this package's hooks on this rank, the freezes themselves included.
-    freeze_seconds: the part of it that went into freezes, thaws and moves of layers.
-    saved_flops_fraction: share of the training FLOPs (forward and backward, all steps so far) that freezing has saved.
-    predicted_pause: what was predicted just before the last freeze, None before the first one.
-    policy_note: what the policy says of its plan as a whole (rank 0), empty where it has none.
-    width_note: in a pipeline whose active part fits fewer stages: how much faster fewer stages with more replicas would be, and how to get
-        there; else empty.
-    log_path: the log of this controller (rank 0), empty where there is none. A second engine beside a living one with the same
-        `smartfrz.log_path` writes to a file of its own.
-    outcome: one sentence: what froze so far, or why nothing did (on rank 0 with the policy's reasons).
-    """
-
-    step: int
-    layers: tuple[str, ...]
-    frozen: tuple[str, ...]
-    events: tuple[FreezeEvent, ...]
-    optimizer_bytes: int
-    plugin_seconds: float
-    freeze_seconds: float
-    saved_flops_fraction: float
-    predicted_pause: PausePrediction | None = None
-    policy_note: str = ""
-    width_note: str = ""
-    user_frozen: tuple[str, ...] = ()
-    log_path: str = ""
-    outcome: str = ""
-
-
-class Controller(GuardedAttributes, LayoutControl):
+class Controller(GuardedAttributes):
     """Freezes the layers of one engine while it trains. `engine.smartfrz` is one.
+
+    It has a `PolicyStage` that decides, a `Freezer` that changes the layout, a `RunState` that a checkpoint keeps, and a list of
+    `StepObserver`s.
 
     Made by `initialize` and `attach`; collective. Raises ValueError for settings that don't fit the model or the engine, and
     `RanksDisagree` where the ranks don't have the same settings, package version and layers.
@@ -105,123 +52,62 @@ class Controller(GuardedAttributes, LayoutControl):
         monitor: Any = None,
         probe_batch: Any = None,
         version: str = "",
-        later: bool = False,
+        defer_policy: bool = False,
     ) -> None:
         self.config = config
-        self._model = model
-        self._backend = backend
-        self._ranks = Collectives(backend.device)
-        self._layers = backend.find_layers(model, config.layers)
-        check_tied(self._layers, config.tied)
-        self._names = tuple(layer.name for layer in self._layers)
-        self._users = UserFrozen(model, self._layers, backend)
-        inside = names_inside(model, self._layers) if config.keep_active or backend.is_pipeline else {}
-        if backend.is_pipeline:  # a stage holds its own modules only
-            inside = self._ranks.merged(inside)
-        kept = keep_active(config.keep_active, self._layers, inside, "smartfrz.keep_active")
-        self._kept_active = set(kept.names)
-        if backend.rank == 0 and (line := kept.told("smartfrz.keep_active")):
-            logging.getLogger("smartfrz_ds").info(line)
-        total = config.total_steps
-        self.total_steps: int | None = total_steps_of(scheduler) if total == "auto" else total
-        self._snapshots = Snapshots(self._layers, backend, sample_size=config.sample_size, seed=config.seed)
-        self._probe_batch = probe_batch
-        self._early_state: Mapping[str, Any] | None = None
         self.released = False
-        self._awaits = later
-        self._build_policy(manual=later)
-        self._ranks.assert_same(
-            f"settings {digest(config)}, package {version}, layers {self._names}", "settings, package versions or layers"
-        )
-
-        self._inputs.try_probe()
-
-        self._history = History(config.window)
-        self._remaining_lr = RemainingLr(scheduler, self.total_steps)
-        self._log = RunLog(
-            Path(config.log_path) if config.log_path and backend.rank == 0 else None,
-            monitor if backend.rank == 0 else None,
-            samples=lambda: int(getattr(backend.engine, "global_samples", 0)),
-        )
-        self._status = RunStatus(self._log, backend, self._ranks, self._layers, self._intervals.status_interval)
-        self._speaker = Speaker(self, self._log, self._layers, lambda: self._tally.saved_fraction)
-        self._status.outcome = self._speaker.outcome
-        # It compares in the first forward, then removes its hooks. A pipeline's order is its list of layers; "any" asks for none.
-        self._order = None if backend.is_pipeline or config.order == "any" else OrderCheck(model, self._layers)
-
-        self._flops, self._tally = FlopMeter(model, self._layers, config.tied), FlopTally(self._layers)
-        names = {p: name for name, p in model.named_parameters()}
-        self._mode = ForwardMode(model)
-        self._gradients = GradientCheck(
+        parts = assemble(
             model,
-            names,
-            self._ranks,
-            self._ranks.union(names.values()) if backend.is_pipeline else None,
-            mode=self._mode,
-            doubt=config.gradient_check,
-            warn=self._warn,
+            backend,
+            config,
+            scheduler=scheduler,
+            monitor=monitor,
+            probe_batch=probe_batch,
+            version=version,
+            defer_policy=defer_policy,
+            take_back=self._take_back,
         )
-        # In a pipeline the schedule keeps the boundary open, and reentrant checkpointing is refused.
-        self._recompute = RecomputeBoundary(() if backend.is_pipeline else self._layers, on_late=self._check_late, mode=self._mode)
-        self._kept = KeptFrozen(backend.forward_module(model), backend)
-        self._guard = self._make_guard()
-        self._rebalancer = backend.pipeline(self._ranks, config.pipeline, config.tied)
+        run = self._run = parts.run
+        self._policy_stage, self._freezer, self._observers = parts.policy, parts.freezer, parts.observers
+        self._freeze_state, self._recording = parts.freeze_state, parts.recording
+        self._guard, self._moves = parts.guard, parts.moves
+        self._users, self._kept_active, self._kept, self._tally = parts.users, parts.kept_active, parts.kept, parts.tally
 
-        self.step = 0
-        self._frozen: set[str] = set()
-        self._frozen_before_load: set[str] | None = None
-        self._frozen_at: dict[str, int] = {}
-        self._lr = current_lr(backend.base_optimizer())
-        self._lr_spent = 0.0
-        self._cooldown = 0
-        self._warned_once = self._warned_blind = self._warned_uncuttable = False
-        self._metrics: dict[str, float] = {}
-        self._note = ""
-        self._profiled_together = False
-        self._seconds = self._freeze_seconds = 0.0
-        self._inside = False
-        self.last_checkpoint: str | None = None
-        self._bandwidths: Bandwidths | None = None
-        self._predicted: PausePrediction | None = None
-        self._width: Width | None = None
         for text in backend.warnings:
-            self._warn(text)
-        self._warn_if_never()
-        self._after_layout_change()
-        self._gradients.record_start(self._backend.trained, stage_follows=False)
-        self._speaker.length_from = scheduler_name(scheduler) if total == "auto" else "smartfrz.total_steps"
-        if not later:
-            self._speaker.start()
-
-    def _build_policy(self, *, manual: bool = False) -> None:
-        """Make the policy and what it needs. manual: a stand-in that decides nothing, until `learn` was called. Collective."""
-        config = self.config.model_copy(update={"policy": "manual"}) if manual else self.config
-        try:  # a file or a batch may be missing on one rank alone
-            self._intervals = resolve(config, self.total_steps, provisional=manual or not config.enabled)
-            run = RunInfo(
-                total_steps=self.total_steps,
-                freeze_interval=self._intervals.freeze_interval,
-                keep_active=frozenset(self._kept_active),
-                probe_batch=self._probe_batch,
-            )
-            self._policy = build_policy(config, self._layers, self.total_steps)
-            self._inputs = PolicyInputs(self._policy, config, self._model, self._layers, self._backend, self._snapshots, run)
-        except (ValueError, OSError) as error:
-            self._ranks.raise_if_any_failed(str(error), type(error))
-            raise
-        self._ranks.raise_if_any_failed("", ValueError)
+            run.journal.warn(text)
+        self._policy_stage.warn_if_never()
+        self._freezer.tell(LayoutChange(kind="start", frozen=frozenset()))
+        speaker = run.journal.speaker
+        speaker.length_from = scheduler_name(scheduler) if config.total_steps == "auto" else "smartfrz.total_steps"
+        if not defer_policy:
+            speaker.start()
 
     # --- what a user sees -----------------------------------------------------------------------------------------------------
 
     @property
+    def step(self) -> int:
+        """Successful optimizer steps since attach, or since the run began, after a resume."""
+        return self._run.step
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps of the whole run; None: unknown."""
+        return self._run.total_steps
+
+    @property
     def layers(self) -> tuple[str, ...]:
         """All layers, front to back, the head too."""
-        return self._names
+        return self._run.names
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The frozen layers, in order. Layers that the user froze before are not among them."""
+        return self._run.frozen
 
     @property
     def intervals(self) -> Intervals:
-        """The settings that count steps, as numbers of steps; provisional until the length of the run is known (`learn`)."""
-        return self._intervals
+        """The settings that count steps, as numbers of steps; provisional until the length of the run is known (`set_schedule`)."""
+        return self._run.intervals
 
     def freeze(self, names: Iterable[str]) -> None:
         """Freeze these layers now. Collective, at a step boundary, with the same names on every rank.
@@ -230,19 +116,20 @@ class Controller(GuardedAttributes, LayoutControl):
 
         Raises:
             ValueError: a name that is no layer, or a set that `order` or `keep_active` forbids.
-            RuntimeError: not at a step boundary, or after `release`.
+            RuntimeError: not at a step boundary, or after `detach`.
             RanksDisagree: the ranks named different layers.
         """
         self._check_attached("freeze")
-        wanted = _as_set(names)
-        self._ranks.assert_same(f"freeze {sorted(wanted)} at step {self.step} on top of {self.frozen}", "layers to freeze")
+        wanted, state = _as_set(names), self._run.state
+        self._run.ranks.assert_same(f"freeze {sorted(wanted)} at step {state.step} on top of {self.frozen}", "layers to freeze")
         theirs = wanted.intersection(self._users.names)
-        check_known(self._layers, wanted - theirs, "freeze")
+        check_known(self._run.layers, wanted - theirs, "freeze")
         blocked = sorted((wanted - theirs) & self._kept_active)
         if blocked:
             raise ValueError(f"freeze: {blocked} stay active by smartfrz.keep_active {list(self.config.keep_active)}")
         self._note_users(theirs, "freeze: already frozen by the user: {}")
-        self._change(self._frozen | (wanted - theirs), kind="freeze")
+        if self._freezer.change(state.frozen | (wanted - theirs), kind="freeze"):
+            self._rebalance_if_due()
 
     def thaw(self, names: Iterable[str]) -> None:
         """Let these layers train again. Collective, at a step boundary, with the same names on every rank.
@@ -256,21 +143,37 @@ class Controller(GuardedAttributes, LayoutControl):
             quantized weights, a policy that sets learning rates of single layers.
         """
         self._check_attached("thaw")
-        wanted = _as_set(names)
-        self._ranks.assert_same(f"thaw {sorted(wanted)} at step {self.step} out of {self.frozen}", "layers to thaw")
+        wanted, state = _as_set(names), self._run.state
+        self._run.ranks.assert_same(f"thaw {sorted(wanted)} at step {state.step} out of {self.frozen}", "layers to thaw")
         theirs = wanted.intersection(self._users.names)
-        check_known(self._layers, wanted - theirs, "thaw")
-        for name, params in self._users.partly(wanted - self._frozen).items():
+        check_known(self._run.layers, wanted - theirs, "thaw")
+        for name, params in self._users.partly(wanted - state.frozen).items():
             self._note_users(params, f"thaw: {name} is active; a part of it was frozen by the user and stays so: {{}}")
-        with self._taking_in(theirs):
-            self._change(self._frozen - wanted, kind="thaw")
+        if self._freezer.change(state.frozen - wanted, kind="thaw", adopt=theirs):
+            self._rebalance_if_due()
+
+    def rebalance(self, bounds: Sequence[int] | None = None) -> tuple[int, ...]:
+        """Move layers of a pipeline to other stages now, with weights and optimizer state. Collective, at a step boundary.
+
+        bounds: of the stages in the pipeline's list of layers, (stages + 1,), as `PipelineModule.parts`; None: those with which a step is
+            fastest by the costs measured so far, where `pipeline.min_gain` is reached.
+        Returns the bounds that hold then.
+
+        Raises:
+            ValueError: bounds that can't be, or no pipeline; nothing was changed.
+            RuntimeError: not at a step boundary; nothing was changed.
+            RanksDisagree: the ranks gave different bounds.
+        """
+        if self._moves is None:
+            raise ValueError("rebalance: this engine is no pipeline: it has no stages between which layers could move")
+        return self._moves.rebalance(bounds)
 
     def drop_gradients(self) -> None:
         """Forget gradients of the model that no step has used, where another model's backward went through it (a GAN's discriminator).
 
         Call it on every rank, between steps. Under ZeRO-1 and 2 `zero_grad` leaves them, and the next step would use them.
         """
-        self._backend.drop_gradients()
+        self.backend.drop_gradients()
 
     def predict_pause(self, names: Iterable[str], *, action: Literal["freeze", "thaw"] = "freeze") -> PausePrediction:
         """What freezing or thawing these layers now would cost. Nothing is changed.
@@ -280,304 +183,134 @@ class Controller(GuardedAttributes, LayoutControl):
         Raises:
             ValueError: a name that is no layer.
         """
-        wanted = _as_set(names)
+        wanted, frozen = _as_set(names), self._run.state.frozen
         theirs = wanted.intersection(self._users.names)
-        check_known(self._layers, wanted - theirs, "predict_pause")
+        check_known(self._run.layers, wanted - theirs, "predict_pause")
         if action == "freeze":
-            return self._predict(self._frozen | (wanted - theirs))
+            return self._freezer.predict(frozen | (wanted - theirs))
         self._users.take_in(theirs)
         try:
-            return self._predict(self._frozen - wanted)
+            return self._freezer.predict(frozen - wanted)
         finally:
             self._users.give_back(theirs)
 
-    def learn(self, *, scheduler: Any = None, total_steps: int | None = None, told_by: str = "learn()") -> None:
-        """What `attach(…, later=True)` could not know: the scheduler, and the length of the run (steps; None: the scheduler's).
+    def set_schedule(self, *, scheduler: Any = None, total_steps: int | None = None, told_by: str = "set_schedule()") -> None:
+        """Give what `attach(…, defer_policy=True)` could not know: the scheduler, and the length of the run (steps; None: the scheduler's).
 
         Collective, before the first step; once. A number at `smartfrz.total_steps` wins. What a checkpoint that was loaded meanwhile says
-        of the policy is taken up now. told_by: who says total_steps, for the line at the start.
+        of the policy is loaded now. told_by: who says total_steps, for the line at the start.
 
         Raises ValueError for what the policy refuses.
         """
-        if not self._awaits:
+        policy = self._policy_stage
+        if not policy.deferred:
             return
-        self._awaits = False
-        if self.config.total_steps == "auto":
-            known = self.total_steps
-            # not by assignment, which is refused once it is set (guarded.py)
-            self.__dict__["total_steps"] = total_steps or total_steps_of(scheduler) or known
-            if self.total_steps != known:
-                self._speaker.length_from = told_by if total_steps else scheduler_name(scheduler)
-        self._build_policy()
-        self._inputs.try_probe()
-        self._remaining_lr = RemainingLr(scheduler if scheduler is not None else self._remaining_lr.scheduler, self.total_steps)
-        self._status.interval = self._intervals.status_interval
-        if self._guard is not None:
-            self._guard.guard.window = self._intervals.guard_window
-        if self._early_state is not None:
-            self._load_policy_state(self._early_state)
-            self._early_state = None
-        self._warn_if_never()
-        self._gradients.record_start(self._backend.trained, stage_follows=self._stage_at(self.step + 1))
-        self._speaker.start()
+        if policy.set_schedule(scheduler, total_steps):
+            self._run.journal.speaker.length_from = told_by if total_steps else scheduler_name(scheduler)
+        for observer in self._observers:
+            observer.on_schedule()
+        policy.load_policy_state()
+        policy.warn_if_never()
+        self._run.journal.speaker.start()
 
-    def release(self) -> None:
+    def learn(self, *, scheduler: Any = None, total_steps: int | None = None, told_by: str = "learn()") -> None:
+        """Deprecated: the former name of `set_schedule`."""
+        self.set_schedule(scheduler=scheduler, total_steps=total_steps, told_by=told_by)
+
+    def detach(self) -> None:
         """Give the model back as it was: every layer trains, no hook is left. The engine must not be trained any further, but it can be
-        saved. A second call changes nothing: somebody else may have the model by then."""
+        saved. A second call changes nothing: other code may have the model by then."""
         if self.released:
             return
-        self._speaker.end()
         self.released = True
-        self._log.close()
-        for layer in self._layers:
-            if layer.name in self._frozen:
-                thaw_modules(layer, self._model.training)
-        self._kept.remove()
-        for param in self._backend.frozen:
-            param.requires_grad_(True)
-        self._backend.leave()
-        self._recompute.remove()
-        self._gradients.disarm()
-        self._mode.remove()
-        self._flops.remove()
-        if self._order is not None:
-            self._order.remove()
-        self._inputs.remove()
-        if self._rebalancer is not None:
-            self._rebalancer.remove()
+        for observer in self._observers:
+            observer.remove()
+        self._freezer.restore_trainable()
 
-    def sync_for_checkpoint(self) -> None:
-        """Bring what the ranks hold apart from each other together, before rank 0's state is saved for all. Collective."""
-        self._inputs.sync_for_checkpoint()
-        if self._guard is not None:
-            self._guard.sync_for_checkpoint()
-
-    def put_back(self) -> None:
-        """Switch frozen parameters off again that other code has switched on (`requires_grad`); before a checkpoint, for example."""
-        self._kept.put_back()
-
-    @property
-    def backend(self) -> Backend:
-        """The engine's inside; for checkpoints."""
-        return self._backend
-
-    @property
-    def first_stage(self) -> int | None:
-        """The step of the first freezing stage, however long the run is; None with the policy `manual`."""
-        return None if self.config.policy == "manual" else self._intervals.first_from(1)
-
-    @property
-    def threshold(self) -> float | None:
-        """What a probability of the policy must reach; None where it has no such number."""
-        threshold = getattr(self._policy, "threshold", None)
-        return float(threshold) if threshold is not None else None
-
-    @property
-    def keeps_state(self) -> bool:
-        """Whether released state is held back for a thaw."""
-        return self._keep_steps > 0
-
-    @property
-    def ranks(self) -> Collectives:
-        """All processes of the run; for checkpoints."""
-        return self._ranks
+    def release(self) -> None:
+        """Deprecated: the former name of `detach`."""
+        self.detach()
 
     def observe(self, **metrics: float) -> None:
         """Tell the controller a metric of the run (`observe(loss=0.3)`); the newest value of each goes into the report of the log."""
         values = {name: float(value) for name, value in metrics.items()}
-        self._metrics.update(values)
-        self._status.tell(values)
-        if self._guard is not None:
-            self._guard.feed.tell(values)
+        self._run.metrics.update(values)
+        for observer in self._observers:
+            observer.observe(values)
 
     @property
     def metrics(self) -> Mapping[str, float]:
         """The newest value of each observed metric."""
-        return dict(self._metrics)
+        return dict(self._run.metrics)
 
     def report(self) -> Report:
         """Where the run stands, as this rank sees it."""
+        log, time = self._run.journal.log, self._run.time
         return Report(
             step=self.step,
-            layers=self._names,
+            layers=self.layers,
             frozen=self.frozen,
-            events=tuple(self._log.events),
-            optimizer_bytes=self._backend.optimizer_bytes(),
-            plugin_seconds=self._seconds,
-            freeze_seconds=self._freeze_seconds,
+            events=tuple(log.events),
+            optimizer_bytes=self.backend.optimizer_bytes(),
+            plugin_seconds=time.seconds,
+            freeze_seconds=time.freeze_seconds,
             saved_flops_fraction=self._tally.saved_fraction,
-            predicted_pause=self._predicted,
-            policy_note=self._note,
-            width_note="" if self._width is None else self._width.advice(self._checkpoint_folder),
+            predicted_pause=self._freezer.predicted,
+            policy_note=self._policy_stage.note,
+            width_note="" if self._moves is None else self._moves.note,
             user_frozen=self._users.names,
-            log_path="" if self._log.path is None else str(self._log.path),
-            outcome=self._speaker.outcome(),
+            log_path="" if log.path is None else str(log.path),
+            outcome=self._run.journal.speaker.outcome(),
         )
+
+    # --- for the package: engines, checkpoints, integrations ------------------------------------------------------------------
+
+    @property
+    def backend(self) -> Backend:
+        """The engine's inside."""
+        return self._run.backend
+
+    @property
+    def freeze_state(self) -> FreezeState:
+        """What checkpoints save and load."""
+        return self._freeze_state
+
+    @property
+    def ranks(self) -> Collectives:
+        """All processes of the run."""
+        return self._run.ranks
+
+    @property
+    def last_checkpoint(self) -> str | None:
+        """The folder of the last complete checkpoint that was saved or loaded."""
+        return self._run.last_checkpoint
+
+    @last_checkpoint.setter
+    def last_checkpoint(self, folder: str | None) -> None:
+        self._run.last_checkpoint = folder
+
+    def restore_flags(self) -> None:
+        """Switch frozen parameters off again that other code has switched on (`requires_grad`); before a checkpoint, for example."""
+        self._kept.restore_flags()
 
     def state_dict(self) -> dict[str, Any]:
         """The freeze state: numbers, names, and on rank 0 the history's tensors."""
-        return {
-            "step": self.step,
-            "layers": list(self._names),
-            "sizes": [whole_numel(layer) for layer in self._layers],
-            "user_frozen": self._users.state_dict(),
-            "frozen": list(self.frozen),
-            "frozen_at": dict(self._frozen_at),
-            "lr_spent": self._lr_spent,
-            "cooldown": self._cooldown,
-            "flops": [self._tally.whole, self._tally.done],
-            "policy": {"name": self._policy.name, "state": self._policy.state_dict()},
-            "history": self._history.state_dict(),
-            "sample": [self.config.sample_size, self.config.seed],
-            "spacing": self._intervals.spacing,
-            "guard": None if self._guard is None else self._guard.state_dict(),
-            "recompute": self._recompute.state_dict(),
-            "supplies": self._inputs.state_dict(),
-            "status": self._status.state_dict(),
-            "stages": self._speaker.stages.state_dict(),
-            **self._log.state_dict(),
-        }
+        return self._freeze_state.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a freeze state: brings the layout to its frozen set, then everything else. Collective, at a step boundary.
+        """Load a freeze state: brings the layout to its frozen set, then everything else. Collective, at a step boundary.
 
         Raises:
             ValueError: the state is of another model; nothing is changed.
         """
-        self.check_state(state)
-        self.hand_back(self.restore_layout_of(state).were_users)
-        self.take_up(state)
-
-    def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError where a freeze state is of another model; collective."""
-        if tuple(state["layers"]) != self._names:
-            raise ValueError(f"the freeze state is of another model: its layers are {state['layers']}, this model's {list(self._names)}")
-        # Who froze a layer may be another one now: all weights count, but in states of versions that knew of trainable ones only.
-        own = [whole_numel(layer) if "user_frozen" in state else layer.numel for layer in self._layers]
-        for name, theirs, ours in zip(self._names, state.get("sizes", own), own, strict=True):
-            if theirs != ours:
-                raise ValueError(f"the freeze state is of another model: its layer {name!r} has {theirs} weights, this model's {ours}")
-        self._ranks.assert_same(f"load frozen {state['frozen']} at step {state['step']}", "freeze states to load")
-
-    def take_up(self, state: Mapping[str, Any], folder: str = "") -> None:
-        """All of a freeze state but the layout, after the tensors: counts, the policy's state, history, the log's position.
-
-        folder: of the checkpoint, for the record.
-        """
-        left = self.step
-        self.step = int(state["step"])
-        self._frozen_at = dict(state["frozen_at"])
-        self._lr_spent, self._cooldown = float(state["lr_spent"]), int(state["cooldown"])
-        self._tally.whole, self._tally.done = state["flops"]
-        self._lr = current_lr(self._backend.base_optimizer())
-        # Other weights are no continuation of these.
-        same = state.get("sample", [self.config.sample_size, self.config.seed]) == [self.config.sample_size, self.config.seed]
-        self._history.load_state_dict(state["history"] if same else {})
-        if self._guard is not None and state.get("guard") is not None:
-            self._guard.load_state_dict(state["guard"])
-        if not self.released:
-            self._recompute.load_state_dict(state.get("recompute", {}))
-        self._width = None
-        if self._rebalancer is not None:
-            self._rebalancer.due = bool(self._frozen)
-        self._status.restart(state.get("status"))
-        if self._log.trained:
-            self._loaded(left, folder)
-        else:
-            self._frozen_before_load = None
-            self._log.resume(state, self.step)
-            self._speaker.resumed(folder, state.get("stages"))
-        if self._awaits:
-            self._early_state = state
-        else:
-            self._load_policy_state(state)
-
-    def _load_policy_state(self, state: Mapping[str, Any]) -> None:
-        """The policy's state and what was measured for it, as far as this run's settings and length continue those of the saved run."""
-        now = self._intervals.spacing
-        saved = state.get("spacing") or now  # older checkpoints don't say
-        if state["policy"]["name"] == self._policy.name and saved == now:
-            self._policy.load_state_dict(state["policy"]["state"])
-        else:
-            self._renew_policy()
-        measured = dict(state.get("supplies", {}))
-        if saved["measured"] != now["measured"] and "manual" not in (state["policy"]["name"], self._policy.name):
-            # Snapshots further apart move further, and gradients are summed over an interval: mixed ones look like a change of the layer.
-            self._history.load_state_dict({})
-            measured["gradients"] = None
-            self._warn(
-                f"the checkpoint was saved with snapshots every {saved['measured'][0]} steps and freezing stages every "
-                f"{saved['measured'][1]}, this run has them every {now['measured'][0]} and {now['measured'][1]} steps: frozen layers stay "
-                "frozen, and the policy starts anew. To continue it, set smartfrz.snapshot_interval and freeze_interval to the former"
-            )
-        self._inputs.load_state_dict(measured)
-
-    def reset(self, step: int, folder: str = "") -> None:
-        """Begin to watch anew at `step`, with nothing known: after loading a checkpoint that has no freeze state.
-
-        folder: of the checkpoint, for the record.
-        """
-        left = self.step
-        self.step, self._lr_spent, self._cooldown = step, 0.0, 0
-        self._frozen_at.clear()
-        self._tally.whole = self._tally.done = 0.0
-        self._lr = current_lr(self._backend.base_optimizer())
-        self._renew_policy()
-        self._history.load_state_dict({})
-        self._guard = self._make_guard()
-        self._status.restart()
-        if self._log.trained:
-            self._loaded(left, folder)
-        else:
-            self._speaker.resumed(folder, None)
-        self._frozen_before_load = None
-
-    def loaded_weights(self, folder: str) -> None:
-        """Say that only weights were loaded from a checkpoint: the run stays what it is."""
-        self._loaded(self.step, folder, weights_only=True)
-
-    def _renew_policy(self) -> None:
-        if self._awaits:
-            self._early_state = None
-            return
-        self._policy = build_policy(self.config, self._layers, self.total_steps)
-        self._inputs.restart(self._policy)
+        self._freeze_state.load_state_dict(state)
 
     # --- the loop -------------------------------------------------------------------------------------------------------------
 
-    def after_step(self) -> None:
-        """To be called after every successful optimizer step, on every rank."""
-        began = time.perf_counter()
-        self._inside = True
-        self.learn()  # nobody did
-        self._status.begin(self)
-        self._log.trained = True
-        self.step += 1
-        self._lr_spent += self._lr
-        self._lr = current_lr(self._backend.base_optimizer())
-        if self._backend.is_pipeline:
-            if not self._profiled_together:
-                self._profile_together()
-        elif self._flops.profile is not None and self._tally.profile is not self._flops.profile:
-            self._tally.measured(self._flops.profile)
-        self._count_step()
-        self._inputs.end_step(applied=True)
-        if self._guard is not None and (verdict := self._guard.after_step(self.step)):
-            about = {"reasons": dict.fromkeys(verdict.layers, verdict.reason)}
-            self._change(self._frozen - set(verdict.layers), kind="thaw", about=about)
-        if self._keep_steps:
-            self._forget_old_state()
-        if self._watches and self.step % self._intervals.snapshot_interval == 0:
-            self._take_snapshot()
-        if self._stage_at(self.step):
-            self._freezing_stage(began)
-            if self._guard is not None:
-                self._guard.guard.stage_passed()
-        self._rebalance_if_due()
-        self._inside = False
-        self._gradients.record_start(self._backend.trained, stage_follows=self._stage_at(self.step + 1))
-        self._seconds += time.perf_counter() - began
-        self._status.end(self, own_seconds=self._seconds, lr=self._lr, saved=self._tally.saved_fraction)
+    def record_loss(self, loss: Any) -> None:
+        """A micro-batch's loss, as it goes into backward."""
+        for observer in self._observers:
+            observer.record_loss(loss)
 
     def before_step(self) -> None:
         """To be called when all micro-batches of a step are through, before the optimizer, on every rank.
@@ -585,117 +318,60 @@ class Controller(GuardedAttributes, LayoutControl):
         Raises:
             MissingGradients: the first time after a freeze, where it cut off an active layer's gradients.
         """
-        self.learn()
-        self._lr = current_lr(self._backend.base_optimizer())  # a scheduler, or a load, of the user's comes after `after_step`
-        self._gradients.saw(self._backend.gradients_now())
-        self._gradients.before_step(self._backend.trained, self.frozen)
-        self._inputs.before_step(self.step)
+        self.set_schedule()
+        # A scheduler, or a load, of the user's comes after `after_step`.
+        self._run.state.lr = current_lr(self.backend.base_optimizer())
+        for observer in self._observers:
+            observer.before_step()
 
     def step_skipped(self) -> None:
         """To be called where the optimizer skipped a step (overflow): it is no step, its loss and gradients don't count."""
-        self._inputs.end_step(applied=False)
-        self._status.skipped()
+        for observer in self._observers:
+            observer.step_skipped()
+
+    def after_step(self) -> None:
+        """To be called after every successful optimizer step, on every rank."""
+        with self._run.time.after_step():
+            self.set_schedule()  # where the caller did not
+            self._run.state.count_step(current_lr(self.backend.base_optimizer()))
+            for observer in self._observers:
+                observer.after_step()
+            if self._policy_stage.is_stage(self.step):
+                self._freezing_stage()
+                for observer in self._observers:
+                    observer.stage_passed()
+            self._rebalance_if_due()
+            for observer in reversed(self._observers):
+                observer.step_ended()
+
+    def _freezing_stage(self) -> None:
+        """Let the policy judge, and freeze what it has chosen."""
+        run = self._run
         if self._guard is not None:
-            self._guard.feed.end_step(applied=False)
-
-    def record_loss(self, loss: Any) -> None:
-        """A micro-batch's loss, as it goes into backward."""
-        self._status.loss(loss)
-        if self._guard is not None:
-            self._guard.feed.loss(loss)
-
-    def _stage_at(self, step: int) -> bool:
-        """Whether a step ends in a freezing stage."""
-        return self._watches and self._intervals.is_stage(step, self.total_steps)
-
-    @property
-    def _watches(self) -> bool:
-        """Whether a policy is at work at all."""
-        return self.config.policy != "manual" and bool(self._candidates())
-
-    def _take_snapshot(self) -> None:
-        values = self._snapshots.take()
-        if values is not None:
-            recorded = {layer.name: values[layer.position] for layer in self._layers if layer.name in self._recorded}
-            self._history.record(self.step, self._inputs.lr_spent(self._lr_spent), recorded)
-
-    def _freezing_stage(self, began: float) -> None:
-        if self._guard is not None and self._guard.was_blind():
-            self._warn_blind("since the last freezing stage")
-        if self._cooldown > 0:
-            self._cooldown -= 1
+            self._guard.before_stage()
+        if run.state.cooldown > 0:
+            run.state.cooldown -= 1
             return
         if self._guard is not None and self._guard.guard.watching:
             return  # one freeze at a time, so that the guard knows which one it was
-        self._inputs.gather(self._recorded)
-        own: tuple[Decision, frozenset[str], str] = (Decision(), frozenset(), "")
-        if self._ranks.rank == 0:
-            own = decide(self._policy, self._view, self._allowed, step=self.step)
-            self._note = own[0].note or self._note
-        heard = broadcast_decision(self._ranks, self._names, own, f"step {self.step}, layers {self._names}, frozen {self.frozen}")
-        if heard.failure:
-            self._warn(heard.failure, once=True)
-        self._speaker.stages.judged(
-            self.step,
-            heard.chosen,
-            heard.probabilities,
-            heard.reasons,
-            failed=bool(heard.failure),
-            ordered=self.config.order == "front_to_back",
-        )
-        about: dict[str, Any] = {"probabilities": heard.probabilities, "reasons": heard.reasons}
-        if heard.chosen and not self.config.dry_run and not self._uncuttable(self._frozen | heard.chosen):
-            self._change(self._frozen | heard.chosen, kind="freeze", about=about, began=began)
-            self._cooldown = self.config.cooldown
-        elif heard.chosen or heard.probabilities:
-            layers, dry_run = self._sorted(heard.chosen), self.config.dry_run
-            self._record(FreezeEvent(kind="decision", step=self.step, layers=layers, frozen=self.frozen, dry_run=dry_run, **about))
+        decision = self._policy_stage.judge(frozenset() if self._guard is None else self._guard.guard.waiting)
+        about: dict[str, Any] = {"probabilities": decision.probabilities, "reasons": decision.reasons}
+        frozen, dry_run = run.state.frozen | decision.chosen, self.config.dry_run
+        if decision.chosen and not dry_run and self._freezer.can_cut(frozen):
+            self._freezer.change(frozen, kind="freeze", about=about, began=run.time.began)
+            run.state.cooldown = self.config.cooldown
+        elif decision.chosen or decision.probabilities:
+            layers = run.state.in_order(decision.chosen)
+            run.journal.record(FreezeEvent(kind="decision", step=self.step, layers=layers, frozen=self.frozen, dry_run=dry_run, **about))
 
-    def _view(self) -> View:
-        ahead = self._remaining_lr.ahead(self.step)
-        return View(
-            step=self.step,
-            total_steps=self.total_steps,
-            lr_spent=self._lr_spent,
-            lr_remaining=None if ahead is None else sum(ahead),
-            lr_ahead=None if ahead is None else torch.tensor(ahead, dtype=torch.float64),
-            layers=layer_infos(self._layers),
-            frozen=self.frozen,
-            candidates=self._ready(),
-            windows=self._history.windows(),
-            window_size=self.config.window,
-            **self._inputs.seen,
-            profile=self._tally.profile,
-            flops_full=self._tally.whole,
-            flops_done=self._tally.done,
-        )
+    def _take_back(self, mistake: TakeBack) -> None:
+        """Thaw what the guard takes back."""
+        reasons = dict.fromkeys(mistake.layers, mistake.reason)
+        self._freezer.change(self._run.state.frozen - set(mistake.layers), kind="thaw", about={"reasons": reasons})
 
-    def _candidates(self) -> tuple[str, ...]:
-        return candidates(self._layers, self._frozen, self._kept_active)
-
-    def _profile_together(self) -> None:
-        """In a pipeline each rank has measured its own stage, in the step that has just passed. Collective, once."""
-        self._profiled_together = True
-        self._flops.remove()
-        none = [0.0] * len(self._layers)
-        own = none if self._flops.profile is None else list(self._flops.profile.forward)
-        mine = none if self._flops.profile is None else [float(bool(x.modules or x.borrowed)) for x in self._layers]
-        forward, measured = self._ranks.all_reduce_sum(own), self._ranks.all_reduce_sum(mine)
-        # A stage that was frozen from the first step on (a resume) has measured nothing: its weights stand for it. An embedding that was
-        # looked at costs nothing.
-        seen = [(flops, x.numel) for flops, there, x in zip(forward, measured, self._layers, strict=True) if there and flops]
-        a_weight = sum(flops for flops, _ in seen) / max(1, sum(numel for _, numel in seen)) if seen else 2.0
-        costs = [f if there else a_weight * x.numel for f, there, x in zip(forward, measured, self._layers, strict=True)]
-        self._tally.measured(chain_profile(costs))
-
-    def _ready(self) -> tuple[str, ...]:
-        """The candidates that don't have to wait after a freeze that was taken back."""
-        waiting = frozenset() if self._guard is None else self._guard.guard.waiting
-        return tuple(name for name in self._candidates() if name not in waiting)
-
-    def _allowed(self, names: Sequence[str]) -> frozenset[str]:
-        order, most = self.config.order, self.config.max_frozen_fraction
-        return allowed(self._layers, self._frozen, names, order=order, max_frozen_fraction=most)
+    def _rebalance_if_due(self) -> None:
+        if self._moves is not None:
+            self._moves.if_due()
 
     def _check_attached(self, call: str) -> None:
         if self.released:
@@ -704,21 +380,10 @@ class Controller(GuardedAttributes, LayoutControl):
                 "controller"
             )
 
-    # --- small things ---------------------------------------------------------------------------------------------------------
-
-    def _warn_if_never(self) -> None:
-        """Say at the start that nothing can freeze, where that follows from the settings and the length of the run."""
-        if not self._awaits and self._watches and (why := why_never(self.config, self.total_steps)):
-            self._warn(why)
-
-    def _make_guard(self) -> GuardedRun | None:
-        settings = self.config.guard
-        if settings is None:
-            return None
-        guard = Guard(
-            tolerance=settings.tolerance, window=self._intervals.guard_window, smoothing=settings.smoothing, wait=self.config.cooldown
-        )
-        return GuardedRun(guard, settings.metric, self._ranks)
+    def _note_users(self, names: Collection[str], text: str) -> None:
+        """Say what is left to the user."""
+        if names:
+            self._run.journal.note(text.format(", ".join(sorted(names))))
 
 
 def _as_set(names: Iterable[str]) -> set[str]:

@@ -56,3 +56,8 @@ def check_known(layers: Sequence[Layer], wanted: Iterable[str], action: str) -> 
     unknown = sorted(set(wanted) - set(names))
     if unknown:
         raise ValueError(f"{action}: {unknown} are not layers of this model; allowed: {names}")
+
+
+def recorded(layers: Sequence[Layer], frozen: Collection[str]) -> frozenset[str]:
+    """The layers of which snapshots are taken: those that train, but the head."""
+    return frozenset(layer.name for layer in layers if layer.name not in frozen and layer.numel and layer.kind != "head")

@@ -1,457 +1,338 @@
-"""Changing what is frozen, and where layers are: everything is checked on all ranks, then done on all, then told.
+"""The transaction: bring the engine to another frozen set.
 
-The part of the controller that turns a decision into a layout. It is collective, in the same order on every rank.
+    prepare   everything that can refuse the change is asked, on all ranks; nothing is changed
+    commit    the engine changes; an error in here leaves it half-done, which ends the run
+    notify    the observers learn the new layout, and the event is recorded
+
+Collective throughout, in the same order on every rank.
 """
 
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn
 
-import torch
 from torch.nn import Parameter
 
-from smartfrz_ds.backends.base import Backend
-from smartfrz_ds.backends.cost import Bandwidths, PausePrediction, measure_bandwidths, predict_pause
-from smartfrz_ds.backends.pipeline.protocol import Pipeline
-from smartfrz_ds.config.settings import FreezeConfig
-from smartfrz_ds.distributed.collectives import Collectives
+from smartfrz_ds.backends.base import Released
+from smartfrz_ds.backends.cost import PausePrediction
 from smartfrz_ds.errors import FreezeError
-from smartfrz_ds.model.activation_checkpointing import RecomputeBoundary
-from smartfrz_ds.model.flops import FlopMeter, FlopTally
-from smartfrz_ds.model.freeze_modules import check_tied, freeze_modules, leaving_params
-from smartfrz_ds.model.layers import Layer
-from smartfrz_ds.planner.width import Width
-from smartfrz_ds.signals.history import History
-from smartfrz_ds.signals.policy_inputs import PolicyInputs
-from smartfrz_ds.signals.snapshots import Snapshots
-from smartfrz_ds.telemetry.events import WEIGHTS_ONLY, FreezeEvent
-from smartfrz_ds.telemetry.run_log import RunLog
-from smartfrz_ds.telemetry.speaking import Speaker
+from smartfrz_ds.model.freeze_modules import check_tied, freeze_modules, leaving_params, thaw_modules
+from smartfrz_ds.telemetry.events import FreezeEvent
 
-from .change import carry_out, plan_change
 from .eligibility import check_order
-from .guard import GuardedRun
-from .intervals import Intervals
-from .kept_frozen import KeptFrozen
-from .missing_grad_check import GradientCheck
+from .observers import LayoutChange, StepObserver
+from .pauses import Pauses
+from .run_context import RunContext
 from .user_frozen import Restored, UserFrozen
 
+Kind = Literal["freeze", "thaw", "restore"]
 
-class LayoutControl:
-    """What it works on belongs to the controller, which makes it."""
 
-    config: FreezeConfig
-    step: int
-    last_checkpoint: str | None
-    _model: torch.nn.Module
-    _backend: Backend
-    _ranks: Collectives
-    _layers: tuple[Layer, ...]
-    _names: tuple[str, ...]
-    _users: UserFrozen
-    _frozen: set[str]
-    _frozen_at: dict[str, int]
-    _recorded: set[str]
-    _log: RunLog
-    _speaker: Speaker
-    _history: History
-    _intervals: Intervals
-    _inputs: PolicyInputs
-    _gradients: GradientCheck
-    _recompute: RecomputeBoundary
-    _kept: KeptFrozen
-    _guard: GuardedRun | None
-    _rebalancer: Pipeline | None
-    _snapshots: Snapshots
-    _flops: FlopMeter
-    _tally: FlopTally
-    _bandwidths: Bandwidths | None
-    _predicted: PausePrediction | None
-    _width: Width | None
-    _profiled_together: bool
-    _seconds: float
-    _inside: bool  # within after_step
-    _freeze_seconds: float
-    _frozen_before_load: set[str] | None
-    _warned_once: bool
-    _warned_blind: bool
-    _warned_uncuttable: bool
+class Freezer:
+    """Changes what is frozen in one run.
 
-    @property
-    def frozen(self) -> tuple[str, ...]:
-        """The frozen layers, in order. Layers that the user froze before are not among them."""
-        return tuple(name for name in self._names if name in self._frozen)
+    users: the layers that the user froze. observers: the run's, in their order.
+    restore_flags: switches frozen parameters off again that other code has switched on.
+    predicted: the predicted pause of the last freeze or thaw.
+    """
 
-    def rebalance(self, bounds: Sequence[int] | None = None) -> tuple[int, ...]:
-        """Move layers of a pipeline to other stages now, with weights and optimizer state. Collective, at a step boundary.
+    def __init__(
+        self,
+        run: RunContext,
+        users: UserFrozen,
+        pauses: Pauses,
+        observers: Sequence[StepObserver],
+        restore_flags: Callable[[], None],
+    ) -> None:
+        self._run, self._users, self._pauses, self._observers = run, users, pauses, observers
+        self._restore_flags = restore_flags
+        self._before_load: set[str] | None = None
+        self._warned_uncuttable = False
+        self.predicted: PausePrediction | None = None
 
-        bounds: of the stages in the pipeline's list of layers, (stages + 1,), as `PipelineModule.parts`; None: those with which a step is
-            fastest by the costs measured so far, where `pipeline.min_gain` is reached.
-        Returns the bounds that hold then.
+    # --- the transaction ------------------------------------------------------------------------------------------------------
+
+    def change(
+        self,
+        frozen: set[str],
+        *,
+        kind: Kind,
+        about: Mapping[str, Any] | None = None,
+        began: float | None = None,
+        adopt: Collection[str] = (),
+        groups: Mapping[str, int] | None = None,
+        check_adopted: Callable[[tuple[str, ...]], None] = lambda adopted: None,
+    ) -> LayoutChange | None:
+        """Bring the engine to exactly this frozen set. Collective, at a step boundary.
+
+        Args:
+            frozen: names of the layers that are frozen afterwards.
+            kind: "freeze" and "thaw" are events; "restore" brings back the layout of a checkpoint, whatever `order` says.
+            about: more fields of the event. began: when the work for it began, `time.perf_counter()`; None: now.
+            adopt: layers that the user froze and that become this package's. groups: of their parameters, by name, where they are known.
+            check_adopted: called with the layers that were adopted; raises ValueError, on all ranks, where that can't be.
+
+        Returns:
+            What changed; None where the engine has this frozen set already.
 
         Raises:
-            ValueError: bounds that can't be, or no pipeline; nothing was changed.
-            RuntimeError: not at a step boundary; nothing was changed.
-            RanksDisagree: the ranks gave different bounds.
+            ValueError, RuntimeError: the change is refused, on every rank; nothing was changed.
+            FreezeError: it broke off half-way.
         """
-        if self._rebalancer is None:
-            raise ValueError("rebalance: this engine is no pipeline: it has no stages between which layers could move")
-        self._ranks.assert_same(f"bounds {bounds} at step {self.step}", "bounds")
-        if not self._backend.is_boundary():
-            raise RuntimeError("rebalance only at a step boundary: not within train_batch")
-        if bounds is None:
-            self._rebalance(moves=True)
-        elif tuple(bounds) != self._rebalancer.bounds:
-            self._rebalancer.check(bounds)
-            self._move(bounds, self._rebalancer.gain(bounds))
-        return self._rebalancer.bounds
+        began = time.perf_counter() if began is None else began
+        with self._adopting(adopt, groups) as adopted:
+            check_adopted(adopted)
+            if frozen == self._run.state.frozen and not adopted:
+                return None
+            change = self.prepare(frozen, kind, adopted)
+        released, released_by_all = self.commit(change)
+        self.notify(change, released, released_by_all, about or {}, began)
+        return change
 
-    def restore_bounds(self, bounds: Sequence[int] | None) -> None:
-        """Bring a pipeline's stages to these bounds before a checkpoint is loaded; None: to those with which the run began. Collective.
+    def prepare(self, frozen: set[str], kind: Kind, adopted: tuple[str, ...] = ()) -> LayoutChange:
+        """Ask, on all ranks, everything that can refuse this frozen set. Collective; changes nothing.
 
-        Raises ValueError or RuntimeError where that can't be, on every rank; nothing was changed.
+        Raises:
+            ValueError, RuntimeError: it is refused, on every rank, whichever rank found out.
         """
-        assert self._rebalancer is not None
-        wanted = self._rebalancer.first_bounds if bounds is None else tuple(bounds)
-        if wanted != self._rebalancer.bounds:
-            self._rebalancer.check(wanted)
-            self._move(wanted)
+        run, before = self._run, self._run.state.frozen
+        self._restore_flags()
+        leaving = dict.fromkeys(self.leaving(frozen))
 
-    def restore_layout(self, frozen: Iterable[str]) -> None:
-        """Bring the layout to this frozen set, whatever `order` says, before tensors are loaded: moments of layers that come back are
-        zero. Collective, at a step boundary where the set is another than now, else RuntimeError."""
-        self._note_layout()
-        self._change(set(frozen), kind="restore")
+        def plan() -> LayoutChange:
+            self._check_set(frozen, kind)
+            freeze = tuple(p for p in leaving if p not in run.backend.frozen)
+            own = [p for layer in run.layers for p in (*layer.params, *layer.copies)]
+            thaw = tuple(p for p in own if p in run.backend.frozen and p not in leaving)
+            run.backend.check(freeze, thaw)
+            return LayoutChange(
+                kind=kind,
+                frozen=frozenset(frozen),
+                gone=frozenset(frozen - before),
+                back=frozenset(before - frozen),
+                freeze=freeze,
+                thaw=thaw,
+                adopted=adopted,
+            )
 
-    def _note_layout(self) -> None:
-        """Remember what is frozen, for the record of the load that follows."""
-        if self._frozen_before_load is None:
-            self._frozen_before_load = set(self._frozen)
+        change = run.ranks.run_on_all_ranks(plan)
+        if kind != "restore":
+            self.predicted = self._pauses.predict(self.leaving(frozen))
+        return change
 
-    def restore_layout_of(self, state: Mapping[str, Any], *, by_position: bool = False) -> Restored:
-        """`restore_layout` for a freeze state, whoever froze a layer: the user then and not now, or the other way round. Collective.
+    def commit(self, change: LayoutChange) -> tuple[Released, int]:
+        """Change the engine. Collective.
 
-        by_position: the optimizer's state is loaded by position, so that its groups must hold the same parameters in the same order.
-        Raises ValueError where they don't, because the user froze other layers; nothing was changed.
+        Returns:
+            What this rank released, and the bytes that all ranks released.
+
+        Raises:
+            FreezeError: it broke off half-way.
         """
-        users = state.get("user_frozen")
-        if users is None:  # of a version that left such layers alone
-            self.restore_layout(state["frozen"])
-            return Restored()
-        self._note_layout()
-        left, before = set(users["left"]), set(self._users.taken)
-        ours = tuple(name for name in self._names if name in left and name not in self._users.names)
-        with self._taking_in(set(self._users.names) - left, self._users.groups_in(users)):
-            taken = tuple(name for name in self._users.taken if name not in before)
-            if by_position and (ours or taken):
-                self._ranks.run_on_all_ranks(lambda: self._users.check_positions(users, ours))
-            self._change({*state["frozen"], *ours}, kind="restore", anew=bool(taken))
-        return Restored(taken, ours)
+        run, restoring = self._run, change.kind == "restore"
+        try:
+            if restoring:  # what was kept belongs to the run as it was before
+                run.backend.forget([p for layer in run.layers for p in (*layer.params, *layer.copies)])
+            released = run.backend.change(change.freeze, change.thaw, keep=run.keep_steps > 0 and not restoring)
+            for layer in run.layers:
+                if layer.name in change.gone:
+                    freeze_modules(layer, run.config.frozen_mode, run.config.tied)
+                elif layer.name in change.back:
+                    thaw_modules(layer, run.model.training)
+            run.backend.verify()
+            released_by_all = run.ranks.sum(released.bytes)
+        except BaseException as error:
+            self._roll_back(change, error)
+        state = run.state
+        state.frozen = set(change.frozen)
+        for name in change.gone:
+            state.frozen_at[name] = state.step
+        for name in change.back:
+            state.frozen_at.pop(name, None)
+        return released, released_by_all
 
-    def hand_back(self, names: Iterable[str]) -> None:
-        """Those of these layers that are frozen, and that the user had frozen here before the start, are the user's again."""
-        back = set(self._users.taken).intersection(names, self._frozen)
-        if back:
-            self._give_back(back)
-            self._after_layout_change()
+    def _roll_back(self, change: LayoutChange, error: BaseException) -> NoReturn:
+        """After an error within `commit`. No backend can take a change back yet, so the run ends."""
+        raise self.broke_off(change.kind, error) from error
 
-    def _give_back(self, names: Collection[str]) -> None:
-        self._users.give_back(names)
-        self._frozen.difference_update(names)
-        for name in names:
-            self._frozen_at.pop(name, None)
-        self._inputs.regroup()
-        self._snapshots.choose_weights(self._layers)
+    def notify(self, change: LayoutChange, released: Released, released_by_all: int, about: Mapping[str, Any], began: float) -> None:
+        """Tell the observers, and record the event. Collective."""
+        run = self._run
+        self.tell(change)
+        moved = self._pauses.of_all_stages(released.moved_bytes)
+        seconds = time.perf_counter() - began
+        run.time.add_change(seconds)
+        if change.kind != "restore":
+            event = FreezeEvent(
+                kind="freeze" if change.kind == "freeze" else "thaw",
+                step=run.state.step,
+                layers=run.state.in_order(change.gone or change.back),
+                frozen=run.state.frozen_in_order,
+                bytes_released=released.bytes,
+                bytes_released_total=released_by_all,
+                seconds=seconds,
+                predicted_seconds=self.predicted.seconds if self.predicted else 0.0,
+                moved_bytes=moved,
+                **about,
+            )
+            run.journal.record(event)
+
+    def tell(self, change: LayoutChange) -> None:
+        """Tell the observers of a layout that the engine has already."""
+        for observer in self._observers:
+            observer.on_layout_change(change)
+
+    # --- what prepare asks ----------------------------------------------------------------------------------------------------
+
+    def _check_set(self, frozen: set[str], kind: Kind) -> None:
+        """Raise ValueError for a frozen set that the settings don't allow."""
+        layers, config = self._run.layers, self._run.config
+        lent = config.tied == "train"  # a head without weights of its own trains what it borrows
+        if not any((x.numel or (lent and x.is_borrower)) and x.name not in frozen for x in layers):
+            raise ValueError("nothing would be left to train: keep at least one layer active")
+        if kind != "restore":  # what a checkpoint holds was allowed when it was saved
+            check_order(layers, frozen, config.order)
+
+    def leaving(self, frozen: Collection[str]) -> tuple[Parameter, ...]:
+        """The parameters that are out of the optimizer when exactly these layers are frozen."""
+        run = self._run
+        return leaving_params([x for x in run.layers if x.name in frozen], run.layers, run.config.tied)
+
+    def can_cut(self, frozen: set[str]) -> bool:
+        """Whether the optimizer's state lets these layers be the frozen ones. Collective; warns once where it doesn't."""
+        run = self._run
+        leaving = [p for p in self.leaving(frozen) if p not in run.backend.frozen]
+        why = next((text for text in run.ranks.gather_objects(run.backend.uncuttable(leaving)) if text), "")
+        if why and not self._warned_uncuttable:
+            self._warned_uncuttable = True
+            run.journal.warn(f"the policy's freezes are left out, and training goes on: {why}")
+        return not why
+
+    def predict(self, frozen: Collection[str]) -> PausePrediction:
+        """Predict the pause of a change to this frozen set. Collective; changes nothing."""
+        return self._pauses.predict(self.leaving(frozen))
+
+    def broke_off(self, what: str, error: BaseException) -> FreezeError:
+        """The error for a change that broke off half-way."""
+        last = self._run.last_checkpoint
+        way = f"go on from the last complete checkpoint, {last}" if last else "no checkpoint was saved yet"
+        step = self._run.state.step
+        return FreezeError(f"a {what} at step {step} broke off half-way and this run can't be trusted any more; {way}: {error}")
+
+    # --- layers that the user froze -------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _taking_in(self, names: Collection[str], groups: Mapping[str, int] | None = None) -> Iterator[None]:
-        """Around a change of the layout in which these layers, which the user froze, become this package's. Collective.
+    def _adopting(self, names: Collection[str], groups: Mapping[str, int] | None) -> Iterator[tuple[str, ...]]:
+        """Around `prepare`, for layers that the user froze and that become this package's. Collective. Gives those that did.
 
-        groups: of their parameters, by name, where they are known.
-        Raises ValueError where they can't train here; where the change is refused, too, they are the user's again.
+        Raises:
+            ValueError: they can't train here. Then, and where the change is refused, they are the user's again.
         """
         if not names:
-            yield
+            yield ()
             return
         before = set(self._users.taken)
 
-        def take() -> None:
+        def new() -> set[str]:
+            return set(self._users.taken) - before
+
+        def adopt() -> None:
             self._users.take_in(names, groups)
-            self._frozen |= set(self._users.taken) - before
+            self._run.state.frozen |= new()
             try:
-                check_tied(self._layers, self.config.tied)
-                self._inputs.regroup()
+                check_tied(self._run.layers, self._run.config.tied)
+                self._layers_changed()
             except ValueError:
-                self._give_back(set(self._users.taken) - before)
+                self._return(new())
                 raise
-            self._snapshots.choose_weights(self._layers)
 
         try:
-            self._ranks.run_on_all_ranks(take)
-            yield
-        except FreezeError:
-            raise
+            self._run.ranks.run_on_all_ranks(adopt)
+            yield tuple(name for name in self._users.taken if name not in before)
         except (ValueError, RuntimeError):
-            self._give_back(set(self._users.taken) - before)
+            self._return(new())
             raise
-        # A step costs more where these layers train too.
-        self._flops.remove()
-        self._flops = FlopMeter(self._model, self._layers, self.config.tied)
 
-    def _note_users(self, names: Collection[str], text: str) -> None:
-        """Say on rank 0 what is left to the user."""
-        if names and self._ranks.rank == 0:
-            self._speaker.note(f"step {self.step:,}: {text.format(', '.join(sorted(names)))}")
+    def return_to_user(self, names: Iterable[str]) -> None:
+        """Those of these layers that are frozen, and that the user had frozen here before the start, are the user's again."""
+        back = set(self._users.taken).intersection(names, self._run.state.frozen)
+        if back:
+            self._return(back)
+            self.tell(LayoutChange(kind="return", frozen=frozenset(self._run.state.frozen)))
 
-    def _loaded(self, left: int, folder: str, *, weights_only: bool = False) -> None:
-        """Record that a checkpoint was loaded into the running run. left: the step before it."""
-        before, self._frozen_before_load = self._frozen_before_load, None
-        changed = self._frozen ^ (self._frozen if before is None or weights_only else before)
-        what = f"checkpoint {folder}" if folder else "a freeze state"
-        self._record(
-            FreezeEvent(
-                kind="load",
-                step=self.step,
-                from_step=left,
-                layers=self._sorted(changed),
-                frozen=self.frozen,
-                message=what + (WEIGHTS_ONLY if weights_only else ""),
-            )
+    def _return(self, names: Collection[str]) -> None:
+        state = self._run.state
+        self._users.give_back(names)
+        state.frozen.difference_update(names)
+        for name in names:
+            state.frozen_at.pop(name, None)
+        self._layers_changed()
+
+    def _layers_changed(self) -> None:
+        for observer in self._observers:
+            observer.on_layers_changed()
+
+    # --- checkpoints ----------------------------------------------------------------------------------------------------------
+
+    def restore(self, frozen: Iterable[str]) -> None:
+        """Bring the layout to this frozen set before tensors are loaded: moments of layers that come back are zero. Collective.
+
+        Raises:
+            RuntimeError: not at a step boundary, where the set is another one than now.
+        """
+        self._note_layout()
+        self.change(set(frozen), kind="restore")
+
+    def restore_of(self, state: Mapping[str, Any], *, by_position: bool = False) -> Restored:
+        """`restore` for a freeze state, whoever froze a layer: the user then and not now, or the other way round. Collective.
+
+        by_position: the optimizer's state is loaded by position, so that its groups must hold the same parameters in the same order.
+
+        Raises:
+            ValueError: they don't, because the user froze other layers; nothing was changed.
+        """
+        users = state.get("user_frozen")
+        if users is None:  # of a version that left such layers alone
+            self.restore(state["frozen"])
+            return Restored()
+        self._note_layout()
+        left, run = set(users["left"]), self._run
+        ours = tuple(name for name in run.state.layers if name in left and name not in self._users.names)
+
+        def check_positions(adopted: tuple[str, ...]) -> None:
+            if by_position and (ours or adopted):
+                run.ranks.run_on_all_ranks(lambda: self._users.check_positions(users, ours))
+
+        change = self.change(
+            {*state["frozen"], *ours},
+            kind="restore",
+            adopt=set(self._users.names) - left,
+            groups=self._users.groups_in(users),
+            check_adopted=check_positions,
         )
+        return Restored(() if change is None else change.adopted, ours)
 
-    def _change(
-        self, frozen: set[str], *, kind: str, about: Mapping[str, Any] | None = None, began: float | None = None, anew: bool = False
-    ) -> None:
-        """Bring the engine to exactly this set of frozen layers: check on all ranks, then do it on all. anew: also where it is this one."""
-        start = time.perf_counter() if began is None else began
-        if frozen == self._frozen and not anew:
-            return
-        self._kept.put_back()
+    def _note_layout(self) -> None:
+        """Remember what is frozen, for the record of the load that follows."""
+        if self._before_load is None:
+            self._before_load = set(self._run.state.frozen)
 
-        def check() -> None:
-            lent = self.config.tied == "train"  # a head without weights of its own trains what it borrows
-            if not any((x.numel or (lent and x.is_borrower)) and x.name not in frozen for x in self._layers):
-                raise ValueError("nothing would be left to train: keep at least one layer active")
-            if kind != "restore":  # what a checkpoint holds was allowed when it was saved
-                check_order(self._layers, frozen, self.config.order)
+    def layout_before_load(self) -> set[str]:
+        """The frozen set before the load that is being recorded; forgotten with this call."""
+        before, self._before_load = self._before_load, None
+        return set(self._run.state.frozen) if before is None else before
 
-        change = plan_change(
-            self._backend, self._ranks, self._layers, before=self._frozen, after=frozen, leaving=self.leaving(frozen), check=check
-        )
-        predicted = self._predict(frozen) if kind != "restore" else None
-        if predicted is not None:
-            self._predicted = predicted
-        try:
-            if kind == "restore":  # what was kept belongs to the run as it was before
-                self._backend.forget([p for layer in self._layers for p in (*layer.params, *layer.copies)])
-            keep = self._keep_steps > 0 and kind != "restore"
-            released, total = carry_out(change, self._backend, self._ranks, self._model, self._layers, self.config, keep=keep)
-        except BaseException as error:
-            raise self._broke_off(kind, error) from error
-        gone, back = change.gone, change.back
-        self._frozen = frozen
-        for name in gone:
-            self._frozen_at[name] = self.step
-        for name in back:
-            self._frozen_at.pop(name, None)
-        self._history.forget(back)
-        self._inputs.thawed(back)
-        self._gradients.forget(change.thaw)
-        self._after_layout_change()
-        self._inputs.watch(self._snapshots.requests)
-        if kind == "freeze":
-            self._check_gradients()
-        if self._guard is not None:
-            self._guard.guard.thawed(back)
-            if kind == "freeze" and not self._guard.froze(self._sorted(gone), self.step):
-                self._warn_blind(f"before the freeze of step {self.step}, which is not watched therefore")
-        moved = self._of_all_stages(released.moved_bytes)
-        seconds = time.perf_counter() - start
-        self._freeze_seconds += seconds
-        if not self._inside:  # else `after_step` counts it
-            self._seconds += seconds
-        if kind != "restore":
-            if self._rebalancer is not None:
-                self._rebalancer.due = True
-            event = FreezeEvent(
-                kind="freeze" if kind == "freeze" else "thaw",
-                step=self.step,
-                layers=self._sorted(gone or back),
-                frozen=self.frozen,
-                bytes_released=released.bytes,
-                bytes_released_total=total,
-                seconds=seconds,
-                predicted_seconds=predicted.seconds if predicted else 0.0,
-                moved_bytes=moved,
-                **(about or {}),
-            )
-            self._record(event)
-            if not self._inside:
-                self._rebalance_if_due()
+    # --- the end --------------------------------------------------------------------------------------------------------------
 
-    def _rebalance_if_due(self) -> None:
-        if self._rebalancer is not None and self._rebalancer.due:
-            self._rebalance(moves=self.config.pipeline.rebalance == "on_freeze")
-
-    def _rebalance(self, *, moves: bool) -> None:
-        """Look at the stages with what is frozen now. moves: whether layers may move."""
-        assert self._rebalancer is not None
-        move, self._width = self._rebalancer.decide(self._measured_bandwidths(), moves=moves)
-        if self._width is not None:
-            self._speaker.note(f"step {self.step:,}: {self._width.advice(self._checkpoint_folder)}")
-        if move is not None and move.problem:
-            self._warn(move.problem)
-        elif move is not None:
-            try:
-                self._rebalancer.check(move.bounds)
-            except Exception as error:  # a layer's constructor, for example: the run goes on as it is
-                self._warn(f"the layers stay where they are: {error}")
-            else:
-                self._move(move.bounds, move.gain)
-
-    def _move(self, bounds: Sequence[int], gain: float | None = None) -> None:
-        """Move layers to these bounds, after `Pipeline.check`. gain: how many times faster a step is predicted to be; None: it is done to
-        load a checkpoint, which is no event."""
-        assert self._rebalancer is not None
-        start, old = time.perf_counter(), self._rebalancer.bounds
-        try:
-            moved = self._rebalancer.move(bounds)
-        except BaseException as error:
-            raise self._broke_off("re-balance", error) from error
-        for layer in self._layers:
-            if layer.name in self._frozen:
-                freeze_modules(layer, self.config.frozen_mode, self.config.tied)
-        names = {p: name for name, p in self._model.named_parameters()}
-        self._gradients.moved(self._model, names, self._backend.trained())
-        if not self._profiled_together:
-            self._flops.remove()
-            self._flops = FlopMeter(self._model, self._layers, self.config.tied)
-        self._snapshots.choose_weights(self._layers)
-        self._after_layout_change()
-        self._gradients.record_start(self._backend.trained, stage_follows=True)
-        seconds = time.perf_counter() - start
-        self._freeze_seconds += seconds
-        if not self._inside:
-            self._seconds += seconds
-        if gain is None:
-            return
-        event = FreezeEvent(
-            kind="rebalance",
-            step=self.step,
-            frozen=self.frozen,
-            seconds=seconds,
-            moved_bytes=moved,
-            bounds=self._rebalancer.bounds,
-            gain=gain,
-            message=f"stages {list(old)} became {list(self._rebalancer.bounds)}",
-        )
-        self._record(event)
-
-    def _broke_off(self, kind: str, error: BaseException) -> FreezeError:
-        last = self.last_checkpoint
-        way = f"go on from the last complete checkpoint, {last}" if last else "no checkpoint was saved yet"
-        return FreezeError(f"a {kind} at step {self.step} broke off half-way and this run can't be trusted any more; {way}: {error}")
-
-    def leaving(self, frozen: set[str]) -> tuple[Parameter, ...]:
-        """The parameters that are out of the optimizer when exactly these layers are frozen."""
-        return leaving_params([x for x in self._layers if x.name in frozen], self._layers, self.config.tied)
-
-    def _uncuttable(self, frozen: set[str]) -> str:
-        """Why the optimizer's state doesn't let these layers be the frozen ones; "" where it does. Collective, and warns once."""
-        leaving = [p for p in self.leaving(frozen) if p not in self._backend.frozen]
-        why = next((text for text in self._ranks.gather_objects(self._backend.uncuttable(leaving)) if text), "")
-        if why and not self._warned_uncuttable:
-            self._warned_uncuttable = True
-            self._warn(f"the policy's freezes are left out, and training goes on: {why}")
-        return why
-
-    def _measured_bandwidths(self) -> Bandwidths:
-        if self._bandwidths is None:
-            self._bandwidths = measure_bandwidths(self._backend.device)
-        return self._bandwidths
-
-    @property
-    def _checkpoint_folder(self) -> str:
-        return str(Path(self.last_checkpoint).parent) if self.last_checkpoint else "CHECKPOINT"
-
-    def _predict(self, frozen: set[str]) -> PausePrediction:
-        own = predict_pause(self._backend, self.leaving(frozen), self._measured_bandwidths(), keep=self._keep_steps > 0)
-        if not self._backend.is_pipeline:
-            return own
-        # Each stage has its own: all wait for the slowest.
-        seconds = -self._ranks.all_reduce_min([-own.seconds])[0]
-        return PausePrediction(seconds=seconds, moved_bytes=self._of_all_stages(own.moved_bytes), cost=own.cost)
-
-    def _of_all_stages(self, moved: int) -> int:
-        """Bytes that moved within the replicas of this stage, added up over the stages of a pipeline. Collective there."""
-        if not self._backend.is_pipeline:
-            return moved
-        return int(self._ranks.all_reduce_sum([float(moved) if self._backend.is_sampling_rank else 0.0])[0])
-
-    def _after_layout_change(self) -> None:
-        self._recompute.update(self._frozen)
-        self._kept.follow(self._backend.frozen, {p: layer.name for layer in self._layers for p in (*layer.params, *layer.copies)})
-        self._backend.on_layout_changed(self._layers, self._frozen)
-        self._recorded = {layer.name for layer in self._layers if layer.name not in self._frozen and layer.numel and layer.kind != "head"}
-        self._tally.set_frozen(self._frozen)
-        self._snapshots.compile([layer.position for layer in self._layers if layer.name in self._recorded])
-
-    @property
-    def _keep_steps(self) -> int:
-        """Steps for which released state is kept: what the user asked for, or what the guard needs to take a freeze back."""
-        return max(self._intervals.keep_state, self._intervals.guard_window)
-
-    def _forget_old_state(self) -> None:
-        old = [name for name, step in self._frozen_at.items() if self.step - step > self._keep_steps]
-        for layer in self._layers:
-            if layer.name in old:
-                self._backend.forget([*layer.params, *layer.copies])
-
-    # --- small things ---------------------------------------------------------------------------------------------------------
-
-    def _count_step(self) -> None:
-        """Count a step's FLOPs, and say once where other code had switched frozen layers on."""
-        intrusion = self._kept.after_step()
-        if intrusion is None:
-            self._tally.step()
-            return
-        if intrusion.bytes:  # in this step nothing was saved there
-            self._tally.set_frozen(self._frozen.difference(intrusion.layers))
-        self._tally.step()
-        self._tally.set_frozen(self._frozen)
-        if self._kept.first_time():
-            self._warn(intrusion.text(self.step))
-
-    def _check_gradients(self) -> None:
-        self._gradients.arm(self._backend.trained(), check=True)
-
-    def _check_late(self, module: torch.nn.Module) -> None:
-        """Check this step, in whose forward `module` is about to run."""
-        self._check_gradients()
-        self._gradients.runs(module)
-
-    def _warn_blind(self, when: str) -> None:
-        if not self._warned_blind and self.config.guard is not None:
-            self._warned_blind = True
-            metric = self.config.guard.metric
-            self._warn(f"the guard has seen no {metric!r} {when}: it takes engine.backward(loss), or the controller's observe({metric}=…)")
-
-    def _sorted(self, names: Iterable[str]) -> tuple[str, ...]:
-        return tuple(sorted(names, key=self._names.index))
-
-    def _record(self, event: FreezeEvent) -> None:
-        self._log.add(event)
-        self._speaker.event(event, by_policy=self._inside)
-
-    def _warn(self, text: str, *, once: bool = False) -> None:
-        if once and self._warned_once:
-            return
-        self._warned_once = self._warned_once or once
-        self._record(FreezeEvent(kind="warning", step=self.step, frozen=self.frozen, message=text))
-        if self._ranks.rank == 0:
-            warnings.warn(f"smartfrz: {text}", RuntimeWarning, stacklevel=3)
+    def restore_trainable(self) -> None:
+        """Make every layer trainable, without touching the optimizer; the engine is not trained any further."""
+        run = self._run
+        for layer in run.layers:
+            if layer.name in run.state.frozen:
+                thaw_modules(layer, run.model.training)
+        for param in run.backend.frozen:
+            param.requires_grad_(True)
+        run.backend.leave()

@@ -2,18 +2,21 @@
 
 The metric is smoothed exponentially (every value of it counts, from the first one on). The level at the moment of a freeze is that
 freeze's baseline. If the smoothed metric rises above `baseline + tolerance * |baseline|`, or is no number, within `window` steps, the
-freeze is a mistake. `Guard` decides and knows no ranks; `GuardedRun` brings it the values of all ranks.
+freeze is a mistake. `Guard` decides and knows no ranks; `GuardedRun` watches a run's steps and brings it the values of all ranks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from smartfrz_ds.distributed.collectives import Collectives
+from smartfrz_ds.config.sections import GuardSettings
 from smartfrz_ds.telemetry.metric_feed import MetricFeed
+
+from .observers import LayoutChange, StepObserver
+from .run_context import RunContext
 
 
 @dataclass
@@ -26,7 +29,7 @@ class Watch:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class TakeBack:
     """layers: to be thawed, the mistaken freeze's and those frozen after it; reason: one short line."""
 
     layers: tuple[str, ...]
@@ -75,14 +78,14 @@ class Guard:
             watch.layers = tuple(name for name in watch.layers if name not in layers)
         self._watches = [watch for watch in self._watches if watch.layers]
 
-    def judge(self, step: int) -> Verdict | None:
+    def judge(self, step: int) -> TakeBack | None:
         """What to take back at this step, if anything: the oldest mistaken freeze, and with it all later ones that are still watched.
 
-        Watches that have lasted their window end here. The layers of a verdict are dealt with: they are no longer watched, and wait
+        Watches that have lasted their window end here. The layers that are taken back are dealt with: they are no longer watched, and wait
         `max(wait, 1) * 2^n` freezing stages when they are taken back for the n-th time. The level falls back to the mistake's baseline.
         """
         assert self.level is not None or not self._watches
-        verdict = None
+        mistake = None
         for i, watch in enumerate(self._watches):
             limit = watch.baseline + self.tolerance * abs(watch.baseline)
             if step <= watch.step or self.level is None or self.level <= limit:  # not so for NaN
@@ -92,14 +95,14 @@ class Guard:
                 f"guard: the smoothed metric is {self.level:.6g}, {step - watch.step} steps after the freeze of step {watch.step}; "
                 f"then it was {watch.baseline:.6g}, allowed is {limit:.6g}"
             )
-            verdict = Verdict(layers, reason)
+            mistake = TakeBack(layers, reason)
             for name in layers:
                 self._taken_back[name] = self._taken_back.get(name, 0) + 1
                 self._waits[name] = max(self.wait, 1) * 2 ** self._taken_back[name]
             self._watches, self.level = self._watches[:i], watch.baseline
             break
         self._watches = [watch for watch in self._watches if step - watch.step < self.window]
-        return verdict
+        return mistake
 
     def stage_passed(self) -> None:
         """A freezing stage went by: those that wait have one less to wait for."""
@@ -120,17 +123,45 @@ class Guard:
         self._taken_back, self._waits = dict(state["taken_back"]), dict(state["waits"])
 
 
-class GuardedRun:
-    """A `Guard` with its metric, on all ranks. One reduction of two numbers a step while a freeze is watched, one a freeze."""
+class GuardedRun(StepObserver):
+    """A `Guard` with its metric, on all ranks. One reduction of two numbers a step while a freeze is watched, one a freeze.
+
+    settings: of the guard. take_back: thaws the layers of a mistaken freeze. Collective, as the step is.
+    """
 
     FOLD = 64  # steps whose losses may wait on the device
 
-    def __init__(self, guard: Guard, metric: str, ranks: Collectives) -> None:
-        self.guard, self.feed, self._ranks = guard, MetricFeed(metric), ranks
+    def __init__(self, run: RunContext, settings: GuardSettings, take_back: Callable[[TakeBack], None]) -> None:
+        self._run, self._settings, self._take_back = run, settings, take_back
+        self._warned_blind = False
+        self.reset()
+
+    def reset(self) -> None:
+        settings, run = self._settings, self._run
+        self.guard = Guard(
+            tolerance=settings.tolerance, window=run.intervals.guard_window, smoothing=settings.smoothing, wait=run.config.cooldown
+        )
+        self.feed = MetricFeed(settings.metric)
         self._seen = False  # any value since the last look
 
-    def after_step(self, step: int) -> Verdict | None:
-        """To be called after every step. Collective while a freeze is watched."""
+    def on_schedule(self) -> None:
+        self.guard.window = self._run.intervals.guard_window
+
+    def record_loss(self, loss: Any) -> None:
+        self.feed.loss(loss)
+
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        self.feed.tell(metrics)
+
+    def step_skipped(self) -> None:
+        self.feed.end_step(applied=False)
+
+    def after_step(self) -> None:
+        """Judge, and take a mistaken freeze back. Collective while a freeze is watched."""
+        if (mistake := self._judge()) is not None:
+            self._take_back(mistake)
+
+    def _judge(self) -> TakeBack | None:
         self.feed.end_step(applied=True)
         if not self.guard.watching:
             if len(self.feed) >= self.FOLD:
@@ -141,15 +172,38 @@ class GuardedRun:
         if value is not None:
             self._seen = True
             self.guard.add(value)
-        return self.guard.judge(step)
+        return self.guard.judge(self._run.state.step)
 
-    def froze(self, layers: Sequence[str], step: int) -> bool:
+    def before_stage(self) -> None:
+        """A freezing stage begins. Warns, once, where no value at all came since the last one."""
+        self._fold()
+        blind, self._seen = not self._seen, False
+        if blind:
+            self._warn_blind("since the last freezing stage")
+
+    def stage_passed(self) -> None:
+        self.guard.stage_passed()
+
+    def on_layout_change(self, change: LayoutChange) -> None:
+        self.guard.thawed(change.back)
+        if change.kind == "freeze" and not self._watch(self._run.state.in_order(change.gone)):
+            self._warn_blind(f"before the freeze of step {self._run.state.step}, which is not watched therefore")
+
+    def _watch(self, layers: Sequence[str]) -> bool:
         """Watch a freeze, if the metric was ever seen. Collective. False where it wasn't: then there is no level to compare with."""
         self._fold()
         baseline = self._mean(self.guard.level)
         if baseline is not None:
-            self.guard.froze(layers, step, baseline)
+            self.guard.froze(layers, self._run.state.step, baseline)
         return baseline is not None
+
+    def _warn_blind(self, when: str) -> None:
+        if not self._warned_blind:
+            self._warned_blind = True
+            metric = self._settings.metric
+            self._run.journal.warn(
+                f"the guard has seen no {metric!r} {when}: it takes engine.backward(loss), or the controller's observe({metric}=…)"
+            )
 
     def sync_for_checkpoint(self) -> None:
         """Bring all ranks to the mean of what they saw, so that one state stands for all. Collective; for a checkpoint.
@@ -159,22 +213,19 @@ class GuardedRun:
         self._fold()
         if not self.guard.watching:
             self.guard.level = self._mean(self.guard.level)
-        self._seen = self._ranks.all_reduce_sum([float(self._seen)])[0] > 0
+        self._seen = self._run.ranks.all_reduce_sum([float(self._seen)])[0] > 0
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and names; the same on every rank right after `sync_for_checkpoint`."""
-        return self.guard.state_dict() | {"seen": self._seen}
+        return {"guard": self.guard.state_dict() | {"seen": self._seen}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.guard.load_state_dict(state)
-        self._seen = bool(state.get("seen", False))
+        own = state.get("guard")
+        if own is None:  # of a run without a guard
+            return
+        self.guard.load_state_dict(own)
+        self._seen = bool(own.get("seen", False))
         self.feed = MetricFeed(self.feed.metric)
-
-    def was_blind(self) -> bool:
-        """Whether no value at all came since the last time this was asked."""
-        self._fold()
-        blind, self._seen = not self._seen, False
-        return blind
 
     def _fold(self) -> None:
         values = self.feed.take()
@@ -184,5 +235,5 @@ class GuardedRun:
 
     def _mean(self, own: float | None) -> float | None:
         """Over the ranks that have a value; None where none has."""
-        total, count = self._ranks.all_reduce_sum([0.0 if own is None else own, float(own is not None)])
+        total, count = self._run.ranks.all_reduce_sum([0.0 if own is None else own, float(own is not None)])
         return total / count if count else None

@@ -9,11 +9,13 @@ from smartfrz_ds.config.settings import SECTION, FreezeConfig
 
 _INSTEAD = {
     "frozen": "call freeze([…]) or thaw([…]) with names of layers",
-    "total_steps": f"set {SECTION}.total_steps in the config before the start, or attach with later=True and call learn(total_steps=…)",
+    "total_steps": (
+        f"set {SECTION}.total_steps in the config before the start, or attach with defer_policy=True and call set_schedule(total_steps=…)"
+    ),
     "metrics": "call observe(name=value)",
     "config": f'settings are read at the start: change the "{SECTION}" section before it',
 }
-_LIVE = frozenset({"step", "released", "last_checkpoint"})  # the package's own code sets them, in other modules too
+_LIVE = frozenset({"released", "last_checkpoint"})  # the package's own code sets them, in other modules too
 
 
 class GuardedAttributes:
@@ -28,7 +30,7 @@ class GuardedAttributes:
         if name[0] == "_" or name in _LIVE:
             object.__setattr__(self, name, value)
             return
-        first = name in ("config", "total_steps") and name not in self.__dict__  # by the controller's __init__
+        first = name == "config" and name not in self.__dict__  # by the controller's __init__
         if first or callable(getattr(type(self), name, None)):
             object.__setattr__(self, name, value)
             return

@@ -76,7 +76,7 @@ class KeptFrozen:
                 self._handles[param] = param.register_post_accumulate_grad_hook(self._got_gradient)
                 param.requires_grad_(flag)
 
-    def put_back(self) -> None:
+    def restore_flags(self) -> None:
         """Switch every frozen parameter off again that other code has switched on. Reads all flags."""
         for param in self._handles:
             if self._backend.takes_part(param):
@@ -87,7 +87,7 @@ class KeptFrozen:
         if not self._came:
             return None
         self._meddled = True
-        self.put_back()  # those too that this step did not use
+        self.restore_flags()  # those too that this step did not use
         layers = dict.fromkeys(name for p, name in self._layer_of.items() if p in self._came)
         intrusion = Intrusion(tuple(layers), sum(self._came.values()))
         self._came.clear()
@@ -113,4 +113,4 @@ class KeptFrozen:
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         if self._meddled and self._handles and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self.put_back()
+            self.restore_flags()

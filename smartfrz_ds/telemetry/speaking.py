@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from smartfrz_ds.config.settings import SECTION
 from smartfrz_ds.model.layers import Layer
@@ -14,11 +14,9 @@ from smartfrz_ds.model.layers import Layer
 from .events import FreezeEvent
 from .outcome import Stages, outcome
 from .run_log import RunLog
+from .run_view import RunView
 from .voice import Voice, event_text, start_text
 from .words import layer_names, some
-
-if TYPE_CHECKING:
-    from smartfrz_ds.runtime.controller import Controller
 
 
 class Speaker:
@@ -27,7 +25,7 @@ class Speaker:
     log: the run's record. layers: all, as they were found. saved: gives the share of the training FLOPs that was saved so far.
     """
 
-    def __init__(self, run: Controller, log: RunLog, layers: Sequence[Layer], saved: Callable[[], float]) -> None:
+    def __init__(self, run: RunView, log: RunLog, layers: Sequence[Layer], saved: Callable[[], float]) -> None:
         self._run, self._log, self._layers, self._saved = run, log, layers, saved
         self._voice = Voice(run.backend.rank == 0)
         self.stages = Stages()
@@ -47,7 +45,7 @@ class Speaker:
                     engine=run.backend.name,
                     ranks=run.ranks.count,
                     policy=run.config.policy,
-                    layers=run.layers,
+                    layers=run.names,
                     own=sum(not layer.numel and not layer.is_borrower for layer in self._layers),
                     length=self._length(),
                     total_steps=run.total_steps,
@@ -75,7 +73,7 @@ class Speaker:
 
     def event(self, event: FreezeEvent, *, by_policy: bool) -> None:
         """Something happened."""
-        text = event_text(event, self._run.layers, policy=self._run.config.policy if by_policy else None)
+        text = event_text(event, self._run.names, policy=self._run.config.policy if by_policy else None)
         if text:
             self._voice.say(text)
 
@@ -83,9 +81,9 @@ class Speaker:
         """A checkpoint was loaded before the first step. stages: of its `Stages`, None: it has none."""
         run = self._run
         self.stages = Stages.from_state(stages)
-        frozen = f": {layer_names(run.frozen, run.layers)}" if run.frozen else ""
+        frozen = f": {layer_names(run.frozen, run.names)}" if run.frozen else ""
         source = f" from checkpoint {folder}" if folder else ""
-        text = f"goes on at step {run.step:,}{source}; {len(run.frozen)} of {some(len(run.layers), 'layer')} frozen{frozen}"
+        text = f"goes on at step {run.step:,}{source}; {len(run.frozen)} of {some(len(run.names), 'layer')} frozen{frozen}"
         if self._started:
             self._voice.say(text)
         else:
@@ -103,7 +101,7 @@ class Speaker:
         run = self._run
         return outcome(
             step=run.step,
-            layers=run.layers,
+            layers=run.names,
             frozen=run.frozen,
             events=self._log.events,
             policy=run.config.policy,

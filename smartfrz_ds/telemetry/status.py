@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 
@@ -21,9 +21,7 @@ from smartfrz_ds.model.layers import Layer
 from .events import RunStart, Status
 from .metric_feed import MetricFeed
 from .run_log import RunLog
-
-if TYPE_CHECKING:
-    from smartfrz_ds.runtime.controller import Controller
+from .run_view import RunView
 
 _FOLD = 64  # steps whose losses may wait on the device
 _REMEMBERED = 256  # step times without frozen layers that stand for "without freezing"
@@ -64,8 +62,8 @@ class RunStatus:
         self._feed.end_step(applied=False)
         self._left = None
 
-    def begin(self, run: Controller) -> None:
-        """First in the work after a step. run.step: not yet counted up."""
+    def begin(self, run: RunView) -> None:
+        """First in the work after a step, which run.step counts already."""
         if not self._on:
             return
         if self._left is not None:
@@ -77,7 +75,7 @@ class RunStatus:
             self._told_start = True
             self._log.write(self._start(run))
 
-    def end(self, run: Controller, *, own_seconds: float, lr: float, saved: float) -> None:
+    def end(self, run: RunView, *, own_seconds: float, lr: float, saved: float) -> None:
         """Last in the work after a step; collective when a status is due. own_seconds: that this package has used so far; saved: share of
         the FLOPs."""
         if not self._on:
@@ -103,7 +101,7 @@ class RunStatus:
         """Seconds of a step without frozen layers."""
         return median(self._usual) if self._usual else self._usual_before
 
-    def _status(self, run: Controller, own_seconds: float, lr: float, saved: float) -> Status:
+    def _status(self, run: RunView, own_seconds: float, lr: float, saved: float) -> Status:
         free, frozen = self._seconds[False], self._seconds[True]
         self._usual.extend(free)
         usual = self._without()
@@ -117,7 +115,7 @@ class RunStatus:
         sent = self._backend.reduced_bytes()
         own = [self._backend.optimizer_bytes(), sent or 0, float(sent is None), sum(losses), len(losses)]
         held, handed, unknown, loss, count = self._ranks.all_reduce_sum(own)
-        told = run.metrics
+        told = dict(run.metrics)
         return Status(
             step=run.step,
             time=time.time(),
@@ -134,13 +132,13 @@ class RunStatus:
             outcome=self.outcome(),
         )
 
-    def _start(self, run: Controller) -> RunStart:
+    def _start(self, run: RunView) -> RunStart:
         sent = self._backend.reduced_bytes()
         held, handed, unknown = self._ranks.all_reduce_sum([self._backend.optimizer_bytes(), sent or 0, float(sent is None)])
         return RunStart(
-            step=run.step,
+            step=run.step - 1,
             time=time.time(),
-            layers=run.layers,
+            layers=run.names,
             kinds=tuple(layer.kind for layer in self._layers),
             weights=tuple(layer.numel for layer in self._layers),
             frozen=run.frozen,

@@ -464,7 +464,7 @@ def test_a_step_that_the_scaler_skips_is_no_step(fused: bool) -> None:
             optimizer.zero_grad()
         assert controller.step == 3
         assert controller.backend.loss_scale() == scaler.get_scale() == (512.0 if infinite in steps else 1024.0)
-        sums = controller._inputs._sums
+        sums = controller._policy_stage.inputs._sums
         assert sums is not None
         return sums._total
 

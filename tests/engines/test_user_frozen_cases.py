@@ -280,7 +280,7 @@ def test_learning_rates_of_single_layers() -> None:
     step(net, optimizer, 0)
     controller.thaw(["embeddings", "blocks.0"])
     step(net, optimizer, 1)
-    rates = controller._inputs._scale.rates
+    rates = controller._policy_stage.inputs._scale.rates
     assert set(rates) == set(controller.layers) and len({rates[n] for n in ("embeddings", "blocks.0", "blocks.4")}) == 3
 
 
@@ -294,10 +294,10 @@ def test_a_policy_sees_the_layer() -> None:
     controller.thaw(["blocks.0"])
     for number in range(1, 4):
         step(net, optimizer, number)
-    rows = controller._inputs._sums._total.view(len(controller.layers), -1).abs().sum(1)
+    rows = controller._policy_stage.inputs._sums._total.view(len(controller.layers), -1).abs().sum(1)
     seen = dict(zip(controller.layers, rows.gt(0).tolist(), strict=True))
     assert seen == {name: name != "embeddings" for name in controller.layers}
-    assert "blocks.0" in controller._history.windows() and "embeddings" not in controller._history.windows()
+    assert "blocks.0" in controller._recording.history.windows() and "embeddings" not in controller._recording.history.windows()
     layers = {i for g in controller._tally.profile.gradients for i in g.layers}
     assert layers - {i for g in before.gradients for i in g.layers} == {1}
 

@@ -343,7 +343,7 @@ def test_a_hook_that_waited_for_an_engine_is_gone_when_that_fails() -> None:
     def wrong(source: Any) -> FreezeConfig:
         raise ValueError("wrong settings")
 
-    install_hook(wrong, later=True)
+    install_hook(wrong, defer_policy=True)
     assert deepspeed.initialize is not plain
     with pytest.raises(ValueError, match="wrong settings"):
         deepspeed.initialize(config={})

@@ -31,9 +31,10 @@ def controller() -> Any:
         ("config", 'change the "smartfrz" section before it'),
         ("frozen", "call freeze([…]) or thaw([…])"),
         ("layers", "set smartfrz.layers in the config"),
-        ("total_steps", "learn(total_steps=…)"),
+        ("total_steps", "set_schedule(total_steps=…)"),
         ("metrics", "call observe(name=value)"),
         ("backend", "it is read-only"),
+        ("step", "it is read-only"),
         ("polcy", "there is no such attribute; did you mean smartfrz.policy"),
         ("nonsense", "there is no such attribute"),
     ],
@@ -54,14 +55,14 @@ def test_settings_cannot_be_changed_inside_either(controller: Any) -> None:
 def test_what_does_something_can_be_set(controller: Any) -> None:
     controller.freeze(["blocks.1"])
     controller.last_checkpoint = "somewhere"
-    controller.sync_for_checkpoint = lambda: None  # a method that a test or a subclass replaces
+    controller.restore_flags = lambda: None  # a method that a test or a subclass replaces
     assert controller.frozen == ("blocks.1",)
 
 
 def test_a_length_that_comes_later_is_learnt() -> None:
     model = Net()
     made = smartfrz_ds.attach_torch(model, torch.optim.AdamW(model.parameters()), {"policy": "linear"}, later=True)
-    with pytest.raises(AttributeError, match=r"learn\(total_steps=…\)"):
+    with pytest.raises(AttributeError, match=r"set_schedule\(total_steps=…\)"):
         made.total_steps = 50
     made.learn(total_steps=50)
     assert made.total_steps == 50

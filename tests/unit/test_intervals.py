@@ -300,8 +300,8 @@ def test_the_length_may_come_later(tmp_path: Path) -> None:
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     section = {"warmup_steps": "20%", "status_interval": "5%", "guard": {"window": "3%"}, "keep_state": "2%"}
-    controller = smartfrz_ds.attach_torch(model, optimizer, section, later=True)
-    controller.learn(total_steps=200)
+    controller = smartfrz_ds.attach_torch(model, optimizer, section, defer_policy=True)
+    controller.set_schedule(total_steps=200)
     now = controller.intervals
     assert (now.warmup_steps, now.freeze_interval, now.status_interval, now.guard_window, now.keep_state) == (40, 8, 10, 6, 4)
-    assert controller._guard.guard.window == 6 and controller._status.interval == 10
+    assert controller._guard.guard.window == 6 and controller._observers[0].status.interval == 10

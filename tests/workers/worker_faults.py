@@ -63,14 +63,14 @@ def unplug(_: Any) -> None:
 
 
 def die_deciding(engine: Any) -> None:
-    engine.smartfrz._policy.decide = die
+    engine.smartfrz._policy_stage.policy.decide = die
 
 
 def fail_deciding(engine: Any) -> None:
     def decide(_: Any) -> Any:
         raise ArithmeticError("no idea")
 
-    engine.smartfrz._policy.decide = decide
+    engine.smartfrz._policy_stage.policy.decide = decide
 
 
 def fail_freezing(engine: Any) -> None:
@@ -88,7 +88,7 @@ def full_disk(_: Any) -> None:
 
 
 def die_saving(engine: Any) -> None:
-    engine.smartfrz.sync_for_checkpoint = die
+    engine.smartfrz.freeze_state.sync = die
 
 
 def raise_in_step(_: Any) -> None:

@@ -84,7 +84,7 @@ class Watching:
 
 def watch(engine: Any, obey: bool = True) -> list[View]:
     """The views of all freezing stages from now on, on rank 0."""
-    watching = engine.smartfrz._policy = Watching(engine.smartfrz._policy, obey)
+    watching = engine.smartfrz._policy_stage.policy = Watching(engine.smartfrz._policy_stage.policy, obey)
     return watching.views
 
 
@@ -128,7 +128,7 @@ def gradients(name: str, folder: Path, stage: int, dtype: str = "fp32", accumula
     tensors = tensors_of(views) | {"all weights": torch.stack(weights)}
     names = [n for n, _ in engine.module.named_parameters()]
     where = {id(p): n for n, p in engine.module.named_parameters()}
-    for layer, requests in zip(engine.smartfrz.layers, engine.smartfrz._snapshots.requests, strict=True):
+    for layer, requests in zip(engine.smartfrz.layers, engine.smartfrz._recording.snapshots.requests, strict=True):
         for r in requests:  # which weights are sampled
             tensors[f"elements/{layer}/{where[id(r.param)]}"] = torch.stack([r.elements, r.slots % 64])
     save(folder, name, tensors)
@@ -170,7 +170,7 @@ def freezeout(name: str, folder: Path, stage: int, dtype: str = "fp32", resume: 
         train_step(engine, step, dtype)
         seen.append(engine.get_lr()[0])
         weights.append(flat(engine.module))
-    tensors = tensors_of(engine.smartfrz._policy.views)
+    tensors = tensors_of(engine.smartfrz._policy_stage.policy.views)
     save(folder, name, tensors | {"all weights": torch.stack(weights)})
     events = [[e.step, list(e.layers)] for e in engine.smartfrz.report().events if e.kind == "freeze"]
     out = {"lr": seen, "groups": len(engine.basic_optimizer.param_groups), "events": events}

@@ -41,7 +41,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         engine.train_batch(iter([(torch.ones(1, WIDTH), torch.ones(1))] * case["micro"]))
         bounds.append(list(module.parts))
         notes.append(controller.report().width_note)
-    costs = controller._rebalancer.costs()
+    costs = controller._moves.rebalancer.costs()
     return {
         "bounds": bounds,
         "notes": notes,

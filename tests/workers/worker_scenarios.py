@@ -242,8 +242,8 @@ def snapshots_are_the_weights() -> dict[str, Any]:
                 controller.thaw(["blocks.1"])
             train(engine, step)
             with WIRE.counted() as sent:
-                values = controller._snapshots.take()
-            for layer in controller._layers:
+                values = controller._recording.snapshots.take()
+            for layer in controller._run.layers:
                 params = sampled_params(layer)
                 if layer.name in controller.frozen or layer.kind == "head":
                     continue
@@ -369,7 +369,7 @@ class FailingPolicy:
 
 def failing_policy() -> dict[str, Any]:
     engine = make(oracle.Net(), smartfrz=QUICK | {"policy": "linear", "linear": {"start_step": 1, "end_step": 2}})
-    engine.smartfrz._policy = FailingPolicy()
+    engine.smartfrz._policy_stage.policy = FailingPolicy()
     with warnings.catch_warnings(record=True) as caught_warnings:
         warnings.simplefilter("always")
         for step in range(8):

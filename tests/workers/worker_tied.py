@@ -112,7 +112,7 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
             engine.save_checkpoint(str(folder / case["name"]))
     if dist.get_rank() == 0:
         save_file({"weights": torch.stack(history)}, folder / f"{case['name']}.safetensors")
-    layers = {x.name: x.numel for x in controller._layers}
+    layers = {x.name: x.numel for x in controller._run.layers}
     out = {"losses": losses, "layers": layers, "trains": shared_state, "stage": engine.stage_id, "reduced": reduced}
     out["saved"] = controller.report().saved_flops_fraction
     engine.destroy()

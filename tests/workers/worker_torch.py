@@ -122,7 +122,7 @@ def states_of(kind: str, model: nn.Module, optimizer: Any, params: dict[str, Any
 def sampled_right(controller: Any) -> list[bool]:
     """On rank 0, for each sampled parameter: whether what came out of the shards is what the bare net has there."""
     bare = {n: p.detach().view(-1) for n, p in oracle.Net().named_parameters()}
-    taker = Snapshots(controller._layers, controller.backend, sample_size=100, seed=3)
+    taker = Snapshots(controller._run.layers, controller.backend, sample_size=100, seed=3)
     taker.compile(range(7))
     values = taker.take()
     names = {p: n.replace("_fsdp_wrapped_module.", "") for p, n in controller.backend._names.items()}

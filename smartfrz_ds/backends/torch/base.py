@@ -113,7 +113,7 @@ class TorchBackend(EntryBackend):
         if len(self._optimizer.param_groups) != len(self._order):
             raise ValueError(
                 f"the optimizer has {len(self._optimizer.param_groups)} parameter groups, at attach_torch it had {len(self._order)}; "
-                "allowed: add_param_group before attach_torch, or between controller.release() and another attach_torch"
+                "allowed: add_param_group before attach_torch, or between controller.detach() and another attach_torch"
             )
         super().check(freeze, thaw)
 

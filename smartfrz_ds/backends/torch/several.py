@@ -177,7 +177,7 @@ def _together(inner: list[torch.optim.Optimizer]) -> torch.optim.Optimizer:
         return known[0]  # the second attach_torch of the same ones
     if any(x is not None or hasattr(own, "smartfrz") for x, own in zip(known, inner, strict=True)):
         raise ValueError(
-            "attach_torch: some of these optimizers have a controller already; allowed: controller.release() first, or the same container "
+            "attach_torch: some of these optimizers have a controller already; allowed: controller.detach() first, or the same container "
             "again"
         )
     params = [p for x in inner for group in x.param_groups for p in group["params"]]

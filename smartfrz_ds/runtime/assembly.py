@@ -1,0 +1,149 @@
+"""Making the parts of a run, and the one list of its observers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from smartfrz_ds.backends.base import Backend
+from smartfrz_ds.config.settings import FreezeConfig, digest
+from smartfrz_ds.distributed.collectives import Collectives
+from smartfrz_ds.model.activation_checkpointing import RecomputeBoundary
+from smartfrz_ds.model.flops import FlopTally
+from smartfrz_ds.model.forward_mode import ForwardMode
+from smartfrz_ds.model.freeze_modules import check_tied
+from smartfrz_ds.model.run_state import RunState
+from smartfrz_ds.signals.history import History
+from smartfrz_ds.signals.lr_forecast import current_lr, total_steps_of
+from smartfrz_ds.signals.snapshots import Snapshots
+
+from .freeze_state import FreezeState
+from .freezer import Freezer
+from .guard import GuardedRun, TakeBack
+from .journal import Journal
+from .kept_active import find_kept_active
+from .kept_frozen import KeptFrozen
+from .observers import StepObserver
+from .pauses import Pauses
+from .policy_stage import PolicyStage
+from .run_context import RunContext
+from .stage_moves import StageMoves
+from .step_observers import EngineLayout, FlagWatch, FlopCount, GradientWatch, KeptState, OrderWatch, RecomputeWatch, Recording, StatusLines
+from .user_frozen import UserFrozen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The parts of one run.
+
+    kept_active: layers that `keep_active` names. moves: in a pipeline. guard: where one is configured. observers: all, in their order.
+    """
+
+    run: RunContext
+    users: UserFrozen
+    kept_active: frozenset[str]
+    policy: PolicyStage
+    freezer: Freezer
+    freeze_state: FreezeState
+    kept: KeptFrozen
+    tally: FlopTally
+    recording: Recording
+    guard: GuardedRun | None
+    moves: StageMoves | None
+    observers: Sequence[StepObserver]
+
+
+def assemble(
+    model: nn.Module,
+    backend: Backend,
+    config: FreezeConfig,
+    *,
+    scheduler: Any,
+    monitor: Any,
+    probe_batch: Any,
+    version: str,
+    defer_policy: bool,
+    take_back: Callable[[TakeBack], None],
+) -> Parts:
+    """Make the parts of a run, as `Controller` gets its arguments. Collective. The order here is the order in which they hook the model.
+
+    take_back: thaws the layers of a freeze that the guard judges a mistake.
+
+    Raises:
+        ValueError: settings that don't fit the model or the engine.
+        RanksDisagree: the ranks don't have the same settings, package version and layers.
+    """
+    layers = backend.find_layers(model, config.layers)
+    check_tied(layers, config.tied)
+    users = UserFrozen(model, layers, backend)
+    run = RunContext(
+        config=config,
+        model=model,
+        layers=layers,
+        backend=backend,
+        ranks=Collectives(backend.device),
+        state=RunState(tuple(layer.name for layer in layers)),
+        total_steps=total_steps_of(scheduler) if config.total_steps == "auto" else config.total_steps,
+    )
+    kept_active = find_kept_active(run)
+    snapshots, history = Snapshots(layers, backend, sample_size=config.sample_size, seed=config.seed), History(config.window)
+    tally = FlopTally(layers)
+    policy = PolicyStage(
+        run, snapshots, history, tally, kept_active=kept_active, scheduler=scheduler, probe_batch=probe_batch, deferred=defer_policy
+    )
+    run.ranks.assert_same(f"settings {digest(config)}, package {version}, layers {run.names}", "settings, package versions or layers")
+    policy.inputs.try_probe()
+    run.journal = Journal(run, layers, monitor=monitor, saved=lambda: tally.saved_fraction)
+    status = StatusLines(run, tally)
+    # It compares in the first forward, then removes its hooks. A pipeline's order is its list of layers; "any" asks for none.
+    order = None if backend.is_pipeline or config.order == "any" else OrderWatch(run)
+    flops = FlopCount(run, tally, lambda: flags.cost)
+    mode = ForwardMode(model)
+    gradients = GradientWatch(run, policy, mode)
+    # In a pipeline the schedule keeps the boundary open, and reentrant checkpointing is refused.
+    boundary = RecomputeBoundary(() if backend.is_pipeline else layers, on_late=gradients.check_late, mode=mode)
+    kept = KeptFrozen(backend.forward_module(model), backend)
+    flags = FlagWatch(run, kept)
+    guard = None if config.guard is None else GuardedRun(run, config.guard, take_back)
+    recording = Recording(run, policy, snapshots, history)
+    observers: list[StepObserver] = []
+    pauses = Pauses(run)
+    freezer = Freezer(run, users, pauses, observers, kept.restore_flags)
+    pipeline = backend.pipeline(run.ranks, config.pipeline, config.tied)
+    moves = None if pipeline is None else StageMoves(run, pipeline, freezer, pauses)
+
+    # The order of the work before and after a step, in a change of the layout and at the end of freezing.
+    ordered: list[StepObserver | None] = [
+        status,  # after a step: takes the time first; its line is the last thing of all (step_ended)
+        run.journal,  # after a step: the run has trained
+        order,
+        RecomputeWatch(boundary),  # layout: the boundary moves behind the frozen prefix
+        flags,  # after a step: what other code has switched on; layout: hooks on what is frozen
+        EngineLayout(run),  # layout: the schedule of a pipeline, prefetching
+        flops,  # after a step: measures and counts
+        gradients,  # before a step: may raise, before anything else is done; layout: arms; step_ended: arms for recorded steps
+        policy,  # before a step: learning rates of layers; after it: gradient sums
+        guard,  # after a step: may thaw; layout: watches a freeze
+        KeptState(run),  # after a step: drops released state that is too old
+        recording,  # after a step: the snapshot, which the freezing stage that follows sees
+        moves,  # layout: the stages are looked at again, after the freezing stage
+    ]
+    observers.extend(observer for observer in ordered if observer is not None)
+    run.state.lr = current_lr(backend.base_optimizer())
+    return Parts(
+        run=run,
+        users=users,
+        kept_active=kept_active,
+        policy=policy,
+        freezer=freezer,
+        freeze_state=FreezeState(run, users, freezer, policy, moves, observers),
+        kept=kept,
+        tally=tally,
+        recording=recording,
+        guard=guard,
+        moves=moves,
+        observers=observers,
+    )

@@ -1,0 +1,85 @@
+"""Everything that a run records and says: the event log and its lines on the console, in one place."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from smartfrz_ds.model.layers import Layer
+from smartfrz_ds.telemetry.events import WEIGHTS_ONLY, FreezeEvent
+from smartfrz_ds.telemetry.run_log import RunLog
+from smartfrz_ds.telemetry.speaking import Speaker
+
+from .observers import StepObserver
+from .run_context import RunContext
+
+
+class Journal(StepObserver):
+    """The record of one run. Made on every rank; only rank 0 writes and speaks.
+
+    saved: returns the share of the training FLOPs that was saved so far.
+    """
+
+    def __init__(self, run: RunContext, layers: Sequence[Layer], *, monitor: Any, saved: Callable[[], float]) -> None:
+        self._run, self._state = run, run.state
+        path, self._first = run.config.log_path, run.backend.rank == 0
+        engine = run.backend.engine
+        self.log = RunLog(
+            Path(path) if path and self._first else None,
+            monitor if self._first else None,
+            samples=lambda: int(getattr(engine, "global_samples", 0)),
+        )
+        self.speaker = Speaker(run, self.log, layers, saved)
+
+    @property
+    def trained(self) -> bool:
+        """Whether the run has taken a step in this process: a checkpoint that is loaded now is loaded into a running run."""
+        return self.log.trained
+
+    def record(self, event: FreezeEvent) -> None:
+        """Record an event, and say it."""
+        self.log.add(event)
+        self.speaker.event(event, by_policy=self._run.time.began is not None)
+
+    def warn(self, text: str) -> None:
+        """Record a warning, and raise it as a Python warning on rank 0."""
+        self.record(FreezeEvent(kind="warning", step=self._state.step, frozen=self._state.frozen_in_order, message=text))
+        if self._first:
+            warnings.warn(f"smartfrz: {text}", RuntimeWarning, stacklevel=3)
+
+    def note(self, text: str) -> None:
+        """Say something that is not an event."""
+        self.speaker.note(f"step {self._state.step:,}: {text}")
+
+    def resumed(self, state: Mapping[str, Any] | None, folder: str) -> None:
+        """A checkpoint was loaded before the first step. state: its freeze state, None: it has none."""
+        if state is not None:
+            self.log.resume(state, self._state.step)
+        self.speaker.resumed(folder, None if state is None else state.get("stages"))
+
+    def loaded(self, left: int, folder: str, changed: set[str], *, weights_only: bool = False) -> None:
+        """A checkpoint was loaded into the running run. left: the step before it. changed: layers that are frozen now and were not, or
+        the other way round."""
+        what = f"checkpoint {folder}" if folder else "a freeze state"
+        self.record(
+            FreezeEvent(
+                kind="load",
+                step=self._state.step,
+                from_step=left,
+                layers=self._state.in_order(changed),
+                frozen=self._state.frozen_in_order,
+                message=what + (WEIGHTS_ONLY if weights_only else ""),
+            )
+        )
+
+    def after_step(self) -> None:
+        self.log.trained = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"stages": self.speaker.stages.state_dict(), **self.log.state_dict()}
+
+    def remove(self) -> None:
+        self.speaker.end()
+        self.log.close()

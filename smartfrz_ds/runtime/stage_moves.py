@@ -1,0 +1,119 @@
+"""Moving layers between the stages of a pipeline: after a freeze, when the user asks, and before a checkpoint is loaded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from smartfrz_ds.backends.pipeline.protocol import Pipeline
+from smartfrz_ds.model.freeze_modules import freeze_modules
+from smartfrz_ds.planner.width import Width
+from smartfrz_ds.telemetry.events import FreezeEvent
+
+from .freezer import Freezer
+from .observers import LayoutChange, StepObserver
+from .pauses import Pauses
+from .run_context import RunContext
+
+
+class StageMoves(StepObserver):
+    """Moves the layers of one pipeline. Collective throughout.
+
+    width: what would be worth more than a move: fewer stages with more replicas.
+    """
+
+    def __init__(self, run: RunContext, pipeline: Pipeline, freezer: Freezer, pauses: Pauses) -> None:
+        self._run, self._freezer, self._pauses = run, freezer, pauses
+        self.rebalancer = pipeline
+        self.width: Width | None = None
+
+    def rebalance(self, bounds: Sequence[int] | None = None) -> tuple[int, ...]:
+        """As `Controller.rebalance`."""
+        run, rebalancer = self._run, self.rebalancer
+        run.ranks.assert_same(f"bounds {bounds} at step {run.state.step}", "bounds")
+        if not run.backend.is_boundary():
+            raise RuntimeError("rebalance only at a step boundary: not within train_batch")
+        if bounds is None:
+            self._look(moves=True)
+        elif tuple(bounds) != rebalancer.bounds:
+            rebalancer.check(bounds)
+            self._move(bounds, rebalancer.gain(bounds))
+        return rebalancer.bounds
+
+    def restore_bounds(self, bounds: Sequence[int] | None) -> None:
+        """Bring the stages to these bounds before a checkpoint is loaded; None: to those with which the run began. Collective.
+
+        Raises:
+            ValueError, RuntimeError: that can't be, on every rank; nothing was changed.
+        """
+        wanted = self.rebalancer.first_bounds if bounds is None else tuple(bounds)
+        if wanted != self.rebalancer.bounds:
+            self.rebalancer.check(wanted)
+            self._move(wanted)
+
+    def if_due(self) -> None:
+        """Look at the stages where the layout has changed since the last look."""
+        if self.rebalancer.due:
+            self._look(moves=self._run.config.pipeline.rebalance == "on_freeze")
+
+    def _look(self, *, moves: bool) -> None:
+        """Look at the stages with what is frozen now. moves: whether layers may move."""
+        run = self._run
+        move, self.width = self.rebalancer.decide(self._pauses.bandwidths(), moves=moves)
+        if self.width is not None:
+            run.journal.note(self.width.advice(run.checkpoint_folder))
+        if move is not None and move.problem:
+            run.journal.warn(move.problem)
+        elif move is not None:
+            try:
+                self.rebalancer.check(move.bounds)
+            except Exception as error:  # a layer's constructor, for example: the run goes on as it is
+                run.journal.warn(f"the layers stay where they are: {error}")
+            else:
+                self._move(move.bounds, move.gain)
+
+    def _move(self, bounds: Sequence[int], gain: float | None = None) -> None:
+        """Move layers to these bounds, after `Pipeline.check`. gain: how many times faster a step is predicted to be; None: it is done to
+        load a checkpoint, which is no event."""
+        run, rebalancer = self._run, self.rebalancer
+        start, old = time.perf_counter(), rebalancer.bounds
+        try:
+            moved = rebalancer.move(bounds)
+        except BaseException as error:
+            raise self._freezer.broke_off("re-balance", error) from error
+        for layer in run.layers:
+            if layer.name in run.state.frozen:
+                freeze_modules(layer, run.config.frozen_mode, run.config.tied)
+        self._freezer.tell(LayoutChange(kind="move", frozen=frozenset(run.state.frozen)))
+        seconds = time.perf_counter() - start
+        run.time.add_change(seconds)
+        if gain is None:
+            return
+        event = FreezeEvent(
+            kind="rebalance",
+            step=run.state.step,
+            frozen=run.state.frozen_in_order,
+            seconds=seconds,
+            moved_bytes=moved,
+            bounds=rebalancer.bounds,
+            gain=gain,
+            message=f"stages {list(old)} became {list(rebalancer.bounds)}",
+        )
+        run.journal.record(event)
+
+    @property
+    def note(self) -> str:
+        """The advice to use fewer stages, empty where there is none."""
+        return "" if self.width is None else self.width.advice(self._run.checkpoint_folder)
+
+    def on_layout_change(self, change: LayoutChange) -> None:
+        if change.kind in ("freeze", "thaw"):
+            self.rebalancer.due = True
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.width = None
+        self.rebalancer.due = bool(self._run.state.frozen)
+
+    def remove(self) -> None:
+        self.rebalancer.remove()
