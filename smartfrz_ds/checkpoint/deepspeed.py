@@ -182,10 +182,10 @@ class Checkpoints:
                 self.backend.load_frozen_weights(folder)
         if module_only:
             # Only weights were asked for: the run stays what it is.
-            own = {*before, *restored.taken}
+            own = {*before, *restored.adopted}
             if own != set(self.controller.frozen):
                 self.freeze_state.restore_layout(own)
-            self.freeze_state.return_to_user(restored.taken)
+            self.freeze_state.return_to_user(restored.adopted)
             self.freeze_state.weights_loaded(str(folder))
             return
         if state is None:

@@ -188,11 +188,11 @@ class Controller(GuardedAttributes):
         check_known(self._run.layers, wanted - theirs, "predict_pause")
         if action == "freeze":
             return self._freezer.predict(frozen | (wanted - theirs))
-        self._users.take_in(theirs)
+        self._users.adopt(theirs)
         try:
             return self._freezer.predict(frozen - wanted)
         finally:
-            self._users.give_back(theirs)
+            self._users.disown(theirs)
 
     def set_schedule(self, *, scheduler: Any = None, total_steps: int | None = None, told_by: str = "set_schedule()") -> None:
         """Give what `attach(…, defer_policy=True)` could not know: the scheduler, and the length of the run (steps; None: the scheduler's).

@@ -234,13 +234,13 @@ class Freezer:
         if not names:
             yield ()
             return
-        before = set(self._users.taken)
+        before = set(self._users.adopted)
 
         def new() -> set[str]:
-            return set(self._users.taken) - before
+            return set(self._users.adopted) - before
 
         def adopt() -> None:
-            self._users.take_in(names, groups)
+            self._users.adopt(names, groups)
             self._run.state.frozen |= new()
             try:
                 check_tied(self._run.layers, self._run.config.tied)
@@ -251,21 +251,21 @@ class Freezer:
 
         try:
             self._run.ranks.run_on_all_ranks(adopt)
-            yield tuple(name for name in self._users.taken if name not in before)
+            yield tuple(name for name in self._users.adopted if name not in before)
         except (ValueError, RuntimeError):
             self._return(new())
             raise
 
     def return_to_user(self, names: Iterable[str]) -> None:
         """Those of these layers that are frozen, and that the user had frozen here before the start, are the user's again."""
-        back = set(self._users.taken).intersection(names, self._run.state.frozen)
+        back = set(self._users.adopted).intersection(names, self._run.state.frozen)
         if back:
             self._return(back)
             self.tell(LayoutChange(kind="return", frozen=frozenset(self._run.state.frozen)))
 
     def _return(self, names: Collection[str]) -> None:
         state = self._run.state
-        self._users.give_back(names)
+        self._users.disown(names)
         state.frozen.difference_update(names)
         for name in names:
             state.frozen_at.pop(name, None)

@@ -39,16 +39,16 @@ def whole_numel(layer: Layer) -> int:
 class Restored:
     """What a restored layout did to layers that a user froze, in this process or in the one that saved.
 
-    taken: which the user froze here; they are this package's since. were_users: which the user had frozen there; this package has frozen
+    adopted: which the user froze here; they are this package's since. were_users: which the user had frozen there; this package has frozen
     them here.
     """
 
-    taken: tuple[str, ...] = ()
+    adopted: tuple[str, ...] = ()
     were_users: tuple[str, ...] = ()
 
 
 class UserFrozen:
-    """The layers of one run that the user froze, and those of them that were taken in since.
+    """The layers of one run that the user froze, and those of them that were adopted since.
 
     layers: all, front to back. Taking a layer in changes it in place, so that everything that knows it knows its new parameters.
     """
@@ -57,7 +57,7 @@ class UserFrozen:
         self._layers, self._backend = layers, backend
         self._names = {p: name for name, p in model.named_parameters()}
         self._order = {p: place for place, p in enumerate(self._names)}
-        self._taken: dict[str, dict[Parameter, int]] = {}  # by layer: parameter -> its group
+        self._adopted: dict[str, dict[Parameter, int]] = {}  # by layer: parameter -> its group
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -65,9 +65,9 @@ class UserFrozen:
         return (*(layer.name for layer in self._layers if is_user_frozen(layer)), *self._backend.user_frozen_entries)
 
     @property
-    def taken(self) -> tuple[str, ...]:
-        """The layers that were taken in, in the order in which that happened."""
-        return tuple(self._taken)
+    def adopted(self) -> tuple[str, ...]:
+        """The layers that were adopted, in the order in which that happened."""
+        return tuple(self._adopted)
 
     def partly(self, names: Collection[str]) -> dict[str, list[str]]:
         """Of these layers those of which the user froze a part, with the names of that part."""
@@ -85,7 +85,7 @@ class UserFrozen:
                 f"trainable at the start and call freeze({sorted(names)}) before the first step, then thaw works at any time"
             )
 
-    def take_in(self, names: Iterable[str], groups: Mapping[str, int] | None = None) -> None:
+    def adopt(self, names: Iterable[str], groups: Mapping[str, int] | None = None) -> None:
         """Make these layers ordinary ones, all of whose new parameters are frozen. Changes nothing in the engine.
 
         groups: of some parameters, by name, where that is known (a checkpoint).
@@ -105,14 +105,14 @@ class UserFrozen:
             self._backend.check_adopt(own, self._names)
         for layer, own in chosen.items():
             self._backend.adopt(own, self._order)
-            self._taken[layer.name] = own
+            self._adopted[layer.name] = own
             self._set(layer, own, taken=True)
 
-    def give_back(self, names: Collection[str]) -> None:
-        """The inverse of `take_in`, for layers that are frozen: they are the user's again."""
+    def disown(self, names: Collection[str]) -> None:
+        """The inverse of `adopt`, for layers that are frozen: they are the user's again."""
         for layer in self._layers:
-            if layer.name in names and layer.name in self._taken:
-                own = self._taken.pop(layer.name)
+            if layer.name in names and layer.name in self._adopted:
+                own = self._adopted.pop(layer.name)
                 self._backend.disown(own)
                 self._set(layer, own, taken=False)
 
@@ -120,9 +120,9 @@ class UserFrozen:
         """JSON-able.
 
         left: the names that are left; held: those of them whose weights the optimizer holds all the same. taken: the groups of the
-        parameters that were taken in. groups, members: how many groups there are, and a digest of each one's parameters.
+        parameters that were adopted. groups, members: how many groups there are, and a digest of each one's parameters.
         """
-        taken = {name: {self._names[p]: index for p, index in own.items()} for name, own in self._taken.items()}
+        taken = {name: {self._names[p]: index for p, index in own.items()} for name, own in self._adopted.items()}
         left = self.names
         held = [x.name for x in self._layers if x.name in left and any(self._backend.given_group(p) is not None for p in x.user_frozen)]
         members = self._members(left)
@@ -133,7 +133,7 @@ class UserFrozen:
 
         ours: the layers that the user had frozen there and not here.
         """
-        held_there = set(state["held"]).intersection(ours).difference(self._taken)
+        held_there = set(state["held"]).intersection(ours).difference(self._adopted)
         if self._members(state["left"]) != state["members"] or held_there:
             then = [*state["left"], *state["taken"]]
             raise ValueError(
