@@ -1,1 +1,1 @@
-"""What `smartfrz bench` offers, usable from Python: real engines, measured."""
+"""The benchmarks of `smartfrz bench`, also usable from Python. They measure real engines."""

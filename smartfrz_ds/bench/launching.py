@@ -1,4 +1,4 @@
-"""One launch of a bench's worker on ranks of this host: a case, its settings, and the JSON file that its rank 0 writes."""
+"""Launches a benchmark's worker on ranks of this host: one case with its settings, whose rank 0 writes a JSON file."""
 
 from __future__ import annotations
 
@@ -28,10 +28,24 @@ def run_cases(
     unit: str,
     environment: Mapping[str, str] | None = None,
 ) -> list[Settings]:
-    """Run `python -m module CASE FILE SETTINGS` under the deepspeed launcher for each case. What was measured with the same settings is
-    kept. Returns the cases' JSON.
+    """Run a worker with the deepspeed launcher for each case: `python -m MODULE CASE FILE SETTINGS`.
 
-    RuntimeError with the end of its output where a run fails.
+    A case that was already measured with the same settings is not run again.
+
+    Args:
+        module: The worker's module.
+        cases: Names of the cases.
+        out: Folder of the results, one JSON file per case.
+        settings: JSON-serializable settings, passed to every case.
+        ranks: Returns the number of ranks for a case.
+        unit: Name of a case in the progress bar.
+        environment: Additional environment variables.
+
+    Returns:
+        The content of the JSON files.
+
+    Raises:
+        RuntimeError: A run failed; the message has the end of its output.
     """
     out.mkdir(parents=True, exist_ok=True)
     results = []
@@ -44,8 +58,12 @@ def run_cases(
 
 
 def worker_main(measure: Callable[[str, Settings], Settings]) -> None:
-    """What a worker does: measure its case, on every rank; rank 0 writes the file, in one piece."""
-    import deepspeed  # here: the process that launches does without
+    """Measure this worker's case on every rank; rank 0 writes the result atomically.
+
+    Args:
+        measure: Receives the case and the settings and returns a JSON-serializable result.
+    """
+    import deepspeed  # here: the launching process does not need it
     import torch.distributed as dist
     from deepspeed.utils import logger
 
@@ -77,7 +95,7 @@ def _launch(module: str, name: str, file: Path, settings: Settings, ranks: int, 
     command += ["--module", module, name, str(file), json.dumps(settings)]
     every = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | dict(environment)
     run = subprocess.run(command, env=every, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    # DeepSpeed's CPU communication op leaves 69 MB a rank in shared memory (ops/csrc cpu/comm/shm.cpp) under the port's name.
+    # DeepSpeed's CPU communication op leaves 69 MB per rank in shared memory (ops/csrc cpu/comm/shm.cpp) under the port's name.
     for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
         left.unlink(missing_ok=True)
     if run.returncode or not file.exists():

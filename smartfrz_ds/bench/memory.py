@@ -1,7 +1,7 @@
-"""Resident memory of this process, as Linux counts it.
+"""Resident memory of this process, as counted by Linux.
 
-Set MALLOC_MMAP_THRESHOLD_ (glibc) to about a megabyte before the process starts: then every larger tensor is mapped on its own, and what
-is freed leaves the process at once.
+Set MALLOC_MMAP_THRESHOLD_ (glibc) to about a megabyte before the process starts: every larger tensor then has its own mapping, and freed
+memory leaves the process immediately.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ MMAP_THRESHOLD = 2**20
 
 
 def resident_bytes(*, peak: bool = False) -> int:
-    """Bytes of resident memory now, or at their peak since `reset_peak`. Linux only (/proc)."""
+    """Current resident memory in bytes, or its peak since `reset_peak`. Linux only (/proc)."""
     key = "VmHWM:" if peak else "VmRSS:"
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
     return int(line.split()[1]) * 1024
 
 
 def reset_peak() -> None:
-    """Let the peak start again at what is resident now."""
+    """Reset the peak to the current resident memory."""
     Path("/proc/self/clear_refs").write_text("5")

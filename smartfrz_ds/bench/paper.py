@@ -1,6 +1,6 @@
-"""The pause of a freeze on a cluster that is not at hand: the table of docs/cost-of-a-freeze.md, from the layouts themselves.
+"""Computes the pause of a freeze on a large cluster from the layouts alone: the table of docs/cost-of-a-freeze.md.
 
-`python -m smartfrz_ds.bench.paper docs/cost-of-a-freeze.md` writes it anew. The tensors are on torch's meta device: only shapes exist.
+`python -m smartfrz_ds.bench.paper docs/cost-of-a-freeze.md` updates it. The tensors are on torch's meta device and have only shapes.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from smartfrz_ds.backends.deepspeed.partition import STAGING_BYTES, FlatLayout
 BEGIN = "<!-- table: begin (made by smartfrz_ds/bench/paper.py) -->"
 END = "<!-- table: end -->"
 RANKS = 64
-# 200 Gbit/s a rank, a device memory of 1.5 TB/s, PCIe 4 x16, 50 microseconds an exchange.
+# 200 Gbit/s per rank, device memory with 1.5 TB/s, PCIe 4 x16, 50 microseconds per exchange.
 CLUSTER = Bandwidths(network=25e9, memory=1.5e12, host_link=25e9, latency=50e-6)
-STATE = (4, 4, 4)  # bytes an element: fp32 master, exp_avg, exp_avg_sq
+STATE = (4, 4, 4)  # bytes per element: fp32 master, exp_avg, exp_avg_sq
 WEIGHT = 2  # bf16
 
 
 def llama_7b() -> list[list[Parameter]]:
-    """The shapes of a Llama of 6.74 billion weights: embeddings, 32 blocks, norm and head."""
+    """The parameters of a Llama with 6.74 billion weights, per layer: embeddings, 32 blocks, norm and head."""
     hidden, inner, vocabulary = 4096, 11008, 32000
     block: list[tuple[int, ...]] = [(hidden, hidden)] * 4 + [(inner, hidden)] * 2 + [(hidden, inner)] + [(hidden,)] * 2
     layers: list[list[tuple[int, ...]]] = [[(vocabulary, hidden)], *[block] * 32, [(hidden,), (vocabulary, hidden)]]
@@ -35,7 +35,14 @@ def llama_7b() -> list[list[Parameter]]:
 
 
 def cost_of(layers: Sequence[Sequence[Parameter]], frozen: int, more: int, ranks: int = RANKS) -> Cost:
-    """ZeRO-1/2: `more` front layers freeze on top of `frozen` ones, in one parameter group."""
+    """The cost of a freeze under ZeRO-1/2, with one parameter group.
+
+    Args:
+        layers: The parameters of each layer, front to back.
+        frozen: Number of layers at the front that are already frozen.
+        more: Number of following layers that freeze now.
+        ranks: Number of ranks.
+    """
 
     def layout(first: int) -> FlatLayout:
         return FlatLayout(tuple(p for layer in layers[first:] for p in layer), ranks, alignment=2 * ranks)
@@ -45,7 +52,7 @@ def cost_of(layers: Sequence[Sequence[Parameter]], frozen: int, more: int, ranks
 
 
 def table() -> str:
-    """One row a freeze: what moves, and the pause."""
+    """Make the table: one row per freeze, with the moved bytes and the pause."""
     layers = llama_7b()
     lines = [
         "| freeze of | moved, GB | busiest link at least, GB | exchanges | one after the other, GB | pause, s (all links at once) |",
@@ -65,7 +72,7 @@ def table() -> str:
 
 
 def _at_best(cost: Cost) -> Cost:
-    """The cost if no exchange waited for another, and what is sent was staged in each of them at once."""
+    """The cost if all exchanges ran at the same time, each with its own staging buffer."""
     waits = cost.busiest_bytes - cost.least_busiest_bytes
     exchanges = len(STATE) * -(-cost.least_busiest_bytes // len(STATE) // STAGING_BYTES)
     return dataclasses.replace(
@@ -78,7 +85,11 @@ def _at_best(cost: Cost) -> Cost:
 
 
 def updated(text: str) -> str:
-    """`text` with the table between the marks made anew. ValueError where the marks are missing."""
+    """Replace the table between the marks in `text`.
+
+    Raises:
+        ValueError: The marks are missing.
+    """
     if BEGIN not in text or END not in text:
         raise ValueError(f"the marks {BEGIN!r} and {END!r} are missing")
     head, rest = text.split(BEGIN, 1)

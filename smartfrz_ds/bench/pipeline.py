@@ -1,9 +1,10 @@
-"""`smartfrz bench pipeline`: what a frozen front saves in a pipeline, with the stages as they are and after layers have moved.
+"""`smartfrz bench pipeline`: what a frozen prefix saves in a pipeline, with unchanged stages and after rebalancing.
 
-Each case is one launch (pipeline_worker.py), which trains four copies of a net side by side and alternates their steps: nothing frozen,
-cut as DeepSpeed cuts it; nothing frozen, with the best cut for that; the front frozen; the front frozen and layers moved. So a busy machine
-hits all alike; ratios are to be trusted, milliseconds are not. Layers that sleep instead of computing are the fair ones where ranks
-outnumber cores. The prediction is the planner's, with the layers' costs as the unfrozen copy has measured them in the same steps.
+Each case is one launch (pipeline_worker.py) that trains four copies of a network side by side and alternates their steps: nothing frozen
+with DeepSpeed's partition; nothing frozen with the best partition; a frozen prefix; a frozen prefix with rebalanced layers. A busy machine
+thus affects all copies alike: ratios are reliable, milliseconds are not. Layers that sleep instead of computing give a fair comparison
+where there are more ranks than cores. The planner makes the prediction, from the layer costs that the unfrozen copy measures in the same
+steps.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ FRACTIONS = (0.25, 0.5, 0.75)
 
 
 class Case(NamedTuple):
-    """net: what the layers are; stages: of the pipeline, one rank each."""
+    """A benchmark case.
+
+    Attributes:
+        net: "sleep": layers that sleep for a known time; "gpt": a GPT.
+        stages: Number of pipeline stages, one rank each.
+    """
 
     net: Literal["sleep", "gpt"]
     stages: int
@@ -42,17 +48,25 @@ def bench_pipeline(
     length: int = 128,
     rows: int = 2,
 ) -> str:
-    """Measure these cases and return tables (Markdown), which also go to `out`/pipeline.md.
+    """Measure cases and make tables, which are also written to `out`/pipeline.md.
 
-    cases: keys of `CASES`. out: a folder for one JSON a case; one that is there with the same settings is not measured again.
-    rounds: timed steps of each copy, >= 1. nap: seconds that a sleeping layer takes for its forward, and for each of its two gradients,
-        > 0. micro_batches: of a step, >= 1.
-    blocks, width, length, rows: of the GPT: blocks (>= 4, a multiple of 4), their width (a multiple of 4), tokens of a text, texts of a
-        micro-batch.
+    Args:
+        cases: Keys of `CASES`.
+        out: Folder with one JSON file per case. A case that was already measured with the same settings is not measured again.
+        rounds: Timed steps per copy, >= 1.
+        nap: Seconds that a sleeping layer takes for its forward and for each of its two gradients, > 0.
+        micro_batches: Micro-batches per step, >= 1.
+        blocks: Number of blocks of the GPT, >= 4, a multiple of 4.
+        width: Width of the GPT, a multiple of 4.
+        length: Tokens per sequence of the GPT.
+        rows: Sequences per micro-batch of the GPT.
+
+    Returns:
+        The tables as Markdown.
 
     Raises:
-        ValueError: an unknown case, a number out of range.
-        RuntimeError: a case's run failed; the message carries the end of its output. What was measured stays.
+        ValueError: An unknown case, or a number out of range.
+        RuntimeError: A case's run failed; the message has the end of its output. Earlier results are kept.
     """
     chosen = list(cases)
     unknown = [name for name in chosen if name not in CASES]
@@ -79,12 +93,17 @@ def bench_pipeline(
     return text
 
 
-# --- what the numbers say --------------------------------------------------------------------------------------------------------
+# --- tables --------------------------------------------------------------------------------------------------------------------------
 
 
 class Ratio(NamedTuple):
-    """How many times faster a step is than the unfrozen one. measured: the median over the rounds, in each of which the copies take turns,
-    so that what disturbs one disturbs the next; fastest: fastest step over fastest step; predicted: by the planner."""
+    """Speed-up of a step over the unfrozen one.
+
+    Attributes:
+        measured: Median over the rounds, in each of which the copies take turns, so that a disturbance affects all of them.
+        fastest: Fastest unfrozen step over fastest step.
+        predicted: The planner's prediction.
+    """
 
     measured: float
     fastest: float
@@ -92,12 +111,18 @@ class Ratio(NamedTuple):
 
     @property
     def reached(self) -> float:
-        """Share of the predicted speed-up that was reached."""
+        """Measured speed-up over predicted speed-up."""
         return self.measured / self.predicted
 
 
 def ratio(part: Settings, kind: str, base: str = "unfrozen") -> Ratio:
-    """part: one entry of a result's "fractions"."""
+    """Compute the speed-up of one kind of copy over another.
+
+    Args:
+        part: One entry of a result's "fractions".
+        kind: One of `KINDS`.
+        base: The kind to compare with.
+    """
     seconds, predicted = part["seconds"], part["predicted"]
     return Ratio(
         median(a / b for a, b in zip(seconds[base], seconds[kind], strict=True)),
@@ -107,13 +132,13 @@ def ratio(part: Settings, kind: str, base: str = "unfrozen") -> Ratio:
 
 
 def tables(results: Sequence[Settings]) -> str:
-    """The tables of these results, as Markdown."""
+    """Make the tables of these results, as Markdown."""
     lines = [
-        "How many times faster a step is than with nothing frozen in the cut that DeepSpeed makes (uniform): measured (median over the",
-        "rounds; in brackets fastest over fastest step) / predicted. Reached: measured ÷ predicted. Best cut: nothing frozen, but with the",
-        "best cut for that; what is gained beyond it is due to freezing.",
+        "Speed-up of a step over the unfrozen one with DeepSpeed's uniform partition: measured (median over the rounds; in parentheses:",
+        "fastest over fastest step) / predicted. Reached: measured ÷ predicted. Best cut: nothing frozen, with the best partition; any",
+        "further gain is due to freezing.",
         "",
-        "| case | frozen | best cut, nothing frozen | pruned | pruned + re-balanced | reached | layers of the stages |",
+        "| case | frozen | best cut, nothing frozen | pruned | pruned + rebalanced | reached | layers of the stages |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in results:
@@ -126,8 +151,8 @@ def tables(results: Sequence[Settings]) -> str:
             )
     lines += [
         "",
-        "Bytes, by rank. Between stages: what a rank sends in a step, activations (to the next stage) and gradients (to the one before).",
-        "Moved: what crossed ranks when layers moved for this share, and how long that stood still.",
+        "Bytes, by rank. Between stages: sent by a rank per step, activations to the next stage and gradients to the previous one.",
+        "Moved: bytes sent between ranks when layers moved for this fraction, and the pause.",
         "",
         "| case | frozen | MB of activations | MB of gradients | optimizer, MB | moved |",
         "|---|---|---|---|---|---|",
@@ -135,11 +160,11 @@ def tables(results: Sequence[Settings]) -> str:
     for r in results:
         lines.append(f"| {r['case']} | nothing | {_bytes(r['holds']['unfrozen'])} | |")
         for part in r["fractions"]:
-            for kind, name in (("pruned", ""), ("rebalanced", ", re-balanced")):
+            for kind, name in (("pruned", ""), ("rebalanced", ", rebalanced")):
                 moves = part["rebalance"]["moves"] if kind == "rebalanced" else []
                 moved = ", ".join(f"{m['bytes'] / 1e6:.3g} MB in {m['seconds']:.2f} s" for m in moves)
                 lines.append(f"| {r['case']} | {part['fraction']:.0%}{name} | {_bytes(part['holds'][kind])} | {moved} |")
-    lines += ["", "Step times behind the first table: the fastest, in ms (measured / simulated), of each case's copies.", ""]
+    lines += ["", "Step times for the first table: the fastest of each copy, in ms (measured / simulated).", ""]
     lines += ["| case | frozen | " + " | ".join(KINDS) + " |", "|---|---|" + "---|" * len(KINDS)]
     for r in results:
         for part in r["fractions"]:

@@ -1,4 +1,4 @@
-"""The two pipelines of `smartfrz bench pipeline`: layers that sleep for a known time, and a GPT."""
+"""The two networks of `smartfrz bench pipeline`: layers that sleep for a known time, and a GPT."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from smartfrz_ds.bench.policies.nets import TransformerBlock
 
-WIDTH = 4  # of what the sleeping layers hand on
+WIDTH = 4  # of the sleeping layers' outputs
 VOCABULARY = 256
 SLEEPERS = 16
 
 
 class Nap(torch.autograd.Function):
-    """x · weight, which takes the time that it is told: once for forward, once for each gradient that it computes."""
+    """Computes x · weight and sleeps: once in the forward, and once for each gradient that it computes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, seconds: float) -> Tensor:
@@ -34,7 +34,11 @@ class Nap(torch.autograd.Function):
 
 
 class Sleeper(nn.Module):
-    """(batch, WIDTH) to the same. seconds: of forward, of the gradient of the input, of the gradient of the weight, >= 0."""
+    """A layer from (batch, WIDTH) to (batch, WIDTH) that takes a known time.
+
+    Args:
+        seconds: For the forward, for the gradient of the input and for the gradient of the weight, each >= 0.
+    """
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -46,7 +50,11 @@ class Sleeper(nn.Module):
 
 
 def sleepers(nap: float) -> list[LayerSpec]:
-    """16 layers, of which the first two and the last take no time: as embeddings, and a small head, do."""
+    """Make 16 sleeping layers. The first two and the last take no time, like embeddings and a small head.
+
+    Args:
+        nap: Seconds, as in `Sleeper`.
+    """
     return [LayerSpec(Sleeper, nap if 2 <= i < SLEEPERS - 1 else 0.0) for i in range(SLEEPERS)]
 
 
@@ -73,6 +81,12 @@ class Head(nn.Module):
 
 
 def gpt(blocks: int, width: int, length: int) -> list[LayerSpec]:
-    """Embeddings, `blocks` blocks, norm and head: blocks + 2 entries. width: a multiple of 4."""
+    """Make a GPT as `blocks` + 2 pipeline layers: embeddings, blocks, and norm with head.
+
+    Args:
+        blocks: Number of blocks.
+        width: Width, a multiple of 4.
+        length: Tokens per sequence.
+    """
     middle = [LayerSpec(TransformerBlock, width, causal=True) for _ in range(blocks)]
     return [LayerSpec(Embedding, width, length), *middle, LayerSpec(Head, width)]

@@ -1,4 +1,4 @@
-"""One case of `smartfrz bench pipeline`, on every rank. Launched by pipeline.py with the deepspeed launcher: CASE FILE SETTINGS."""
+"""Measures one case of `smartfrz bench pipeline`, on every rank. Arguments: CASE FILE SETTINGS, passed by pipeline.py."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from .launching import Settings, worker_main
 from .pipeline import CASES, FRACTIONS, KINDS
 from .pipeline_nets import VOCABULARY, WIDTH, gpt, sleepers
 
-WARM_UP = 3  # steps after each change of a layout: the first one sends shapes and is not timed by the clock
+WARM_UP = 3  # steps after each change of the layout: the first one also sends shapes and is not timed
 
 
 class SentBytes:
-    """Counts what this rank sends to other stages: bytes of activations and of gradients since the last `take`.
+    """Counts the bytes of activations and gradients that this rank sends to other stages.
 
-    Make it before the engines. An engine that is to be counted is given to `watch`.
+    Must be created before the engines; `watch` adds an engine.
     """
 
     def __init__(self) -> None:
@@ -45,6 +45,7 @@ class SentBytes:
         dist.send = counting  # deepspeed/comm/torch.py looks it up there at each call
 
     def watch(self, engine: Any) -> None:
+        """Count what this engine sends."""
         wrap_instruction(engine, schedule.SendActivation, functools.partial(self._in_phase, "activations"))
         wrap_instruction(engine, schedule.SendGrad, functools.partial(self._in_phase, "gradients"))
 
@@ -59,13 +60,14 @@ class SentBytes:
         return run
 
     def take(self) -> dict[str, int]:
+        """Return the bytes since the last call and reset the counts."""
         taken = {phase: self._bytes[phase] for phase in ("activations", "gradients")}
         self._bytes.clear()
         return taken
 
 
-class Run:
-    """One of the engines side by side: a freezing PipelineEngine (fp32, ZeRO 0, no clipping), and steps of it that are timed."""
+class TimedPipeline:
+    """One of the engines side by side: a freezing PipelineEngine (fp32, ZeRO 0, no clipping) whose steps are timed."""
 
     def __init__(self, case: str, settings: Settings, sent: SentBytes) -> None:
         self.sent = sent
@@ -95,10 +97,11 @@ class Run:
 
     @property
     def bounds(self) -> list[int]:
+        """The current stage bounds."""
         return [int(bound) for bound in self.engine.module.parts]
 
     def step(self) -> float:
-        """Seconds of the slowest rank."""
+        """Run one step and return the seconds of the slowest rank."""
         dist.barrier()
         began = time.perf_counter()
         self.engine.train_batch(iter(self.batches))
@@ -107,11 +110,12 @@ class Run:
         return float(taken)
 
     def warm_up(self, steps: int = WARM_UP) -> None:
+        """Run some steps without using their times."""
         for _ in range(steps):
             self.step()
 
     def rebalance(self) -> dict[str, Any]:
-        """Let the costs of the last steps decide, and move. What that took."""
+        """Rebalance by the costs of the last steps. Returns the new bounds, and seconds, bytes and gain of each move."""
         before = len(self.engine.smartfrz.report().events)
         self.engine.smartfrz.rebalance()
         events = self.engine.smartfrz.report().events[before:]
@@ -120,13 +124,13 @@ class Run:
         return {"bounds": self.bounds, "moves": moved}
 
     def costs(self) -> list[LayerCost]:
-        """Of each layer, as measured in the steps since the last change of the layout."""
+        """The cost of each layer, measured since the last change of the layout."""
         costs = self.engine.smartfrz._moves.rebalancer.costs()
         assert costs is not None
         return list(costs)
 
     def holds(self) -> dict[str, Any]:
-        """Of each rank: bytes sent in a step, bytes of the optimizer."""
+        """For each rank: bytes sent in a step, and bytes of optimizer state."""
         self.sent.take()
         self.step()
         mine = self.sent.take() | {"optimizer": self.engine.smartfrz.report().optimizer_bytes}
@@ -140,13 +144,14 @@ def _loss(output: Tensor, y: Tensor) -> Tensor:
 
 
 def measure(case: str, settings: Settings) -> dict[str, Any]:
+    """Measure a case with all kinds of copies. Collective."""
     sent = SentBytes()
-    runs = {kind: Run(case, settings, sent) for kind in KINDS}
+    runs = {kind: TimedPipeline(case, settings, sent) for kind in KINDS}
     start = runs["unfrozen"].bounds
     result: dict[str, Any] = {"case": case, "settings": settings, "ranks": dist.get_world_size(), "start": start}
     result["balanced"] = runs["balanced"].rebalance()["bounds"]
     result["holds"] = {"unfrozen": runs["unfrozen"].holds()}
-    names = runs["unfrozen"].engine.smartfrz.layers  # one for each entry of the list
+    names = runs["unfrozen"].engine.smartfrz.layers  # one per entry of the layer list
     first = 1 if CASES[case].net == "gpt" else 0  # the embeddings freeze with the first block
     layers = len(names) - 2 * first
     result["layers"], result["fractions"] = layers, []
@@ -158,10 +163,10 @@ def measure(case: str, settings: Settings) -> dict[str, Any]:
         move = runs["rebalanced"].rebalance()
         seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
         for turn in range(settings["rounds"]):
-            for shift in range(len(KINDS)):  # another one first each time
+            for shift in range(len(KINDS)):  # the order rotates
                 kind = KINDS[(turn + shift) % len(KINDS)]
                 seconds[kind].append(runs[kind].step())
-        # The unfrozen engine's, of the steps that have just been timed: what could be known before the freeze.
+        # Measured by the unfrozen engine in the same steps: what could be known before the freeze.
         costs = runs["unfrozen"].costs()
         bounds = {"unfrozen": start, "balanced": result["balanced"], "pruned": start, "rebalanced": move["bounds"]}
         still = {"unfrozen": 0, "balanced": 0, "pruned": frozen, "rebalanced": frozen}

@@ -1,4 +1,4 @@
-"""Counts the bytes that a run really hands to torch.distributed."""
+"""Counts the bytes that a run passes to torch.distributed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# What holds the data that a rank contributes: the argument's place and name in torch.distributed.
+# The argument with the data that a rank contributes: its position and name in torch.distributed.
 _INPUT = {
     "all_reduce": (0, "tensor"),
     "reduce": (0, "tensor"),
@@ -22,7 +22,7 @@ _INPUT = {
     "all_to_all_single": (1, "input"),
     "gather": (0, "tensor"),
 }
-# For a gather of weights it is what arrives that grows with the model: the output counts.
+# For a gather of weights the output counts, as it grows with the model.
 _OUTPUT = {
     "all_gather": (0, "tensor_list"),
     "all_gather_into_tensor": (0, "output_tensor"),
@@ -31,10 +31,12 @@ _OUTPUT = {
 
 
 class CollectiveBytes:
-    """Wraps the collectives of torch.distributed and adds up the bytes that this rank hands to each (for an all-gather: receives).
+    """Wraps the collectives of torch.distributed and sums the bytes that this rank passes to each (for an all-gather: receives).
 
-    Make it before `deepspeed.init_distributed`: DeepSpeed's backend keeps some of the functions that it finds then.
-    `bytes` maps a collective's name to bytes since the last `take`.
+    Must be created before `deepspeed.init_distributed`: DeepSpeed's backend then keeps references to some of the functions.
+
+    Attributes:
+        bytes: Maps a collective's name to the bytes since the last `take`.
     """
 
     def __init__(self) -> None:
@@ -47,7 +49,7 @@ class CollectiveBytes:
     def _counting(self, name: str, place: int, keyword: str, call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
         def counting(*args: Any, **kwargs: Any) -> Any:
-            if self._inside:  # a collective made of another one counts once
+            if self._inside:  # a collective that calls another one counts once
                 return call(*args, **kwargs)
             value = args[place] if len(args) > place else kwargs[keyword]
             tensors = [value] if isinstance(value, torch.Tensor) else value or ()  # gather: None on all ranks but one
@@ -61,14 +63,14 @@ class CollectiveBytes:
         return counting
 
     def take(self) -> dict[str, int]:
-        """The bytes of each collective since the last call; starts again at zero."""
+        """Return the bytes of each collective since the last call and reset the counts."""
         taken = {name: count for name, count in self.bytes.items() if count}
         self.bytes.clear()
         return taken
 
     @contextmanager
     def counted(self) -> Iterator[Counter[str]]:
-        """What the block moves, filled in when it ends."""
+        """Count the bytes of the block; the counter is filled when the block ends."""
         self.take()
         seen: Counter[str] = Counter()
         yield seen

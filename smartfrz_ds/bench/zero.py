@@ -1,9 +1,8 @@
-"""`smartfrz bench zero`: what freezing half of a model saves on each ZeRO engine, beside what it could save and beside naive freezing.
+"""`smartfrz bench zero`: what freezing half of a model saves on each ZeRO engine, compared with the ideal and with naive freezing.
 
-Each engine is one launch of two ranks (zero_worker.py), which trains four copies of a net side by side and alternates their steps: one
-with nothing frozen, one frozen in mid-training with requires_grad_(False), one by this package, and one whose half was frozen before
-DeepSpeed built its engine ("fresh": what DeepSpeed itself makes of a half-frozen model). So a busy machine hits all alike; ratios are to
-be trusted, milliseconds are not.
+Each engine is one launch of two ranks (zero_worker.py) that trains four copies of a network side by side and alternates their steps:
+nothing frozen; half frozen during training with requires_grad_(False) ("naive"); half frozen by this package ("ours"); half frozen before
+DeepSpeed created its engine ("fresh"). A busy machine thus affects all copies alike: ratios are reliable, milliseconds are not.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ KINDS = ("unfrozen", "naive", "ours", "fresh")
 _COUNTED = ("unfrozen", "naive", "ours")
 
 _BF16: Settings = {"bf16": {"enabled": True}}
-# What a model larger than the limits sees: every layer is let go after its use and gathered again for backward.
+# As for a model larger than the limits: every layer is released after its use and gathered again for backward.
 _TIGHT: Settings = {
     "stage3_max_live_parameters": 0,
     "stage3_max_reuse_distance": 0,
@@ -57,29 +56,37 @@ ENGINES: dict[str, Settings] = {
 
 
 def engines_of(stages: Collection[int]) -> list[str]:
-    """The names of the engines of these ZeRO stages.
+    """Names of the engines of these ZeRO stages.
 
     Raises:
-        ValueError: a stage that is none.
+        ValueError: A number is not a ZeRO stage.
     """
     wrong = [s for s in stages if s not in (0, 1, 2, 3)]
     if wrong or not stages:
-        raise ValueError(f"--stages: got {list(stages)}; allowed: some of 0, 1, 2, 3")
+        raise ValueError(f"--stages: got {list(stages)}; allowed: 0, 1, 2, 3")
     return [name for name, config in ENGINES.items() if config["zero_optimization"]["stage"] in stages]
 
 
 def bench_zero(
     engines: Iterable[str], out: Path, *, params: float = 38.0, rounds: int = 5, steps: int = 3, batch: int = 32, ranks: int = 2
 ) -> str:
-    """Measure these engines and return tables (Markdown), which also go to `out`/zero.md.
+    """Measure engines and make tables, which are also written to `out`/zero.md.
 
-    engines: keys of `ENGINES`. out: a folder for one JSON an engine; one that is there with the same settings is not measured again.
-    params: size of the net, in millions, > 0. rounds: >= 1, medians are over them. steps: timed steps a round and copy, >= 1.
-    batch: rows a rank, >= 1. ranks: >= 2.
+    Args:
+        engines: Keys of `ENGINES`.
+        out: Folder with one JSON file per engine. An engine that was already measured with the same settings is not measured again.
+        params: Size of the network in millions of weights, >= 0.01.
+        rounds: Number of rounds, >= 1; results are medians over them.
+        steps: Timed steps per round and copy, >= 1.
+        batch: Rows per rank, >= 1.
+        ranks: Number of ranks, >= 2.
+
+    Returns:
+        The tables as Markdown.
 
     Raises:
-        ValueError: an unknown engine, a number out of range.
-        RuntimeError: an engine's run failed; the message carries the end of its output. What was measured stays.
+        ValueError: An unknown engine, or a number out of range.
+        RuntimeError: An engine's run failed; the message has the end of its output. Earlier results are kept.
     """
     chosen = list(engines)
     unknown = [name for name in chosen if name not in ENGINES]
@@ -103,23 +110,26 @@ def bench_zero(
     return text
 
 
-# --- what the numbers say --------------------------------------------------------------------------------------------------------
+# --- tables --------------------------------------------------------------------------------------------------------------------------
 
 
 def ideal_seconds(unfrozen: list[float], share: float) -> float:
-    """A step in which the frozen share of backward and optimizer step, their communication included, costs nothing.
+    """Seconds of a step if the frozen share of backward and optimizer step, their communication included, cost nothing.
 
-    unfrozen: measured seconds of forward, backward, step. share: frozen share of the weights, in [0, 1].
+    Args:
+        unfrozen: Measured seconds of forward, backward and step.
+        share: Frozen share of the weights, in [0, 1].
     """
     forward, backward, step = unfrozen
     return forward + (1 - share) * (backward + step)
 
 
 def summary(result: Settings) -> dict[str, float]:
-    """Medians over the rounds of one engine's JSON, as ratios of the unfrozen step of the same round; `step_ms` of that step itself.
+    """Summarize one engine's result: medians over the rounds, as ratios to the unfrozen step of the same round.
 
-    fresh: our step over that of an engine built with the same half frozen. achieved_quiet, fresh_quiet: as achieved and fresh, each phase
-    being the fastest of all rounds: what a quiet machine would show.
+    Returns:
+        Among others `step_ms`, the unfrozen step itself; `fresh`, our step over that of an engine created with the same half frozen;
+        `achieved_quiet` and `fresh_quiet`, computed from the fastest time of each phase over all rounds, as on an idle machine.
     """
     share, rounds = result["share"], result["rounds"]
 
@@ -145,13 +155,13 @@ def summary(result: Settings) -> dict[str, float]:
 
 
 def tables(results: list[Settings]) -> str:
-    """The tables of these results, as Markdown."""
+    """Make the tables of these results, as Markdown."""
     lines = [
         "Step time (phases: forward, backward, step). Ratios are to the unfrozen step of the same round, medians over the rounds.",
-        "Ideal: forward + the active share of backward and step, as measured unfrozen. Achieved ÷ ideal: ideal time over ours (1 = all",
-        "that could be saved).",
-        "Ours ÷ fresh: our step over that of an engine that DeepSpeed built with the same half frozen (1 = no overhead of ours).",
-        "Quiet: from the fastest of each phase in all rounds, which a busy machine disturbs least.",
+        "Ideal: forward + the active share of backward and step, as measured unfrozen. Achieved ÷ ideal: ideal time over ours (1: all",
+        "possible savings).",
+        "Ours ÷ fresh: our step over that of an engine that DeepSpeed created with the same half frozen (1: no overhead of ours).",
+        "Quiet: from the fastest time of each phase over all rounds, which a busy machine disturbs least.",
         "",
         "| engine | unfrozen, ms (phases) | naive | ours | ideal | achieved ÷ ideal (rounds), quiet | ours ÷ fresh, quiet |",
         "|---|---|---|---|---|---|---|",
@@ -167,8 +177,8 @@ def tables(results: list[Settings]) -> str:
         )
     lines += [
         "",
-        "Bytes. Per step: what one rank hands to collectives (of an all-gather: what arrives). Optimizer: live bytes on a rank, masters",
-        "included. Peak: rise of resident memory during the freeze, and what the contract allows. Predicted: before the freeze (pause.py).",
+        "Bytes. Per step: passed to collectives by one rank (all-gather: received). Optimizer: live bytes on a rank, master weights",
+        "included. Peak: rise of resident memory during the freeze, and the allowed rise. Predicted: before the freeze.",
         "",
         "| engine | MB per step: before, naive, ours | optimizer MB: before, naive, ours (released ÷ frozen share) | peak, MB (allowed) "
         "| freeze, ms (in steps; predicted ms) | MB moved (predicted) |",
@@ -188,9 +198,9 @@ def tables(results: list[Settings]) -> str:
     if third:
         lines += [
             "",
-            "ZeRO-3 by phase, MB per step before -> after the freeze, and resident memory that the freeze gave back on a rank.",
+            "ZeRO-3 by phase, MB per step before -> after the freeze, and resident memory that the freeze released on a rank.",
             "",
-            "| engine | gathered, forward | gathered, backward | reduced, backward | gathered, step | resident MB given back |",
+            "| engine | gathered, forward | gathered, backward | reduced, backward | gathered, step | resident MB released |",
             "|---|---|---|---|---|---|",
         ]
         for r in third:
@@ -201,7 +211,7 @@ def tables(results: list[Settings]) -> str:
                 _arrow(r, "step", "gather"),
             ]
             lines.append(f"| {r['engine']} | {' | '.join(cells)} | {r['freeze']['fall'] / 1e6:.1f} |")
-        lines += ["", "A snapshot of all layers, beside gathering the parameters, in the same run.", ""]
+        lines += ["", "A snapshot of all layers, compared with gathering the parameters in the same run.", ""]
         lines += ["| engine | snapshot: bytes, ms | gather: bytes, ms | snapshot ÷ gather: bytes, time |", "|---|---|---|---|"]
         for r in third:
             a, b = r["snapshot"], r["gather"]

@@ -1,4 +1,4 @@
-"""One engine of `smartfrz bench zero`, on every rank. Launched by zero.py with the deepspeed launcher: ENGINE FILE SETTINGS."""
+"""Measures one engine of `smartfrz bench zero`, on every rank. Arguments: ENGINE FILE SETTINGS, passed by zero.py."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ BLOCKS, FEATURES = 8, 64
 
 
 class Block(nn.Module):
+    """A residual MLP: (batch, width) to (batch, width)."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
@@ -36,9 +38,10 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Equal blocks that hold nearly all weights; layers: embeddings, blocks.0 .. blocks.7, head.
+    """Equal blocks that have nearly all weights. Layers: embeddings, blocks.0 .. blocks.7, head.
 
-    params: number of weights wanted, >= 10**4; 37.8 million at width 768.
+    Args:
+        params: Approximate number of weights, >= 10**4; 37.8 million at width 768.
     """
 
     def __init__(self, params: float) -> None:
@@ -56,8 +59,8 @@ class Net(nn.Module):
         return self.head(x)
 
 
-class Copy:
-    """One of the engines side by side: a net, its DeepSpeed engine, and steps of it that are timed and counted."""
+class TimedEngine:
+    """One of the engines side by side: a network and its DeepSpeed engine, whose steps are timed and whose bytes are counted."""
 
     def __init__(self, kind: str, config: Settings, settings: Settings, wire: CollectiveBytes) -> None:
         self.wire = wire
@@ -80,7 +83,7 @@ class Copy:
         self.y = torch.randint(0, FEATURES, (settings["batch"],), generator=generator)
 
     def step(self) -> tuple[list[float], dict[str, dict[str, int]]]:
-        """Seconds (of the slowest rank) and bytes (of this rank) of forward, backward and step."""
+        """Run one step. Returns seconds (slowest rank) and bytes (this rank) of forward, backward and step."""
         dist.barrier()
         counts = {}
         self.wire.take()
@@ -99,12 +102,12 @@ class Copy:
         return taken.tolist(), counts
 
     def warm_up(self, steps: int = 3) -> dict[str, dict[str, int]]:
-        """A few steps; the bytes of the last."""
+        """Run a few steps. Returns the bytes of the last."""
         return [self.step() for _ in range(steps)][-1][1]
 
 
-def first_freeze(ours: Copy, layers: list[str]) -> dict[str, Any]:
-    """Freeze for the first time and see what it does to memory, and what had been predicted."""
+def first_freeze(ours: TimedEngine, layers: list[str]) -> dict[str, Any]:
+    """Freeze for the first time. Returns its effect on memory, and the prediction."""
     controller, world = ours.engine.smartfrz, dist.get_world_size()
     predicted = controller.predict_pause(layers)
     gc.collect()
@@ -122,7 +125,7 @@ def first_freeze(ours: Copy, layers: list[str]) -> dict[str, Any]:
     return {
         "rise": int(seen[0]),
         "fall": int(seen[1]),
-        # one kept state tensor plus the low-precision copy (design.md: memory at a freeze)
+        # one kept state tensor plus the low-precision copy
         "allowed": active * 4 // max(1, world) + everything // (world if sharded else 1),
         "seconds": event.seconds,
         "moved_bytes": event.moved_bytes,
@@ -132,8 +135,8 @@ def first_freeze(ours: Copy, layers: list[str]) -> dict[str, Any]:
     }
 
 
-def snapshot_and_gather(ours: Copy) -> dict[str, Any]:
-    """Bytes and time of a snapshot and of gathering all parameters, alternating."""
+def snapshot_and_gather(ours: TimedEngine) -> dict[str, Any]:
+    """Measure bytes and time of a snapshot and of gathering all parameters, alternately."""
     snapshot: list[float] = []
     gather: list[float] = []
     out: dict[str, Any] = {}
@@ -153,14 +156,16 @@ def snapshot_and_gather(ours: Copy) -> dict[str, Any]:
 
 
 def freeze_naively(model: nn.Module) -> None:
+    """Freeze the first half with requires_grad_(False)."""
     assert isinstance(model, Net)
     for module in (model.inp, *model.blocks[: BLOCKS // 2]):
         module.requires_grad_(False)
 
 
 def measure(name: str, settings: Settings, wire: CollectiveBytes) -> dict[str, Any]:
+    """Measure an engine with all kinds of copies. Collective."""
     config = {k: v for k, v in ENGINES[name].items() if k != "smartfrz"}
-    ours = Copy("ours", ENGINES[name], settings, wire)
+    ours = TimedEngine("ours", ENGINES[name], settings, wire)
     controller = ours.engine.smartfrz
     layers = list(controller.layers[: 1 + BLOCKS // 2])
     result: dict[str, Any] = {"engine": name, "settings": settings, "bytes": {"unfrozen": ours.warm_up()}}
@@ -174,7 +179,7 @@ def measure(name: str, settings: Settings, wire: CollectiveBytes) -> dict[str, A
     )
     result["bytes"]["ours"] = ours.warm_up()
 
-    copies = {"ours": ours} | {kind: Copy(kind, config, settings, wire) for kind in KINDS if kind != "ours"}
+    copies = {"ours": ours} | {kind: TimedEngine(kind, config, settings, wire) for kind in KINDS if kind != "ours"}
     for kind in ("unfrozen", "naive", "fresh"):
         copies[kind].warm_up()
     freeze_naively(copies["naive"].model)
@@ -191,12 +196,12 @@ def measure(name: str, settings: Settings, wire: CollectiveBytes) -> dict[str, A
             ours.warm_up(1)
         times: dict[str, list[list[float]]] = {kind: [] for kind in KINDS}
         for turn in range(settings["steps"]):
-            for shift in range(len(KINDS)):  # another one first each time
+            for shift in range(len(KINDS)):  # the order rotates
                 kind = KINDS[(turn + shift) % len(KINDS)]
                 times[kind].append(copies[kind].step()[0])
-        # The least disturbed of each phase.
+        # The fastest time of each phase.
         result["rounds"].append({kind: [min(t[k] for t in seen) for k in range(3)] for kind, seen in times.items()} | {"freeze": seconds})
-    # Only now: attaching to the naive engine is the way to count its bytes alike. Controllers start on what is trainable.
+    # Attached only now, to count the naive engine's bytes in the same way. A controller requires that its layers are trainable.
     copies["naive"].model.requires_grad_(True)
     attached: Any = smartfrz_ds.attach(copies["naive"].engine, {"policy": "manual"})
     optimizer_bytes["naive"] = attached.smartfrz.report().optimizer_bytes

@@ -53,7 +53,7 @@ def test_tables_show_bytes_and_what_was_released() -> None:
 def test_stages_choose_engines() -> None:
     assert engines_of([1]) == ["z1-fp32", "z1-bf16opt"]
     assert engines_of([0, 1, 2, 3]) == list(ENGINES)
-    with pytest.raises(ValueError, match=r"--stages: got \[4\]; allowed: some of 0, 1, 2, 3"):
+    with pytest.raises(ValueError, match=r"--stages: got \[4\]; allowed: 0, 1, 2, 3"):
         engines_of([4])
 
 

@@ -16,7 +16,7 @@ from smartfrz_ds.planner import LayerCost, best_cut, simulate
 
 
 def result() -> dict[str, Any]:
-    """A case's JSON with one fraction: 4 s unfrozen, 2 s re-balanced, of which half was predicted otherwise."""
+    """A case's JSON with one fraction: 4 s unfrozen, 2 s rebalanced, of which half was predicted otherwise."""
     holds = {"activations": [3_000_000, 0], "gradients": [0, 3_000_000], "optimizer": [2_000_000, 1_000_000]}
     part = {
         "fraction": 0.5,
@@ -39,7 +39,7 @@ def test_ratios_are_medians_over_rounds_beside_those_of_the_fastest_steps() -> N
 def test_tables_show_speed_bytes_and_what_moved() -> None:
     text = tables([result()])
     assert "| 50% of 16 | 1.00x (1.00) / 1.00x | 1.25x (1.25) / 1.25x | 2.50x (2.00) / 2.50x | **1.00** | 8+8 -> 11+5 |" in text
-    assert "| sleep-pp2 | 50%, re-balanced | 3 + 0 | 0 + 0 | 2 + 1 | 4 MB in 0.25 s |" in text
+    assert "| sleep-pp2 | 50%, rebalanced | 3 + 0 | 0 + 0 | 2 + 1 | 4 MB in 0.25 s |" in text
     assert "| sleep-pp2 | 50% | 4000 / 4000 | 4000 / 4000 | 3200 / 3200 | 2000 / 1600 |" in text
 
 

@@ -16,23 +16,11 @@ from typer.testing import CliRunner
 
 from smartfrz_ds.bench.policies import nets as policies_nets
 from smartfrz_ds.bench.policies.command import read_result
-from smartfrz_ds.bench.policies.files import POLICIES_FILE, Job, TaskFile, find_tasks, plan, read_policies, read_task
+from smartfrz_ds.bench.policies.curves import Point, Row, Stat, against_curve, against_full, curve, curve_at, interpolate, over_tasks, stat
+from smartfrz_ds.bench.policies.files import POLICIES_FILE, Job, TaskFile, find_tasks, plan_runs, read_policies, read_task
 from smartfrz_ds.bench.policies.nets import build, prepare
 from smartfrz_ds.bench.policies.pool import _Worker, result_file, run_all
-from smartfrz_ds.bench.policies.report import (
-    Point,
-    Row,
-    Stat,
-    Took,
-    against_curve,
-    against_full,
-    curve,
-    curve_at,
-    over_tasks,
-    read,
-    report,
-    stat,
-)
+from smartfrz_ds.bench.policies.report import Effort, report
 from smartfrz_ds.cli.main import app
 from smartfrz_ds.model.flops import FlopMeter, saved_fraction
 from smartfrz_ds.model.layers import find_layers
@@ -74,7 +62,7 @@ def command(files: tuple[Path, Path], out: Path, *more: str) -> Any:
 
 
 def jobs(files: tuple[Path, Path]) -> dict[tuple[str, str, int], Job]:
-    planned = plan(find_tasks([str(files[0])]), read_policies(files[1]))
+    planned = plan_runs(find_tasks([str(files[0])]), read_policies(files[1]))
     return {(p.entry, p.label, p.job.seed): p.job for p in planned}
 
 
@@ -243,7 +231,7 @@ def test_shipped_files_have_every_policy_and_enough_seeds() -> None:
         swept = rule in ("attention", "linear", "late")
         assert entry.seeds >= (5 if swept else 3), name
         assert bool(entry.curve) >= swept and (entry.one is not None or name != rule), name
-    for planned in plan(tasks, policies):
+    for planned in plan_runs(tasks, policies):
         section, steps = planned.job.section, planned.job.settings.steps
         stages = (steps - section["warmup_steps"]) // section["freeze_interval"]
         assert 20 <= stages <= 30, planned
@@ -277,7 +265,7 @@ def test_two_settings_that_come_to_the_same_are_one_run(files: tuple[Path, Path]
         ("batch: 8", "batch: '8'", "batch: got '8'; allowed: a valid integer"),
         ("batch: 8", "bach: 8", "bach: unknown key, got 8; allowed: net, data, width"),
         ("batch: 8", "", "batch: missing"),
-        ("steps: 20", "steps: 20\nsteps: 30", "the key 'steps' stands there twice"),
+        ("steps: 20", "steps: 20\nsteps: 30", "duplicate key 'steps'"),
         ("net: vit", "net: vgg", "net: got 'vgg'; allowed: 'vit', 'rescnn', 'cnn', 'gpt' or 'minilm'"),
         ("data: mnist", "data: bbc", "data: got 'bbc'; allowed with net 'vit': 'mnist', 'mnist-half'"),
         ("data: mnist", "data: mnist-half", "pretrain_steps: got 0; allowed with data 'mnist-half': an integer >= 1"),
@@ -379,11 +367,11 @@ ROWS = [
 def test_curve_starts_at_full_training_and_is_straight_between_runs() -> None:
     points = curve(ROWS, "t", "linear", 0)
     assert points == [Point(0.0, 0.90, 1.0), Point(0.2, 0.88, 1.0), Point(0.4, 0.80, 1.0)]
-    middle = read(points, 0.3)
+    middle = interpolate(points, 0.3)
     assert middle is not None and middle.metric == pytest.approx(0.84)
-    assert read(points, 0.0) == points[0] and read(points, 0.4) == points[-1] and read(points, 0.41) is None
+    assert interpolate(points, 0.0) == points[0] and interpolate(points, 0.4) == points[-1] and interpolate(points, 0.41) is None
     assert curve(ROWS, "t", "ours", 1) == [Point(0.0, 0.80, 1.0)], "a run that saved nothing is full training"
-    assert curve(ROWS, "t", "nobody", 0) == [] and read([], 0.1) is None
+    assert curve(ROWS, "t", "nobody", 0) == [] and interpolate([], 0.1) is None
 
 
 def test_runs_with_the_same_saving_are_one_point() -> None:
@@ -395,10 +383,10 @@ def test_differences_are_between_runs_with_the_same_seed() -> None:
     ours = [r for r in ROWS if r.entry == "ours" and r.label == "one"]
     change, _ = against_full(ROWS, ours)
     assert change == Stat(pytest.approx(-0.015), pytest.approx(0.015), 2)
-    # at 0.3 of seed 0 the rival has .84, at 0.1 of seed 1 .795
+    # at 0.3 of seed 0 the baseline has .84, at 0.1 of seed 1 .795
     beside, _ = against_curve(ROWS, ours, "linear")
     assert beside == Stat(pytest.approx((0.03 + 0.005) / 2), pytest.approx(0.0125), 2)
-    # seed 0 saved more than the rival's curve reaches; seed 1 saved nothing, where the curve is full training itself
+    # seed 0 saved more than the baseline's curve reaches; seed 1 saved nothing, where the curve is full training itself
     part, _ = against_curve(ROWS, [r for r in ROWS if r.label == "x"], "linear")
     assert part.n == 1 and part.mean == 0 and math.isnan(part.error)
     metric, loss = curve_at(ROWS, "t", "linear", 0.3)
@@ -414,9 +402,9 @@ def test_stats() -> None:
 
 def test_report_tells_the_worst_task_and_where_a_curve_ends() -> None:
     rows = [*ROWS, row("full", "one", 0, 0.0, 0.5, task="u"), row("ours", "one", 0, 0.2, 0.4, task="u")]
-    took = Took(done=12, planned=14, run_seconds=36, wall_seconds=30, calls=1, workers=2, machine="test")
+    took = Effort(done=12, planned=14, run_seconds=36, wall_seconds=30, calls=1, workers=2, machine="test")
     text = report(rows, took)
-    assert "12 of 14 runs, 0.6 minutes of one worker in all (test; 2 workers; 1 call, 0.5 minutes of wall time)" in text
+    assert "12 of 14 runs, 0.6 minutes of one worker in total (test; 2 workers; 1 call, 0.5 minutes of wall time)" in text
     assert "| `ours` | -5.75 | 20 % | -10.00 (u) | 0.90 | -1.50 ± 1.50 (20 %) | -10.00 (20 %) |" in text
     assert "| `ours` x | +0.00 (in part) |" in text
     assert "| t | `linear` | -0.75 ± 0.25 | -1.50 ± 0.50 |" in text

@@ -1,6 +1,6 @@
 """`smartfrz bench policies`: the same tasks, seeds and engine for every policy and for training without freezing.
 
-Each run is one process with a real DeepSpeed engine (policies_worker.py); its result is a file, and what is there is not run again.
+Each run uses a real DeepSpeed engine (worker.py) and writes its result to a file; a run that has a result is not repeated.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .files import POLICIES_FILE, Job, Planned, find_tasks, plan, read_policies
+from .curves import Row
+from .files import POLICIES_FILE, Job, PlannedRun, find_tasks, plan_runs, read_policies
 from .nets import check_packages, package_dir
 from .pool import result_file, run_all
-from .report import Row, Took, plot, report, to_csv
+from .report import Effort, plot, report, to_csv
 
 _NUMBERS = ("metric", "loss", "flops", "full_flops", "saved", "seconds", "cpu_seconds", "total_seconds")
 
@@ -34,22 +35,30 @@ def bench_policies(
     workers: int | None = None,
     run: bool = True,
 ) -> str:
-    """Do all runs that are not done yet and return the tables (Markdown), which also go to `out`/policies.md.
+    """Do all runs without a result and make tables, which are also written to `out`/policies.md.
 
-    out: a folder: runs/ has one JSON a run, runs.csv one line a run, policies.png the curves. tasks: names of shipped tasks or paths of
-    task files, none: all. policies: names in the policies' file, none: all. seeds: at most so many, >= 1. workers: processes at a time,
-    >= 1; None: one for each core. run: False: tables of what is there.
+    Args:
+        out: Folder of the results: runs/ has one JSON file per run, runs.csv one line per run, policies.png the curves.
+        tasks: Names of shipped tasks, or paths of task files. Empty: all shipped tasks.
+        policies: Names of entries in the policies file. Empty: all.
+        policies_file: A YAML file with policies and their settings.
+        seeds: Maximum number of seeds, >= 1; None: as in the policies file.
+        workers: Number of parallel processes, >= 1; None: one per core.
+        run: False: only make tables of the existing results.
+
+    Returns:
+        The tables as Markdown.
 
     Raises:
-        ValueError: a wrong name or number, a file with mistakes (which, where, what is allowed). Nothing was run.
-        ModuleNotFoundError: a package that is needed is not installed. Nothing was run.
-        RuntimeError: runs failed, with the first one's error; all others were done, and their tables are written.
+        ValueError: A wrong name, number or file; nothing was run.
+        ModuleNotFoundError: A required package is not installed; nothing was run.
+        RuntimeError: Runs failed; the message has the first error. All other runs and their tables are complete.
     """
     if workers is not None and workers < 1:
         raise ValueError(f"--workers: got {workers}; allowed: an integer >= 1")
-    planned = plan(find_tasks(tasks), read_policies(policies_file), only=policies, seeds=seeds, source=str(policies_file))
+    planned = plan_runs(find_tasks(tasks), read_policies(policies_file), only=policies, seeds=seeds, source=str(policies_file))
     check_packages(p.job.settings for p in planned)
-    package_dir("matplotlib")  # now, not after an hour of runs
+    package_dir("matplotlib")  # before the runs, not after an hour
     jobs = list({p.job.name: p.job for p in planned}.values())
     missing = [job for job in jobs if read_result(out, job) is None]
     workers = min(workers or os.cpu_count() or 1, max(len(missing), 1))
@@ -58,7 +67,7 @@ def bench_policies(
     rows = rows_of(out, planned)
     text = ""
     if rows:
-        text = report(rows, _took(out, rows, len(jobs)))
+        text = report(rows, _effort(out, rows, len(jobs)))
         (out / "policies.md").write_text(text, encoding="utf-8")
         (out / "runs.csv").write_text(to_csv(rows), encoding="utf-8")
         plot(rows, out / "policies.png")
@@ -69,7 +78,7 @@ def bench_policies(
 
 
 def _run(jobs: Sequence[Job], out: Path, workers: int, done: int) -> list[tuple[Job, str]]:
-    """Runs the jobs under a progress bar; those that failed, with what went wrong. done: runs that were there before."""
+    """Run the jobs with a progress bar. Returns the failed ones with their errors. done: number of earlier results."""
     began, finished, failures = time.perf_counter(), 0, list[tuple[Job, str]]()
     try:
         with tqdm(total=done + len(jobs), initial=done, desc="runs", unit="run") as bar, closing(run_all(jobs, out, workers)) as ended:
@@ -81,14 +90,14 @@ def _run(jobs: Sequence[Job], out: Path, workers: int, done: int) -> list[tuple[
                     bar.write(f"{job.name} failed: {error.strip().splitlines()[-1]}")
                 bar.update()
     finally:
-        if finished:  # a line a call, an interrupted one too, so that the time of the whole bench can be told
+        if finished:  # one line per call, also if it is interrupted, for the total time of the benchmark
             with (out / "sessions.jsonl").open("a") as file:
                 file.write(json.dumps({"runs": finished, "seconds": time.perf_counter() - began, "workers": workers}) + "\n")
     return failures
 
 
 def read_result(out: Path, job: Job) -> dict[str, Any] | None:
-    """The result of a job; None where there is none, or a damaged one, or one of another job."""
+    """Read the result of a job; None where it is missing, damaged or of another job."""
     try:
         data = json.loads(result_file(out, job).read_text())
         result: dict[str, Any] = data["result"]
@@ -99,8 +108,8 @@ def read_result(out: Path, job: Job) -> dict[str, Any] | None:
     return result if whole else None
 
 
-def rows_of(out: Path, planned: Iterable[Planned]) -> list[Row]:
-    """A row for each planned run that has a result."""
+def rows_of(out: Path, planned: Iterable[PlannedRun]) -> list[Row]:
+    """Make a row for each planned run that has a result."""
     rows = []
     for p in planned:
         result = read_result(out, p.job)
@@ -123,16 +132,16 @@ def rows_of(out: Path, planned: Iterable[Planned]) -> list[Row]:
     return rows
 
 
-def _took(out: Path, rows: Sequence[Row], planned: int) -> Took:
+def _effort(out: Path, rows: Sequence[Row], planned: int) -> Effort:
     sessions = []
     file = out / "sessions.jsonl"
     for line in file.read_text().splitlines() if file.is_file() else ():
         try:
             sessions.append(json.loads(line))
         except ValueError:
-            continue  # a call that was killed as it wrote
+            continue  # a call that was killed while writing
     seconds = {row.run: row.total_seconds for row in rows}
-    return Took(
+    return Effort(
         done=len(seconds),
         planned=planned,
         run_seconds=sum(seconds.values()),

@@ -1,7 +1,7 @@
-"""The YAML files of `smartfrz bench policies`: tasks, policies with their settings, and the list of runs that they make.
+"""The YAML files of `smartfrz bench policies`: tasks, policies with their settings, and the list of runs made from them.
 
-A task file says what is trained; policies.yaml says which policies train it, with which settings. Settings are the keys of the
-"smartfrz" section, the same for all tasks: steps are written as a share of the run ("10%"), and the word "seed" stands for the run's seed.
+A task file defines a training; policies.yaml lists the policies and their settings. Settings are the keys of the "smartfrz" section, the
+same for all tasks: steps are percentages of the run ("10%"), and the word "seed" is replaced by the run's seed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 TASKS = HERE / "tasks"
 POLICIES_FILE = HERE / "policies.yaml"
 FULL = "full"  # the name of training without freezing
-ONE = "one"  # the label of the one setting for all tasks
+ONE = "one"  # the label of the single setting for all tasks
 
 Section = dict[str, Any]
 Count = Annotated[int, Field(ge=1)]
@@ -39,12 +39,22 @@ class _File(BaseModel):
 
 
 class TaskFile(_File):
-    """One task. Its name is the file's.
+    """One task, named after its file.
 
-    net, data: which network on which data. width, depth: channels of a network that isn't pretrained, and its blocks. length: tokens of a
-    text. batch, steps: of the training. lr: the highest learning rate of AdamW, after the warm-up; schedule: what comes then. warmup:
-    share of the run. pretrain_steps: training on the first five classes before; with data "mnist-half" and no other. held_out: images or
-    texts (GPT: pieces of `length` characters) that are measured at the end.
+    Attributes:
+        net: The network.
+        data: The data it is trained on.
+        width: Channels of a network that is not pretrained.
+        depth: Its number of blocks.
+        length: Tokens per text.
+        batch: Samples per step.
+        steps: Length of the training.
+        lr: The highest learning rate of AdamW, after the warm-up.
+        weight_decay: Of AdamW.
+        schedule: The learning-rate schedule after the warm-up.
+        warmup: Fraction of the run.
+        pretrain_steps: Steps of pretraining on the first five classes; only with data "mnist-half".
+        held_out: Number of images or texts (GPT: windows of `length` characters) for the evaluation at the end.
     """
 
     net: NetKind
@@ -74,13 +84,19 @@ class TaskFile(_File):
 
 
 def _labels(value: object) -> object:
-    """Labels of a curve's settings: YAML reads 0.8 as a number."""
+    """Convert the labels of a curve's settings to text: YAML reads 0.8 as a number."""
     return {str(label): settings for label, settings in value.items()} if isinstance(value, dict) else value
 
 
 class Entry(_File):
-    """A policy in the bench. seeds: 0 .. seeds - 1 are run. policy: whose rule, where the entry has another name. one: the one setting for
-    all tasks. curve: settings, by label, whose results make a curve over the saved FLOPs."""
+    """One entry of the policies file.
+
+    Attributes:
+        policy: Name of the policy, if the entry has another name.
+        seeds: Seeds 0 .. seeds - 1 are run.
+        one: The single setting for all tasks.
+        curve: Settings by label, whose results make a curve over the saved FLOPs.
+    """
 
     policy: str | None = None
     seeds: Count
@@ -90,14 +106,20 @@ class Entry(_File):
     @model_validator(mode="after")
     def _has_settings(self) -> Entry:
         if self.one is None and not self.curve:
-            raise ValueError("one: got nothing, and no curve; allowed: a mapping of settings, {} for the defaults")
+            raise ValueError("one: got nothing, and there is no curve; allowed: a mapping of settings, {} for the defaults")
         if ONE in self.curve:
             raise ValueError(f"curve: got a setting with the label {ONE!r}; allowed: any other label")
         return self
 
 
 class PoliciesFile(_File):
-    """Which policies, how. zero_stage: of the engine. common: settings of every run, full training too. policies: by name."""
+    """The policies file.
+
+    Attributes:
+        zero_stage: ZeRO stage of the engines.
+        common: Settings of every run, training without freezing included.
+        policies: The entries by name.
+    """
 
     zero_stage: Literal[0, 1] = 0
     common: Section = Field(default_factory=dict)
@@ -114,19 +136,31 @@ FileT = TypeVar("FileT", bound=_File)
 
 
 def read_task(file: Path) -> TaskFile:
-    """Raises ValueError that names the file, and for each problem key, value and what is allowed."""
+    """Read a task file.
+
+    Raises:
+        ValueError: Names the file, and for each problem the key, the value and what is allowed.
+    """
     return _read(file, TaskFile)
 
 
 def read_policies(file: Path) -> PoliciesFile:
-    """Raises: as `read_task`. The policies' own settings are checked when the runs are made of them (`plan`)."""
+    """Read a policies file. The policies' own settings are checked by `plan_runs`.
+
+    Raises:
+        ValueError: As `read_task`.
+    """
     return _read(file, PoliciesFile)
 
 
 def find_tasks(names: Iterable[str] = ()) -> dict[str, TaskFile]:
-    """Tasks by name. names: of shipped tasks, or paths of task files; none: all that are shipped.
+    """Find tasks by name.
 
-    Raises ValueError for an unknown name, for two tasks of one name, and as `read_task`.
+    Args:
+        names: Names of shipped tasks, or paths of task files. Empty: all shipped tasks.
+
+    Raises:
+        ValueError: An unknown name, two tasks with the same name, or as `read_task`.
     """
     shipped = {file.stem: file for file in sorted(TASKS.glob("*.yaml"))}
     files = []
@@ -138,7 +172,7 @@ def find_tasks(names: Iterable[str] = ()) -> dict[str, TaskFile]:
     tasks: dict[str, TaskFile] = {}
     for file in dict.fromkeys(files or shipped.values()):
         if file.stem in tasks:
-            raise ValueError(f"--task: two files are called {file.stem!r}; allowed: one task of a name")
+            raise ValueError(f"--task: two files are named {file.stem!r}; allowed: one task per name")
         tasks[file.stem] = read_task(file)
     return tasks
 
@@ -148,17 +182,26 @@ def find_tasks(names: Iterable[str] = ()) -> dict[str, TaskFile]:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One run: everything that its result depends on, but the code. section: the "smartfrz" section, whole, resolved and checked."""
+    """One run: everything that its result depends on, except the code.
+
+    Attributes:
+        task: Name of the task.
+        settings: The task.
+        section: The complete "smartfrz" section, resolved and checked.
+        seed: Of weights, batches and policies.
+        zero_stage: ZeRO stage of the engine.
+        predictor: SHA-256 digest of the predictor's file, "" where the policy has none.
+    """
 
     task: str
     settings: TaskFile
     section: Section
     seed: int
     zero_stage: int
-    predictor: str  # sha256 of the predictor's file, "" where the policy has none
+    predictor: str
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able, and all of it: two jobs with the same are one run."""
+        """Return a JSON-serializable dict of all fields: two jobs with equal dicts are the same run."""
         return {
             "task": self.task,
             "settings": self.settings.model_dump(mode="json"),
@@ -170,20 +213,24 @@ class Job:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Job:
+        """Rebuild a job from `to_json`'s output."""
         return cls(**{**data, "settings": TaskFile.model_validate(data["settings"])})
 
     @property
     def name(self) -> str:
-        """Of its result: task/policy-digest-seed."""
+        """Name of its result: task/policy-digest-seed."""
         digest = hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:12]
         return f"{self.task}/{self.section['policy']}-{digest}-{self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planned:
-    """A run and what it is in the bench. entry: its name in policies.yaml, or "full". label: "one", or the curve's label of the setting.
+class PlannedRun:
+    """A job and its place in the benchmark. Two of them may share a job, which then runs once.
 
-    Two of them may share a job, which then runs once.
+    Attributes:
+        entry: Name of the entry in the policies file, or "full".
+        label: "one", or the label of the setting in the curve.
+        job: The run.
     """
 
     entry: str
@@ -191,14 +238,20 @@ class Planned:
     job: Job
 
 
-def plan(
+def plan_runs(
     tasks: Mapping[str, TaskFile], policies: PoliciesFile, *, only: Sequence[str] = (), seeds: int | None = None, source: str = "policies"
-) -> list[Planned]:
-    """All runs, so ordered that the first seed of everything comes first.
+) -> list[PlannedRun]:
+    """List all runs, the first seed of all settings first.
 
-    only: names of entries, none: all; full training always runs. seeds: at most so many. source: the policies' file, for messages.
+    Args:
+        tasks: Tasks by name.
+        policies: The policies file.
+        only: Names of entries; empty: all. Training without freezing is always included.
+        seeds: Maximum number of seeds.
+        source: Name of the policies file, for messages.
 
-    Raises ValueError: an unknown entry; settings that a run would refuse, with file, entry, label, key, value and what is allowed.
+    Raises:
+        ValueError: An unknown entry, or settings that a run would refuse, with file, entry, label, key, value and what is allowed.
     """
     unknown = [name for name in only if name not in policies.policies]
     if unknown:
@@ -224,15 +277,23 @@ def plan(
                             zero_stage=policies.zero_stage,
                             predictor=_predictor_of(section),
                         )
-                        planned.append(Planned(entry=name, label=label, job=job))
+                        planned.append(PlannedRun(entry=name, label=label, job=job))
     return planned
 
 
 def resolve(common: Section, own: Section, policy: str, steps: int, seed: int, where: str) -> Section:
-    """The "smartfrz" section of a run: common settings, over them its own; shares turned into steps, "seed" into the seed, the
-    policy's defaults filled in; checked.
+    """Make the complete, checked "smartfrz" section of a run.
 
-    steps: of the run. where: what the settings are, for the message. Raises ValueError: as `FreezeConfig.load`, with `where`.
+    Args:
+        common: Settings of all runs.
+        own: Settings of this run, which take precedence.
+        policy: Name of the policy.
+        steps: Length of the run, for percentages.
+        seed: Replaces the word "seed".
+        where: Source of the settings, for messages.
+
+    Raises:
+        ValueError: As `FreezeConfig.load`, with `where`.
     """
     merged: Section = {"policy": policy, "total_steps": steps}
     for part in (common, own):
@@ -244,7 +305,7 @@ def resolve(common: Section, own: Section, policy: str, steps: int, seed: int, w
         config = FreezeConfig.load({SECTION: section})
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    # The policy's own settings with their defaults: where a default changes, it is another run.
+    # The policy's own settings with their defaults: a changed default makes another run.
     own = config.policy_settings
     return section | ({config.policy: own} if own else {})
 
@@ -279,13 +340,13 @@ def _file_digest(file: Path) -> str:
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML as people write it: 1e-3 is a number, and a key that stands there twice is a mistake."""
+    """YAML in which 1e-3 is a number and a duplicate key is an error."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             if key.value in seen:
-                raise ValueError(f"line {key.start_mark.line + 1}: the key {key.value!r} stands there twice; allowed: once")
+                raise ValueError(f"line {key.start_mark.line + 1}: duplicate key {key.value!r}; allowed: once")
             seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
@@ -315,7 +376,7 @@ def _problems(error: ValidationError, kind: type[_File]) -> list[str]:
             inner = kind if len(item["loc"]) == 1 else Entry
             lines.append(f"{path}: unknown key, got {item['input']!r}; allowed: {', '.join(inner.model_fields)}")
         elif item["type"] == "missing":
-            lines.append(f"{path}: missing; it is needed")
+            lines.append(f"{path}: missing; allowed: a value, the key is required")
         else:
             lines.append(f"{path}: got {item['input']!r}; allowed: {_lower(item['msg'])}")
     return lines

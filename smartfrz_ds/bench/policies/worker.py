@@ -1,7 +1,7 @@
-"""One training of `smartfrz bench policies` on a real DeepSpeed engine, and the process that does one after the other.
+"""The worker process of `smartfrz bench policies`: runs one training after the other on a real DeepSpeed engine.
 
-`python -m smartfrz_ds.bench.policies.worker CACHE_DIR` reads one line a run from its standard input, {"job": …, "file": …}, writes the
-result to that file, and answers with a line on its standard output: {"error": null} or {"error": "…"}. It ends with its input.
+`python -m smartfrz_ds.bench.policies.worker CACHE_DIR` reads one line per run from standard input, {"job": …, "file": …}, writes the result
+to that file and answers with one line on standard output: {"error": null} or {"error": "…"}. It exits at the end of its input.
 """
 
 from __future__ import annotations
@@ -37,13 +37,19 @@ Result = dict[str, Any]
 
 
 def run(job: Job, cache_dir: Path) -> Result:
-    """Train once and measure. Needs a process group (`alone`). cache_dir: for pretrained networks.
+    """Train once and measure. Needs a process group (`alone`).
 
-    Gives: metric (share of right answers on what is held out) and loss there (cross-entropy, nats); flops and full_flops (training FLOPs,
-    forward and backward, as they were and with nothing frozen) and saved, the share that was saved; seconds and cpu_seconds of the
-    training, without set-up and evaluation; total_seconds of everything; layers, frozen [step, names], warnings.
+    Args:
+        job: The run.
+        cache_dir: Folder for pretrained networks.
 
-    Raises whatever the engine raises: settings that a run refuses are a ValueError.
+    Returns:
+        `metric`: accuracy on held-out data, in [0, 1]; `loss`: cross-entropy there, in nats. `flops`, `full_flops`: training FLOPs, forward
+        and backward, actual and with nothing frozen; `saved`: the saved fraction. `seconds`, `cpu_seconds`: of the training, without set-up
+        and evaluation; `total_seconds`: of everything. `layers`; `frozen`: [step, names]; `warnings`.
+
+    Raises:
+        ValueError: Settings that a run refuses; also any error of the engine.
     """
     began = time.perf_counter()
     task = job.settings
@@ -83,8 +89,8 @@ def run(job: Job, cache_dir: Path) -> Result:
 
 
 def deepspeed_config(task: TaskFile, zero_stage: int) -> dict[str, Any]:
-    """The DeepSpeed JSON of a task: fp32, torch's AdamW, gradient clipping at 1, DeepSpeed's own schedulers."""
-    warmup = max(2, round(task.warmup * task.steps))  # DeepSpeed's schedulers make 2 of anything less
+    """Make the DeepSpeed JSON of a task: fp32, torch's AdamW, gradient clipping at 1, DeepSpeed's own schedulers."""
+    warmup = max(2, round(task.warmup * task.steps))  # DeepSpeed's schedulers raise anything less to 2
     schedulers: dict[str, dict[str, Any]] = {
         "linear": {"type": "WarmupDecayLR", "params": {"warmup_max_lr": task.lr, "total_num_steps": task.steps}},
         "cosine": {"type": "WarmupCosineLR", "params": {"total_num_steps": task.steps}},
@@ -105,14 +111,14 @@ def deepspeed_config(task: TaskFile, zero_stage: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def alone() -> Any:
-    """A process group of this process alone, over gloo, and one thread."""
+    """A gloo process group of this process alone, with one thread."""
     torch.set_num_threads(1)
     logger.setLevel(logging.ERROR)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        # The processes meet in a file: no port that somebody could take. DeepSpeed wants the names all the same (comm/comm.py).
+        # The rendezvous is a file, so that no port can be taken. DeepSpeed requires the variables all the same (deepspeed/comm/comm.py).
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         deepspeed.init_distributed(dist_backend="gloo", init_method=f"file://{folder}/store", rank=0, world_size=1, verbose=False)
         try:
@@ -125,7 +131,7 @@ def alone() -> Any:
 
 
 def _groups(model: nn.Module) -> list[dict[str, Any]]:
-    """A parameter group for each layer, in every run alike: some policies set learning rates of single layers."""
+    """One parameter group per layer, in every run: some policies set the learning rates of single layers."""
     return [{"params": list(layer.params)} for layer in find_layers(model) if layer.params]
 
 
@@ -136,7 +142,7 @@ def _loss(output: Any, answers: torch.Tensor, reduction: str = "mean") -> torch.
 
 @torch.no_grad()
 def _evaluate(engine: Any, batches: tuple[Batch, ...]) -> tuple[float, float]:
-    """Share of right answers, mean loss."""
+    """Accuracy and mean loss."""
     engine.eval()
     right, loss, count = 0, 0.0, 0
     for inputs, answers in batches:
@@ -149,8 +155,9 @@ def _evaluate(engine: Any, batches: tuple[Batch, ...]) -> tuple[float, float]:
 
 
 def main() -> None:
+    """Do the runs that standard input lists."""
     cache_dir = Path(sys.argv[1])
-    # The answers alone go to the standard output; whatever else is printed goes where errors go.
+    # Only the answers go to standard output; all other output goes to standard error.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     with alone():
@@ -162,12 +169,12 @@ def main() -> None:
                 write_result(Path(order["file"]), order["job"], result)
             except Exception:
                 error = traceback.format_exc()
-            gc.collect()  # an engine is full of cycles
+            gc.collect()  # an engine has many reference cycles
             answers.write(json.dumps({"error": error}) + "\n")
 
 
 def write_result(file: Path, job: dict[str, Any], result: Result) -> None:
-    """Whole or not at all."""
+    """Write a result atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps({"job": job, "result": result}, indent=1))
