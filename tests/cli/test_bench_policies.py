@@ -286,7 +286,7 @@ def test_a_wrong_task_file_is_told_by_file_key_and_value(files: tuple[Path, Path
     [
         ("seeds: 2", "seeds: 0", "policies.late.seeds: got 0; allowed: greater than or equal to 1"),
         ("seeds: 2", "seed: 2", "policies.late.seed: unknown key, got 2; allowed: policy, seeds, one, curve"),
-        ("one: {}", "policy: linear", "policies.linear.one: got nothing, and no curve"),
+        ("one: {}", "policy: linear", "policies.linear.one: got nothing, and there is no curve"),
         ("0.5: {", "one: {", "policies.late.curve: got a setting with the label 'one'"),
         ("linear:", "full:", "policies: got 'full', which always runs"),
         ("linear:", "linaer:", "policies.linaer.one: smartfrz.policy: got \"linaer\"; did you mean 'linear'?"),
