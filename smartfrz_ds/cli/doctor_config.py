@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from smartfrz_ds.config.reading import read_config
+from smartfrz_ds.config.reading import read_config, total_steps_in
 from smartfrz_ds.config.refusals import refused_by
 from smartfrz_ds.config.refusals import section as _sub
 from smartfrz_ds.config.settings import SECTION, FreezeConfig, is_default
@@ -23,7 +23,6 @@ from smartfrz_ds.model.keep_active import KeptActive, keep_active, names_inside
 from smartfrz_ds.model.layers import Layer, find_layers
 from smartfrz_ds.runtime.eligibility import allowed, candidates
 from smartfrz_ds.runtime.intervals import resolve, why_never
-from smartfrz_ds.signals.lr_forecast import total_steps_in
 
 from .doctor_refusals import wrong_values
 from .findings import Finding

@@ -42,6 +42,21 @@ def read_config(source: str | Path) -> tuple[Mapping[str, Any], str]:
     return data, where
 
 
+def total_steps_in(config: Mapping[str, Any], total_steps: int | str | None) -> int | None:
+    """Return the number of steps of the whole run given in a DeepSpeed config; None if it is not given.
+
+    Args:
+        config: The whole DeepSpeed config.
+        total_steps: The value of `smartfrz.total_steps`; a number takes precedence, None means unknown.
+    """
+    if total_steps != "auto":
+        return total_steps if isinstance(total_steps, int) else None
+    scheduler = config.get("scheduler")
+    params = scheduler.get("params") if isinstance(scheduler, Mapping) else None
+    value = params.get("total_num_steps") if isinstance(params, Mapping) else None
+    return value if isinstance(value, int) and value > 0 else None
+
+
 def _base64_text(source: str) -> str | None:
     try:
         text = base64.b64decode(source, altchars=b"-_", validate=True).decode("utf-8")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 from torch.optim.lr_scheduler import LinearLR, PolynomialLR, SequentialLR
@@ -79,21 +78,6 @@ def _position(scheduler: Any) -> int | None:
     scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate/scheduler.py wraps it
     values = (getattr(scheduler, name, None) for name in ("last_epoch", "last_batch_iteration"))
     return next((value for value in values if isinstance(value, int)), None)
-
-
-def total_steps_in(config: Mapping[str, Any], total_steps: int | str | None) -> int | None:
-    """Return the number of steps of the whole run given in a DeepSpeed config; None if it is not given.
-
-    Args:
-        config: The whole DeepSpeed config.
-        total_steps: The value of `smartfrz.total_steps`; a number takes precedence, None means unknown.
-    """
-    if total_steps != "auto":
-        return total_steps if isinstance(total_steps, int) else None
-    scheduler = config.get("scheduler")
-    params = scheduler.get("params") if isinstance(scheduler, Mapping) else None
-    value = params.get("total_num_steps") if isinstance(params, Mapping) else None
-    return value if isinstance(value, int) and value > 0 else None
 
 
 class _OptimizerStub:
