@@ -12,7 +12,7 @@ MMAP_THRESHOLD = 2**20
 
 
 def resident_bytes(*, peak: bool = False) -> int:
-    """Current resident memory in bytes, or its peak since `reset_peak`. Linux only (/proc)."""
+    """Return the current resident memory in bytes, or its peak since `reset_peak`. Linux only (/proc)."""
     key = "VmHWM:" if peak else "VmRSS:"
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
     return int(line.split()[1]) * 1024

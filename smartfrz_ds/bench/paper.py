@@ -27,7 +27,7 @@ WEIGHT = 2  # bf16
 
 
 def llama_7b() -> list[list[Parameter]]:
-    """The parameters of a Llama with 6.74 billion weights, per layer: embeddings, 32 blocks, norm and head."""
+    """Make the parameters of a Llama with 6.74 billion weights, per layer: embeddings, 32 blocks, norm and head."""
     hidden, inner, vocabulary = 4096, 11008, 32000
     block: list[tuple[int, ...]] = [(hidden, hidden)] * 4 + [(inner, hidden)] * 2 + [(hidden, inner)] + [(hidden,)] * 2
     layers: list[list[tuple[int, ...]]] = [[(vocabulary, hidden)], *[block] * 32, [(hidden,), (vocabulary, hidden)]]
@@ -35,7 +35,7 @@ def llama_7b() -> list[list[Parameter]]:
 
 
 def cost_of(layers: Sequence[Sequence[Parameter]], frozen: int, more: int, ranks: int = RANKS) -> Cost:
-    """The cost of a freeze under ZeRO-1/2, with one parameter group.
+    """Compute the cost of a freeze under ZeRO-1/2, with one parameter group.
 
     Args:
         layers: The parameters of each layer, front to back.
@@ -72,7 +72,7 @@ def table() -> str:
 
 
 def _at_best(cost: Cost) -> Cost:
-    """The cost if all exchanges ran at the same time, each with its own staging buffer."""
+    """Return the cost if all exchanges ran at the same time, each with its own staging buffer."""
     waits = cost.busiest_bytes - cost.least_busiest_bytes
     exchanges = len(STATE) * -(-cost.least_busiest_bytes // len(STATE) // STAGING_BYTES)
     return dataclasses.replace(

@@ -21,6 +21,7 @@ class Nap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, seconds: float) -> Tensor:
+        """Multiply, and sleep for `seconds`."""
         ctx.save_for_backward(x, weight)
         ctx.seconds = seconds
         time.sleep(seconds)
@@ -28,6 +29,7 @@ class Nap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        """Compute the gradients that are needed, and sleep for each."""
         x, weight = ctx.saved_tensors
         time.sleep(ctx.seconds * (ctx.needs_input_grad[0] + ctx.needs_input_grad[1]))
         return grads[0] * weight if ctx.needs_input_grad[0] else None, (grads[0] * x).sum(0), None
@@ -46,6 +48,7 @@ class Sleeper(nn.Module):
         self.weight = nn.Parameter(torch.ones(WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the module, with the shapes above."""
         return Nap.apply(x, self.weight, self.seconds)
 
 
@@ -66,6 +69,7 @@ class Embedding(nn.Module):
         self.tokens, self.places = nn.Embedding(VOCABULARY, width), nn.Embedding(length, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the module, with the shapes above."""
         return self.tokens(x) + self.places.weight[: x.shape[1]]
 
 
@@ -77,6 +81,7 @@ class Head(nn.Module):
         self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, VOCABULARY)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the module, with the shapes above."""
         return self.out(self.norm(x))
 
 

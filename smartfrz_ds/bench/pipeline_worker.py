@@ -124,7 +124,7 @@ class TimedPipeline:
         return {"bounds": self.bounds, "moves": moved}
 
     def costs(self) -> list[LayerCost]:
-        """The cost of each layer, measured since the last change of the layout."""
+        """Return the cost of each layer, measured since the last change of the layout."""
         costs = self.engine.smartfrz._moves.rebalancer.costs()
         assert costs is not None
         return list(costs)
@@ -186,6 +186,7 @@ def measure(case: str, settings: Settings) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Measure the case of the command line."""
     torch.set_num_threads(1)
     worker_main(measure)
 

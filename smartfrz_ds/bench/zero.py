@@ -30,7 +30,7 @@ _TIGHT: Settings = {
 
 
 def _engine(stage: int, *extra: Settings, frozen: str | None = None, **zero: Any) -> Settings:
-    """A DeepSpeed config, and the package's settings under "smartfrz"."""
+    """Make a DeepSpeed config, and the package's settings under "smartfrz"."""
     merged: Settings = {"zero_optimization": {"stage": stage, **zero}, "smartfrz": {"policy": "manual"}}
     for part in extra:
         merged |= part

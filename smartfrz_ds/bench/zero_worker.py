@@ -34,6 +34,7 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the module, with the shapes above."""
         return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
 
 
@@ -53,6 +54,7 @@ class Net(nn.Module):
         self.head = nn.Linear(width, FEATURES)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the module, with the shapes above."""
         x = self.inp(x)
         for block in self.blocks:
             x = block(x)
@@ -213,6 +215,7 @@ def _numel(p: nn.Parameter) -> int:
 
 
 def main() -> None:
+    """Measure the engine of the command line."""
     wire = CollectiveBytes()
     worker_main(lambda name, settings: measure(name, settings, wire))
 

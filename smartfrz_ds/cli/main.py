@@ -55,7 +55,7 @@ def main(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the versions of smartfrz_ds, DeepSpeed and torch."),
     ] = False,
 ) -> None:
-    pass
+    """Freeze converged layers during a DeepSpeed or FSDP run."""
 
 
 add_commands(app, _plain_errors)

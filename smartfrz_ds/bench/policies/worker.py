@@ -111,7 +111,7 @@ def deepspeed_config(task: TaskFile, zero_stage: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def alone() -> Any:
-    """A gloo process group of this process alone, with one thread."""
+    """Provide a gloo process group of this process alone, with one thread."""
     torch.set_num_threads(1)
     logger.setLevel(logging.ERROR)
     with socket.socket() as s:
