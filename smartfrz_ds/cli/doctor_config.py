@@ -207,7 +207,7 @@ def check_model(model: nn.Module, batch: Any = None, settings: FreezeConfig | No
         kept = keep_active(settings.keep_active, layers, names_inside(model, layers), "smartfrz.keep_active")
     except ValueError as error:
         return [Finding("model", "problem", str(error), f"the layers are: {', '.join(layer.name for layer in layers)}")], []
-    found = [Finding("model", "ok", line)] if (line := kept.told("smartfrz.keep_active")) else []
+    found = [Finding("model", "ok", line)] if (line := kept.describe("smartfrz.keep_active")) else []
     try:
         check_tied(layers, settings.tied)
     except ValueError as error:

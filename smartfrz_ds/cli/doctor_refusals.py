@@ -76,7 +76,7 @@ def check_together(model: nn.Module, config: Path | Mapping[str, Any] | None) ->
     raw: Mapping[str, Any] = {} if config is None else config if isinstance(config, Mapping) else read_config(config)[0]
     found = []
     if any(isinstance(m, MoE) for m in model.modules()) and not REFUSALS["moe"].keys(raw):
-        found.append((REFUSALS["moe"].said(raw), REFUSALS["moe"].remedy))
+        found.append((REFUSALS["moe"].describe(raw), REFUSALS["moe"].remedy))
     zero = section(raw, "zero_optimization")
     if zero_stage(raw) == 3 and not REFUSALS["granularity"].keys(raw):
         with contextlib.suppress(ValidationError):  # reported by the check of the JSON

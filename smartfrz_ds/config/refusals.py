@@ -39,7 +39,7 @@ class Refusal:
     keys: Keys = no_keys
     otherwise: str = "the script"
 
-    def said(self, raw: Config, otherwise: str = "") -> str:
+    def describe(self, raw: Config, otherwise: str = "") -> str:
         """Describe the feature and what turned it on.
 
         Args:
@@ -297,4 +297,4 @@ def refused_by(raw: Config) -> list[tuple[str, str]]:
     Returns:
         Pairs of (description, remedy).
     """
-    return [(f"{refusal.said(raw)}: {ENDING}", refusal.remedy) for refusal in REFUSALS.values() if refusal.keys(raw)]
+    return [(f"{refusal.describe(raw)}: {ENDING}", refusal.remedy) for refusal in REFUSALS.values() if refusal.keys(raw)]

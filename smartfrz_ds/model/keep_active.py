@@ -32,7 +32,7 @@ class KeptActive:
         """Explain which name inside `layer` keeps it active; empty if its own name does."""
         return next((f"{pattern!r} names {found[layer]} in it" for pattern, found in self.inside.items() if layer in found), "")
 
-    def told(self, key: str) -> str:
+    def describe(self, key: str) -> str:
         """Describe the patterns that name modules inside layers in one line; empty if there are none."""
         parts = []
         for pattern, found in self.inside.items():

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from smartfrz_ds.model.finding.facts import numel_of, shape_of
-from smartfrz_ds.model.finding.patterns import listed
-from smartfrz_ds.model.finding.structure import Group, LayerKind, plain, stacked
+from smartfrz_ds.model.finding.patterns import pattern_groups
+from smartfrz_ds.model.finding.structure import Group, LayerKind, block_groups, child_groups
 
 __all__ = ["Layer", "LayerKind", "find_layers", "shape_of"]
 
@@ -98,7 +98,7 @@ def find_layers(model: nn.Module, patterns: str | Sequence[str] = "auto") -> tup
         raise ValueError("the model has no trainable parameters: there is nothing to freeze")
     if isinstance(patterns, str) and patterns != "auto":
         raise ValueError(f"smartfrz.layers: got {patterns!r}; allowed: 'auto' or a list of names, front to back")
-    groups = (stacked(model) or plain(model)) if patterns == "auto" else listed(model, patterns)
+    groups = (block_groups(model) or child_groups(model)) if patterns == "auto" else pattern_groups(model, patterns)
     return _build(model, groups)
 
 

@@ -94,21 +94,21 @@ class OrderCheck:
         actual = sorted(seen, key=rank_of.__getitem__)
         firm = [p for p in actual if not self._layers[p].projector]
         if actual != seen:
-            self._tell(
+            self._report(
                 "the forward uses the layers in a different order from the model's structure.\n"
                 f"  structure: {', '.join(self._layers[p].name for p in seen)}\n  forward:   {self._ran()}\n"
                 'List the layers front to back, "smartfrz": {"layers": [...]}, or set "order": "any", which requires no order',
                 self._strict and firm != sorted(firm),
             )
         elif len(seen) > 1 and self._layers[seen[-1]].kind == "head" and first[seen[-1]] < first[seen[-2]]:
-            self._tell(
+            self._report(
                 f"a part of layer {self._layers[seen[-1]].name!r} runs before other layers: while the layer is active, back-propagation "
                 'extends to that part. To assign it to an earlier layer, list the layers explicitly: "smartfrz": {"layers": [...]}',
                 strict=False,
             )
         elif ends := self._behind_the_blocks(first):
             parts = ", ".join(f"{part} (of layer {name!r})" for part, name in ends[:_SHOWN])
-            self._tell(
+            self._report(
                 f"registered in front of the blocks, but run behind them: {parts}. They would freeze with the embeddings; to assign them "
                 'to the last layer, list all other layers explicitly: "smartfrz": {"layers": [...]}',
                 strict=False,
@@ -134,7 +134,7 @@ class OrderCheck:
         shown = [self._layers[p].name + (f" ({self._names[numbers[0]]})" if places.count(p) > 1 else "") for p, numbers in runs[:_SHOWN]]
         return ", ".join(shown + ["…"] * (len(runs) > _SHOWN))
 
-    def _tell(self, message: str, strict: bool) -> None:
+    def _report(self, message: str, strict: bool) -> None:
         if strict:
             raise ValueError(message)
         warnings.warn(message, stacklevel=2)

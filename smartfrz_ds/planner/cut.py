@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import combinations, pairwise
 
 from .costs import Cluster, LayerCost, check_frozen, layer_backward
-from .simulate import Schedule, check_parts, check_schedule, stage_times, sums, ticks, timeline
+from .simulate import Schedule, check_parts, check_schedule, prefix_sums, stage_times, ticks, timeline
 
 _ALL_CUTS = 3000  # up to this number, all cuts are simulated
 _WORK = 4_000_000  # limit on the simulated forwards and backwards after that: a few seconds
@@ -113,8 +113,8 @@ class _Room:
         self.limited = limit is not None and (memory is not None or activations is not None)
         # Whole bytes, so that sums do not depend on the order.
         self._limits = limits
-        self._memory = sums([math.ceil(v) for v in memory or [0] * layers])
-        self._activations = sums([0 if i < frozen else math.ceil(v) for i, v in enumerate(activations or [0] * layers)])
+        self._memory = prefix_sums([math.ceil(v) for v in memory or [0] * layers])
+        self._activations = prefix_sums([0 if i < frozen else math.ceil(v) for i, v in enumerate(activations or [0] * layers)])
         self._held = [micro_batches if schedule == "gpipe" else min(stages - s, micro_batches) for s in range(stages)]
 
     def holds(self, stage: int, first: int, end: int) -> bool:
@@ -142,8 +142,8 @@ class _Search:
 
     def __post_init__(self) -> None:
         backward = layer_backward(self.costs, self.frozen)
-        self.forward = sums([ticks(c.forward) for c in self.costs])
-        self.backward = sums([ticks(b) for b in backward])
+        self.forward = prefix_sums([ticks(c.forward) for c in self.costs])
+        self.backward = prefix_sums([ticks(b) for b in backward])
         self.load = [f + b for f, b in zip(self.forward, self.backward, strict=True)]
         self.best: tuple[int, int, tuple[int, ...]] | None = None  # ticks of a step, number of layers that move, bounds
         self.seen: set[tuple[int, ...]] = set()

@@ -106,10 +106,10 @@ def stage_times(
     cluster = cluster or Cluster()
     if cluster.zero > 1 and len(parts) > 2:
         raise ValueError(f"zero: got {cluster.zero} with {len(parts) - 1} stages; allowed in a pipeline: 0 or 1")
-    backward = sums([ticks(b) for b in layer_backward(costs, frozen)])
-    forward = sums([ticks(c.forward) for c in costs])
-    optimizer = sums([0 if i < frozen else ticks(c.optimizer) for i, c in enumerate(costs)])
-    weights = sums([c.weights for c in costs])
+    backward = prefix_sums([ticks(b) for b in layer_backward(costs, frozen)])
+    forward = prefix_sums([ticks(c.forward) for c in costs])
+    optimizer = prefix_sums([0 if i < frozen else ticks(c.optimizer) for i, c in enumerate(costs)])
+    weights = prefix_sums([c.weights for c in costs])
     messages = [ticks(cluster.between_stages.seconds(costs[bound - 1].output_bytes)) for bound in parts[1:-1]]
     bounds = list(pairwise(parts))
     forwards, backwards = ([s[b] - s[a] for a, b in bounds] for s in (forward, backward))
@@ -260,7 +260,7 @@ def ticks(seconds: float) -> int:
     return round(seconds / TICK)
 
 
-def sums(values: Sequence[int]) -> list[int]:
+def prefix_sums(values: Sequence[int]) -> list[int]:
     """Return prefix sums: sums[b] - sums[a] is the sum of values[a:b]."""
     return list(accumulate(values, initial=0))
 

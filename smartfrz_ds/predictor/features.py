@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .constants import MIN_SNAPSHOTS
 from .logs import LOG_CAP, LOG_FLOOR, clamp, log, log_relative, log_root, log_to_mean, ratio
-from .probe import RATIO_LIMIT, ProbeTracker, log_lr_ratio
+from .probe_features import RATIO_LIMIT, ProbeTracker, log_lr_ratio
 
 if TYPE_CHECKING:  # policies import this module
     from smartfrz_ds.model.view import View, Window

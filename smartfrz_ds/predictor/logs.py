@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .probe import RATIO_LIMIT
+from .probe_features import RATIO_LIMIT
 
 LOG_FLOOR, LOG_CAP = math.log(1e-8), math.log(1e2)  # a relative drift below the resolution of fp32, and one that no training run has
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from .constants import MIN_SNAPSHOTS
 from .features import SCALAR_FEATURES, TOKEN_FEATURES, FeatureBatch
-from .probe import PROBE_FEATURES
+from .probe_features import PROBE_FEATURES
 
 FORMAT = "smartfrz-predictor"
 FORMAT_VERSION = 2

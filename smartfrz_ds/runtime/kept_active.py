@@ -20,6 +20,6 @@ def find_kept_active(run: RunContext) -> frozenset[str]:
     if run.backend.is_pipeline:  # a stage holds its own modules only
         inside = run.ranks.merged(inside)
     kept = keep_active(patterns, run.layers, inside, "smartfrz.keep_active")
-    if run.backend.rank == 0 and (line := kept.told("smartfrz.keep_active")):
+    if run.backend.rank == 0 and (line := kept.describe("smartfrz.keep_active")):
         logging.getLogger("smartfrz_ds").info(line)
     return frozenset(kept.names)

@@ -54,19 +54,19 @@ class LrScale:
         """Register the optimizer's hooks."""
         this = weakref.ref(self)  # the hooks live as long as the optimizer
 
-        def put_on(*_: Any) -> None:
+        def apply(*_: Any) -> None:
             if (alive := this()) is not None:
-                alive._put_on()
+                alive._apply()
 
-        def take_off(*_: Any) -> None:
+        def restore(*_: Any) -> None:
             if (alive := this()) is not None:
-                alive._take_off()
+                alive._restore()
 
-        self._handles = [self._optimizer.register_step_pre_hook(put_on), self._optimizer.register_step_post_hook(take_off)]
+        self._handles = [self._optimizer.register_step_pre_hook(apply), self._optimizer.register_step_post_hook(restore)]
 
     def remove(self) -> None:
         """Remove the hooks and restore each group's learning rate."""
-        self._take_off()
+        self._restore()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -85,15 +85,15 @@ class LrScale:
                 self._factors[id(group)] = factor = scales.get(name, 1.0)
                 self.rates[name] = max(self.rates.get(name, 0.0), float(group["lr"]) * factor)
 
-    def _put_on(self) -> None:
-        self._take_off()  # left over from a step that raised
+    def _apply(self) -> None:
+        self._restore()  # left over from a step that raised
         for group in self._optimizer.param_groups:
             factor = self._factors.get(id(group), 1.0)
             if factor != 1.0:
                 self._before.append((group, group["lr"]))
                 group["lr"] = group["lr"] * factor
 
-    def _take_off(self) -> None:
+    def _restore(self) -> None:
         for group, lr in self._before:
             group["lr"] = lr
         self._before.clear()

@@ -21,7 +21,7 @@ from smartfrz_ds.model.view import LayerInfo, View, Window
 from smartfrz_ds.predictor import MIN_SNAPSHOTS, FeatureExtractor, FreezePredictor, linear_cka, load_predictor, save_predictor
 from smartfrz_ds.predictor.features import SCALAR_FEATURES, TOKEN_FEATURES, FeatureBatch
 from smartfrz_ds.predictor.model import parameter_count, predictor_notes
-from smartfrz_ds.predictor.probe import PROBE_FEATURES
+from smartfrz_ds.predictor.probe_features import PROBE_FEATURES
 from smartfrz_ds.predictor.similarity import centered_gram, gram_vector, probe_rows
 
 SIZE, SPEED = 64, 1e-2  # of `walk`

@@ -31,7 +31,7 @@ def kept(model: nn.Module, *patterns: str, layers: Any = "auto") -> KeptActive:
 
 def test_a_pattern_that_names_layers_picks_no_others() -> None:
     found = kept(gpt2(), "*.h.2", "embeddings", "*h.2")
-    assert found.names == {"embeddings", "transformer.h.2"} and found.inside == {} and found.told("smartfrz.keep_active") == ""
+    assert found.names == {"embeddings", "transformer.h.2"} and found.inside == {} and found.describe("smartfrz.keep_active") == ""
     assert kept(gpt2()).names == frozenset()
 
 
@@ -51,7 +51,7 @@ def test_a_pattern_that_names_layers_picks_no_others() -> None:
 def test_a_pattern_may_name_what_is_inside_of_layers(pattern: str, names: list[str], first: str) -> None:
     found = kept(gpt2(), pattern)
     assert found.names == set(names) and list(found.inside[pattern]) == names and found.inside[pattern][names[0]] == first
-    line = found.told("smartfrz.keep_active")
+    line = found.describe("smartfrz.keep_active")
     many = f"{len(names)} layers, which stay" if len(names) > 1 else "a layer, which stays"
     assert line.startswith(f"smartfrz.keep_active: {pattern!r} matches modules inside {many} active as a whole: ")
     assert all(f"{name} (" in line for name in names) and "\n" not in line
@@ -85,7 +85,7 @@ def test_what_matches_nothing_is_an_error_with_near_names() -> None:
 
 def test_long_lists_are_cut() -> None:
     net = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for _ in range(20)), nn.Linear(4, 2))
-    line = kept(net, "*.1").told("key")
+    line = kept(net, "*.1").describe("key")
     assert "inside 20 layers" in line and line.endswith("7 (7.1), 12 more")
 
 

@@ -49,7 +49,7 @@ def check_engine(engine: DeepSpeedEngine) -> None:
         try:
             if test(engine):
                 given = f"the optimizer {type(engine.basic_optimizer).__name__} that was given to deepspeed.initialize"
-                refused.append(f"{refusal.said(raw, given if key == 'optimizer' else '')}: {refusal.remedy}")
+                refused.append(f"{refusal.describe(raw, given if key == 'optimizer' else '')}: {refusal.remedy}")
         except Exception as error:  # fails closed: a feature may be on, and a freeze would then be silently wrong
             unknown.append(f"{refusal.name}: {_what_is_missing(error)}")
     for name, probe in _PROBES.items():

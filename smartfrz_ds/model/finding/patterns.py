@@ -12,7 +12,7 @@ from .facts import class_of, has_state, join, looks_like_embedding, weight_of
 from .structure import Group
 
 
-def listed(model: nn.Module, patterns: Sequence[str]) -> list[Group]:
+def pattern_groups(model: nn.Module, patterns: Sequence[str]) -> list[Group]:
     """Build the groups that the user lists. See `find_layers` for the patterns."""
     if not patterns:
         raise ValueError("smartfrz.layers: got []; allowed: 'auto' or a list with at least one name")

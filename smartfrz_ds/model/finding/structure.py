@@ -46,7 +46,7 @@ class Group:
     projector: bool = False
 
 
-def stacked(model: nn.Module) -> list[Group]:
+def block_groups(model: nn.Module) -> list[Group]:
     """Return the groups of a model with repeated blocks; an empty list for other models."""
     blocks = _find_blocks(model)
     if not blocks:
@@ -253,7 +253,7 @@ def _open_stage(path: str, item: nn.Module, mixed: bool) -> list[str]:
     return [path]
 
 
-def plain(model: nn.Module) -> list[Group]:
+def child_groups(model: nn.Module) -> list[Group]:
     """Return the groups of a model without repeated blocks: one layer per child with weights, norms with the layer before."""
     loose: list[str] = []  # parameters directly on a module that is opened
     units: list[tuple[list[str], nn.Module]] = []

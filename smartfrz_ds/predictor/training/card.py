@@ -15,7 +15,7 @@ from smartfrz_ds.model.view import LayerInfo, View, Window
 from smartfrz_ds.predictor.constants import MIN_SNAPSHOTS
 from smartfrz_ds.predictor.features import SCALAR_FEATURES, TOKEN_FEATURES, FeatureExtractor
 from smartfrz_ds.predictor.model import FreezePredictor
-from smartfrz_ds.predictor.probe import PROBE_FEATURES
+from smartfrz_ds.predictor.probe_features import PROBE_FEATURES
 from smartfrz_ds.predictor.recording.card import _row
 from smartfrz_ds.predictor.recording.runs import EVALUATE_EVERY, SNAPSHOT_EVERY
 
@@ -55,7 +55,7 @@ it. Finally, scale and offset of the logits are fitted to predictions for networ
 **Inputs** for each snapshot: {tokens};
 for the layer: {scalars};
 with the probe also {probe_features}.
-They are defined in `features.py` and `probe.py`. All are scale-free and independent of which weight is which.
+They are defined in `features.py` and `probe_features.py`. All are scale-free and independent of which weight is which.
 
 **Threshold**: {threshold:.4f}, the lowest threshold at which the network on weights alone has a precision of {precision_target:.2f} with
 one network kind left out at a time ({precision_weights} reached, recall {recall_weights}). The logits of the network with the probe are

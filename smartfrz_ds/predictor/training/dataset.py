@@ -12,7 +12,7 @@ from torch import Tensor
 from smartfrz_ds.model.view import LayerInfo, View, Window
 from smartfrz_ds.predictor.constants import MIN_SNAPSHOTS
 from smartfrz_ds.predictor.features import TOKEN_FEATURES, FeatureExtractor
-from smartfrz_ds.predictor.probe import PROBE_FEATURES
+from smartfrz_ds.predictor.probe_features import PROBE_FEATURES
 from smartfrz_ds.predictor.recorder import NEVER, Recording
 from smartfrz_ds.predictor.recording.labels import LabelSettings, at_steps, similarity_of
 

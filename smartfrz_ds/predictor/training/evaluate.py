@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smartfrz_ds.predictor.features import SCALAR_FEATURES
-from smartfrz_ds.predictor.probe import PROBE_FEATURES
+from smartfrz_ds.predictor.probe_features import PROBE_FEATURES
 
 from .dataset import Examples
 
