@@ -6,8 +6,6 @@ import copy
 import warnings
 from typing import Any
 
-from torch.optim.lr_scheduler import LinearLR, PolynomialLR, SequentialLR
-
 # A longer forecast would delay a freezing stage noticeably.
 MAX_FORECAST = 2_000_000
 
@@ -35,11 +33,13 @@ def total_steps_of(scheduler: Any) -> int | None:
             value = sum(parts)
         if isinstance(value, int) and value > 0:
             return value
-    if isinstance(scheduler, SequentialLR):
+    # torch's classes by name: `smartfrz check-config` uses this module without importing torch.
+    kinds = {kind.__name__ for kind in type(scheduler).__mro__}
+    if "SequentialLR" in kinds:
         last = total_steps_of(scheduler._schedulers[-1])
         return None if last is None else last + int(scheduler._milestones[-1])
-    falls = isinstance(scheduler, LinearLR) and scheduler.end_factor < scheduler.start_factor
-    if isinstance(scheduler, PolynomialLR) or falls:
+    falls = "LinearLR" in kinds and scheduler.end_factor < scheduler.start_factor
+    if "PolynomialLR" in kinds or falls:
         return int(scheduler.total_iters)
     return None
 
