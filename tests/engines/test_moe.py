@@ -73,7 +73,7 @@ def test_experts_in_a_list_are_told_another_way_out(folder: Path) -> None:
     said = json.loads((folder / "refusals.0.json").read_text())
     assert "turned on by zero_optimization.leaf_module.classes: 'Routed'" in said["experts in a list"]
     assert "train with zero_optimization.stage 2" in said["experts in a list"] and "hangs" in said["experts in a list"]
-    assert "by size, turned on by zero_optimization.stage3_module_granularity_threshold: 1000000: leave it out" in said["by size"]
+    assert "by size, turned on by zero_optimization.stage3_module_granularity_threshold: 1000000: remove it" in said["by size"]
 
 
 def test_leaf_modules_of_the_script(folder: Path) -> None:

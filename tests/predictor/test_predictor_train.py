@@ -331,7 +331,7 @@ def test_the_shipped_predictor_on_a_run_it_never_saw() -> None:
 def test_the_predictor_runs_without_deepspeed() -> None:
     code = (
         "import sys; sys.modules['deepspeed'] = None\n"  # any import of it now fails
-        "import smartfrz_ds.predictor, smartfrz_ds.predictor.train, smartfrz_ds.predictor.ablate, smartfrz_ds.policies\n"
+        "import smartfrz_ds.predictor, smartfrz_ds.predictor.training.train, smartfrz_ds.predictor.training.ablate, smartfrz_ds.policies\n"
         "smartfrz_ds.predictor.load_predictor()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
