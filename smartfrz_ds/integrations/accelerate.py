@@ -89,15 +89,17 @@ class PerStep:
 
     @property
     def optimizer(self) -> Any:
+        """The scheduler's optimizer."""
         return self.scheduler.optimizer
 
     def step(self) -> None:
+        """Step as often as Accelerate does in one optimizer step."""
         for _ in range(self.times):
             self.scheduler.step()
 
 
 def _as_stepped(prepared: Any) -> Any:
-    """The scheduler that accelerator.prepare returned, or None: there is none, or the DeepSpeed engine has it."""
+    """Return the scheduler from accelerator.prepare, or None: there is none, or the DeepSpeed engine has it."""
     found = next((x for x in prepared if type(x) is AcceleratedScheduler), None)
     if found is None:
         return None
@@ -134,7 +136,7 @@ def _include_in_states(accelerator: Any, controller: TorchController) -> None:
 
 
 def _newest(accelerator: Any) -> str | None:
-    """The folder that load_state() chooses without an argument, None where it has none."""
+    """Return the folder that load_state() chooses without an argument, None where it has none."""
     if not accelerator.project_configuration.automatic_checkpoint_naming:
         return None
     folders = [str(x) for x in (Path(accelerator.project_dir) / "checkpoints").iterdir()]

@@ -252,7 +252,7 @@ def _removed(path: Path) -> bool:
 
 
 def filesystem_of(path: Path, mounts: str | None = None) -> str:
-    """The type of a path's file system, such as "ext4" or "nfs4"; "" where unknown.
+    """Return the type of a path's file system, such as "ext4" or "nfs4"; "" where unknown.
 
     Args:
         path: An existing path.

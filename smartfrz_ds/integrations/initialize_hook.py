@@ -61,6 +61,6 @@ def remove_hook() -> None:
 
 
 def engine_of(model: Any) -> Any:
-    """The existing engine that the hook created for this model, or None."""
+    """Return the existing engine that the hook created for this model, or None."""
     engine = _ENGINES.get(id(model))
     return engine if engine is not None and engine.module is model else None

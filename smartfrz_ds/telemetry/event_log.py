@@ -24,7 +24,9 @@ class Monitor(Protocol):
 
     enabled: bool
 
-    def write_events(self, event_list: list[tuple[str, float, int]]) -> None: ...
+    def write_events(self, event_list: list[tuple[str, float, int]]) -> None:
+        """Write (name, value, step) triples."""
+        ...
 
 
 class EventLog:
@@ -94,7 +96,7 @@ class EventLog:
         return self.path.stat().st_size if self.path is not None and self.path.exists() else 0
 
     def mark(self, position: int | None = None) -> str:
-        """A digest of the last bytes before `position`, which shows whether a position belongs to this file.
+        """Return a digest of the last bytes before `position`, which shows whether a position belongs to this file.
 
         Args:
             position: Bytes; None: the end of the file.

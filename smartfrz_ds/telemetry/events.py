@@ -247,7 +247,7 @@ def whole_lines(data: bytes) -> int:
 
 
 def parse(line: bytes) -> Record | None:
-    """The record of one line, None where it is not one."""
+    """Parse one line; None where it is not one."""
     try:
         data = json.loads(line)
         kinds: dict[str, type[RunStart] | type[Status]] = {"start": RunStart, "status": Status}
@@ -262,5 +262,5 @@ def _plain(record: Any) -> dict[str, Any]:
 
 
 def finite(value: float | None) -> float | None:
-    """The value, or None where it is not a finite number."""
+    """Return the value, or None where it is not a finite number."""
     return value if value is not None and math.isfinite(value) else None

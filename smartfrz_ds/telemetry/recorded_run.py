@@ -55,7 +55,7 @@ class Run:
         return self.starts[-1].dry_run if self.starts else any(e.dry_run for e in self.events)
 
     def changes(self) -> list[FreezeEvent]:
-        """The freezes and thaws, without those undone by a rollback."""
+        """Return the freezes and thaws, without those undone by a rollback."""
         return [e for e in self.live if isinstance(e, FreezeEvent) and e.kind in ("freeze", "thaw")]
 
     def _marks(self) -> list[tuple[int, frozenset[str]]]:
@@ -71,7 +71,7 @@ class Run:
         return [(r.step, frozenset(r.frozen)) for r in self.live if not isinstance(r, FreezeEvent) or id(r) in changes]
 
     def outcome(self) -> str:
-        """What froze, or why nothing did: the run's own last statement, else derived from its events."""
+        """Return what froze, or why nothing did: the run's own last statement, else derived from its events."""
         last = self.statuses[-1] if self.statuses else None
         if last is not None and last.outcome and not any(e.step > last.step for e in self.changes()):
             return last.outcome

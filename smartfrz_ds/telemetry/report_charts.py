@@ -206,7 +206,7 @@ def _lines(
 
 
 def _rows(names: Sequence[str]) -> tuple[Figure, Any]:
-    """A figure with one row per layer, the first at the top. With many layers only some are labelled."""
+    """Make a figure with one row per layer, the first at the top. With many layers only some are labelled."""
     count = len(names)
     row = min(0.24, max(0.17, 6 / count)) if count <= 80 else 14 / count  # inches
     figure = Figure(figsize=(_WIDTH, 0.95 + row * max(count, 3)), layout="constrained")

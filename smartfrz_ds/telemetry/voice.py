@@ -106,7 +106,7 @@ def start_text(
     log: str,
     dry_run: bool,
 ) -> str:
-    """The first line of a run.
+    """Return the first line of a run.
 
     Args:
         engine: Name of the backend.
@@ -132,7 +132,7 @@ def start_text(
 
 
 def event_text(event: FreezeEvent, order: Sequence[str], *, policy: str | None) -> str:
-    """The line of an event; "" for warnings, which are logged elsewhere, and for decisions that change nothing.
+    """Return the line of an event; "" for warnings, which are logged elsewhere, and for decisions that change nothing.
 
     Args:
         event: The event.
