@@ -39,7 +39,7 @@ class Controller(GuardedAttributes):
     `RanksDisagree` where the ranks don't have the same settings, package version and layers.
     """
 
-    #: how a run that broke off goes on, for error messages: what stands before the checkpoint's path
+    #: how to resume a run that failed, for error messages; the checkpoint's path follows
     resumed_by = "load_checkpoint goes on from"
 
     def __init__(
@@ -165,7 +165,7 @@ class Controller(GuardedAttributes):
             RanksDisagree: the ranks gave different bounds.
         """
         if self._moves is None:
-            raise ValueError("rebalance: this engine is no pipeline: it has no stages between which layers could move")
+            raise ValueError("rebalance() requires a PipelineModule engine")
         return self._moves.rebalance(bounds)
 
     def drop_gradients(self) -> None:
@@ -176,7 +176,7 @@ class Controller(GuardedAttributes):
         self.backend.drop_gradients()
 
     def predict_pause(self, names: Iterable[str], *, action: Literal["freeze", "thaw"] = "freeze") -> PausePrediction:
-        """What freezing or thawing these layers now would cost. Nothing is changed.
+        """Predict what freezing or thawing these layers now would cost. Changes nothing.
 
         Collective: the first call measures the cluster's bandwidths. The bytes are exact, the time is an estimate.
 
@@ -195,12 +195,17 @@ class Controller(GuardedAttributes):
             self._users.disown(theirs)
 
     def set_schedule(self, *, scheduler: Any = None, total_steps: int | None = None, told_by: str = "set_schedule()") -> None:
-        """Give what `attach(…, defer_policy=True)` could not know: the scheduler, and the length of the run (steps; None: the scheduler's).
+        """Set what was unknown at `attach(…, defer_policy=True)`, and build the policy. Collective, once, before the first step.
 
-        Collective, before the first step; once. A number at `smartfrz.total_steps` wins. What a checkpoint that was loaded meanwhile says
-        of the policy is loaded now. told_by: who says total_steps, for the line at the start.
+        The policy's state in a checkpoint that was loaded in the meantime is loaded now.
 
-        Raises ValueError for what the policy refuses.
+        Args:
+            scheduler: The learning-rate scheduler.
+            total_steps: Steps of the whole run; None takes the scheduler's. A number at `smartfrz.total_steps` takes precedence.
+            told_by: The source of `total_steps`, for the line at the start.
+
+        Raises:
+            ValueError: The policy refuses the run.
         """
         policy = self._policy_stage
         if not policy.deferred:
@@ -218,8 +223,10 @@ class Controller(GuardedAttributes):
         self.set_schedule(scheduler=scheduler, total_steps=total_steps, told_by=told_by)
 
     def detach(self) -> None:
-        """Give the model back as it was: every layer trains, no hook is left. The engine must not be trained any further, but it can be
-        saved. A second call changes nothing: other code may have the model by then."""
+        """Make every layer trainable and remove all hooks. The engine must not be trained any further, but it can be saved.
+
+        A second call changes nothing: other code may use the model by then.
+        """
         if self.released:
             return
         self.released = True
@@ -232,7 +239,7 @@ class Controller(GuardedAttributes):
         self.detach()
 
     def observe(self, **metrics: float) -> None:
-        """Tell the controller a metric of the run (`observe(loss=0.3)`); the newest value of each goes into the report of the log."""
+        """Report metrics of the run (`observe(loss=0.3)`). The newest value of each goes into the log."""
         values = {name: float(value) for name, value in metrics.items()}
         self._run.metrics.update(values)
         for observer in self._observers:
@@ -244,7 +251,7 @@ class Controller(GuardedAttributes):
         return dict(self._run.metrics)
 
     def report(self) -> Report:
-        """Where the run stands, as this rank sees it."""
+        """Return where the run stands, as this rank sees it."""
         log, time = self._run.journal.log, self._run.time
         return Report(
             step=self.step,
@@ -308,12 +315,12 @@ class Controller(GuardedAttributes):
     # --- the loop -------------------------------------------------------------------------------------------------------------
 
     def record_loss(self, loss: Any) -> None:
-        """A micro-batch's loss, as it goes into backward."""
+        """Record a micro-batch's loss, as it goes into backward."""
         for observer in self._observers:
             observer.record_loss(loss)
 
     def before_step(self) -> None:
-        """To be called when all micro-batches of a step are through, before the optimizer, on every rank.
+        """Call this on every rank after the last micro-batch of a step, before the optimizer.
 
         Raises:
             MissingGradients: the first time after a freeze, where it cut off an active layer's gradients.
@@ -325,12 +332,12 @@ class Controller(GuardedAttributes):
             observer.before_step()
 
     def step_skipped(self) -> None:
-        """To be called where the optimizer skipped a step (overflow): it is no step, its loss and gradients don't count."""
+        """Call this where the optimizer skipped a step (overflow). The step, its loss and its gradients are not counted."""
         for observer in self._observers:
             observer.step_skipped()
 
     def after_step(self) -> None:
-        """To be called after every successful optimizer step, on every rank."""
+        """Call this on every rank after every successful optimizer step."""
         with self._run.time.after_step():
             self.set_schedule()  # where the caller did not
             self._run.state.count_step(current_lr(self.backend.base_optimizer()))

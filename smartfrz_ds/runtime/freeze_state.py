@@ -59,16 +59,21 @@ class FreezeState:
     # --- before the engine loads ----------------------------------------------------------------------------------------------
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError where a freeze state is of another model."""
+        """Raise ValueError if a freeze state does not match this model."""
         run = self._run
         names = run.state.layers
         if tuple(state["layers"]) != names:
-            raise ValueError(f"the freeze state is of another model: its layers are {state['layers']}, this model's {list(names)}")
-        # Who froze a layer may be another one now: all weights count, but in states of versions that knew of trainable ones only.
+            raise ValueError(
+                f"the freeze state does not match this model: the checkpoint has layers {state['layers']}, the model has {list(names)}"
+            )
+        # The user may have frozen a layer then and not now: all weights count. Older states count trainable weights only.
         own = [whole_numel(layer) if "user_frozen" in state else layer.numel for layer in run.layers]
         for name, theirs, ours in zip(names, state.get("sizes", own), own, strict=True):
             if theirs != ours:
-                raise ValueError(f"the freeze state is of another model: its layer {name!r} has {theirs} weights, this model's {ours}")
+                raise ValueError(
+                    f"the freeze state does not match this model: layer {name!r} has {theirs} weights in the checkpoint, "
+                    f"{ours} in the model"
+                )
         run.ranks.assert_same(f"load frozen {state['frozen']} at step {state['step']}", "freeze states to load")
 
     def leaving(self, frozen: Collection[str]) -> tuple[Parameter, ...]:
@@ -113,7 +118,7 @@ class FreezeState:
         self._policy.load_policy_state(state)
 
     def reset(self, step: int, folder: str = "") -> None:
-        """Begin to watch anew at `step`, with nothing known: after loading a checkpoint that has no freeze state.
+        """Start over at `step` with no history, after loading a checkpoint that has no freeze state.
 
         folder: of the checkpoint, for the record.
         """

@@ -1,7 +1,7 @@
-"""The transaction: bring the engine to another frozen set.
+"""The transaction that brings the engine to another frozen set.
 
-    prepare   everything that can refuse the change is asked, on all ranks; nothing is changed
-    commit    the engine changes; an error in here leaves it half-done, which ends the run
+    prepare   every check that can refuse the change, on all ranks; changes nothing
+    commit    the engine changes; an error in here leaves it inconsistent, which ends the run
     notify    the observers learn the new layout, and the event is recorded
 
 Collective throughout, in the same order on every rank.
@@ -80,7 +80,7 @@ class Freezer:
 
         Raises:
             ValueError, RuntimeError: the change is refused, on every rank; nothing was changed.
-            FreezeError: it broke off half-way.
+            FreezeError: it failed after it had started; the engine state is inconsistent.
         """
         began = time.perf_counter() if began is None else began
         with self._adopting(adopt, groups) as adopted:
@@ -93,7 +93,7 @@ class Freezer:
         return change
 
     def prepare(self, frozen: set[str], kind: Kind, adopted: tuple[str, ...] = ()) -> LayoutChange:
-        """Ask, on all ranks, everything that can refuse this frozen set. Collective; changes nothing.
+        """Run every check that can refuse this frozen set, on all ranks. Collective; changes nothing.
 
         Raises:
             ValueError, RuntimeError: it is refused, on every rank, whichever rank found out.
@@ -130,7 +130,7 @@ class Freezer:
             What this rank released, and the bytes that all ranks released.
 
         Raises:
-            FreezeError: it broke off half-way.
+            FreezeError: it failed after it had started; the engine state is inconsistent.
         """
         run, restoring = self._run, change.kind == "restore"
         try:
@@ -156,7 +156,7 @@ class Freezer:
 
     def _roll_back(self, change: LayoutChange, error: BaseException) -> NoReturn:
         """After an error within `commit`. No backend can take a change back yet, so the run ends."""
-        raise self.broke_off(change.kind, error) from error
+        raise self.failed(change.kind, error) from error
 
     def notify(self, change: LayoutChange, released: Released, released_by_all: int, about: Mapping[str, Any], began: float) -> None:
         """Tell the observers, and record the event. Collective."""
@@ -185,7 +185,7 @@ class Freezer:
         for observer in self._observers:
             observer.on_layout_change(change)
 
-    # --- what prepare asks ----------------------------------------------------------------------------------------------------
+    # --- what prepare checks --------------------------------------------------------------------------------------------------
 
     def _check_set(self, frozen: set[str], kind: Kind) -> None:
         """Raise ValueError for a frozen set that the settings don't allow."""
@@ -215,18 +215,17 @@ class Freezer:
         """Predict the pause of a change to this frozen set. Collective; changes nothing."""
         return self._pauses.predict(self.leaving(frozen))
 
-    def broke_off(self, what: str, error: BaseException) -> FreezeError:
-        """The error for a change that broke off half-way."""
-        last = self._run.last_checkpoint
-        way = f"go on from the last complete checkpoint, {last}" if last else "no checkpoint was saved yet"
-        step = self._run.state.step
-        return FreezeError(f"a {what} at step {step} broke off half-way and this run can't be trusted any more; {way}: {error}")
+    def failed(self, what: str, error: BaseException) -> FreezeError:
+        """Return the error for a change that failed after it had started."""
+        last, step = self._run.last_checkpoint, self._run.state.step
+        way = f"Resume from the last complete checkpoint, {last}" if last else "No checkpoint was saved yet"
+        return FreezeError(f"{what} failed at step {step} after it had started; the engine state is inconsistent. {way}: {error}")
 
     # --- layers that the user froze -------------------------------------------------------------------------------------------
 
     @contextmanager
     def _adopting(self, names: Collection[str], groups: Mapping[str, int] | None) -> Iterator[tuple[str, ...]]:
-        """Around `prepare`, for layers that the user froze and that become this package's. Collective. Gives those that did.
+        """Adopt layers that the user froze, around `prepare`. Collective. Yields the names of those that were adopted.
 
         Raises:
             ValueError: they can't train here. Then, and where the change is refused, they are the user's again.
@@ -257,7 +256,7 @@ class Freezer:
             raise
 
     def return_to_user(self, names: Iterable[str]) -> None:
-        """Those of these layers that are frozen, and that the user had frozen here before the start, are the user's again."""
+        """Return to the user those of these layers that are frozen and that the user had frozen before the start."""
         back = set(self._users.adopted).intersection(names, self._run.state.frozen)
         if back:
             self._return(back)

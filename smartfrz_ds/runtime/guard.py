@@ -1,8 +1,8 @@
-"""Was that freeze a mistake? Watches a metric of the run after each freeze and says when to take it back.
+"""Watch a metric of the run after each freeze, and decide when a freeze was a mistake.
 
-The metric is smoothed exponentially (every value of it counts, from the first one on). The level at the moment of a freeze is that
-freeze's baseline. If the smoothed metric rises above `baseline + tolerance * |baseline|`, or is no number, within `window` steps, the
-freeze is a mistake. `Guard` decides and knows no ranks; `GuardedRun` watches a run's steps and brings it the values of all ranks.
+The metric is smoothed exponentially, from its first value on. The level at the moment of a freeze is that freeze's baseline. If the
+smoothed metric rises above `baseline + tolerance * |baseline|`, or is not a number, within `window` steps, the freeze is a mistake.
+`Guard` decides and knows no ranks; `GuardedRun` watches a run's steps and brings it the values of all ranks.
 """
 
 from __future__ import annotations
@@ -61,25 +61,25 @@ class Guard:
         return frozenset(self._waits)
 
     def add(self, value: float) -> None:
-        """The metric of one step. While nothing is watched a value that is no finite number is left out: it could never be forgotten."""
+        """Add the metric of one step. While nothing is watched, a value that is not finite is left out: smoothing would never forget it."""
         if not math.isfinite(value) and not self._watches:
             return
         self.level = value if self.level is None else self.smoothing * self.level + (1 - self.smoothing) * value
 
     def froze(self, layers: Sequence[str], step: int, baseline: float) -> None:
-        """Watch this freeze from now on. baseline: finite, the same on all ranks; the smoothed metric goes on from it."""
+        """Watch this freeze from now on. baseline: finite, the same on all ranks; the smoothed metric continues from it."""
         assert math.isfinite(baseline), baseline
         self.level = baseline
         self._watches.append(Watch(tuple(layers), step, baseline))
 
     def thawed(self, layers: Collection[str]) -> None:
-        """Layers that somebody thawed: no longer watched."""
+        """Stop watching layers that were thawed."""
         for watch in self._watches:
             watch.layers = tuple(name for name in watch.layers if name not in layers)
         self._watches = [watch for watch in self._watches if watch.layers]
 
     def judge(self, step: int) -> TakeBack | None:
-        """What to take back at this step, if anything: the oldest mistaken freeze, and with it all later ones that are still watched.
+        """Return what to take back at this step, if anything: the oldest mistaken freeze, with all later ones that are still watched.
 
         Watches that have lasted their window end here. The layers that are taken back are dealt with: they are no longer watched, and wait
         `max(wait, 1) * 2^n` freezing stages when they are taken back for the n-th time. The level falls back to the mistake's baseline.
@@ -105,7 +105,7 @@ class Guard:
         return mistake
 
     def stage_passed(self) -> None:
-        """A freezing stage went by: those that wait have one less to wait for."""
+        """Count a freezing stage: layers that wait have one less to wait for."""
         self._waits = {name: left - 1 for name, left in self._waits.items() if left > 1}
 
     def state_dict(self) -> dict[str, Any]:
@@ -190,7 +190,7 @@ class GuardedRun(StepObserver):
             self._warn_blind(f"before the freeze of step {self._run.state.step}, which is not watched therefore")
 
     def _watch(self, layers: Sequence[str]) -> bool:
-        """Watch a freeze, if the metric was ever seen. Collective. False where it wasn't: then there is no level to compare with."""
+        """Watch a freeze. Collective. Returns False if the metric was never seen: there is no level to compare with."""
         self._fold()
         baseline = self._mean(self.guard.level)
         if baseline is not None:

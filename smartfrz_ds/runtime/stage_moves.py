@@ -58,7 +58,7 @@ class StageMoves(StepObserver):
             self._look(moves=self._run.config.pipeline.rebalance == "on_freeze")
 
     def _look(self, *, moves: bool) -> None:
-        """Look at the stages with what is frozen now. moves: whether layers may move."""
+        """Look for a better cut with the layers that are frozen now. moves: whether layers may move."""
         run = self._run
         move, self.width = self.rebalancer.decide(self._pauses.bandwidths(), moves=moves)
         if self.width is not None:
@@ -68,20 +68,20 @@ class StageMoves(StepObserver):
         elif move is not None:
             try:
                 self.rebalancer.check(move.bounds)
-            except Exception as error:  # a layer's constructor, for example: the run goes on as it is
+            except Exception as error:  # a layer's constructor, for example: the run continues unchanged
                 run.journal.warn(f"the layers stay where they are: {error}")
             else:
                 self._move(move.bounds, move.gain)
 
     def _move(self, bounds: Sequence[int], gain: float | None = None) -> None:
-        """Move layers to these bounds, after `Pipeline.check`. gain: how many times faster a step is predicted to be; None: it is done to
-        load a checkpoint, which is no event."""
+        """Move layers to these bounds, after `Pipeline.check`. gain: predicted speed-up of a step; None: the move is part of loading a
+        checkpoint, and is not recorded as an event."""
         run, rebalancer = self._run, self.rebalancer
         start, old = time.perf_counter(), rebalancer.bounds
         try:
             moved = rebalancer.move(bounds)
         except BaseException as error:
-            raise self._freezer.broke_off("re-balance", error) from error
+            raise self._freezer.failed("rebalance", error) from error
         for layer in run.layers:
             if layer.name in run.state.frozen:
                 freeze_modules(layer, run.config.frozen_mode, run.config.tied)

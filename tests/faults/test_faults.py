@@ -159,7 +159,7 @@ def test_a_rank_fails_in_the_middle_of_a_freeze(folder: Path) -> None:
     own, others = (ended(folder, "fails-freezing", rank) for rank in (1, 0))
     for code, seconds, output in (own, others):
         assert code == 1 and seconds < LONG
-        assert "FreezeError: a freeze at step 6 broke off half-way" in output and "checkpoints/global_step4" in output
+        assert "FreezeError: freeze failed at step 6 after it had started" in output and "checkpoints/global_step4" in output
     assert "no room for the new layout" in own[2]
     assert check_end(folder, "fails-freezing", "fails-freezing-again")["start"] == 4
 

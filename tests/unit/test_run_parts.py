@@ -118,7 +118,7 @@ def test_an_error_in_commit_is_told_to_nobody(run: tuple[Any, Any, Any], monkeyp
         raise MemoryError("no room")
 
     monkeypatch.setattr(controller.backend, "verify", fail)
-    with pytest.raises(smartfrz_ds.FreezeError, match=r"freeze at step 1 .*checkpoints/step4: no room"):
+    with pytest.raises(smartfrz_ds.FreezeError, match=r"freeze failed at step 1 .*checkpoints/step4: no room"):
         controller.freeze(["blocks.0"])
     assert controller.frozen == () and spy.called == [] and not controller.report().events
 
