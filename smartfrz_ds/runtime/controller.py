@@ -219,7 +219,7 @@ class Controller(GuardedAttributes):
         self._run.journal.speaker.start()
 
     def learn(self, *, scheduler: Any = None, total_steps: int | None = None, told_by: str = "learn()") -> None:
-        """Deprecated: the former name of `set_schedule`."""
+        """Call `set_schedule`. Deprecated: the former name."""
         self.set_schedule(scheduler=scheduler, total_steps=total_steps, told_by=told_by)
 
     def detach(self) -> None:
@@ -235,7 +235,7 @@ class Controller(GuardedAttributes):
         self._freezer.restore_trainable()
 
     def release(self) -> None:
-        """Deprecated: the former name of `detach`."""
+        """Call `detach`. Deprecated: the former name."""
         self.detach()
 
     def observe(self, **metrics: float) -> None:
@@ -301,7 +301,7 @@ class Controller(GuardedAttributes):
         self._kept.restore_flags()
 
     def state_dict(self) -> dict[str, Any]:
-        """The freeze state: numbers, names, and on rank 0 the history's tensors."""
+        """Return the freeze state: numbers, names, and on rank 0 the history's tensors."""
         return self._freeze_state.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

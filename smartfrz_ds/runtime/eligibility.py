@@ -11,7 +11,7 @@ Order = Literal["front_to_back", "any"]
 
 
 def candidates(layers: Sequence[Layer], frozen: Collection[str], kept_active: Collection[str]) -> tuple[str, ...]:
-    """The layers that a policy may freeze at all: not the head, not frozen, not kept active, with weights that train."""
+    """Return the layers that a policy may freeze at all: not the head, not frozen, not kept active, with weights that train."""
     return tuple(
         layer.name
         for layer in layers
@@ -22,7 +22,7 @@ def candidates(layers: Sequence[Layer], frozen: Collection[str], kept_active: Co
 def allowed(
     layers: Sequence[Layer], frozen: Collection[str], wanted: Collection[str], *, order: Order, max_frozen_fraction: float
 ) -> frozenset[str]:
-    """The part of a policy's wish that `order` and `max_frozen_fraction` (of all layers, in (0, 1]) allow, front layers first."""
+    """Return the part of a policy's wish that `order` and `max_frozen_fraction` (of all layers, in (0, 1]) allow."""
     room = int(max_frozen_fraction * len(layers) + 1e-9) - len(frozen)
     chosen: list[str] = []
     for layer in layers:
@@ -59,5 +59,5 @@ def check_known(layers: Sequence[Layer], wanted: Iterable[str], action: str) -> 
 
 
 def recorded(layers: Sequence[Layer], frozen: Collection[str]) -> frozenset[str]:
-    """The layers of which snapshots are taken: those that train, but the head."""
+    """Return the layers of which snapshots are taken: those that train, without the head."""
     return frozenset(layer.name for layer in layers if layer.name not in frozen and layer.numel and layer.kind != "head")

@@ -77,7 +77,7 @@ class FreezeState:
         run.ranks.assert_same(f"load frozen {state['frozen']} at step {state['step']}", "freeze states to load")
 
     def leaving(self, frozen: Collection[str]) -> tuple[Parameter, ...]:
-        """The parameters that are out of the optimizer when exactly these layers are frozen."""
+        """Return the parameters that are out of the optimizer when exactly these layers are frozen."""
         return self._freezer.leaving(frozen)
 
     def restore_layout(self, frozen: Iterable[str]) -> None:

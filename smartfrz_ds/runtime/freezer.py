@@ -71,8 +71,10 @@ class Freezer:
         Args:
             frozen: names of the layers that are frozen afterwards.
             kind: "freeze" and "thaw" are events; "restore" brings back the layout of a checkpoint, whatever `order` says.
-            about: more fields of the event. began: when the work for it began, `time.perf_counter()`; None: now.
-            adopt: layers that the user froze and that become this package's. groups: of their parameters, by name, where they are known.
+            about: more fields of the event.
+            began: when the work for it began, `time.perf_counter()`; None: now.
+            adopt: layers that the user froze and that become this package's.
+            groups: parameter groups of their parameters, by name, where they are known.
             check_adopted: called with the layers that were adopted; raises ValueError, on all ranks, where that can't be.
 
         Returns:
@@ -197,7 +199,7 @@ class Freezer:
             check_order(layers, frozen, config.order)
 
     def leaving(self, frozen: Collection[str]) -> tuple[Parameter, ...]:
-        """The parameters that are out of the optimizer when exactly these layers are frozen."""
+        """Return the parameters that are out of the optimizer when exactly these layers are frozen."""
         run = self._run
         return leaving_params([x for x in run.layers if x.name in frozen], run.layers, run.config.tied)
 
@@ -320,7 +322,7 @@ class Freezer:
             self._before_load = set(self._run.state.frozen)
 
     def layout_before_load(self) -> set[str]:
-        """The frozen set before the load that is being recorded; forgotten with this call."""
+        """Return the frozen set before the load that is being recorded, and forget it."""
         before, self._before_load = self._before_load, None
         return set(self._run.state.frozen) if before is None else before
 

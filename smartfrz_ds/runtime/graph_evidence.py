@@ -75,7 +75,7 @@ class GraphEvidence:
         self._forget_graph()
 
     def runs(self, module: nn.Module) -> None:
-        """This module takes part, whose hook came too late."""
+        """Note a module that takes part and whose hook came too late."""
         if module in self._own:
             self._ran.add(module)
 
@@ -139,7 +139,7 @@ class GraphEvidence:
         self._known: dict[Any, int] = {}  # node -> bits of all modules that it was made of
 
     def _behind(self, node: Any) -> int:
-        """The modules of which `node` was made. Each node is visited once a forward."""
+        """Return the modules of which `node` was made. Each node is visited once a forward."""
         known, stack = self._known, [node]
         while stack:
             at = stack[-1]

@@ -37,8 +37,10 @@ class TakeBack:
 
 
 class Guard:
-    """tolerance: relative worsening, > 0 (0.02 is 2 %). window: steps, >= 1. smoothing: the weight of the past in [0, 1): 0 takes each
-    value as it is, 0.9 averages over about 10. wait: freezing stages that a layer waits normally, >= 0.
+    """Decides when a freeze was a mistake.
+
+    tolerance: relative worsening, > 0 (0.02 is 2 %). window: steps, >= 1. smoothing: the weight of the past in [0, 1): 0 takes each value
+    as it is, 0.9 averages over about 10. wait: freezing stages that a layer waits normally, >= 0.
 
     The metric is one where lower is better. Values go in with `add`, one a step at most, the same on all ranks while a freeze is watched
     (`watching`); before that each rank may add its own, and hand in the mean of the ranks' `level` as the baseline (smoothing is linear).
@@ -53,6 +55,7 @@ class Guard:
 
     @property
     def watching(self) -> bool:
+        """Whether a freeze is under watch."""
         return bool(self._watches)
 
     @property
@@ -118,6 +121,7 @@ class Guard:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load a `state_dict`."""
         self.level = state["level"]
         self._watches = [Watch(tuple(w["layers"]), int(w["step"]), float(w["baseline"])) for w in state["watches"]]
         self._taken_back, self._waits = dict(state["taken_back"]), dict(state["waits"])
@@ -175,7 +179,7 @@ class GuardedRun(StepObserver):
         return self.guard.judge(self._run.state.step)
 
     def before_stage(self) -> None:
-        """A freezing stage begins. Warns, once, where no value at all came since the last one."""
+        """Begin a freezing stage: warn, once, if no value came since the last one."""
         self._fold()
         blind, self._seen = not self._seen, False
         if blind:

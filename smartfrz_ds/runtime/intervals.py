@@ -43,7 +43,7 @@ class Intervals:
         return step != total_steps and step % self.freeze_interval == 0 and step >= self.warmup_steps
 
     def first_from(self, step: int) -> int:
-        """The first step >= `step`, the warm-up over, that ends in a freezing stage, however long the run is."""
+        """Return the first step >= `step`, the warm-up over, that ends in a freezing stage, however long the run is."""
         step = max(step, self.warmup_steps, 1)
         return -(-step // self.freeze_interval) * self.freeze_interval
 
@@ -55,7 +55,7 @@ class Intervals:
 
 
 def resolve(config: FreezeConfig, total_steps: int | None, *, provisional: bool = False) -> Intervals:
-    """The settings that count steps, in a run of this length.
+    """Resolve the settings that count steps, for a run of this length.
 
     Shares are rounded to whole steps, an interval to at least one. Where a share, or a default, does not fit beside the other interval it
     is raised (`freeze_interval`) or lowered (`snapshot_interval`) to it. Where the length is unknown, the defaults of `warmup_steps`,
@@ -121,7 +121,7 @@ def resolve(config: FreezeConfig, total_steps: int | None, *, provisional: bool 
 
 
 def first_stage(config: FreezeConfig, total_steps: int | None) -> int | None:
-    """The step after which the policy judges for the first time; None where that never happens.
+    """Return the step after which the policy judges for the first time; None where that never happens.
 
     It never happens with the policy `manual`, with `enabled` false, and in a run that ends before.
 
@@ -162,7 +162,7 @@ def why_never(config: FreezeConfig, total_steps: int | None) -> str:
 
 
 def _first_decision(config: FreezeConfig, now: Intervals, total_steps: int) -> tuple[int, str]:
-    """The first stage at which the policy may name a layer, and the words for it."""
+    """Return the first stage at which the policy may name a layer, and the reason in words."""
     if config.policy == "attention":
         stages = config.attention.patience if config.attention.mode == "auto" else 1
         step = now.first_from(MIN_SNAPSHOTS * now.snapshot_interval) + (stages - 1) * now.freeze_interval
@@ -184,7 +184,7 @@ def _first_decision(config: FreezeConfig, now: Intervals, total_steps: int) -> t
 
 
 def _smaller(config: FreezeConfig, now: Intervals) -> str:
-    """What to write where warm-up and stages leave no room."""
+    """Name the settings to change where warm-up and stages leave no room."""
     keys = [
         f"{SECTION}.{key} (now {getattr(now, key)}) to less, or to '{FreezeConfig.model_fields[key].default}' of the run, its default"
         for key in ("warmup_steps", "freeze_interval")

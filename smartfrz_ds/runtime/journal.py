@@ -54,14 +54,16 @@ class Journal(StepObserver):
         self.speaker.note(f"step {self._state.step:,}: {text}")
 
     def resumed(self, state: Mapping[str, Any] | None, folder: str) -> None:
-        """A checkpoint was loaded before the first step. state: its freeze state, None: it has none."""
+        """Note a checkpoint that was loaded before the first step. state: its freeze state, None: it has none."""
         if state is not None:
             self.log.resume(state, self._state.step)
         self.speaker.resumed(folder, None if state is None else state.get("stages"))
 
     def loaded(self, left: int, folder: str, changed: set[str], *, weights_only: bool = False) -> None:
-        """A checkpoint was loaded into the running run. left: the step before it. changed: layers that are frozen now and were not, or
-        the other way round."""
+        """Record a checkpoint that was loaded into the running run.
+
+        left: the step before it. changed: layers that are frozen now and were not, or the other way round.
+        """
         what = f"checkpoint {folder}" if folder else "a freeze state"
         self.record(
             FreezeEvent(

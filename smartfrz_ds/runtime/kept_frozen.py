@@ -32,7 +32,7 @@ class Intrusion:
     bytes: int
 
     def text(self, step: int) -> str:
-        """The warning."""
+        """Return the warning."""
         cost = (
             f"their gradients were computed in step {step} ({self.bytes} bytes on this rank) and dropped, and that step's FLOPs are not "
             "counted as saved"
@@ -83,7 +83,7 @@ class KeptFrozen:
                 self._note(param)
 
     def after_step(self) -> Intrusion | None:
-        """What other code has cost since the last call; None where it did nothing."""
+        """Return what other code has cost since the last call; None where it did nothing."""
         if not self._came:
             return None
         self._meddled = True
@@ -94,7 +94,7 @@ class KeptFrozen:
         return intrusion
 
     def first_time(self) -> bool:
-        """True at the first call."""
+        """Return True at the first call."""
         said, self._said = self._said, True
         return not said
 

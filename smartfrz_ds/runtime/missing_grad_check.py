@@ -85,7 +85,7 @@ class GradientCheck:
         self._evidence.start(watched, record=not check)
 
     def record_start(self, active: Callable[[], Sequence[Parameter]], *, stage_follows: bool) -> None:
-        """Called at each step boundary: arms for the steps that are recorded."""
+        """Arm for the steps that are recorded; called at each step boundary."""
         if not self._armed and (stage_follows or self._records < RECORDED):
             self._arm(active(), check=bool(self._unused))
 
@@ -105,12 +105,12 @@ class GradientCheck:
             self._seen.pop(param, None)
 
     def saw(self, params: Iterable[Parameter]) -> None:
-        """These have a gradient, whose hooks don't say so."""
+        """Note parameters that have a gradient without a hook that says so."""
         if self._armed:
             self._got.update(params)
 
     def runs(self, module: Module) -> None:
-        """This module is about to run; the check began too late to see it."""
+        """Note a module that is about to run, which the check began too late to see."""
         if self._armed:
             self._evidence.runs(module)
 

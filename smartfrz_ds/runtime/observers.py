@@ -1,7 +1,7 @@
 """The protocol of everything that watches a run's steps.
 
-The controller makes one list of observers, in which the order of the work of a step is written down (controller.py), and every event goes
-to all of them in that order. Each rank has the same list, so that an observer's collectives meet.
+There is one list of observers, in which the order of the work of a step is written down (assembly.py). Every event goes to all of them in
+that order. Each rank has the same list, so that an observer's collectives meet.
 """
 
 from __future__ import annotations
@@ -43,34 +43,34 @@ class StepObserver:
     """
 
     def on_schedule(self) -> None:
-        """The length of the run and the intervals have become known, or have changed."""
+        """Handle a length of the run, and intervals, that have become known."""
 
     def record_loss(self, loss: Any) -> None:
-        """A micro-batch's loss goes into backward."""
+        """Handle a micro-batch's loss, as it goes into backward."""
 
     def observe(self, metrics: Mapping[str, float]) -> None:
-        """The user reported metrics."""
+        """Handle metrics that the user reported."""
 
     def before_step(self) -> None:
-        """All micro-batches of a step are through; the optimizer comes next."""
+        """Act after the last micro-batch of a step, before the optimizer."""
 
     def step_skipped(self) -> None:
-        """The optimizer skipped the step (overflow): its loss and gradients don't count."""
+        """Drop the loss and the gradients of a step that the optimizer skipped (overflow)."""
 
     def after_step(self) -> None:
-        """The optimizer has taken a step, which is counted already; the freezing stage, if one is due, comes after all observers."""
+        """Act after the optimizer's step, which is counted already. The freezing stage, if one is due, follows after all observers."""
 
     def stage_passed(self) -> None:
-        """A freezing stage is over."""
+        """Act after a freezing stage."""
 
     def step_ended(self) -> None:
-        """The work after a step is done. Called in the reverse order of the list."""
+        """Act at the end of the work after a step. Called in the reverse order of the list."""
 
     def on_layout_change(self, change: LayoutChange) -> None:
-        """The layout has changed; the engine has it already."""
+        """Follow a layout that the engine has already."""
 
     def on_layers_changed(self) -> None:
-        """Parameters have joined layers, or have left them again, before the layout changes.
+        """Follow parameters that have joined layers, or have left them again, before the layout changes.
 
         Raises:
             ValueError: this can't be; the caller takes it back and calls this again.

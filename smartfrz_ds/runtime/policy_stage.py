@@ -28,8 +28,11 @@ from .run_context import RunContext
 
 @dataclass(frozen=True, kw_only=True)
 class StageDecision:
-    """What all ranks have heard. chosen: layers to freeze now; failure: why the policy could not decide, empty where it could (the
-    text is rank 0's; the others have one of their own); probabilities: of judged layers, in [0, 1]; reasons: rank 0's, else empty."""
+    """The decision of one freezing stage, as every rank received it.
+
+    chosen: layers to freeze now. failure: why the policy could not decide, empty where it could (the text is rank 0's; the others have one
+    of their own). probabilities: of judged layers, in [0, 1]. reasons: rank 0's, else empty.
+    """
 
     chosen: frozenset[str] = frozenset()
     failure: str = ""
@@ -257,7 +260,7 @@ class PolicyStage(StepObserver):
 
 
 def build_policy(config: FreezeConfig, layers: Sequence[Layer], total_steps: int | None) -> Policy:
-    """The configured policy, new. Raises ValueError for what it refuses, the length of the run among it (steps, None: unknown)."""
+    """Build the configured policy. Raises ValueError if it refuses the settings or the length of the run (steps, None: unknown)."""
     settings = dict(resolve(config, total_steps, provisional=config.policy == "manual").policy) | {
         key: getattr(config, key) for key in SHARED_SETTINGS.get(config.policy, ())
     }
@@ -270,7 +273,7 @@ def build_policy(config: FreezeConfig, layers: Sequence[Layer], total_steps: int
 def decide(
     policy: Policy, look: Callable[[], View], allow: Callable[[Sequence[str]], frozenset[str]], *, step: int
 ) -> tuple[Decision, frozenset[str], str]:
-    """What a policy wants, what of it the rules `allow`, and why it failed; a policy that fails freezes nothing.
+    """Return the policy's decision, the part of it that the rules `allow`, and why it failed. A policy that fails freezes nothing.
 
     look: makes the view, within the same safety: the other ranks wait for an answer.
     """

@@ -36,6 +36,7 @@ class PluginTime:
 
     @property
     def seconds(self) -> float:
+        """Seconds so far, those of the current step included."""
         return self._seconds + (0.0 if self.began is None else time.perf_counter() - self.began)
 
     @contextmanager

@@ -74,8 +74,10 @@ class StageMoves(StepObserver):
                 self._move(move.bounds, move.gain)
 
     def _move(self, bounds: Sequence[int], gain: float | None = None) -> None:
-        """Move layers to these bounds, after `Pipeline.check`. gain: predicted speed-up of a step; None: the move is part of loading a
-        checkpoint, and is not recorded as an event."""
+        """Move layers to these bounds, after `Pipeline.check`.
+
+        gain: predicted speed-up of a step; None: the move is part of loading a checkpoint, and is not recorded as an event.
+        """
         run, rebalancer = self._run, self.rebalancer
         start, old = time.perf_counter(), rebalancer.bounds
         try:

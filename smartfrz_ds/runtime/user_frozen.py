@@ -31,7 +31,7 @@ def is_user_frozen(layer: Layer) -> bool:
 
 
 def whole_numel(layer: Layer) -> int:
-    """Number of weights of a layer, those that the user froze too."""
+    """Return the number of weights of a layer, including those that the user froze."""
     return layer.numel + sum(prod(shape_of(p)) for p in layer.user_frozen)
 
 
@@ -109,7 +109,7 @@ class UserFrozen:
             self._set(layer, own, taken=True)
 
     def disown(self, names: Collection[str]) -> None:
-        """The inverse of `adopt`, for layers that are frozen: they are the user's again."""
+        """Undo `adopt`, for layers that are frozen: they are the user's again."""
         for layer in self._layers:
             if layer.name in names and layer.name in self._adopted:
                 own = self._adopted.pop(layer.name)
@@ -142,7 +142,7 @@ class UserFrozen:
             )
 
     def _members(self, left: Collection[str]) -> list[str]:
-        """A digest of the names in each group, without those of the layers `left`."""
+        """Return a digest of the names in each group, without those of the layers `left`."""
         out = {p for layer in self._layers if layer.name in left for p in layer.params}
         groups = [[self._names.get(p, "?") for p in group if p not in out] for group in self._backend.groups]
         return [sha256("\n".join(names).encode()).hexdigest()[:16] for names in groups]
@@ -177,7 +177,7 @@ class UserFrozen:
         return group_of[alike]
 
     def _alike(self, layer: Layer, param: Parameter, held: Sequence[tuple[Layer, Parameter]]) -> Parameter:
-        """The parameter whose group this one joins. held: what the optimizer holds, nearest layer first."""
+        """Return the parameter whose group this one joins. held: what the optimizer holds, nearest layer first."""
         own, dims = self._within(layer, param), len(shape_of(param))
         last = own.rsplit(".", 1)[-1]
         same_name = [p for other, p in held if self._within(other, p) == own]
@@ -187,7 +187,7 @@ class UserFrozen:
         return (same_name or same_kind or same_dims or [p for _, p in held])[0]
 
     def _within(self, layer: Layer, param: Parameter) -> str:
-        """The name of a parameter within its layer."""
+        """Return the name of a parameter within its layer."""
         return self._names[param].removeprefix(f"{layer.name}.")
 
 
