@@ -354,6 +354,10 @@ class Controller(GuardedAttributes):
     def _freezing_stage(self) -> None:
         """Let the policy judge, and freeze what it has chosen."""
         run = self._run
+        if self._policy_stage.drop_schedule():
+            for observer in self._observers:
+                observer.on_schedule()
+            return
         if self._guard is not None:
             self._guard.before_stage()
         if run.state.cooldown > 0:

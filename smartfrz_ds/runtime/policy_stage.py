@@ -16,9 +16,10 @@ from smartfrz_ds.model.view import View, layer_infos
 from smartfrz_ds.policies import SHARED_SETTINGS, make_policy
 from smartfrz_ds.policies.base import ChecksStart, Decision, Policy
 from smartfrz_ds.signals.history import History
-from smartfrz_ds.signals.lr_forecast import RemainingLr, total_steps_of
+from smartfrz_ds.signals.lr_forecast import RemainingLr, ScheduleUnit, total_steps_of
 from smartfrz_ds.signals.policy_inputs import PolicyInputs, RunInfo
 from smartfrz_ds.signals.snapshots import Snapshots
+from smartfrz_ds.telemetry.speaking import scheduler_name
 
 from .eligibility import allowed, candidates, recorded
 from .intervals import resolve, why_never
@@ -70,6 +71,7 @@ class PolicyStage(StepObserver):
         self._early_state: Mapping[str, Any] | None = None
         self._build(manual=deferred)
         self._remaining_lr = RemainingLr(scheduler, run.total_steps)
+        self._unit = ScheduleUnit(scheduler)
 
     def _build(self, *, manual: bool = False) -> None:
         """Make the policy and its inputs. manual: a policy that decides nothing. Collective."""
@@ -108,7 +110,42 @@ class PolicyStage(StepObserver):
         self._build()
         self.inputs.try_probe()
         self._remaining_lr = RemainingLr(scheduler if scheduler is not None else self._remaining_lr.scheduler, run.total_steps)
+        self._unit = ScheduleUnit(self._remaining_lr.scheduler)
         return run.total_steps != known
+
+    def drop_schedule(self) -> bool:
+        """At a freezing stage: go on without the scheduler where it counts something other than steps. Collective, until that is known.
+
+        A scheduler that moves once an epoch counts epochs: all shares of the run would be taken of a number that is far too small.
+
+        Returns:
+            Whether it was dropped; the intervals may be others now.
+        """
+        run, unit = self._run, self._unit
+        if unit.known or not unit.began(run.state.step):
+            return False
+        unit.known = True
+        slower = run.ranks.all_reduce_sum([float(unit.is_slower(run.state.step))])[0]
+        if not slower or run.total_steps is None:  # without a length nothing is taken from the scheduler
+            return False
+        told = total_steps_of(unit.scheduler)
+        text = f"the {scheduler_name(unit.scheduler)} does not move with each optimizer step, it may count epochs: "
+        if run.config.total_steps != "auto" or run.total_steps != told:
+            text += "what it says of the learning rates to come is not used"
+        else:
+            run.total_steps = None
+            self.inputs.remove()
+            self._history.load_state_dict({})
+            text += f"its length, {told}, is not used, and the length of the run counts as unknown"
+            try:
+                self._build()
+            except ValueError as error:
+                self._build(manual=True)
+                text += f". From here on nothing freezes: {error}"
+            text += ". Set smartfrz.total_steps to the number of optimizer steps of the whole run"
+        self._remaining_lr = RemainingLr(None, run.total_steps)
+        run.journal.warn(text)
+        return True
 
     def warn_if_never(self) -> None:
         """Warn at the start that nothing can freeze, where that follows from the settings and the length of the run."""
@@ -195,6 +232,7 @@ class PolicyStage(StepObserver):
 
     def after_step(self) -> None:
         self.inputs.end_step(applied=True)
+        self._unit.after_step(self._run.state.step)
 
     def on_layers_changed(self) -> None:
         self.inputs.regroup()
@@ -227,6 +265,7 @@ class PolicyStage(StepObserver):
             state, self._early_state = self._early_state, None
         if state is None:
             return
+        self._unit.restart()
         now = self._run.intervals.spacing
         saved = state.get("spacing") or now  # older checkpoints don't say
         if state["policy"]["name"] == self.policy.name and saved == now:
@@ -246,6 +285,7 @@ class PolicyStage(StepObserver):
         self.inputs.load_state_dict(measured)
 
     def reset(self) -> None:
+        self._unit.restart()
         if self.deferred:
             self._early_state = None
         else:

@@ -49,28 +49,35 @@ class ScheduleUnit:
 
     Args:
         scheduler: The run's scheduler; None if it is unknown.
+
+    Attributes:
+        known: Whether the answer was asked for and is settled; set by the caller.
     """
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
-        self._first: tuple[int, int] | None = None  # a step and the position of the scheduler after it
+        self.known = False
+        self._first: tuple[int, int | None] | None = None  # step, and position of the scheduler then
 
     def after_step(self, step: int) -> None:
-        """Record the scheduler's position after the first step that this process takes."""
-        if self._first is None and (position := _position(self.scheduler)) is not None:
-            self._first = step, position
+        """Note where the scheduler stands after the first step that this process takes."""
+        if self._first is None:
+            self._first = step, _position(self.scheduler)
 
     def restart(self) -> None:
         """Start over after a checkpoint was loaded."""
         self._first = None
 
+    def began(self, step: int) -> bool:
+        """Return whether a step has passed since the first one."""
+        return self._first is not None and step > self._first[0]
+
     def is_slower(self, step: int) -> bool:
         """Return whether the scheduler has moved less than half as often as the optimizer, up to this step."""
         position = _position(self.scheduler)
-        if self._first is None or position is None:
+        if self._first is None or self._first[1] is None or position is None:
             return False
-        steps, moves = step - self._first[0], position - self._first[1]
-        return steps > 0 and 2 * moves < steps
+        return 2 * (position - self._first[1]) < step - self._first[0]
 
 
 def _position(scheduler: Any) -> int | None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from deepspeed.runtime.lr_schedules import WarmupCosineLR, WarmupDecayLR
+from reference.oracle import Net, data, loss_of
 from torch.optim import lr_scheduler as s
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup, get_scheduler
 
+import smartfrz_ds
 from smartfrz_ds.signals.lr_forecast import RemainingLr, current_lr, forecast, total_steps_of
 
 Make = Callable[[torch.optim.Optimizer], Any]
@@ -80,3 +83,66 @@ def test_unknown_stays_unknown() -> None:
     assert total_steps_of(None) is None
     assert RemainingLr(None, 100).ahead(3) is None
     assert RemainingLr(s.LambdaLR(optimizer(), lambda t: 1.0), None).ahead(3) is None
+
+
+# --- a scheduler that counts epochs -------------------------------------------------------------------------------------------------
+
+
+def run_with(scheduler_of: Make, moves_every: int, steps: int, **settings: Any) -> tuple[Any, list[str]]:
+    """The controller after the run, and the warnings that it raised."""
+    model = Net()
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = scheduler_of(opt)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        controller = smartfrz_ds.attach_torch(model, opt, settings, scheduler=scheduler)
+        for step in range(steps):
+            opt.zero_grad()
+            loss_of(model, *data(step, 0, 0), "fp32").backward()
+            opt.step()
+            if (step + 1) % moves_every == 0:
+                scheduler.step()
+    return controller, [str(w.message) for w in caught if str(w.message).startswith("smartfrz")]
+
+
+def epochs(opt: torch.optim.Optimizer) -> Any:
+    return s.CosineAnnealingLR(opt, T_max=20)
+
+
+def test_a_scheduler_that_counts_epochs_is_not_the_length_of_the_run() -> None:
+    """Background: 20 epochs of 50 steps were taken for a run of 20 steps; most of the model froze within 25 of its 1,000 steps."""
+    controller, told = run_with(epochs, 50, 90)
+    assert controller.frozen == () and controller.total_steps is None
+    assert (controller.intervals.warmup_steps, controller.intervals.snapshot_interval, controller.intervals.freeze_interval) == (
+        100,
+        10,
+        50,
+    )
+    assert len(told) == 1 and "the scheduler CosineAnnealingLR does not move with each optimizer step" in told[0]
+    assert "its length, 20, is not used" in told[0] and "Set smartfrz.total_steps to" in told[0]
+    assert [event.message for event in controller.report().events if event.kind == "warning"] == [told[0].removeprefix("smartfrz: ")]
+
+
+def test_a_policy_that_needs_the_length_freezes_nothing_then() -> None:
+    controller, told = run_with(epochs, 50, 30, policy="linear")
+    assert controller.frozen == ()
+    assert len(told) == 1 and "From here on nothing freezes: smartfrz.linear.start_step: got null" in told[0]
+    numbers = {"policy": "linear", "linear": {"start_step": 4, "end_step": 40}, "warmup_steps": 0, "freeze_interval": 4, "cooldown": 0}
+    controller, told = run_with(epochs, 50, 50, **numbers)
+    assert len(told) == 1 and len(controller.frozen) >= 3
+
+
+def test_a_length_that_the_user_set_stays() -> None:
+    controller, told = run_with(epochs, 50, 60, policy="linear", total_steps=100)
+    assert controller.total_steps == 100 and controller.frozen
+    assert len(told) == 1 and told[0].endswith("what it says of the learning rates to come is not used")
+
+
+def test_a_scheduler_that_moves_with_the_steps_is_believed() -> None:
+    controller, told = run_with(epochs, 1, 19, policy="linear")
+    assert controller.total_steps == 20 and controller.frozen and told == []
+
+
+def test_without_a_length_nothing_is_said() -> None:
+    controller, told = run_with(lambda o: s.StepLR(o, 30), 50, 110)
+    assert controller.total_steps is None and told == []
