@@ -223,10 +223,7 @@ class Controller(GuardedAttributes):
         self.set_schedule(scheduler=scheduler, total_steps=total_steps, told_by=told_by)
 
     def detach(self) -> None:
-        """Make every layer trainable and remove all hooks. The engine must not be trained any further, but it can be saved.
-
-        A second call changes nothing: other code may use the model by then.
-        """
+        """Make every layer trainable and remove all hooks; once. The engine must not be trained any further, but it can be saved."""
         if self.released:
             return
         self.released = True
