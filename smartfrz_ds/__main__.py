@@ -41,8 +41,8 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"smartfrz_ds: {error}")
     from smartfrz_ds.integrations.initialize_hook import (
-        install_hook,
-    )  # here: errors in the arguments are reported without importing DeepSpeed
+        install_hook,  # here: errors in the arguments are reported without importing DeepSpeed
+    )
 
     install_hook()
     sys.argv = [script, *arguments]

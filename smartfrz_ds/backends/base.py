@@ -20,12 +20,12 @@ from smartfrz_ds.model.view import Need
 from .state_layout import state_tensors
 
 if TYPE_CHECKING:
+    from smartfrz_ds.backends.pipeline.protocol import Pipeline
     from smartfrz_ds.config.sections import PipelineSettings
     from smartfrz_ds.distributed.collectives import Collectives
     from smartfrz_ds.model.freeze_modules import TiedMode
 
     from .cost import Cost
-    from .pipeline.protocol import Pipeline
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import torch
 from torch.nn import Parameter
 
 from smartfrz_ds.backends.cost import Bandwidths, Cost
-from smartfrz_ds.backends.deepspeed.flat_cost import layout_cost
-from smartfrz_ds.backends.deepspeed.partition import STAGING_BYTES, FlatLayout
+from smartfrz_ds.backends.deepspeed.flat.cost import layout_cost
+from smartfrz_ds.backends.deepspeed.flat.partition import STAGING_BYTES, FlatLayout
 
 BEGIN = "<!-- table: begin (made by smartfrz_ds/bench/paper.py) -->"
 END = "<!-- table: end -->"

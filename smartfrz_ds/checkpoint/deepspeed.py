@@ -19,7 +19,7 @@ from smartfrz_ds.backends.deepspeed.base import DeepSpeedBackend
 from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.distributed.failures import Writes
 from smartfrz_ds.runtime.controller import Controller
-from smartfrz_ds.runtime.user_frozen import Restored
+from smartfrz_ds.runtime.rules.user_frozen import Restored
 
 from .files import (
     COMPLETE_FILE,

@@ -30,9 +30,9 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 from torch.nn import Parameter
 
-from smartfrz_ds.backends.deepspeed.flat import MASTER
-from smartfrz_ds.backends.deepspeed.partition import FlatLayout, Move, PackedLayout, Segment, plan_moves
-from smartfrz_ds.backends.deepspeed.step_counts import step_from_json, step_to_json, zero_step
+from smartfrz_ds.backends.deepspeed.flat.backend import MASTER
+from smartfrz_ds.backends.deepspeed.flat.partition import FlatLayout, Move, PackedLayout, Segment, plan_moves
+from smartfrz_ds.backends.deepspeed.flat.step_counts import step_from_json, step_to_json, zero_step
 
 PARAM_ALIGNMENT_PADDINGS = "param_alignment_paddings"  # stage_1_and_2.py
 _ALIGNMENT = 2  # nccl_start_alignment_factor of both wrappers, elements a rank

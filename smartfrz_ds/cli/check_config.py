@@ -8,7 +8,7 @@ from pathlib import Path
 from smartfrz_ds.config.reading import read_config, total_steps_in
 from smartfrz_ds.config.settings import SECTION, FreezeConfig
 from smartfrz_ds.config.shares import percent_of
-from smartfrz_ds.runtime.intervals import first_stage, resolve, why_never
+from smartfrz_ds.runtime.rules.intervals import first_stage, resolve, why_never
 
 _UNKNOWN = (
     f"length of the run: not in the file. The script's scheduler or Trainer sets it, or {SECTION}.total_steps; --total-steps N prints the "

@@ -21,8 +21,8 @@ from smartfrz_ds.model.flops import FlopMeter, FlopProfile, estimate_profile, sa
 from smartfrz_ds.model.freeze_modules import check_tied
 from smartfrz_ds.model.keep_active import KeptActive, keep_active, names_inside
 from smartfrz_ds.model.layers import Layer, find_layers
-from smartfrz_ds.runtime.eligibility import allowed, candidates
-from smartfrz_ds.runtime.intervals import resolve, why_never
+from smartfrz_ds.runtime.rules.eligibility import allowed, candidates
+from smartfrz_ds.runtime.rules.intervals import resolve, why_never
 
 from .doctor_refusals import wrong_values
 from .findings import Finding

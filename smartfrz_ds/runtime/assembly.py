@@ -16,23 +16,33 @@ from smartfrz_ds.model.flops import FlopTally
 from smartfrz_ds.model.forward_mode import ForwardMode
 from smartfrz_ds.model.freeze_modules import check_tied
 from smartfrz_ds.model.run_state import RunState
+from smartfrz_ds.runtime.observers.adapters import (
+    EngineLayout,
+    FlagWatch,
+    FlopCount,
+    GradientWatch,
+    KeptState,
+    OrderWatch,
+    RecomputeWatch,
+    Recording,
+    StatusLines,
+)
+from smartfrz_ds.runtime.observers.guard import GuardedRun, TakeBack
+from smartfrz_ds.runtime.observers.kept_frozen import KeptFrozen
+from smartfrz_ds.runtime.observers.protocol import StepObserver
+from smartfrz_ds.runtime.rules.kept_active import find_kept_active
+from smartfrz_ds.runtime.rules.user_frozen import UserFrozen
 from smartfrz_ds.signals.history import History
 from smartfrz_ds.signals.lr_forecast import current_lr, total_steps_of
 from smartfrz_ds.signals.snapshots import Snapshots
 
 from .freeze_state import FreezeState
 from .freezer import Freezer
-from .guard import GuardedRun, TakeBack
 from .journal import Journal
-from .kept_active import find_kept_active
-from .kept_frozen import KeptFrozen
-from .observers import StepObserver
 from .pauses import Pauses
 from .policy_stage import PolicyStage
 from .run_context import RunContext
 from .stage_moves import StageMoves
-from .step_observers import EngineLayout, FlagWatch, FlopCount, GradientWatch, KeptState, OrderWatch, RecomputeWatch, Recording, StatusLines
-from .user_frozen import UserFrozen
 
 
 @dataclass(frozen=True, kw_only=True)

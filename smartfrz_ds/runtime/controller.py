@@ -15,17 +15,17 @@ from smartfrz_ds.backends.base import Backend
 from smartfrz_ds.backends.cost import PausePrediction
 from smartfrz_ds.config.settings import FreezeConfig
 from smartfrz_ds.distributed.collectives import Collectives
+from smartfrz_ds.runtime.observers.guard import TakeBack
+from smartfrz_ds.runtime.observers.protocol import LayoutChange
+from smartfrz_ds.runtime.rules.eligibility import check_known
+from smartfrz_ds.runtime.rules.intervals import Intervals
 from smartfrz_ds.signals.lr_forecast import current_lr
 from smartfrz_ds.telemetry.events import FreezeEvent
 from smartfrz_ds.telemetry.speaking import scheduler_name
 
 from .assembly import assemble
-from .eligibility import check_known
 from .freeze_state import FreezeState
-from .guard import TakeBack
 from .guarded_attributes import GuardedAttributes
-from .intervals import Intervals
-from .observers import LayoutChange
 from .run_report import Report as Report
 
 

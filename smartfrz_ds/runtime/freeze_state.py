@@ -11,14 +11,14 @@ from typing import Any
 
 from torch.nn import Parameter
 
+from smartfrz_ds.runtime.observers.protocol import StepObserver
+from smartfrz_ds.runtime.rules.user_frozen import Restored, UserFrozen, whole_numel
 from smartfrz_ds.signals.lr_forecast import current_lr
 
 from .freezer import Freezer
-from .observers import StepObserver
 from .policy_stage import PolicyStage
 from .run_context import RunContext
 from .stage_moves import StageMoves
-from .user_frozen import Restored, UserFrozen, whole_numel
 
 
 class FreezeState:

@@ -20,13 +20,13 @@ from smartfrz_ds.backends.base import Released
 from smartfrz_ds.backends.cost import PausePrediction
 from smartfrz_ds.errors import FreezeError
 from smartfrz_ds.model.freeze_modules import check_tied, freeze_modules, leaving_params, thaw_modules
+from smartfrz_ds.runtime.observers.protocol import LayoutChange, StepObserver
+from smartfrz_ds.runtime.rules.eligibility import check_order
+from smartfrz_ds.runtime.rules.user_frozen import Restored, UserFrozen
 from smartfrz_ds.telemetry.events import FreezeEvent
 
-from .eligibility import check_order
-from .observers import LayoutChange, StepObserver
 from .pauses import Pauses
 from .run_context import RunContext
-from .user_frozen import Restored, UserFrozen
 
 Kind = Literal["freeze", "thaw", "restore"]
 

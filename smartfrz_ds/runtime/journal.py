@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from smartfrz_ds.model.layers import Layer
+from smartfrz_ds.runtime.observers.protocol import StepObserver
 from smartfrz_ds.telemetry.events import WEIGHTS_ONLY, FreezeEvent
 from smartfrz_ds.telemetry.run_log import RunLog
 from smartfrz_ds.telemetry.speaking import Speaker
 
-from .observers import StepObserver
 from .run_context import RunContext
 
 

@@ -15,15 +15,15 @@ from smartfrz_ds.model.layers import Layer
 from smartfrz_ds.model.view import View, layer_infos
 from smartfrz_ds.policies import SHARED_SETTINGS, make_policy
 from smartfrz_ds.policies.base import ChecksStart, Decision, Policy
+from smartfrz_ds.runtime.observers.protocol import LayoutChange, StepObserver
+from smartfrz_ds.runtime.rules.eligibility import allowed, candidates, recorded
+from smartfrz_ds.runtime.rules.intervals import resolve, why_never
 from smartfrz_ds.signals.history import History
 from smartfrz_ds.signals.lr_forecast import RemainingLr, ScheduleUnit, total_steps_of
 from smartfrz_ds.signals.policy_inputs import PolicyInputs, RunInfo
 from smartfrz_ds.signals.snapshots import Snapshots
 from smartfrz_ds.telemetry.speaking import scheduler_name
 
-from .eligibility import allowed, candidates, recorded
-from .intervals import resolve, why_never
-from .observers import LayoutChange, StepObserver
 from .run_context import RunContext
 
 

@@ -16,8 +16,7 @@ from smartfrz_ds.config.settings import FreezeConfig
 from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.model.layers import Layer
 from smartfrz_ds.model.run_state import RunState
-
-from .intervals import Intervals
+from smartfrz_ds.runtime.rules.intervals import Intervals
 
 if TYPE_CHECKING:
     from .journal import Journal

@@ -9,10 +9,10 @@ from typing import Any
 from smartfrz_ds.backends.pipeline.protocol import Pipeline
 from smartfrz_ds.model.freeze_modules import freeze_modules
 from smartfrz_ds.planner.width import Width
+from smartfrz_ds.runtime.observers.protocol import LayoutChange, StepObserver
 from smartfrz_ds.telemetry.events import FreezeEvent
 
 from .freezer import Freezer
-from .observers import LayoutChange, StepObserver
 from .pauses import Pauses
 from .run_context import RunContext
 

@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from smartfrz_ds.backends.cost import Bandwidths, Cost
-from smartfrz_ds.backends.deepspeed.flat_cost import layout_cost
-from smartfrz_ds.backends.deepspeed.partition import FlatLayout
+from smartfrz_ds.backends.deepspeed.flat.cost import layout_cost
+from smartfrz_ds.backends.deepspeed.flat.partition import FlatLayout
 from smartfrz_ds.bench import paper
 from smartfrz_ds.bench.zero import ENGINES, bench_zero, engines_of, ideal_seconds, summary, tables
 from smartfrz_ds.cli.main import app

@@ -16,7 +16,7 @@ from reference.oracle import Cell, reference
 from safetensors.torch import load_file
 from torch import Tensor
 
-from smartfrz_ds.runtime.guard import Guard
+from smartfrz_ds.runtime.observers.guard import Guard
 from smartfrz_ds.telemetry.metric_feed import MetricFeed
 
 FRONT = ["embeddings", "blocks.0", "blocks.1"]

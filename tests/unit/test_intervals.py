@@ -16,7 +16,7 @@ from smartfrz_ds.bench.policies.files import resolve as of_bench
 from smartfrz_ds.cli.check_config import settings_text
 from smartfrz_ds.config.settings import FreezeConfig, digest
 from smartfrz_ds.predictor.constants import MIN_SNAPSHOTS
-from smartfrz_ds.runtime.intervals import first_stage, resolve, why_never
+from smartfrz_ds.runtime.rules.intervals import first_stage, resolve, why_never
 from smartfrz_ds.telemetry.events import read_events
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import Parameter
 
-from smartfrz_ds.backends.deepspeed.partition import FlatLayout, Move, PackedLayout, _rounds, bytes_sent, move, plan_moves
+from smartfrz_ds.backends.deepspeed.flat.partition import FlatLayout, Move, PackedLayout, _rounds, bytes_sent, move, plan_moves
 
 
 def places(layout: FlatLayout) -> dict[tuple[int, int], tuple[int, int]]:

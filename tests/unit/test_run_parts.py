@@ -11,7 +11,7 @@ from reference.oracle import Net
 
 import smartfrz_ds
 from smartfrz_ds.model.run_state import RunState
-from smartfrz_ds.runtime.observers import StepObserver
+from smartfrz_ds.runtime.observers.protocol import StepObserver
 
 HOOKS = [name for name in vars(StepObserver) if not name.startswith("_")]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from workers import ranks
 from workers.worker_pipeline import DTYPES, engine_for, weights
 
-from smartfrz_ds.backends.deepspeed.flat import FlatBackend
+from smartfrz_ds.backends.deepspeed.flat.backend import FlatBackend
 from smartfrz_ds.checkpoint.reshape import reshape
 
 

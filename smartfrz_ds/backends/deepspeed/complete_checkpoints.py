@@ -15,7 +15,7 @@ from typing import Any
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch.nn import Parameter
 
-from .flat import PLACEHOLDER
+from smartfrz_ds.backends.deepspeed.flat.backend import PLACEHOLDER
 
 
 class CompleteCheckpoints:

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from .flat import FlatBackend
-from .flat_buffers import flatten, link, unlink
-from .partition import FlatLayout
+from smartfrz_ds.backends.deepspeed.flat.backend import FlatBackend
+from smartfrz_ds.backends.deepspeed.flat.buffers import flatten, link, unlink
+from smartfrz_ds.backends.deepspeed.flat.partition import FlatLayout
 
 
 class Bf16Backend(FlatBackend):

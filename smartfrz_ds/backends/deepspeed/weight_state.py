@@ -14,10 +14,10 @@ from deepspeed.utils import (
 from torch import Tensor
 from torch.nn import Parameter
 
-from .step_counts import copy_step
+from smartfrz_ds.backends.deepspeed.flat.step_counts import copy_step
 
 if TYPE_CHECKING:
-    from .flat import FlatBackend
+    from smartfrz_ds.backends.deepspeed.flat.backend import FlatBackend
 
 
 class WeightState(Protocol):

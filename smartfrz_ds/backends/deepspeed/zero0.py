@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from smartfrz_ds.backends.base import Released, Sampler, SampleRequest, detach_from_training
+from smartfrz_ds.backends.deepspeed.flat.step_counts import GroupCounts
 from smartfrz_ds.backends.entries import EntryBackend
 from smartfrz_ds.backends.state_layout import Overrides, pack_state, scalars_beside, to_device, to_host, unpack_state
 from smartfrz_ds.errors import FreezeError
 
 from .base import DeepSpeedBackend
-from .step_counts import GroupCounts
 from .weight_state import EntryState, WeightState
 
 

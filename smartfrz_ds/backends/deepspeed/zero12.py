@@ -30,9 +30,9 @@ from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch import Tensor
 from torch.nn import Parameter
 
-from .flat import FlatBackend
-from .flat_buffers import flatten, link, unlink
-from .partition import FlatLayout
+from smartfrz_ds.backends.deepspeed.flat.backend import FlatBackend
+from smartfrz_ds.backends.deepspeed.flat.buffers import flatten, link, unlink
+from smartfrz_ds.backends.deepspeed.flat.partition import FlatLayout
 
 
 class Zero12Backend(FlatBackend):

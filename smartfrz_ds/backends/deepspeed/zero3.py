@@ -31,14 +31,14 @@ from torch import Tensor
 
 from smartfrz_ds.backends.base import Released, Sampler, SampleRequest
 from smartfrz_ds.backends.cost import Cost
+from smartfrz_ds.backends.deepspeed.flat.backend import FlatBackend
+from smartfrz_ds.backends.deepspeed.flat.cost import gather_cost
+from smartfrz_ds.backends.deepspeed.flat.partition import FlatLayout
+from smartfrz_ds.backends.deepspeed.flat.step_counts import step_from_json, step_to_json
 from smartfrz_ds.errors import FreezeError
 
 from .base import ZeroParam
-from .flat import FlatBackend
-from .flat_cost import gather_cost
-from .partition import FlatLayout
 from .replicas import Replicas
-from .step_counts import step_from_json, step_to_json
 
 _GRAD_PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 FrozenStorage = Literal["sharded", "replicated", "auto"]

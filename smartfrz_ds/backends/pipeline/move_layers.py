@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from smartfrz_ds.backends.deepspeed.base import DeepSpeedBackend
-from smartfrz_ds.backends.deepspeed.partition import STAGING_BYTES
+from smartfrz_ds.backends.deepspeed.flat.partition import STAGING_BYTES
 from smartfrz_ds.distributed.devices import own_random_numbers
 from smartfrz_ds.model.freeze_modules import thaw_module
 from smartfrz_ds.planner.simulate import are_bounds

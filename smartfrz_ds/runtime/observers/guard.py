@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from smartfrz_ds.config.sections import GuardSettings
+from smartfrz_ds.runtime.run_context import RunContext
 from smartfrz_ds.telemetry.metric_feed import MetricFeed
 
-from .observers import LayoutChange, StepObserver
-from .run_context import RunContext
+from .protocol import LayoutChange, StepObserver
 
 
 @dataclass

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 
 from smartfrz_ds.model.keep_active import keep_active, names_inside
-
-from .run_context import RunContext
+from smartfrz_ds.runtime.run_context import RunContext
 
 
 def find_kept_active(run: RunContext) -> frozenset[str]:

@@ -14,7 +14,7 @@ from smartfrz_ds.backends.cost import Cost
 from .partition import STAGING_BYTES, FlatLayout, Move, PackedLayout, _rounds, bytes_sent, plan_moves
 
 if TYPE_CHECKING:
-    from .flat import FlatBackend
+    from .backend import FlatBackend
 
 
 def flat_change_cost(backend: FlatBackend, out: Collection[Parameter], *, keep: bool) -> Cost:

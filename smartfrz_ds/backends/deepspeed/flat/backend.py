@@ -18,17 +18,17 @@ from torch.nn import Parameter
 
 from smartfrz_ds.backends.base import Released, Sampler, SampleRequest, detach_from_training
 from smartfrz_ds.backends.cost import Cost
+from smartfrz_ds.backends.deepspeed.base import DeepSpeedBackend
+from smartfrz_ds.backends.deepspeed.weight_state import FlatWeightState, WeightState
 from smartfrz_ds.backends.state_layout import why_uncuttable, will_be_uncuttable
 from smartfrz_ds.distributed.devices import empty_cache, synchronize
 from smartfrz_ds.errors import FreezeError
 
-from .base import DeepSpeedBackend
-from .flat_buffers import pinned_like
-from .flat_cost import flat_change_cost
-from .flat_kept import Kept
+from .buffers import pinned_like
+from .cost import flat_change_cost
+from .kept import Kept
 from .partition import FlatLayout, PackedLayout, bytes_sent, move, plan_moves
 from .step_counts import OwnSteps, Partition, copy_step, step_from_json, step_to_json, zero_step
-from .weight_state import FlatWeightState, WeightState
 
 MASTER = "master"
 PLACEHOLDER = "smartfrz_placeholder_"

@@ -11,16 +11,16 @@ from smartfrz_ds.model.activation_checkpointing import RecomputeBoundary
 from smartfrz_ds.model.flops import FlopMeter, FlopTally, chain_profile
 from smartfrz_ds.model.forward_mode import ForwardMode
 from smartfrz_ds.model.order_check import OrderCheck
+from smartfrz_ds.runtime.policy_stage import PolicyStage
+from smartfrz_ds.runtime.rules.eligibility import recorded
+from smartfrz_ds.runtime.run_context import RunContext
 from smartfrz_ds.signals.history import History
 from smartfrz_ds.signals.snapshots import Snapshots
 from smartfrz_ds.telemetry.status import RunStatus
 
-from .eligibility import recorded
 from .kept_frozen import Intrusion, KeptFrozen
 from .missing_grad_check import GradientCheck
-from .observers import LayoutChange, StepObserver
-from .policy_stage import PolicyStage
-from .run_context import RunContext
+from .protocol import LayoutChange, StepObserver
 
 
 class StatusLines(StepObserver):

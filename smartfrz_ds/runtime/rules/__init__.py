@@ -1,0 +1,1 @@
+"""Which layers may freeze, and when."""
