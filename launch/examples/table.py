@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from smartfrz_ds.backends.base import storage_bytes
+
 SKIPPED_STEPS = 3  # the first steps build the optimizer's state and warm the caches
 
 
@@ -159,7 +161,7 @@ def optimizer_bytes(engine: Any) -> int:
     optimizer, own = engine.basic_optimizer, {id(parameter) for parameter in engine.module.parameters()}
     tensors = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in own]
     tensors += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
-    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors) if s.nbytes()}.values())
+    return storage_bytes(tensors)
 
 
 def before_and_after(
