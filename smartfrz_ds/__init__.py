@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from smartfrz_ds.telemetry.events import FreezeEvent, read_events
     from smartfrz_ds.telemetry.report import write_report
 
-    from .errors import FreezeError, MissingGradients, RanksDisagree
+    from .errors import ChangeUndone, FreezeError, MissingGradients, RanksDisagree
 
 _HOMES = {
     "initialize": "integrations.deepspeed",
@@ -39,6 +39,7 @@ _HOMES = {
     "TorchController": "integrations.torch",
     "Report": "runtime.controller",
     "FreezeConfig": "config.settings",
+    "ChangeUndone": "errors",
     "FreezeError": "errors",
     "FreezeEvent": "telemetry.events",
     "MissingGradients": "errors",
@@ -58,6 +59,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "ChangeUndone",
     "Controller",
     "FreezeCallback",
     "FreezeConfig",

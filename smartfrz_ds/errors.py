@@ -7,6 +7,10 @@ class FreezeError(RuntimeError):
     """A freeze or thaw went wrong after it had begun: the engine's state can't be trusted any more, on any rank."""
 
 
+class ChangeUndone(RuntimeError):
+    """A freeze or thaw failed on some rank, and every rank was brought back to the previous layout: training can go on."""
+
+
 class RanksDisagree(RuntimeError):
     """Ranks that must do the same would do different things. Raised on all of them."""
 

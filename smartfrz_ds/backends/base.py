@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from smartfrz_ds.model.freeze_modules import TiedMode
 
     from .cost import Cost
+    from .transaction import Transaction
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Backend(ABC):
     def __init__(self, engine: Any) -> None:
         self.engine = engine
         self.frozen: set[Parameter] = set()
+        self._kept: dict[Parameter, Any] = {}  # released state that waits on the host for a thaw
         self.warnings: list[str] = []
 
     @property
@@ -316,16 +318,31 @@ class Backend(ABC):
         return ""
 
     @abstractmethod
-    def change(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool) -> Released:
-        """Take `freeze` out of the optimizer and put `thaw` back in; collective.
+    def change(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool, tx: Transaction) -> Released:
+        """Take `freeze` out of the optimizer and put `thaw` back in. Collective, within a transaction that the caller ends.
 
-        keep: hold the released state on the host, so that a thaw can bring it back exactly.
         Afterwards the active parameters' weights, masters, moments and step counts are bit-identical to before.
+
+        Args:
+            freeze: Parameters that leave.
+            thaw: Parameters that return.
+            keep: Whether the released state is kept on the host, so that a thaw can bring it back exactly.
+            tx: Takes the change back where it fails on any rank.
         """
 
-    @abstractmethod
     def forget(self, params: Iterable[Parameter]) -> None:
         """Drop the state that was kept for these parameters."""
+        for param in params:
+            self._kept.pop(param, None)
+
+    def kept_entries(self) -> dict[Parameter, Any]:
+        """Return what is kept of each parameter, for `set_kept_entries`."""
+        return dict(self._kept)
+
+    def set_kept_entries(self, entries: Mapping[Parameter, Any]) -> None:
+        """Bring back what `kept_entries` returned."""
+        self._kept.clear()
+        self._kept.update(entries)
 
     @abstractmethod
     def kept_state(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:

@@ -7,7 +7,7 @@ when the user thaws them.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch.nn import Parameter
@@ -33,6 +33,33 @@ class EntryBackend(Backend):
     @abstractmethod
     def _regroup(self, frozen: set[Parameter]) -> None:
         """Make this the frozen set, and let the optimizer's groups hold the others of `_order`."""
+
+    def _undo_entries(
+        self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], tables: Iterable[tuple[MutableMapping[Any, Any], Iterable[Any]]]
+    ) -> Callable[[], None]:
+        """Return the action that brings back these parameters and the optimizer's groups as they are now, without a copy of anything.
+
+        Args:
+            freeze: Parameters that are about to leave.
+            thaw: Parameters that are about to return.
+            tables: Dictionaries that the change is about to edit, each with the keys concerned.
+        """
+        frozen, kept = set(self.frozen), self.kept_entries()
+        params = [(p, p.data, p.grad, p.requires_grad) for p in (*freeze, *thaw)]
+        entries = [(table, {key: table[key] for key in keys if key in table}, list(keys)) for table, keys in tables]
+
+        def undo() -> None:
+            for table, before, keys in entries:
+                for key in keys:
+                    table.pop(key, None)
+                table.update(before)
+            for param, data, grad, trains in params:
+                param.data, param.grad = data, grad
+                param.requires_grad_(trains)
+            self.set_kept_entries(kept)
+            self._regroup(frozen)
+
+        return undo
 
     def change_cost(self, out: Collection[Parameter], *, keep: bool) -> Cost:
         out = set(out)

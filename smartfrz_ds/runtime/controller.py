@@ -366,7 +366,7 @@ class Controller(GuardedAttributes):
         about: dict[str, Any] = {"probabilities": decision.probabilities, "reasons": decision.reasons}
         frozen, dry_run = run.state.frozen | decision.chosen, self.config.dry_run
         if decision.chosen and not dry_run and self._freezer.can_cut(frozen):
-            self._freezer.change(frozen, kind="freeze", about=about, began=run.time.began)
+            self._freezer.try_change(frozen, kind="freeze", about=about, began=run.time.began)
             run.state.cooldown = self.config.cooldown
         elif decision.chosen or decision.probabilities:
             layers = run.state.in_order(decision.chosen)
@@ -375,7 +375,7 @@ class Controller(GuardedAttributes):
     def _take_back(self, mistake: TakeBack) -> None:
         """Thaw what the guard takes back."""
         reasons = dict.fromkeys(mistake.layers, mistake.reason)
-        self._freezer.change(self._run.state.frozen - set(mistake.layers), kind="thaw", about={"reasons": reasons})
+        self._freezer.try_change(self._run.state.frozen - set(mistake.layers), kind="thaw", about={"reasons": reasons})
 
     def _rebalance_if_due(self) -> None:
         if self._moves is not None:

@@ -1,7 +1,7 @@
 """The transaction that brings the engine to another frozen set.
 
     prepare   every check that can refuse the change, on all ranks; changes nothing
-    commit    the engine changes; an error in here leaves it inconsistent, which ends the run
+    commit    the engine changes; an error on any rank brings every rank back to the previous layout
     notify    the observers learn the new layout, and the event is recorded
 
 Collective throughout, in the same order on every rank.
@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, NoReturn
+from contextlib import contextmanager, suppress
+from typing import Any, Literal, TypeVar
 
+from torch import nn
 from torch.nn import Parameter
 
 from smartfrz_ds.backends.base import Released
 from smartfrz_ds.backends.cost import PausePrediction
-from smartfrz_ds.errors import FreezeError
+from smartfrz_ds.backends.transaction import Transaction
+from smartfrz_ds.errors import ChangeUndone, FreezeError
 from smartfrz_ds.model.freeze_modules import check_tied, freeze_modules, leaving_params, thaw_modules
 from smartfrz_ds.runtime.observers.protocol import LayoutChange, StepObserver
 from smartfrz_ds.runtime.rules.eligibility import check_order
@@ -29,6 +31,7 @@ from .pauses import Pauses
 from .run_context import RunContext
 
 Kind = Literal["freeze", "thaw", "restore"]
+T = TypeVar("T")
 
 
 class Freezer:
@@ -82,7 +85,8 @@ class Freezer:
 
         Raises:
             ValueError, RuntimeError: the change is refused, on every rank; nothing was changed.
-            FreezeError: it failed after it had started; the engine state is inconsistent.
+            ChangeUndone: it failed on some rank after it had started; every rank is back at the previous layout, and training can go on.
+            FreezeError: it failed and could not be undone; the engine state is inconsistent.
         """
         began = time.perf_counter() if began is None else began
         with self._adopting(adopt, groups) as adopted:
@@ -93,6 +97,11 @@ class Freezer:
         released, released_by_all = self.commit(change)
         self.notify(change, released, released_by_all, about or {}, began)
         return change
+
+    def try_change(self, frozen: set[str], *, kind: Kind, about: Mapping[str, Any], began: float | None = None) -> None:
+        """As `change`, for a decision that the user did not make: where it is undone, which the log says, the run goes on."""
+        with suppress(ChangeUndone):
+            self.change(frozen, kind=kind, about=about, began=began)
 
     def prepare(self, frozen: set[str], kind: Kind, adopted: tuple[str, ...] = ()) -> LayoutChange:
         """Run every check that can refuse this frozen set, on all ranks. Collective; changes nothing.
@@ -126,29 +135,18 @@ class Freezer:
         return change
 
     def commit(self, change: LayoutChange) -> tuple[Released, int]:
-        """Change the engine. Collective.
+        """Change the engine, on every rank or on none. Collective.
 
         Returns:
             What this rank released, and the bytes that all ranks released.
 
         Raises:
-            FreezeError: it failed after it had started; the engine state is inconsistent.
+            ChangeUndone: it failed on some rank; every rank is back at the previous layout.
+            FreezeError: it failed and could not be undone; the engine state is inconsistent.
         """
-        run, restoring = self._run, change.kind == "restore"
-        try:
-            if restoring:  # what was kept belongs to the run as it was before
-                run.backend.forget([p for layer in run.layers for p in (*layer.params, *layer.copies)])
-            released = run.backend.change(change.freeze, change.thaw, keep=run.keep_steps > 0 and not restoring)
-            for layer in run.layers:
-                if layer.name in change.gone:
-                    freeze_modules(layer, run.config.frozen_mode, run.config.tied)
-                elif layer.name in change.back:
-                    thaw_modules(layer, run.model.training)
-            run.backend.verify()
-            released_by_all = run.ranks.sum(released.bytes)
-        except BaseException as error:
-            self._roll_back(change, error)
-        state = run.state
+        released = self.transact(change.kind, lambda tx: self._carry_out(change, tx))
+        released_by_all = self._run.ranks.sum(released.bytes)
+        state = self._run.state
         state.frozen = set(change.frozen)
         for name in change.gone:
             state.frozen_at[name] = state.step
@@ -156,9 +154,69 @@ class Freezer:
             state.frozen_at.pop(name, None)
         return released, released_by_all
 
-    def _roll_back(self, change: LayoutChange, error: BaseException) -> NoReturn:
-        """After an error within `commit`. No backend can take a change back yet, so the run ends."""
-        raise self.failed(change.kind, error) from error
+    def _carry_out(self, change: LayoutChange, tx: Transaction) -> Released:
+        """Change optimizer, modules and engine within a transaction."""
+        run, restoring = self._run, change.kind == "restore"
+        before = frozenset(run.state.frozen)
+        # Undone last: what an engine derives from a layout, it derives from the previous one again.
+        with tx.step("follow the previous layout", undo=lambda: run.backend.on_layout_changed(run.layers, before)):
+            pass
+        if restoring:  # what was kept belongs to the run as it was before the load
+            kept = run.backend.kept_entries()
+            with tx.step("forget what was kept", undo=lambda: run.backend.set_kept_entries(kept)):
+                run.backend.forget([p for layer in run.layers for p in (*layer.params, *layer.copies)])
+        released = run.backend.change(change.freeze, change.thaw, keep=run.keep_steps > 0 and not restoring, tx=tx)
+        flags = {
+            m: m.training for layer in run.layers if layer.name in change.gone | change.back for t in layer.modules for m in t.modules()
+        }
+        with tx.step("switch the modules", undo=lambda: self._switch_modules(change.back, change.gone, flags)):
+            self._switch_modules(change.gone, change.back)
+        with tx.step("follow the layout"):
+            run.backend.on_layout_changed(run.layers, change.frozen)
+        with tx.step("verify"):
+            run.backend.verify()
+        return released
+
+    def _switch_modules(self, gone: Collection[str], back: Collection[str], flags: Mapping[nn.Module, bool] | None = None) -> None:
+        """Make the modules of these layers behave as frozen (`gone`) or trained (`back`). flags: each one's `training` afterwards."""
+        run = self._run
+        for layer in run.layers:
+            if layer.name in gone:
+                freeze_modules(layer, run.config.frozen_mode, run.config.tied)
+            elif layer.name in back:
+                thaw_modules(layer, run.model.training)
+        for module, training in (flags or {}).items():
+            module.training = training
+
+    def transact(self, what: str, action: Callable[[Transaction], T]) -> T:
+        """Run `action` on every rank, or bring every rank back to where it was. Collective.
+
+        Args:
+            what: What it does, for messages: "freeze", "rebalance".
+            action: Changes the engine within the transaction that it is given.
+
+        Returns:
+            What `action` returned.
+
+        Raises:
+            ChangeUndone: it failed on some rank and was undone on all; recorded as an event.
+            FreezeError: it failed and could not be undone; the engine state is inconsistent.
+        """
+        run, tx = self._run, Transaction(self._run.ranks)
+        try:
+            done = action(tx)
+            tx.finish()
+            return done
+        except Exception as error:
+            try:
+                why = tx.roll_back(error)
+            except Exception as stuck:
+                raise self.failed(what, stuck) from error
+            text = f"{what} failed and was undone on every rank: {why}"
+            run.journal.record(FreezeEvent(kind="undone", step=run.state.step, frozen=run.state.frozen_in_order, message=text))
+            raise ChangeUndone(f"{text}. The layout is the previous one, and training can go on") from error
+        except BaseException as error:  # an interrupt: the other ranks can't be told in time
+            raise self.failed(what, error) from error
 
     def notify(self, change: LayoutChange, released: Released, released_by_all: int, about: Mapping[str, Any], began: float) -> None:
         """Tell the observers, and record the event. Collective."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from smartfrz_ds.backends.pipeline.protocol import Pipeline
+from smartfrz_ds.errors import ChangeUndone
 from smartfrz_ds.model.freeze_modules import freeze_modules
 from smartfrz_ds.planner.width import Width
 from smartfrz_ds.runtime.observers.protocol import LayoutChange, StepObserver
@@ -71,7 +73,8 @@ class StageMoves(StepObserver):
             except Exception as error:  # a layer's constructor, for example: the run continues unchanged
                 run.journal.warn(f"the layers stay where they are: {error}")
             else:
-                self._move(move.bounds, move.gain)
+                with suppress(ChangeUndone):  # the log says so, and the run goes on
+                    self._move(move.bounds, move.gain)
 
     def _move(self, bounds: Sequence[int], gain: float | None = None) -> None:
         """Move layers to these bounds, after `Pipeline.check`.
@@ -80,10 +83,8 @@ class StageMoves(StepObserver):
         """
         run, rebalancer = self._run, self.rebalancer
         start, old = time.perf_counter(), rebalancer.bounds
-        try:
-            moved = rebalancer.move(bounds)
-        except BaseException as error:
-            raise self._freezer.failed("rebalance", error) from error
+        sent = self._freezer.transact("rebalance", lambda tx: rebalancer.move(bounds, tx))
+        moved = run.ranks.sum(sent)
         for layer in run.layers:
             if layer.name in run.state.frozen:
                 freeze_modules(layer, run.config.frozen_mode, run.config.tied)

@@ -75,7 +75,7 @@ class Speaker:
         """Something happened."""
         text = event_text(event, self._run.names, policy=self._run.config.policy if by_policy else None)
         if text:
-            self._voice.say(text)
+            self._voice.say(text, level=logging.WARNING if event.kind == "undone" else logging.INFO)
 
     def resumed(self, folder: str, stages: Mapping[str, Any] | None) -> None:
         """A checkpoint was loaded before the first step. stages: of its `Stages`, None: it has none."""

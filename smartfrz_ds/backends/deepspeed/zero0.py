@@ -9,7 +9,7 @@ Touched in DeepSpeed 0.19.8:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from smartfrz_ds.backends.base import Released, Sampler, SampleRequest, detach_f
 from smartfrz_ds.backends.deepspeed.flat.step_counts import GroupCounts
 from smartfrz_ds.backends.entries import EntryBackend
 from smartfrz_ds.backends.state_layout import Overrides, pack_state, scalars_beside, to_device, to_host, unpack_state
+from smartfrz_ds.backends.transaction import Transaction
 from smartfrz_ds.errors import FreezeError
 
 from .base import DeepSpeedBackend
@@ -44,7 +45,6 @@ class Zero0Backend(DeepSpeedBackend, EntryBackend):
                 self._master.update(zip(low, high, strict=True))
         self._counts = GroupCounts(self._optimizer) if isinstance(self._optimizer, FusedAdam) else None
         self._overrides = Overrides(self._optimizer)
-        self._kept: dict[Parameter, tuple[Tensor | None, dict[str, Any]]] = {}  # host: master, state
 
     def base_optimizer(self) -> torch.optim.Optimizer:
         return self._optimizer
@@ -60,16 +60,29 @@ class Zero0Backend(DeepSpeedBackend, EntryBackend):
                 sampler.parts.append((buffer, r.elements.to(buffer.device), r.slots))
         return sampler
 
-    def change(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool) -> Released:
+    def change(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool, tx: Transaction) -> Released:
         before = self.optimizer_bytes()
         if self._counts:
             self._counts.level()
-        for param in freeze:
-            self._release(param, keep)
-        for param in thaw:
-            self._restore(param)
-        self._regroup((self.frozen | set(freeze)) - set(thaw))
+        state, params = self._optimizer.state, [*freeze, *thaw]
+        keys = [self._master.get(p, p) for p in params]
+        tables: list[tuple[dict[Any, Any], Sequence[Any]]] = [(state, keys), (self._master, params)]
+        with tx.step("take the parameters out", undo=self._undo_entries(freeze, thaw, tables)):
+            for param in freeze:
+                self._release(param, keep)
+        with tx.step("put the parameters back", undo=lambda: self._drop_new_masters(thaw)):
+            for param in thaw:
+                self._restore(param)
+        with tx.step("regroup"):
+            self._regroup((self.frozen | set(freeze)) - set(thaw))
         return Released(before - self.optimizer_bytes(), 0)
+
+    def _drop_new_masters(self, thaw: Sequence[Parameter]) -> None:
+        """Drop the state of masters that `_restore` made."""
+        for param in thaw:
+            master = self._master.pop(param, None)
+            if master is not None:
+                self._optimizer.state.pop(master, None)
 
     def _regroup(self, frozen: set[Parameter]) -> None:
         self.frozen = frozen
@@ -102,10 +115,6 @@ class Zero0Backend(DeepSpeedBackend, EntryBackend):
             key = self._master[param] = source.to(device=param.device, dtype=torch.float32, copy=True).requires_grad_(True)
         if state:
             self._optimizer.state[key] = to_device(state, param, scalars_beside=scalars_beside(self._optimizer))
-
-    def forget(self, params: Iterable[Parameter]) -> None:
-        for param in params:
-            self._kept.pop(param, None)
 
     def group_lists(self) -> list[list[list[Parameter]]]:
         return [self.groups, self._order]  # a bare optimizer may hold parameters that the user froze

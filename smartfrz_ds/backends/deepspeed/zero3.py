@@ -35,6 +35,7 @@ from smartfrz_ds.backends.deepspeed.flat.backend import FlatBackend
 from smartfrz_ds.backends.deepspeed.flat.cost import gather_cost
 from smartfrz_ds.backends.deepspeed.flat.partition import FlatLayout
 from smartfrz_ds.backends.deepspeed.flat.step_counts import step_from_json, step_to_json
+from smartfrz_ds.backends.transaction import Transaction
 from smartfrz_ds.errors import FreezeError
 
 from .base import ZeroParam
@@ -98,8 +99,8 @@ class Zero3Backend(FlatBackend):
     def low_precision(self, param: ZeroParam, start: int, numel: int) -> Tensor:
         return param.ds_tensor.data.view(-1)[start : start + numel]
 
-    def change(self, freeze: Sequence[ZeroParam], thaw: Sequence[ZeroParam], *, keep: bool) -> Released:
-        released = super().change(freeze, thaw, keep=keep)
+    def change(self, freeze: Sequence[ZeroParam], thaw: Sequence[ZeroParam], *, keep: bool, tx: Transaction) -> Released:
+        released = super().change(freeze, thaw, keep=keep, tx=tx)
         return Released(released.bytes, released.moved_bytes + self._gathered * (dist.get_world_size() - 1))
 
     def change_cost(self, out: Collection[ZeroParam], *, keep: bool) -> Cost:

@@ -25,6 +25,7 @@ from torch.nn import Parameter
 
 from smartfrz_ds.backends.deepspeed.base import DeepSpeedBackend
 from smartfrz_ds.backends.deepspeed.flat.partition import STAGING_BYTES
+from smartfrz_ds.backends.transaction import Transaction
 from smartfrz_ds.distributed.devices import own_random_numbers
 from smartfrz_ds.model.freeze_modules import thaw_module
 from smartfrz_ds.planner.simulate import are_bounds
@@ -68,7 +69,7 @@ def build(engine: Any, bounds: Sequence[int]) -> dict[int, nn.Module]:
     return built
 
 
-def rebalance(backend: DeepSpeedBackend, bounds: Sequence[int], built: Mapping[int, nn.Module]) -> int:
+def rebalance(backend: DeepSpeedBackend, bounds: Sequence[int], built: Mapping[int, nn.Module], tx: Transaction) -> int:
     """Bring the pipeline to these bounds, checked before. Collective, at a step boundary. Returns the bytes that this rank sent.
 
     backend: of this stage. built: by `build`.
@@ -83,7 +84,7 @@ def rebalance(backend: DeepSpeedBackend, bounds: Sequence[int], built: Mapping[i
     # Out of the optimizer, as in a freeze. What is frozen already and still has kept state takes that along.
     known = {p for g in backend.groups for p in g} - backend.frozen
     trained = [p for p in dict.fromkeys(p for m in going.values() for p in m.parameters()) if p in known]
-    backend.change(trained, [], keep=True)
+    backend.change(trained, [], keep=True, tx=tx)
 
     # Everyone hears what comes: entry by entry, then what optimizers held back, then the bytes.
     groups, *more = backend.group_lists()
@@ -131,7 +132,7 @@ def rebalance(backend: DeepSpeedBackend, bounds: Sequence[int], built: Mapping[i
     for about, named in held:
         backend.load_kept_state(about, named)
     _sort_groups(backend)
-    backend.change([], returning, keep=False)
+    backend.change([], returning, keep=False, tx=tx)
     return sent
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from smartfrz_ds.backends.cost import Bandwidths
+from smartfrz_ds.backends.transaction import Transaction
 from smartfrz_ds.planner.width import Width
 
 
@@ -43,8 +44,8 @@ class Pipeline(Protocol):
         """Raise ValueError or RuntimeError, on every rank, where the stages can't get these bounds now; nothing is changed."""
         ...
 
-    def move(self, bounds: Sequence[int]) -> int:
-        """Move layers so that these are the bounds, after `check`. Returns the bytes that crossed ranks, over all ranks."""
+    def move(self, bounds: Sequence[int], tx: Transaction) -> int:
+        """Move layers so that these are the bounds, after `check`, within a transaction. Returns the bytes that this rank sent."""
         ...
 
     def gain(self, bounds: Sequence[int]) -> float:

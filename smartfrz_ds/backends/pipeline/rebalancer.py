@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from smartfrz_ds.backends.cost import Bandwidths
+from smartfrz_ds.backends.transaction import Transaction
 from smartfrz_ds.config.sections import PipelineSettings
 from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.planner import Cluster, DoesNotFit, LayerCost, Link, best_cut, simulate
@@ -86,9 +87,9 @@ class Rebalancer(Pipeline):
             self._backend.unprepare()
             raise
 
-    def move(self, bounds: Sequence[int]) -> int:
-        """Move layers so that these are the bounds, after `check`. Returns the bytes that crossed ranks, over all ranks."""
-        return self._ranks.sum(self._backend.rebalance(bounds))
+    def move(self, bounds: Sequence[int], tx: Transaction) -> int:
+        """Move layers so that these are the bounds, after `check`, within a transaction. Returns the bytes that this rank sent."""
+        return self._backend.rebalance(bounds, tx)
 
     def gain(self, bounds: Sequence[int]) -> float:
         """How many times faster a step is predicted to be with these bounds than now; 1 where costs are not known."""

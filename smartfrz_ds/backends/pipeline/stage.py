@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from smartfrz_ds.backends.deepspeed.base import DeepSpeedBackend
+from smartfrz_ds.backends.transaction import Transaction
 from smartfrz_ds.config.sections import PipelineSettings
 from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.model.freeze_modules import TiedMode
@@ -240,9 +241,9 @@ class PipelineStage(_Base):
         plain16 = engine.bfloat16_enabled() and not engine.zero_optimization()
         return not (pinned_entries(engine.module) or odd or plain16)
 
-    def rebalance(self, bounds: Sequence[int]) -> int:
+    def rebalance(self, bounds: Sequence[int], tx: Transaction) -> int:
         """Move layers to these borders. Collective, after `prepare`. Returns the bytes that this rank sent."""
-        sent = rebalance(self, bounds, self._built)
+        sent = rebalance(self, bounds, self._built, tx)
         self._built = {}
         self.verify()
         if self.clock is not None:

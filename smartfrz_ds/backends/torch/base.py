@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from smartfrz_ds.backends.base import Released, Sampler, SampleRequest, storage_bytes
 from smartfrz_ds.backends.entries import EntryBackend
 from smartfrz_ds.backends.state_layout import Overrides, pack_state, scalars_beside, state_tensors, to_device, to_host, unpack_state
+from smartfrz_ds.backends.transaction import Transaction
 from smartfrz_ds.errors import FreezeError
 from smartfrz_ds.model.hooks import ModuleHook
 from smartfrz_ds.model.layers import shape_of
@@ -43,7 +44,6 @@ class TorchBackend(EntryBackend):
         self._names = {p: name for name, p in module.named_parameters()}
         self._owners = [x for x in single(optimizer) for _ in x.param_groups]  # of each group
         self._overrides = [Overrides(x) for x in single(optimizer)]
-        self._kept: dict[Parameter, dict[str, Any]] = {}  # on the host
         self._forwarded = False  # a forward that builds a graph has begun since the last step
         self._handles: list[Any] = []
 
@@ -126,25 +126,36 @@ class TorchBackend(EntryBackend):
     def _copied_bytes(self, freeze: Iterable[Parameter], thaw: Iterable[Parameter]) -> int:
         return 2 * sum(local(p).nbytes for p in thaw)  # two moments, as large as the weights
 
-    def change(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool) -> Released:
+    def change(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool, tx: Transaction) -> Released:
         before = self.optimizer_bytes()
         owners = {p: owner for owner, order in zip(self._owners, self._order, strict=True) for p in order}
-        for param in freeze:
-            state = owners[param].state.pop(param, {})
-            if keep:
-                self._kept[param] = to_host(state)
-            param.grad = None
-            param.requires_grad_(False)
-        for param in thaw:
-            owner = owners[param]
-            param.requires_grad_(True)
-            if pattern := self._pattern(owner):  # what the next step would make: a checkpoint of before that step must have it
-                owner.state[param] = {k: _zeros(v, param) for k, v in pattern.items()}
-            if state := self._kept.pop(param, {}):
-                owner.state[param] = to_device(state, param, scalars_beside=scalars_beside(owner))
-        self._regroup((self.frozen | set(freeze)) - set(thaw))
-        self.rewire(freeze, thaw)
+        # Undone last: a wrapper reads the flags of the parameters.
+        with tx.step("rewire", undo=lambda: self.rewire(thaw, freeze)):
+            pass
+        tables = [(owner.state, [p for p in (*freeze, *thaw) if owners[p] is owner]) for owner in dict.fromkeys(self._owners)]
+        with tx.step("take the parameters out", undo=self._undo_entries(freeze, thaw, tables)):
+            for param in freeze:
+                state = owners[param].state.pop(param, {})
+                if keep:
+                    self._kept[param] = to_host(state)
+                param.grad = None
+                param.requires_grad_(False)
+        with tx.step("put the parameters back"):
+            for param in thaw:
+                self._restore(param, owners[param])
+        with tx.step("regroup"):
+            self._regroup((self.frozen | set(freeze)) - set(thaw))
+        with tx.step("rewire"):
+            self.rewire(freeze, thaw)
         return Released(before - self.optimizer_bytes(), 0)
+
+    def _restore(self, param: Parameter, owner: torch.optim.Optimizer) -> None:
+        """Give a parameter back to the optimizer, with what was kept of its state."""
+        param.requires_grad_(True)
+        if pattern := self._pattern(owner):  # what the next step would make: a checkpoint of before that step must have it
+            owner.state[param] = {k: _zeros(v, param) for k, v in pattern.items()}
+        if state := self._kept.pop(param, {}):
+            owner.state[param] = to_device(state, param, scalars_beside=scalars_beside(owner))
 
     @staticmethod
     def _pattern(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -174,10 +185,6 @@ class TorchBackend(EntryBackend):
 
     def rewire(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter]) -> None:
         """What the wrapper must do after the optimizer has changed."""
-
-    def forget(self, params: Iterable[Parameter]) -> None:
-        for param in params:
-            self._kept.pop(param, None)
 
     def verify(self) -> None:
         super().verify()

@@ -59,7 +59,10 @@ class DdpBackend(TorchBackend):
     def rewire(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter]) -> None:
         ddp = self.wrapped
         # As DistributedDataParallel.__setstate__ does, which builds a reducer for an object that is there.
-        ddp.reducer._remove_autograd_hooks()
+        if ddp.reducer is not None:
+            ddp.reducer._remove_autograd_hooks()
+        # Let the old buckets go before the new ones are made: they are as large as the gradients.
+        ddp.reducer = ddp.logger = None  # type: ignore[assignment]
         parameters, sparse = ddp._build_params_for_reducer()
         ddp._ddp_init_helper(parameters, sparse, ddp._build_debug_param_to_name_mapping(parameters), ddp.static_graph)
         if ddp.static_graph:

@@ -121,7 +121,8 @@ class EngineLayout(StepObserver):
         self._run = run
 
     def on_layout_change(self, change: LayoutChange) -> None:
-        self._run.backend.on_layout_changed(self._run.layers, change.frozen)
+        if change.kind in ("start", "return", "move"):  # the others did it within their transaction
+            self._run.backend.on_layout_changed(self._run.layers, change.frozen)
 
 
 class FlopCount(StepObserver):

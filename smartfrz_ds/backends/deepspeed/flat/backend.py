@@ -8,7 +8,7 @@ master tensors stay the same objects, so every handle to them, a scheduler's too
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from smartfrz_ds.backends.cost import Cost
 from smartfrz_ds.backends.deepspeed.base import DeepSpeedBackend
 from smartfrz_ds.backends.deepspeed.weight_state import FlatWeightState, WeightState
 from smartfrz_ds.backends.state_layout import why_uncuttable, will_be_uncuttable
+from smartfrz_ds.backends.transaction import Transaction
 from smartfrz_ds.distributed.devices import empty_cache, synchronize
 from smartfrz_ds.errors import FreezeError
 
@@ -48,7 +49,6 @@ class FlatBackend(DeepSpeedBackend):
         self._groups = [list(group) for group in self.low_precision_groups()]
         self._placeholders: dict[int, Parameter] = {}
         self._layouts = [self.layout(i, group) for i, group in enumerate(self._groups)]
-        self._kept: dict[Parameter, Kept] = {}
         self._own_steps = OwnSteps(self.base_optimizer(), self._partitions)
 
     # --- what a subclass says -----------------------------------------------------------------------------------------------
@@ -172,7 +172,11 @@ class FlatBackend(DeepSpeedBackend):
     def change_cost(self, out: Collection[Parameter], *, keep: bool) -> Cost:
         return flat_change_cost(self, out, keep=keep)
 
-    def change(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool) -> Released:
+    def change(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool, tx: Transaction) -> Released:
+        with tx.exchange("change the flat buffers"):
+            return self._change(freeze, thaw, keep=keep)
+
+    def _change(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool) -> Released:
         before, moved = self.optimizer_bytes(), 0
         synchronize(self.device)
         self.before_change()
@@ -200,13 +204,8 @@ class FlatBackend(DeepSpeedBackend):
 
     def kept_layouts(self, params: Sequence[Parameter]) -> list[PackedLayout]:
         """Where the state of these parameters waits on the host, as far as it was kept; each layout with these parameters only."""
-        kept = {id(k): k for k in (self._kept[p] for p in params if p in self._kept)}
+        kept: dict[int, Kept] = {id(k): k for k in (self._kept[p] for p in params if p in self._kept)}
         return [PackedLayout({p: k.layout.pieces[p] for p in params if self._kept.get(p) is k}, k.layout.sizes) for k in kept.values()]
-
-    def forget(self, params: Iterable[Parameter]) -> None:
-        """Drop kept state; tensors shared with parameters that still wait are dropped with the last of them."""
-        for param in params:
-            self._kept.pop(param, None)
 
     def verify(self) -> None:
         super().verify()
