@@ -5,7 +5,7 @@ Independent of the engine: the backend removes the weights.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -81,6 +81,21 @@ def thaw_module(top: nn.Module, training: bool = True) -> None:
     """Undo `freeze_modules` for one module of a layer and its submodules."""
     for module, hook in _remove_hooks(top).items():
         module.training = training and not hook.own_eval
+
+
+def remember_modules(tops: Iterable[nn.Module]) -> Callable[[], None]:
+    """Return the action that brings flags and hooks of these modules, and of those in them, back to what they are now."""
+    modules = dict.fromkeys(m for top in tops for m in top.modules())
+    before = [(m, m.training, list(m._forward_pre_hooks.items()), list(m._forward_hooks.items())) for m in modules]
+
+    def restore() -> None:
+        for module, training, pre_hooks, hooks in before:
+            module.training = training
+            for held, items in ((module._forward_pre_hooks, pre_hooks), (module._forward_hooks, hooks)):
+                held.clear()  # in place: the handles of hooks know the dictionary
+                held.update(items)
+
+    return restore
 
 
 def leaving_params(frozen: Collection[Layer], layers: Sequence[Layer], tied: TiedMode) -> tuple[nn.Parameter, ...]:

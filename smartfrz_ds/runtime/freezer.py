@@ -14,14 +14,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager, suppress
 from typing import Any, Literal, TypeVar
 
-from torch import nn
 from torch.nn import Parameter
 
 from smartfrz_ds.backends.base import Released
 from smartfrz_ds.backends.cost import PausePrediction
 from smartfrz_ds.backends.transaction import Transaction
 from smartfrz_ds.errors import ChangeUndone, FreezeError
-from smartfrz_ds.model.freeze_modules import check_tied, freeze_modules, leaving_params, thaw_modules
+from smartfrz_ds.model.freeze_modules import check_tied, freeze_modules, leaving_params, remember_modules, thaw_modules
 from smartfrz_ds.runtime.observers.protocol import LayoutChange, StepObserver
 from smartfrz_ds.runtime.rules.eligibility import check_order
 from smartfrz_ds.runtime.rules.user_frozen import Restored, UserFrozen
@@ -94,7 +93,7 @@ class Freezer:
             if frozen == self._run.state.frozen and not adopted:
                 return None
             change = self.prepare(frozen, kind, adopted)
-        released, released_by_all = self.commit(change)
+            released, released_by_all = self.commit(change)
         self.notify(change, released, released_by_all, about or {}, began)
         return change
 
@@ -166,27 +165,19 @@ class Freezer:
             with tx.step("forget what was kept", undo=lambda: run.backend.set_kept_entries(kept)):
                 run.backend.forget([p for layer in run.layers for p in (*layer.params, *layer.copies)])
         released = run.backend.change(change.freeze, change.thaw, keep=run.keep_steps > 0 and not restoring, tx=tx)
-        flags = {
-            m: m.training for layer in run.layers if layer.name in change.gone | change.back for t in layer.modules for m in t.modules()
-        }
-        with tx.step("switch the modules", undo=lambda: self._switch_modules(change.back, change.gone, flags)):
-            self._switch_modules(change.gone, change.back)
+        switched = change.gone | change.back
+        modules = [module for layer in run.layers if layer.name in switched for module in layer.modules]
+        with tx.step("switch the modules", undo=remember_modules(modules)):
+            for layer in run.layers:
+                if layer.name in change.gone:
+                    freeze_modules(layer, run.config.frozen_mode, run.config.tied)
+                elif layer.name in change.back:
+                    thaw_modules(layer, run.model.training)
         with tx.step("follow the layout"):
             run.backend.on_layout_changed(run.layers, change.frozen)
         with tx.step("verify"):
             run.backend.verify()
         return released
-
-    def _switch_modules(self, gone: Collection[str], back: Collection[str], flags: Mapping[nn.Module, bool] | None = None) -> None:
-        """Make the modules of these layers behave as frozen (`gone`) or trained (`back`). flags: each one's `training` afterwards."""
-        run = self._run
-        for layer in run.layers:
-            if layer.name in gone:
-                freeze_modules(layer, run.config.frozen_mode, run.config.tied)
-            elif layer.name in back:
-                thaw_modules(layer, run.model.training)
-        for module, training in (flags or {}).items():
-            module.training = training
 
     def transact(self, what: str, action: Callable[[Transaction], T]) -> T:
         """Run `action` on every rank, or bring every rank back to where it was. Collective.
@@ -285,10 +276,10 @@ class Freezer:
 
     @contextmanager
     def _adopting(self, names: Collection[str], groups: Mapping[str, int] | None) -> Iterator[tuple[str, ...]]:
-        """Adopt layers that the user froze, around `prepare`. Collective. Yields the names of those that were adopted.
+        """Adopt layers that the user froze, around a change. Collective. Yields the names of those that were adopted.
 
         Raises:
-            ValueError: they can't train here. Then, and where the change is refused, they are the user's again.
+            ValueError: they can't train here. Then, and where the change is refused or undone, they are the user's again.
         """
         if not names:
             yield ()
@@ -311,6 +302,8 @@ class Freezer:
         try:
             self._run.ranks.run_on_all_ranks(adopt)
             yield tuple(name for name in self._users.adopted if name not in before)
+        except FreezeError:
+            raise
         except (ValueError, RuntimeError):
             self._return(new())
             raise

@@ -36,6 +36,7 @@ class DdpBackend(TorchBackend):
         if refused:
             raise ValueError(f"smartfrz_ds does not work yet with: {'; '.join(refused)}")
         super().__init__(wrapped, module, optimizer)
+        self._reduced: list[Parameter] = [p for p in wrapped._module_parameters if p.requires_grad]
 
     def _note_forward(self, module: nn.Module, args: Any) -> None:
         super()._note_forward(module, args)
@@ -74,7 +75,7 @@ class DdpBackend(TorchBackend):
         hooks, ddp._comm_hooks = ddp._comm_hooks, []
         for hook, state in hooks:
             ddp.register_comm_hook(state, hook)
-        self._reduced = parameters
+        self._reduced = list(parameters)
 
     def verify(self) -> None:
         super().verify()

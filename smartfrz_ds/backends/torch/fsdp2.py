@@ -139,6 +139,9 @@ class Fsdp2Backend(TorchBackend):
             # requires_grad is read off the shard when the unit is gathered: one that is gathered now would go on as it was.
             unit.reshard()
             for group in groups:
+                for p in group.fsdp_params:  # set in the next gather only, but read before it too (takes_part)
+                    if (whole := getattr(p, "_unsharded_param", None)) is not None:
+                        whole.requires_grad_(p.sharded_param.requires_grad)
                 # Set once, in the first forward, from what was trainable then: None where nothing was.
                 if thaw and getattr(group, "_orig_dtype", torch.float32) is None:
                     group._init_mp_dtypes()

@@ -1,0 +1,94 @@
+"""A change that fails anywhere, on any rank, is undone on all of them: the engine is bit for bit what it was, and trains on the same.
+
+Each engine is brought through a freeze, thaws and a restore (worker_undo.py). Each of them is tried first with an error at one point
+after another: where a step or an exchange begins and ends, and, as `lines`, at each line within the steps. After each error the pictures
+before and after are compared, and at the end the weights with those of a run without errors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import run_worker
+from reference.oracle import Cell
+from workers import worker_undo
+
+KEPT = {"keep_state": 100}
+CHANGES = ("freeze", "thaw", "freeze while evaluating", "thaw while evaluating", "restore")
+
+
+@dataclasses.dataclass(frozen=True)
+class Undo:
+    """kind: "deepspeed", "plain" (one process), "ddp", "fsdp1" or "fsdp2". cell: the engine. more: options of the wrapper, settings.
+
+    lines: whether errors are raised at each line. at_least: points of each change.
+    """
+
+    kind: str
+    cell: dict[str, Any] = dataclasses.field(default_factory=dict)
+    more: dict[str, Any] = dataclasses.field(default_factory=dict)
+    lines: bool = False
+    at_least: int = 15
+
+    def item(self, name: str) -> dict[str, Any]:
+        cell = dataclasses.asdict(Cell(name, **self.cell))
+        return {"name": name, "kind": self.kind, "cell": cell, "more": self.more, "lines": self.lines}
+
+
+USERS = {"users": True}
+FP16 = {"dtype": "fp16", "config": {"fp16": {"enabled": True}}}
+UNDO = {
+    "z0": Undo("deepspeed", {"groups": 2}),
+    "z0-bf16-kept": Undo("deepspeed", KEPT | {"dtype": "bf16"}, USERS),
+    "z0-fp16": Undo("deepspeed", FP16),
+    "ddp-kept": Undo("ddp", KEPT | {"groups": 3}, USERS),
+    "fsdp1-kept": Undo("fsdp1", KEPT),
+    "fsdp2-kept": Undo("fsdp2", KEPT, USERS | {"settings": {"fsdp": {"frozen": "unsharded"}}}),
+    "z0-kept-lines": Undo("deepspeed", KEPT | {"groups": 2}, lines=True),
+    "z0-fp16-lines": Undo("deepspeed", FP16, USERS, lines=True),
+    "ddp-lines": Undo("ddp", lines=True),
+    "fsdp1-lines": Undo("fsdp1", lines=True),
+    "fsdp2-lines": Undo("fsdp2", lines=True),
+}
+SLOW = {name for name, undo in UNDO.items() if undo.lines}
+NAMES = [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in UNDO]
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder with what came out of a cell: those that always run are launched together, each slow one alone."""
+    folders: dict[frozenset[str], Path] = {}
+
+    def of(name: str) -> Path:
+        together = frozenset([name]) if name in SLOW else frozenset(UNDO) - SLOW
+        if together not in folders:
+            job = [UNDO[n].item(n) for n in UNDO if n in together]
+            folders[together] = run_worker("undo", job, tmp_path_factory.mktemp("undo"), timeout=400)
+        return folders[together]
+
+    return of
+
+
+def check(found: dict[str, Any], cell: Undo) -> None:
+    assert found["wrong"] == []
+    assert found["different"] == [], "weights differ from those of a run that never tried"
+    assert {*found["points"]} == {*CHANGES, *(["thaw the user's"] if cell.more.get("users") else [])}
+    assert all(len(points) >= cell.at_least for points in found["points"].values()), found["points"]
+
+
+@pytest.mark.distributed(2)
+@pytest.mark.parametrize("name", NAMES)
+def test_an_error_at_any_point_is_undone_on_all_ranks(launched: Callable[[str], Path], name: str) -> None:
+    for rank in (0, 1):
+        check(json.loads((launched(name) / f"{name}.{rank}.json").read_text()), UNDO[name])
+
+
+@pytest.mark.parametrize("settings", [{}, KEPT], ids=["fresh", "kept"])
+def test_an_error_at_any_line_is_undone_in_one_process(settings: dict[str, Any]) -> None:
+    cell = Undo("plain", settings, USERS, lines=True, at_least=100)
+    check(worker_undo.run("plain", cell.kind, Cell("plain", **settings), USERS, lines=True), cell)

@@ -1,0 +1,219 @@
+"""Changes that fail at every point on real engines: each time all ranks must be back where they were. Launched by test_undo.py."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from reference import oracle
+from reference.injected import Injector
+from reference.picture import differences, picture
+from reference.torch_models import full as whole
+from reference.torch_models import settings, wrap
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+import smartfrz_ds
+from smartfrz_ds.errors import ChangeUndone
+
+FIRST, BACK, NEXT, SAVED = ["embeddings", "blocks.0", "blocks.1"], ["blocks.1"], ["blocks.2"], ["blocks.1"]
+
+
+@dataclass
+class Engine:
+    """An engine of whatever kind.
+
+    model: with the layers. roots: what belongs to the layout (picture.py). step: trains one step. weights: copies of all weights, whole.
+    settle: shards what is gathered, which the next forward needs no matter how it finds it. users: whether the user froze blocks.3.
+    """
+
+    model: torch.nn.Module
+    controller: Any
+    roots: Mapping[str, Any]
+    step: Callable[[int], None]
+    weights: Callable[[], dict[str, Tensor]]
+    close: Callable[[], None]
+    users: bool
+    settle: Callable[[], None] | None = None
+
+
+def of_torch(kind: str, cell: oracle.Cell, more: Mapping[str, Any]) -> Engine:
+    net, rank = prepared(cell, more), dist.get_rank() if dist.is_initialized() else 0
+    model = wrap(kind, net, **more.get("options", {}))
+    optimizer = torch.optim.AdamW(oracle.groups_of(list(model.parameters()), list(net.parameters()), cell.groups), lr=oracle.LR)
+    controller = smartfrz_ds.attach_torch(model, optimizer, settings(keep_state=cell.keep_state, **more.get("settings", {})))
+    params = dict(net.named_parameters())
+
+    def step(number: int) -> None:
+        optimizer.zero_grad()
+        oracle.loss_of(model, *oracle.data(number, 0, rank), "fp32").backward()
+        optimizer.step()
+
+    return Engine(
+        model=model,
+        controller=controller,
+        roots={"model": model, "optimizer": optimizer, "backend": controller.backend},
+        step=step,
+        weights=lambda: whole(kind, model, params),
+        close=controller.detach,
+        users=bool(more.get("users")),
+        settle=(lambda: [m.reshard() for m in model.modules() if isinstance(m, FSDPModule)]) if kind == "fsdp2" else None,
+    )
+
+
+def of_deepspeed(kind: str, cell: oracle.Cell, more: Mapping[str, Any]) -> Engine:
+    from deepspeed.accelerator import get_accelerator
+    from workers.worker_exact import engine_for, full
+
+    get_accelerator().is_fp16_supported = lambda: True  # torch computes fp16 on every CPU, see worker_guard.py
+    engine = engine_for(cell, prepared(cell, more))[0]
+    cast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cell.dtype, torch.float32)
+
+    def step(number: int) -> None:
+        x, y = oracle.data(number, 0, dist.get_rank())
+        engine.backward(torch.nn.functional.cross_entropy(engine(x.to(cast)).float(), y))
+        engine.step()
+
+    return Engine(
+        model=engine.module,
+        controller=engine.smartfrz,
+        roots={"model": engine.module, "base": engine.basic_optimizer, "wrapper": engine.optimizer, "backend": engine.smartfrz.backend},
+        step=step,
+        weights=lambda: full(engine.module),
+        close=engine.destroy,
+        users=bool(more.get("users")),
+    )
+
+
+def prepared(cell: oracle.Cell, more: Mapping[str, Any]) -> oracle.Net:
+    """The net with a module that the user has put into eval mode, with hooks of the user's, and maybe with a layer that the user froze."""
+    net = cell.net()
+    if more.get("users"):
+        net.blocks[3].requires_grad_(False)
+    net.blocks[1].norm.eval()
+    net.blocks[1].up.register_forward_pre_hook(users_hook)
+    net.blocks[1].register_forward_hook(users_hook)
+    return net
+
+
+def users_hook(*_: Any) -> None:
+    return None
+
+
+class Trial:
+    """One engine that trains ten steps, with four changes on the way.
+
+    tries: whether each change is first tried with an error at each of its points.
+    """
+
+    def __init__(self, engine: Engine, injector: Injector, *, tries: bool) -> None:
+        self.engine, self.injector, self.tries = engine, injector, tries
+        self.points: dict[str, list[str]] = {}
+        self.wrong: list[str] = []
+
+    def train(self) -> dict[str, Tensor]:
+        """Return the weights at the end."""
+        engine, controller = self.engine, self.engine.controller
+        evaluated = engine.model
+        self.steps(0, 2)
+        self.change("freeze", lambda: controller.freeze(FIRST))
+        self.steps(2, 4)
+        self.change("thaw", lambda: controller.thaw(BACK))
+        self.steps(4, 6)
+        evaluated.eval()
+        self.change("freeze while evaluating", lambda: controller.freeze(NEXT))
+        self.change("thaw while evaluating", lambda: controller.thaw(FIRST[:2]))
+        evaluated.train()
+        self.steps(6, 7)
+        if engine.users:
+            self.change("thaw the user's", lambda: controller.thaw(["blocks.3"]))
+        self.change("restore", lambda: controller.freeze_state.restore_layout(SAVED))
+        self.steps(7, 10)
+        assert controller.frozen == tuple(SAVED), controller.frozen
+        return engine.weights()
+
+    def steps(self, first: int, last: int) -> None:
+        for number in range(first, last):
+            self.engine.step(number)
+
+    def change(self, name: str, action: Callable[[], None]) -> None:
+        """Let the change fail at one point after another, until there is no further one: then it is carried out."""
+        number = 0
+        if self.tries and self.engine.settle is not None:  # once from where the last step has left it
+            self.injector.arm(10)
+            with suppress(ChangeUndone):
+                action()
+                raise AssertionError(f"{name}: no error at point 10")
+        while self.tries:
+            before = self.picture()
+            # on one rank after the other, then on all of them
+            world = self.engine.controller.ranks.count
+            struck = number % (world + 1)
+            mine = struck in (self.engine.controller.ranks.rank, world)
+            self.injector.arm(number if mine else None)
+            events = len(self.engine.controller.report().events)
+            try:
+                action()
+            except ChangeUndone as error:
+                self.check(f"{name}, point {number}", str(error), before, events, struck % world)
+                number += 1
+            else:
+                break
+        if not self.tries:
+            action()
+        self.points[name] = list(self.injector.passed)
+
+    def check(self, where: str, said: str, before: Mapping[str, str], events: int, struck: int) -> None:
+        where = f"{where} ({self.injector.passed[-1]})"
+        self.wrong += [f"{where}: {text}" for text in differences(before, self.picture())]
+        new = self.engine.controller.report().events[events:]
+        reason = f"failed and was undone on every rank: rank {struck}: Injected: "
+        if [e.kind for e in new] != ["undone"] or reason not in new[0].message or reason not in said:
+            self.wrong.append(f"{where}: {said!r}, events {[(e.kind, e.message) for e in new]}")
+
+    def picture(self) -> dict[str, str]:
+        engine = self.engine
+        if engine.settle is not None:
+            engine.settle()
+        return picture(**engine.roots, state=engine.controller._run.state)
+
+
+def run(name: str, kind: str, cell: oracle.Cell, more: Mapping[str, Any], *, lines: bool) -> dict[str, Any]:
+    """Train with and without errors."""
+    make = of_deepspeed if kind == "deepspeed" else of_torch
+    ends, trials = [], []
+    for tries in (True, False):
+        injector = Injector(lines=lines and tries)
+        engine = make(kind, cell, more)
+        trial = Trial(engine, injector, tries=tries)
+        with warnings.catch_warnings(), injector.installed():
+            warnings.simplefilter("error", RuntimeWarning)  # of this package
+            ends.append(trial.train())
+        trials.append(trial)
+        engine.close()
+    one, other = ends
+    return {
+        "points": trials[0].points,
+        "wrong": trials[0].wrong[:40],
+        "different": [n for n in other if not torch.equal(one[n], other[n])],
+    }
+
+
+def main() -> None:
+    from workers import ranks
+
+    with ranks.job() as (job, folder):
+        for item in job:
+            with ranks.case(item["name"]):
+                found = run(item["name"], item["kind"], oracle.Cell(**item["cell"]), item["more"], lines=item["lines"])
+                ranks.write(Path(folder), item["name"], found)
+
+
+if __name__ == "__main__":
+    main()
