@@ -143,7 +143,7 @@ class Freezer:
             ChangeUndone: it failed on some rank; every rank is back at the previous layout.
             FreezeError: it failed and could not be undone; the engine state is inconsistent.
         """
-        released = self.transact(change.kind, lambda tx: self._carry_out(change, tx))
+        released = self.transact(change.kind, lambda tx: self._carry_out(change, tx), layers=change.gone | change.back)
         released_by_all = self._run.ranks.sum(released.bytes)
         state = self._run.state
         state.frozen = set(change.frozen)
@@ -179,12 +179,13 @@ class Freezer:
             run.backend.verify()
         return released
 
-    def transact(self, what: str, action: Callable[[Transaction], T]) -> T:
+    def transact(self, what: str, action: Callable[[Transaction], T], *, layers: Collection[str] = ()) -> T:
         """Run `action` on every rank, or bring every rank back to where it was. Collective.
 
         Args:
             what: What it does, for messages: "freeze", "rebalance".
             action: Changes the engine within the transaction that it is given.
+            layers: Names of the layers concerned, for the record.
 
         Returns:
             What `action` returned.
@@ -204,7 +205,8 @@ class Freezer:
             except Exception as stuck:
                 raise self.failed(what, stuck) from error
             text = f"{what} failed and was undone on every rank: {why}"
-            run.journal.record(FreezeEvent(kind="undone", step=run.state.step, frozen=run.state.frozen_in_order, message=text))
+            names, frozen = run.state.in_order(layers), run.state.frozen_in_order
+            run.journal.record(FreezeEvent(kind="undone", step=run.state.step, layers=names, frozen=frozen, message=text))
             raise ChangeUndone(f"{text}. The layout is the previous one, and training can go on") from error
         except BaseException as error:  # an interrupt: the other ranks can't be told in time
             raise self.failed(what, error) from error

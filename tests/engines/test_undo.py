@@ -67,7 +67,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def of(name: str) -> Path:
         together = frozenset([name]) if name in SLOW else frozenset(UNDO) - SLOW
         if together not in folders:
-            job = [UNDO[n].item(n) for n in UNDO if n in together]
+            job = {"stuck": name not in SLOW, "cells": [UNDO[n].item(n) for n in UNDO if n in together]}
             folders[together] = run_worker("undo", job, tmp_path_factory.mktemp("undo"), timeout=400)
         return folders[together]
 
@@ -86,6 +86,16 @@ def check(found: dict[str, Any], cell: Undo) -> None:
 def test_an_error_at_any_point_is_undone_on_all_ranks(launched: Callable[[str], Path], name: str) -> None:
     for rank in (0, 1):
         check(json.loads((launched(name) / f"{name}.{rank}.json").read_text()), UNDO[name])
+
+
+@pytest.mark.distributed(2)
+def test_an_undo_that_fails_on_one_rank_ends_the_run_on_all(launched: Callable[[str], Path]) -> None:
+    for rank in (0, 1):
+        said = json.loads((launched("z0") / f"stuck.{rank}.json").read_text())
+        assert said.startswith("freeze failed at step 1 after it had started; the engine state is inconsistent."), said
+        assert "checkpoints/step-0: it could not be undone (rank 1: take the parameters out: ArithmeticError: no way on rank 1)" in said, (
+            said
+        )
 
 
 @pytest.mark.parametrize("settings", [{}, KEPT], ids=["fresh", "kept"])

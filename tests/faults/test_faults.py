@@ -45,6 +45,7 @@ FAULTS = {
     "dies": fault("dies"),
     "dies deciding": fault("dies deciding", rank=0),
     "fails freezing": fault("fails freezing"),
+    "dies freezing": fault("dies freezing"),
     "script raises": fault("script raises", rank=0),
     "hangs": fault("hangs", timeout=SHORT),
     "link down": fault("link down", timeout=SHORT),
@@ -162,6 +163,14 @@ def test_a_rank_fails_in_the_middle_of_a_freeze(folder: Path) -> None:
         assert "FreezeError: freeze failed at step 6 after it had started" in output and "checkpoints/global_step4" in output
     assert "no room for the new layout" in own[2]
     assert check_end(folder, "fails-freezing", "fails-freezing-again")["start"] == 4
+
+
+@pytest.mark.distributed(2)
+def test_a_rank_dies_in_the_middle_of_a_freeze(folder: Path) -> None:
+    code, seconds, output = ended(folder, "dies-freezing", 0)
+    assert code == 1 and seconds < LONG, output[-4000:]
+    assert "FreezeError: freeze failed at step 6 after it had started" in output and "checkpoints/global_step4" in output
+    assert check_end(folder, "dies-freezing", "dies-freezing-again")["start"] == 4
 
 
 @pytest.mark.distributed(2)

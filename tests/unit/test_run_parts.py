@@ -107,22 +107,6 @@ def test_what_prepare_refuses_changes_nothing_and_tells_nobody(run: tuple[Any, A
     assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in model.named_parameters())
 
 
-def test_an_error_in_commit_is_told_to_nobody(run: tuple[Any, Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    _, optimizer, controller = run
-    step(optimizer)
-    spy = Spy()
-    controller._observers.append(spy)
-    controller.last_checkpoint = "checkpoints/step4"
-
-    def fail() -> None:
-        raise MemoryError("no room")
-
-    monkeypatch.setattr(controller.backend, "verify", fail)
-    with pytest.raises(smartfrz_ds.FreezeError, match=r"freeze failed at step 1 .*checkpoints/step4: no room"):
-        controller.freeze(["blocks.0"])
-    assert controller.frozen == () and spy.called == [] and not controller.report().events
-
-
 def test_the_state_that_a_checkpoint_keeps() -> None:
     state = RunState(("a", "b", "c"), lr=0.5)
     state.count_step(0.25)

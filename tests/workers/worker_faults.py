@@ -35,6 +35,7 @@ from safetensors.torch import save_file
 from workers.worker_exact import engine_for, full
 
 import smartfrz_ds
+from smartfrz_ds.backends.transaction import Transaction
 from smartfrz_ds.distributed import failures as faults
 from smartfrz_ds.integrations import deepspeed as engine_module
 
@@ -80,6 +81,10 @@ def fail_freezing(engine: Any) -> None:
     engine.smartfrz.backend.install = install
 
 
+def die_freezing(_: Any) -> None:
+    Transaction.vote = die  # type: ignore[method-assign, assignment]
+
+
 def full_disk(_: Any) -> None:
     """From now on the kernel lets this process write no file of more than 20 kB, which is more than the freeze state has and less than
     the optimizer's state: the beginning is written, the rest refused, as on a full disk."""
@@ -104,6 +109,7 @@ IN_THE_LOOP: dict[str, Happens] = {
     "dies saving": die_saving,
     "policy fails": fail_deciding,
     "fails freezing": fail_freezing,
+    "dies freezing": die_freezing,
     "disk full": full_disk,
     "script raises": raise_in_step,
 }

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 import smartfrz_ds
-from smartfrz_ds.errors import ChangeUndone
+from smartfrz_ds.errors import ChangeUndone, FreezeError
 
 FIRST, BACK, NEXT, SAVED = ["embeddings", "blocks.0", "blocks.1"], ["blocks.1"], ["blocks.2"], ["blocks.1"]
 
@@ -205,14 +204,37 @@ def run(name: str, kind: str, cell: oracle.Cell, more: Mapping[str, Any], *, lin
     }
 
 
+def stuck() -> str:
+    """A freeze that fails on rank 0 and that rank 1 can't undo. Returns the error."""
+    engine = of_torch("ddp", oracle.Cell("stuck"), {})
+    controller, rank = engine.controller, dist.get_rank()
+    engine.step(0)
+    controller.last_checkpoint = "checkpoints/step-0"
+
+    def fail() -> None:
+        raise ArithmeticError(f"no way on rank {rank}")
+
+    if rank == 0:
+        controller.backend.verify = fail
+    else:
+        controller.backend._undo_entries = lambda *_: fail
+    try:
+        controller.freeze(FIRST)
+    except FreezeError as error:
+        return str(error)
+    return ""
+
+
 def main() -> None:
     from workers import ranks
 
     with ranks.job() as (job, folder):
-        for item in job:
+        if job["stuck"]:
+            ranks.write(folder, "stuck", stuck())
+        for item in job["cells"]:
             with ranks.case(item["name"]):
                 found = run(item["name"], item["kind"], oracle.Cell(**item["cell"]), item["more"], lines=item["lines"])
-                ranks.write(Path(folder), item["name"], found)
+                ranks.write(folder, item["name"], found)
 
 
 if __name__ == "__main__":
