@@ -335,6 +335,10 @@ class Backend(ABC):
         for param in params:
             self._kept.pop(param, None)
 
+    def keep(self, entries: Mapping[Parameter, Any]) -> None:
+        """Keep released state of these parameters."""
+        self._kept.update(entries)
+
     def kept_entries(self) -> dict[Parameter, Any]:
         """Return what is kept of each parameter, for `set_kept_entries`."""
         return dict(self._kept)

@@ -84,6 +84,17 @@ class Transaction:
         if undo is not None:
             self._undo.append(_Undo(name, undo, collective=True))
 
+    def most(self, count: int) -> int:
+        """Return the largest `count` of all ranks, after a vote. Collective."""
+        self.vote()
+        return -int(self._ranks.all_reduce_min([-float(count)])[0])
+
+    def wait(self, exchanges: int) -> None:
+        """Take part in the votes of exchanges that concern other ranks only. Collective."""
+        for _ in range(exchanges):
+            with self.exchange("wait for other ranks", undo=lambda: None):
+                pass
+
     def fail_later(self, error: Exception) -> None:
         """Note a local error within an `exchange`: it is raised once the block's collectives are through."""
         self._error = self._error or error

@@ -30,7 +30,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 from torch.nn import Parameter
 
-from smartfrz_ds.backends.deepspeed.flat.backend import MASTER
+from smartfrz_ds.backends.deepspeed.flat.group_state import MASTER
 from smartfrz_ds.backends.deepspeed.flat.partition import FlatLayout, Move, PackedLayout, Segment, plan_moves
 from smartfrz_ds.backends.deepspeed.flat.step_counts import step_from_json, step_to_json, zero_step
 

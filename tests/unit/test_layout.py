@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import Parameter
 
-from smartfrz_ds.backends.deepspeed.flat.partition import FlatLayout, Move, PackedLayout, _rounds, bytes_sent, move, plan_moves
+from smartfrz_ds.backends.deepspeed.flat.partition import Exchange, FlatLayout, Move, PackedLayout, _rounds, bytes_sent, plan_moves
 
 
 def places(layout: FlatLayout) -> dict[tuple[int, int], tuple[int, int]]:
@@ -105,5 +105,6 @@ def test_local_moves_need_no_process_group() -> None:
     params = tuple(Parameter(torch.zeros(3)) for _ in range(3))
     old, new = FlatLayout(params, 1), FlatLayout((params[2], params[0]), 1)
     target = torch.zeros(6)
-    move(plan_moves(old, new, new.params), torch.arange(9.0), target, rank=0, world=1, group=None)
+    moves = plan_moves(old, new, new.params)
+    assert Exchange(moves, target.dtype, target.device, rank=0, world=1, group=None).run(torch.arange(9.0), target) is None
     assert target.tolist() == [6, 7, 8, 0, 1, 2]

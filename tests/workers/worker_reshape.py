@@ -43,7 +43,7 @@ def held(engine: Any) -> dict[str, Any]:
             mine[name] = {"kept": p in backend._kept}
         elif isinstance(backend, FlatBackend):
             index = next(i for i in range(len(backend.groups)) if any(p is q for q in backend.active(i)))
-            step = backend._own_steps.count.get(p, backend.base_optimizer().state[backend.master(index)]["step"])
+            step = backend.own_steps.count.get(p, backend.base_optimizer().state[backend.master(index)]["step"])
             moments = {key: safe_get_full_optimizer_state(p, key).clone() for key in ("exp_avg", "exp_avg_sq")}
             mine[name] = {"step": float(step), "master": safe_get_full_fp32_param(p).clone(), **moments}
         else:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from smartfrz_ds.backends.deepspeed.flat.backend import FlatBackend
-from smartfrz_ds.backends.deepspeed.flat.buffers import flatten, link, unlink
+from smartfrz_ds.backends.deepspeed.flat.buffers import link, unlink
 from smartfrz_ds.backends.deepspeed.flat.partition import FlatLayout
 
 
@@ -35,6 +35,9 @@ class Bf16Backend(FlatBackend):
 
     def master(self, index: int) -> Tensor:
         return self.wrapper.fp32_groups_flat_partition[index]
+
+    def flat_weights(self, index: int) -> Tensor:
+        return self.wrapper.bf16_groups_flat[index]
 
     def process_group(self, index: int) -> dist.ProcessGroup | None:
         return self.wrapper.real_dp_process_group[index]
@@ -85,7 +88,7 @@ class Bf16Backend(FlatBackend):
         wrapper.fp32_groups_gradient_dict[index] = None
         self.master(index).grad = None
 
-        flat = flatten(layout)
+        flat = self.flat_front(index, layout)
         wrapper.bf16_groups[index] = params
         wrapper.bf16_groups_flat[index] = flat
         wrapper.bf16_partitioned_groups[index] = [flat.narrow(0, r * size, size) for r in range(world)]
@@ -118,6 +121,9 @@ class Fp16Backend(FlatBackend):
     def master(self, index: int) -> Tensor:
         return self.wrapper.fp32_groups_flat[index]
 
+    def flat_weights(self, index: int) -> Tensor:
+        return self.wrapper.fp16_groups_flat[index]
+
     def process_group(self, index: int) -> dist.ProcessGroup | None:
         return None
 
@@ -129,7 +135,7 @@ class Fp16Backend(FlatBackend):
 
     def install(self, index: int, layout: FlatLayout) -> None:
         self.wrapper.fp16_groups[index] = list(layout.params)
-        self.wrapper.fp16_groups_flat[index] = flatten(layout)
+        self.wrapper.fp16_groups_flat[index] = self.flat_front(index, layout)
 
     def after_change(self) -> None:
         wrapper = self.wrapper

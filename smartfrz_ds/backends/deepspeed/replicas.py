@@ -39,12 +39,18 @@ class Replicas:
         new = [p for p in self._choose(frozen, released) if p not in self.params]
         return sum(_whole_bytes(p) for p in new if p.ds_status == ZeroParamStatus.NOT_AVAILABLE)
 
+    def bring_back(self, before: set[ZeroParam]) -> None:
+        """Make exactly these parameters the replicas, as they were before an `update`. Collective where something must be gathered."""
+        self._make(dict.fromkeys(sorted(before, key=lambda p: p.ds_id)))
+
     def update(self, frozen: set[ZeroParam], released: Mapping[ZeroParam, int]) -> int:
         """Decide anew for this frozen set and carry it out. Collective where something must be gathered; returns the bytes of that, whole.
 
         released: optimizer bytes that the freeze of each parameter let go on this rank; the same on all ranks.
         """
-        wanted = self._choose(frozen, released)
+        return self._make(self._choose(frozen, released))
+
+    def _make(self, wanted: dict[ZeroParam, None]) -> int:
         for param in [p for p in self.params if p not in wanted]:
             self._let_go(param)
         new = [p for p in wanted if p not in self.params]

@@ -72,7 +72,7 @@ class FlatWeightState:
     def about(self) -> dict[str, Any]:
         entries = self._entries()
         keys = [k for k, v in entries.items() if _has_dims(v)]
-        step = self._backend._step_of(self._weight, entries)
+        step = self._backend.step_of(self._weight, entries)
         shapes = {name: (tuple(self._weight.shape), torch.float32) for name in ("master", *keys)}
         return {"tensors": shapes, "numbers": {} if step is None else {"step": step}}
 
@@ -89,7 +89,7 @@ class FlatWeightState:
             safe_set_full_optimizer_state(self._weight, value, name)
 
     def set_numbers(self, numbers: dict[str, Any]) -> None:
-        own, counts = self._entries().get("step"), self._backend._own_steps
+        own, counts = self._entries().get("step"), self._backend.own_steps
         counts.drop(self._weight)
         if "step" in numbers and own is not None and float(own) != float(numbers["step"]):
             counts.set(self._weight, copy_step(numbers["step"]))

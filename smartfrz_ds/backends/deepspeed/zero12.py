@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from smartfrz_ds.backends.deepspeed.flat.backend import FlatBackend
-from smartfrz_ds.backends.deepspeed.flat.buffers import flatten, link, unlink
+from smartfrz_ds.backends.deepspeed.flat.buffers import link, unlink
 from smartfrz_ds.backends.deepspeed.flat.partition import FlatLayout
 
 
@@ -47,6 +47,9 @@ class Zero12Backend(FlatBackend):
 
     def master(self, index: int) -> Tensor:
         return self.wrapper.single_partition_of_fp32_groups[index]
+
+    def flat_weights(self, index: int) -> Tensor:
+        return self.wrapper.bit16_groups_flat[index]
 
     def process_group(self, index: int) -> dist.ProcessGroup | None:
         return self.wrapper.real_dp_process_group[index]
@@ -129,7 +132,7 @@ class Zero12Backend(FlatBackend):
                 master.grad = None  # persistent gradient buffers, made anew at the end
 
     def install(self, index: int, layout: FlatLayout) -> None:
-        zero, params = self.wrapper, self.active(index) or [self._placeholders[index]]
+        zero, params = self.wrapper, self.active(index) or [self.placeholders[index]]
         world, rank, size = layout.world, self.group_rank(index), layout.partition_size
         for position, param in enumerate(params):
             vars(param).update(grad_accum=None, param_idx_in_group=position)  # attributes that DeepSpeed hangs on parameters
@@ -141,7 +144,7 @@ class Zero12Backend(FlatBackend):
         zero.round_robin_bit16_padding[index] = list(layout.padding)
         zero.round_robin_bit16_offsets[index] = [layout.offsets[p] for p in layout.params]
 
-        flat = zero.bit16_groups_flat[index] = flatten(layout)
+        flat = zero.bit16_groups_flat[index] = self.flat_front(index, layout)
         zero.parallel_partitioned_bit16_groups[index] = zero.get_data_parallel_partitions(flat, index)
 
         used = sum(p.numel() for p in layout.params) + sum(layout.padding)

@@ -35,6 +35,7 @@ from smartfrz_ds.backends.deepspeed.flat.backend import FlatBackend
 from smartfrz_ds.backends.deepspeed.flat.cost import gather_cost
 from smartfrz_ds.backends.deepspeed.flat.partition import FlatLayout
 from smartfrz_ds.backends.deepspeed.flat.step_counts import step_from_json, step_to_json
+from smartfrz_ds.backends.deepspeed.flat.weights import Arrangement, FlatWeights, Place
 from smartfrz_ds.backends.transaction import Transaction
 from smartfrz_ds.errors import FreezeError
 
@@ -129,12 +130,58 @@ class Zero3Backend(FlatBackend):
             sampler.parts.append((master, (r.elements[mine] % size + offset).to(master.device), r.slots[mine]))
         return sampler
 
+    def flat_weights(self, index: int) -> Tensor:
+        zero = self.wrapper
+        if not zero.offload_param:
+            return zero.lp_param_buffer
+        # One host buffer for each parameter group of the optimizer (_create_param_groups_fp16_flat_cpu_memory).
+        return zero.param_groups_fp16_flat_cpu_memory[list(dict.fromkeys(self._group_ids)).index(self._group_ids[index])]
+
+    def weight_buffers(self) -> dict[int, FlatWeights]:
+        """Sub-groups share them: one for the whole model, or one for each parameter group."""
+        made: dict[int, FlatWeights] = {}
+        for i in range(len(self.groups)):
+            first = next(k for k in range(len(self.groups)) if self._buffer_of(k) == self._buffer_of(i))
+            made[i] = made[first] if first in made else FlatWeights(self.flat_weights(i))
+        return made
+
+    def _buffer_of(self, index: int) -> int:
+        return self._group_ids[index] if self.wrapper.offload_param else 0
+
+    def _members(self) -> list[list[int]]:
+        """The sub-groups that share a buffer, buffer by buffer."""
+        members: dict[int, list[int]] = {}
+        for i in range(len(self.groups)):
+            members.setdefault(self._buffer_of(i), []).append(i)
+        return list(members.values())
+
+    def weight_plans(self, changed: Collection[int], layouts: Sequence[FlatLayout]) -> list[tuple[FlatWeights, Arrangement]]:
+        plans = []
+        for members in self._members():
+            if not set(members).isdisjoint(changed):
+                weights = self.weights[members[0]]
+                if not self.wrapper.offload_param:
+                    weights.follow(self.wrapper.lp_param_buffer)
+                plans.append((weights, self._shared_arrangement(members, layouts)))
+        return plans
+
+    def _shared_arrangement(self, members: Sequence[int], layouts: Sequence[FlatLayout]) -> Arrangement:
+        places: list[Place] = []
+        frozen: list[Any] = []
+        begin = 0
+        for i in members:
+            layout, held = layouts[i], set(layouts[i].params)
+            param: ZeroParam
+            for param, size in zip(layout.params, layout.sizes, strict=True):
+                places.append(Place(param.ds_tensor, begin + layout.offsets[param], size))
+            frozen_params: list[ZeroParam] = [p for p in self.groups[i] if p not in held]
+            frozen += [p.ds_tensor for p in frozen_params]
+            begin += layout.numel
+        return self.weights[members[0]].plan(places, begin, frozen)
+
     def detach(self, param: ZeroParam) -> None:
         param.grad = None
         param.requires_grad_(False)
-        shard = param.ds_tensor
-        if shard.data.untyped_storage().nbytes() != shard.data.nbytes:
-            shard.data = shard.data.clone()  # one view would keep the buffer of all shards alive
 
     def before_change(self) -> None:
         zero = self.wrapper
@@ -176,42 +223,31 @@ class Zero3Backend(FlatBackend):
         self._make_gradient_buffers(groups)
         self._make_hooks(groups)
         self._renew_trace()
-        self._gathered = self._replicas.update(self.frozen, self._released_by(self.frozen))
+
+    def beyond_the_optimizer(self, tx: Transaction) -> None:
+        before = set(self._replicas.params)
+        with tx.exchange("gather replicas", undo=lambda: self._replicas.bring_back(before)):
+            self._gathered = self._replicas.update(self.frozen, self._released_by(self.frozen))
 
     # --- the parts ------------------------------------------------------------------------------------------------------------
 
     def _lay_out_weights(self, live: list[int]) -> None:
-        """New buffers for the shards of the active parameters; shards that were there already keep their values."""
-        zero = self.wrapper
-        zero.fp16_partitioned_groups_flat = []
+        """Give DeepSpeed its views of the front of the buffers, sub-group by sub-group."""
+        zero, fronts, flats = self.wrapper, [], {}
+        for members in self._members():
+            numel = sum(self._layouts[i].numel for i in members)
+            if not numel:
+                continue
+            front, begin = self.weights[members[0]].front(numel), 0
+            fronts.append(front)
+            for i in members:
+                flats[i] = front.narrow(0, begin, self._layouts[i].numel)
+                begin += self._layouts[i].numel
         if zero.offload_param:
-            # One host buffer for each parameter group of the optimizer (_create_param_groups_fp16_flat_cpu_memory).
-            zero.param_groups_fp16_flat_cpu_memory = []
-            for group_id in dict.fromkeys(self._group_ids[i] for i in live):
-                members = [i for i in live if self._group_ids[i] == group_id]
-                self._one_buffer(members, zero.param_groups_fp16_flat_cpu_memory.append)
+            zero.param_groups_fp16_flat_cpu_memory = fronts
         else:
-            self._one_buffer(live, lambda buffer: setattr(zero, "lp_param_buffer", buffer))
-
-    def _one_buffer(self, members: list[int], keep: Callable[[Tensor], None]) -> None:
-        zero, total = self.wrapper, sum(self._layouts[i].numel for i in members)
-        first: ZeroParam = self._layouts[members[0]].params[0]
-        shard = first.ds_tensor
-        buffer = torch.zeros(total, dtype=shard.dtype, device=shard.device)
-        if zero.offload_param and zero.offload_param_pin_memory:
-            buffer = get_accelerator().pin_memory(buffer)
-        keep(buffer)
-        begin = 0
-        for i in members:
-            layout = self._layouts[i]
-            flat = buffer.narrow(0, begin, layout.numel)
-            param: ZeroParam
-            for param, size in zip(layout.params, layout.sizes, strict=True):
-                part = flat.narrow(0, layout.offsets[param], size)
-                part.copy_(param.ds_tensor.data.view(-1))
-                param.ds_tensor.data = part
-            zero.fp16_partitioned_groups_flat.append(flat)
-            begin += layout.numel
+            (zero.lp_param_buffer,) = fronts
+        zero.fp16_partitioned_groups_flat = [flats[i] for i in live]
 
     def _number_params(self, groups: list[list[ZeroParam]]) -> None:
         zero = self.wrapper
@@ -344,15 +380,17 @@ class Zero3Backend(FlatBackend):
         self._replicas.leave()
 
     def verify_weights(self) -> None:
-        zero = self.wrapper
         param: ZeroParam
         for i, layout in enumerate(self._layouts):
             for param in layout.params:
                 if param.ds_tensor.numel() != param.partition_numel():
                     raise FreezeError(f"sub-group {i}: a shard has {param.ds_tensor.numel()} elements, not {param.partition_numel()}")
-        buffers = {flat.untyped_storage().data_ptr() for flat in zero.fp16_partitioned_groups_flat}
+        for members in self._members():
+            arrangement = self._shared_arrangement(members, self._layouts)
+            weights = self.weights[members[0]]
+            if any(weights.offset(place.holder) != place.offset for place in arrangement.active):
+                raise FreezeError("an active shard is not at its place in the buffer of the shards")
+            self.verify_frozen(weights, arrangement.front, [place.holder for place in arrangement.frozen])
         frozen: set[ZeroParam] = set(self.frozen)
-        if any(p.ds_tensor.untyped_storage().data_ptr() in buffers for p in frozen):
-            raise FreezeError("a frozen parameter still holds the buffer of the active shards")
         if any(p.ds_status == ZeroParamStatus.INFLIGHT for p in frozen):
             raise FreezeError("a frozen parameter is being gathered")

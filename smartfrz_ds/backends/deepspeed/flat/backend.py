@@ -1,14 +1,14 @@
 """Wrappers that keep a parameter group in one flat buffer: what ZeRO-1/2, BF16_Optimizer and FP16_Optimizer have in common.
 
-A change of the layout goes group by group: state tensor by state tensor (each old one is let go before the next new one is made),
-then the low-precision weights, then whatever the wrapper derives from both. The torch optimizer, its parameter groups and the
-master tensors stay the same objects, so every handle to them, a scheduler's too, stays valid.
+A change of the layout goes group by group: state tensor by state tensor (state_moves.py), then the low-precision weights, which are
+rearranged in place (weights.py), then whatever the wrapper derives from both. The torch optimizer, its parameter groups and the master
+tensors stay the same objects, so every handle to them, a scheduler's too, stays valid. Every part of it can be taken back.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from smartfrz_ds.backends.base import Released, Sampler, SampleRequest, detach_from_training
+from smartfrz_ds.backends.base import Released, Sampler, SampleRequest
 from smartfrz_ds.backends.cost import Cost
 from smartfrz_ds.backends.deepspeed.base import DeepSpeedBackend
 from smartfrz_ds.backends.deepspeed.weight_state import FlatWeightState, WeightState
@@ -25,13 +25,15 @@ from smartfrz_ds.backends.transaction import Transaction
 from smartfrz_ds.distributed.devices import empty_cache, synchronize
 from smartfrz_ds.errors import FreezeError
 
-from .buffers import pinned_like
+from .buffers import flatten
 from .cost import flat_change_cost
+from .group_state import move_group_state, tensors_of
 from .kept import Kept
-from .partition import FlatLayout, PackedLayout, bytes_sent, move, plan_moves
-from .step_counts import OwnSteps, Partition, copy_step, step_from_json, step_to_json, zero_step
+from .partition import FlatLayout, PackedLayout
+from .state_moves import HostLink
+from .step_counts import OwnSteps, Partition, copy_step, step_from_json, step_to_json
+from .weights import Arrangement, FlatWeights, Place
 
-MASTER = "master"
 PLACEHOLDER = "smartfrz_placeholder_"
 # what state that can't be cut allows, as the end of a message
 ALLOWED_WHOLE = (
@@ -47,9 +49,12 @@ class FlatBackend(DeepSpeedBackend):
         super().__init__(engine)
         self.wrapper = engine.optimizer
         self._groups = [list(group) for group in self.low_precision_groups()]
-        self._placeholders: dict[int, Parameter] = {}
+        self.placeholders: dict[int, Parameter] = {}
         self._layouts = [self.layout(i, group) for i, group in enumerate(self._groups)]
-        self._own_steps = OwnSteps(self.base_optimizer(), self._partitions)
+        self.own_steps = OwnSteps(self.base_optimizer(), self._partitions)
+        self.link = HostLink()
+        self.room = 0  # bytes that the current change has freed on the device so far
+        self.weights = self.weight_buffers()
 
     # --- what a subclass says -----------------------------------------------------------------------------------------------
 
@@ -74,6 +79,14 @@ class FlatBackend(DeepSpeedBackend):
         """Let go of what hangs on the old layout (hooks, links, gradient buffers): a view of an old tensor would keep it alive."""
 
     @abstractmethod
+    def flat_weights(self, index: int) -> Tensor:
+        """The wrapper's low-precision buffer of group `index`."""
+
+    def weight_buffers(self) -> dict[int, FlatWeights]:
+        """The buffers of the weights, by group. Called once, when the optimizer has its full layout."""
+        return {i: FlatWeights(self.flat_weights(i)) for i in range(len(self._groups))}
+
+    @abstractmethod
     def install(self, index: int, layout: FlatLayout) -> None:
         """Give the wrapper the new low-precision buffer of a changed group. The master is in place already."""
 
@@ -82,8 +95,9 @@ class FlatBackend(DeepSpeedBackend):
         """Rebuild what the wrapper derives from all groups together (numbering, hooks, links)."""
 
     def detach(self, param: Parameter) -> None:
-        """Make a parameter that has left the optimizer a plain constant of the model."""
-        detach_from_training(param)
+        """Make a parameter that has left the optimizer a plain constant of the model, at the end of the same buffer."""
+        param.grad = None
+        param.requires_grad_(False)
         for name in ("_hp_mapping", "_dp_group", "_hp_grad", "grad_accum", "param_idx_in_group"):
             # tensor_fragment.py and mixed_precision_linkage.py: without these DeepSpeed treats it as never optimized.
             if hasattr(param, name):
@@ -173,34 +187,91 @@ class FlatBackend(DeepSpeedBackend):
         return flat_change_cost(self, out, keep=keep)
 
     def change(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool, tx: Transaction) -> Released:
-        with tx.exchange("change the flat buffers"):
-            return self._change(freeze, thaw, keep=keep)
-
-    def _change(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool) -> Released:
-        before, moved = self.optimizer_bytes(), 0
-        synchronize(self.device)
-        self.before_change()
-        self.frozen = (self.frozen | set(freeze)) - set(thaw)
-        old = self._layouts
-        new = [self._new_layout(i) for i in range(len(self.groups))]
+        before, old = self.optimizer_bytes(), self._layouts
+        self.room = 0
+        after = (self.frozen | set(freeze)) - set(thaw)
+        new = [self._new_layout(i, after) for i in range(len(self.groups))]
         changed = [i for i in range(len(self.groups)) if not _same(old[i].params, new[i].params)]
+        plans = self.weight_plans(changed, new)
+        with tx.step("rebuild the wrapper", undo=lambda: self._rebuild(old, changed)):
+            synchronize(self.device)
+            self.before_change()
+        with tx.step("count as frozen", undo=self._undo_notes()):
+            self.frozen = after
+        own = sum(len(tensors_of(self.master(i), self.base_optimizer())) for i in changed)
+        others = tx.most(own) - own if self.is_pipeline else 0  # every rank votes as often as the stage with the most tensors
+        moved = 0
         for i in changed:
-            moved += self._move_state(i, old[i], new[i], [p for p in freeze if p in old[i].offsets], keep)
-        for param in freeze:
-            self._own_steps.drop(param)
-        for param in thaw:
-            self._kept.pop(param, None)
-        for param in freeze:
-            self.detach(param)
-        for param in thaw:
-            param.requires_grad_(True)
-        self._layouts = new
-        for i in changed:
-            self.install(i, new[i])
-        self.after_change()
+            moved += move_group_state(self, i, old[i], new[i], [p for p in freeze if p in old[i].offsets], keep=keep, tx=tx)
+        tx.wait(others)
+        for weights, arrangement in plans:
+            with tx.step("make room for the weights"):
+                move = weights.make(arrangement)
+            with tx.step("rearrange the weights", undo=move.undo):
+                move.run()
+        flags = [(p, p.grad, p.requires_grad) for p in (*freeze, *thaw)]
+        with tx.step("switch the parameters", undo=lambda: _set_flags(flags)):
+            for param in freeze:
+                self.own_steps.drop(param)
+                self.detach(param)
+            for param in thaw:
+                self._kept.pop(param, None)
+                param.requires_grad_(True)
+        with tx.step("install the buffers"):
+            self._layouts = new
+            for i in changed:
+                self.install(i, new[i])
+            self.after_change()
+        self.beyond_the_optimizer(tx)
+        tx.on_commit(lambda: empty_cache(self.device))
         synchronize(self.device)
-        empty_cache(self.device)
         return Released(before - self.optimizer_bytes(), moved)
+
+    def _rebuild(self, layouts: list[FlatLayout], changed: Sequence[int]) -> None:
+        """Let the wrapper have these layouts; weights and state are in their places already."""
+        self.before_change()
+        self._layouts = layouts
+        for i in changed:
+            self.install(i, layouts[i])
+        self.after_change()
+
+    def _undo_notes(self) -> Callable[[], None]:
+        frozen, kept, counts = set(self.frozen), self.kept_entries(), dict(self.own_steps.count)
+
+        def undo() -> None:
+            self.frozen = frozen
+            self.set_kept_entries(kept)
+            self.own_steps.count.clear()
+            self.own_steps.count.update(counts)
+
+        return undo
+
+    def weight_plans(self, changed: Collection[int], layouts: Sequence[FlatLayout]) -> list[tuple[FlatWeights, Arrangement]]:
+        """Plan how the weights of the groups `changed` get to these layouts, each buffer once. Changes nothing."""
+        for i in changed:
+            if self.active(i):
+                self.weights[i].follow(self.flat_weights(i))
+        return [(self.weights[i], self._arrangement(i, layouts[i])) for i in changed]
+
+    def _arrangement(self, index: int, layout: FlatLayout) -> Arrangement:
+        params = [p for p in layout.params if p is not self.placeholders.get(index)]
+        active = set(params)
+        places = [Place(p, layout.offsets[p], p.numel()) for p in params]
+        return self.weights[index].plan(places, layout.numel if places else 0, [p for p in self.groups[index] if p not in active])
+
+    def flat_front(self, index: int, layout: FlatLayout) -> Tensor:
+        """Return the low-precision buffer of group `index` as the wrapper sees it. A placeholder has a buffer of its own."""
+        return flatten(layout) if layout.params[0] is self.placeholders.get(index) else self.weights[index].front(layout.numel)
+
+    def trim(self) -> None:
+        """Give back what is free in the buffers of the weights after parameters have left the model's stage. Local; copies the rest."""
+        plans = self.weight_plans(range(len(self.groups)), self._layouts)
+        trimmed = [weights.trim(arrangement) for weights, arrangement in plans]
+        if any(trimmed):
+            self._rebuild(self._layouts, range(len(self.groups)))
+
+    def beyond_the_optimizer(self, tx: Transaction) -> None:
+        """Carry out what a change entails besides, within its transaction."""
 
     def kept_layouts(self, params: Sequence[Parameter]) -> list[PackedLayout]:
         """Where the state of these parameters waits on the host, as far as it was kept; each layout with these parameters only."""
@@ -224,11 +295,18 @@ class FlatBackend(DeepSpeedBackend):
             stepped = self.base_optimizer().param_groups[i]["params"]
             if len(stepped) != 1 or stepped[0] is not self.master(i):
                 raise FreezeError(f"group {i}: the optimizer does not step the master partition")
-            storages = {p.untyped_storage().data_ptr() for p in layout.params}
-            if len(storages) > 1:
-                raise FreezeError(f"group {i}: its parameters no longer share one flat buffer")
-            if storages & {p.untyped_storage().data_ptr() for p in self.frozen}:
-                raise FreezeError(f"group {i}: a frozen parameter still holds the flat buffer")
+            if not self.active(i):
+                continue
+            for param in layout.params:
+                if self.weights[i].offset(param) != layout.offsets[param]:
+                    raise FreezeError(f"group {i}: a parameter of shape {tuple(param.shape)} is not at its place in the flat buffer")
+            self.verify_frozen(self.weights[i], layout.numel, [p for p in self.groups[i] if p in self.frozen])
+
+    @staticmethod
+    def verify_frozen(weights: FlatWeights, front: int, frozen: Iterable[Any]) -> None:
+        """Raise FreezeError where a frozen parameter is in the part of a buffer that DeepSpeed steps and gathers."""
+        if any((begin := weights.offset(p)) is not None and begin < front for p in frozen):
+            raise FreezeError("a frozen parameter is within the flat buffer of the active ones")
 
     # --- what DeepSpeed's checkpoints leave out ---------------------------------------------------------------------------------
 
@@ -238,13 +316,13 @@ class FlatBackend(DeepSpeedBackend):
     def state_extras(self) -> dict[str, Any]:
         """Step counts of thawed parameters."""
         names = self.names()
-        return {"steps": {names[p]: step_to_json(s) for p, s in self._own_steps.count.items()}, "asleep": {}}
+        return {"steps": {names[p]: step_to_json(s) for p, s in self.own_steps.count.items()}, "asleep": {}}
 
     def load_state_extras(self, saved: Mapping[str, Any], *, universal: bool) -> None:
         params, state = {n: p for p, n in self.names().items()}, self.base_optimizer().state
-        self._own_steps.count.clear()
+        self.own_steps.count.clear()
         for name, step in saved.get("steps", {}).items():
-            self._own_steps.set(params[name], step_from_json(step))
+            self.own_steps.set(params[name], step_from_json(step))
         if not universal or "groups" not in saved:
             return
         # stage3.py gives every sub-group the step of the first; one that was frozen as a whole for a while has another. Another number of
@@ -253,8 +331,12 @@ class FlatBackend(DeepSpeedBackend):
         for i in self.stepped_groups():
             base = state[self.master(i)]["step"] = copy_step(steps[self.active(i)[0]])
             for param in self.active(i):
-                if float(steps[param]) != float(base) and param not in self._own_steps.count:
-                    self._own_steps.set(param, steps[param])
+                if float(steps[param]) != float(base) and param not in self.own_steps.count:
+                    self.own_steps.set(param, steps[param])
+
+    def step_of(self, param: Parameter, entries: Mapping[str, Any]) -> Any:
+        """Return a copy of the step count of `param`, None where nothing was stepped. entries: its group's state."""
+        return copy_step(self.own_steps.count.get(param, entries.get("step")))
 
     def stepped_groups(self) -> list[int]:
         """The groups that are stepped and have been."""
@@ -280,84 +362,25 @@ class FlatBackend(DeepSpeedBackend):
             kept = Kept.of(item, mine, params)
             self._kept.update(dict.fromkeys(kept.layout.pieces, kept))
 
-    # --- moving state -------------------------------------------------------------------------------------------------------
-
-    def _new_layout(self, index: int) -> FlatLayout:
-        params = self.active(index)
+    def _new_layout(self, index: int, frozen: Collection[Parameter]) -> FlatLayout:
+        params = [p for p in self.groups[index] if p not in frozen]
         if not params and self.needs_placeholder:
             # A group that the user made never disappears: schedulers and checkpoints count groups, and the wrappers read the
             # first parameter of each. The placeholder is zeros, gets no gradient, and so stays zeros.
-            if index not in self._placeholders:
+            if index not in self.placeholders:
                 first, world = self.groups[index][0], self._layouts[index].world
-                self._placeholders[index] = Parameter(torch.zeros(2 * world, dtype=first.dtype, device=first.device))
+                self.placeholders[index] = Parameter(torch.zeros(2 * world, dtype=first.dtype, device=first.device))
                 if hasattr(self.wrapper, "param_names"):
-                    self.wrapper.param_names[self._placeholders[index]] = f"{PLACEHOLDER}{index}"
-            params = [self._placeholders[index]]
+                    self.wrapper.param_names[self.placeholders[index]] = f"{PLACEHOLDER}{index}"
+            params = [self.placeholders[index]]
         return self.layout(index, params)
-
-    def _move_state(self, index: int, old: FlatLayout, new: FlatLayout, leaving: list[Parameter], keep: bool) -> int:
-        master, state = self.master(index), self.base_optimizer().state
-        entries = state.get(master, {})
-        flat_keys = [k for k, v in entries.items() if isinstance(v, Tensor) and v.ndim > 0]
-        rank, world, group = self.group_rank(index), old.world, self.process_group(index)
-
-        kept = Kept(PackedLayout.of(old, leaving))
-        if keep:
-            for param in leaving:
-                self._kept[param] = kept
-            kept.step = {p: self._step_of(p, entries) for p in leaving}
-            to_host = plan_moves(old, kept.layout, leaving)
-        coming = [p for p in new.params if p not in old.offsets and p is not self._placeholders.get(index)]
-        stay = plan_moves(old, new, new.params)
-        back = {id(k): k for k in (self._kept[p] for p in coming if p in self._kept)}
-        returns = [(k, plan_moves(k.layout, new, [p for p in coming if self._kept.get(p) is k])) for k in back.values()]
-        moved = 0
-        for key in [MASTER, *flat_keys]:
-            source = master.detach() if key == MASTER else entries[key]
-            host = source.cpu()
-            if keep:
-                kept.tensors[key] = torch.empty(kept.layout.sizes[rank], dtype=host.dtype)
-                move(to_host, host, kept.tensors[key], rank=rank, world=1, group=None)
-            if source.device.type != "cpu":
-                source.untyped_storage().resize_(0)  # no second copy on the device: the host has it
-            target = torch.zeros(new.partition_size, dtype=source.dtype, device=source.device)
-            move(stay, host, target, rank=rank, world=world, group=group)
-            moved += bytes_sent(stay, target.element_size())
-            if key == MASTER:
-                self._fill_from_weights([p for p in coming if p not in self._kept], new, target, rank)
-            for k, moves in returns:
-                if key in k.tensors:
-                    move(moves, k.tensors[key], target, rank=rank, world=world, group=group)
-                    moved += bytes_sent(moves, target.element_size())
-            if key == MASTER:
-                master.data = pinned_like(target, source)
-            else:
-                entries[key] = pinned_like(target, source)
-            del source, host, target
-        self._set_own_steps(coming, entries)
-        return moved
-
-    def _fill_from_weights(self, params: Sequence[Parameter], layout: FlatLayout, target: Tensor, rank: int) -> None:
-        """Start the masters of thawed parameters from the weights themselves, which every rank holds whole."""
-        for param in params:
-            for s in layout.segments(param):
-                if s.rank == rank:
-                    target[s.offset : s.offset + s.numel].copy_(self.low_precision(param, s.start, s.numel))
-
-    def _step_of(self, param: Parameter, entries: dict[str, Any]) -> Any:
-        return copy_step(self._own_steps.count.get(param, entries.get("step")))
-
-    def _set_own_steps(self, coming: Sequence[Parameter], entries: dict[str, Any]) -> None:
-        """Give thawed parameters a step count of their own, unless it equals the group's."""
-        if "step" not in entries:
-            return
-        for param in coming:
-            step = self._kept[param].step[param] if param in self._kept else None
-            if step is None:  # nothing was kept, or the group had not stepped yet when the parameter left it
-                step = zero_step(entries["step"])
-            if float(step) != float(entries["step"]):
-                self._own_steps.set(param, step)
 
 
 def _same(a: Sequence[Parameter], b: Sequence[Parameter]) -> bool:
     return [id(p) for p in a] == [id(p) for p in b]
+
+
+def _set_flags(flags: Sequence[tuple[Parameter, Tensor | None, bool]]) -> None:
+    for param, gradient, trains in flags:
+        param.grad = gradient
+        param.requires_grad_(trains)

@@ -50,8 +50,11 @@ def link(wrapper: Any, masters: Sequence[Tensor]) -> None:
         wrapper._lazy_init_hp_params_optimizer_state()
 
 
-def pinned_like(tensor: Tensor, model: Tensor) -> Tensor:
-    """`tensor`, page-locked if `model` was (offloaded state with pin_memory)."""
-    if model.device.type != "cpu" or not torch.cuda.is_available() or not model.is_pinned():
-        return tensor
-    return get_accelerator().pin_memory(tensor)
+def is_pinned(tensor: Tensor) -> bool:
+    """Whether a tensor is page-locked host memory (offloaded state with pin_memory)."""
+    return tensor.device.type == "cpu" and torch.cuda.is_available() and tensor.is_pinned()
+
+
+def pinned_if(tensor: Tensor, pinned: bool) -> Tensor:
+    """Return `tensor`, page-locked where it should be."""
+    return get_accelerator().pin_memory(tensor) if pinned else tensor

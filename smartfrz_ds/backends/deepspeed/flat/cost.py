@@ -19,13 +19,23 @@ if TYPE_CHECKING:
 
 def flat_change_cost(backend: FlatBackend, out: Collection[Parameter], *, keep: bool) -> Cost:
     """Of a change after which exactly the parameters `out` are out of the optimizer, all groups together. keep: as `layout_cost`."""
-    cost = Cost()
+    cost, changed, layouts = Cost(), [], []
     for index, group in enumerate(backend.groups):
         held = backend.active(index)
         left = [p for p in group if p not in out]
-        if set(left) != set(held) or (held and backend.shares_one_buffer):
-            cost += _group_cost(backend, index, held, left, keep=keep)
-    return cost
+        old, new = (_layout(backend, index, params, held or left) for params in (held, left))
+        layouts.append(new)
+        if set(left) != set(held):
+            changed.append(index)
+            cost += _group_cost(backend, index, old, new, keep=keep)
+        elif backend.makes_gradient_buffer and backend.shares_one_buffer:
+            cost += Cost(copied_bytes=4 * new.numel)  # a buffer for the gradients of all groups together
+    written = sum(plan.written * weights.element_size for weights, plan in backend.weight_plans(changed, layouts))
+    return cost + Cost(copied_bytes=written)
+
+
+def _layout(backend: FlatBackend, index: int, params: Sequence[Parameter], some: Sequence[Parameter]) -> FlatLayout:
+    return backend.layout(index, params) if params else FlatLayout((), backend.layout(index, some).world)
 
 
 def layout_cost(
@@ -82,23 +92,17 @@ def _busiest(moves: Sequence[Move], world: int) -> int:
     return max(*sent, *received)
 
 
-def _group_cost(backend: FlatBackend, index: int, held: Sequence[Parameter], left: Sequence[Parameter], *, keep: bool) -> Cost:
-    world = backend.layout(index, held or left).world
-    empty = FlatLayout((), world)
-    old = backend.layout(index, held) if held else empty
-    new = backend.layout(index, left) if left else empty
+def _group_cost(backend: FlatBackend, index: int, old: FlatLayout, new: FlatLayout, *, keep: bool) -> Cost:
+    """Of the optimizer's state of one group, and of its gradients."""
     master = backend.master(index)
     state = backend.base_optimizer().state.get(master, {}).values()
     tensors = [master]
     tensors += [v for v in state if isinstance(v, Tensor) and v.ndim > 0]
-    weight = backend.low_precision((held or left)[0], 0, 0).element_size()
-    # The weights go into a new buffer (cleared, then filled), those that leave into storages of their own.
-    written = (2 * new.numel + max(0, old.numel - new.numel)) * weight
-    if backend.makes_gradient_buffer:
-        written += 4 * new.numel  # a new buffer for gradients
+    written = 4 * new.numel if backend.makes_gradient_buffer else 0  # a new buffer for gradients
     sizes, on_host = [t.element_size() for t in tensors], master.device.type == "cpu"
     cost = layout_cost(old, new, sizes, weight_bytes=written, on_host=on_host, keep=keep)
-    for waiting in backend.kept_layouts([p for p in left if p not in set(held)]):
+    held = set(old.params)
+    for waiting in backend.kept_layouts([p for p in new.params if p not in held]):
         cost += layout_cost(waiting, new, sizes, weight_bytes=0, on_host=on_host)
     return cost
 

@@ -1,16 +1,17 @@
 """Where each parameter's elements live in flat, partitioned buffers, and how they move when the layout changes.
 
 DeepSpeed's flat wrappers concatenate a group's parameters into one buffer and give each rank an equal slice of it. Freezing takes
-parameters out, so the slices shift. Everything here is arithmetic over layouts that every rank knows, plus one function that
-carries it out, `move`.
+parameters out, so the slices shift. Everything here is arithmetic over layouts that every rank knows, plus one class that
+carries it out, `Exchange`.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -167,28 +168,97 @@ def bytes_sent(moves: Sequence[Move], element_size: int) -> int:
     return sum(m.numel for m in moves if m.source != m.target) * element_size
 
 
-def move(
-    moves: Sequence[Move],
-    source: Tensor,  # (local size in the source layout,), on the host
-    target: Tensor,  # (local size in the target layout,), on the device of the target
-    *,
-    rank: int,
-    world: int,
-    group: dist.ProcessGroup | None,
-    staging_bytes: int = STAGING_BYTES,
-) -> None:
-    """Copy `source` into `target`. Collective over `group` whenever any move crosses ranks, and silent otherwise.
+class Exchange:
+    """The moves of one tensor from one layout to another, with the buffers that they need.
 
-    What stays on a rank is copied straight. What crosses goes through all_to_all_single in rounds of at most `staging_bytes` a
-    rank, so the extra memory does not grow with the model.
+    What stays on a rank is copied straight. What crosses goes through all_to_all_single in rounds of at most `staging_bytes` a rank and
+    direction, so the extra memory grows neither with the model nor with the number of ranks.
+
+    Args:
+        moves: As `plan_moves`.
+        dtype: Of the tensor.
+        device: Of the target.
+        rank: This process among the ranks of the layouts.
+        world: Their number.
+        group: Their process group.
+        staging_bytes: Of each of the two buffers, at most.
     """
-    source, target = source.detach(), target.detach()
-    for m in moves:
-        if m.source == m.target == rank:
-            target[m.target_offset : m.target_offset + m.numel].copy_(source[m.source_offset : m.source_offset + m.numel])
-    crossing = [m for m in moves if m.source != m.target]
-    for batch in _rounds(crossing, world, max(1, staging_bytes // source.element_size())):
-        _exchange(batch, source, target, rank=rank, world=world, group=group)
+
+    def __init__(
+        self,
+        moves: Sequence[Move],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        rank: int,
+        world: int,
+        group: dist.ProcessGroup | None,
+        staging_bytes: int = STAGING_BYTES,
+    ) -> None:
+        self._rank, self._world, self._group = rank, world, group
+        self._staying = [m for m in moves if m.source == m.target == rank]
+        crossing = [m for m in moves if m.source != m.target]
+        self._rounds = list(_rounds(crossing, world, max(1, staging_bytes // dtype.itemsize)))
+        sent = max((sum(m.numel for m in batch if m.source == rank) for batch in self._rounds), default=0)
+        received = max((sum(m.numel for m in batch if m.target == rank) for batch in self._rounds), default=0)
+        # NCCL takes no host memory: offloaded state is staged on the device.
+        on_host = bool(self._rounds) and device.type == "cpu" and dist.get_backend(group) == "nccl"
+        staged = torch.device(get_accelerator().current_device_name()) if on_host else device
+        self._send = torch.empty(sent, dtype=dtype, device=staged)
+        self._receive = torch.empty(received, dtype=dtype, device=staged)
+
+    def run(self, source: Tensor, target: Tensor, copy: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> Exception | None:
+        """Copy `source` into `target`. Collective where any move crosses ranks, and silent otherwise.
+
+        Args:
+            source: (local size in the source layout,).
+            target: (local size in the target layout,).
+            copy: Copies its second argument into its first.
+
+        Returns:
+            The first local error, after all collectives: the other ranks were not left waiting. None where there was none.
+        """
+        source, target = source.detach(), target.detach()
+        errors: list[Exception] = []
+
+        def copied(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+            try:
+                for to, of in pairs:
+                    copy(to, of)
+            except Exception as error:
+                errors.append(error)
+
+        copied((_part(target, m.target_offset, m.numel), _part(source, m.source_offset, m.numel)) for m in self._staying)
+        for batch in self._rounds:
+            outgoing = sorted((m for m in batch if m.source == self._rank), key=lambda m: m.target)
+            incoming = sorted((m for m in batch if m.target == self._rank), key=lambda m: m.source)
+            sent, received = sum(m.numel for m in outgoing), sum(m.numel for m in incoming)
+            starts = accumulate((m.numel for m in outgoing), initial=0)
+            copied(
+                (_part(self._send, at, m.numel), _part(source, m.source_offset, m.numel)) for at, m in zip(starts, outgoing, strict=False)
+            )
+            dist.all_to_all_single(
+                self._receive[:received],
+                self._send[:sent],
+                output_split_sizes=[sum(m.numel for m in incoming if m.source == r) for r in range(self._world)],
+                input_split_sizes=[sum(m.numel for m in outgoing if m.target == r) for r in range(self._world)],
+                group=self._group,
+            )
+            starts = accumulate((m.numel for m in incoming), initial=0)
+            copied(
+                (_part(target, m.target_offset, m.numel), _part(self._receive, at, m.numel))
+                for at, m in zip(starts, incoming, strict=False)
+            )
+        return errors[0] if errors else None
+
+
+def _part(tensor: Tensor, begin: int, numel: int) -> Tensor:
+    return tensor[begin : begin + numel]
+
+
+def reversed_moves(moves: Iterable[Move]) -> list[Move]:
+    """Return the moves that bring everything back."""
+    return [Move(m.target, m.target_offset, m.source, m.source_offset, m.numel) for m in moves]
 
 
 def _rounds(moves: Sequence[Move], world: int, limit: int) -> Iterable[list[Move]]:
@@ -214,28 +284,3 @@ def _rounds(moves: Sequence[Move], world: int, limit: int) -> Iterable[list[Move
             if not queue:
                 del queues[source]
         yield batch
-
-
-def _exchange(batch: list[Move], source: Tensor, target: Tensor, *, rank: int, world: int, group: dist.ProcessGroup | None) -> None:
-    outgoing = sorted((m for m in batch if m.source == rank), key=lambda m: m.target)
-    incoming = sorted((m for m in batch if m.target == rank), key=lambda m: m.source)
-    # NCCL takes no host memory: offloaded state is staged on the device.
-    on_host = target.device.type == "cpu" and dist.get_backend(group) == "nccl"
-    device = torch.device(get_accelerator().current_device_name()) if on_host else target.device
-    send = torch.empty(sum(m.numel for m in outgoing), dtype=target.dtype, device=device)
-    receive = torch.empty(sum(m.numel for m in incoming), dtype=target.dtype, device=device)
-    position = 0
-    for m in outgoing:
-        send[position : position + m.numel].copy_(source[m.source_offset : m.source_offset + m.numel])
-        position += m.numel
-    dist.all_to_all_single(
-        receive,
-        send,
-        output_split_sizes=[sum(m.numel for m in incoming if m.source == r) for r in range(world)],
-        input_split_sizes=[sum(m.numel for m in outgoing if m.target == r) for r in range(world)],
-        group=group,
-    )
-    position = 0
-    for m in incoming:
-        target[m.target_offset : m.target_offset + m.numel].copy_(receive[position : position + m.numel])
-        position += m.numel

@@ -1,0 +1,222 @@
+"""Moving the masters and moments of one parameter group to another layout, tensor by tensor, and back again.
+
+Each tensor shrinks (or grows) by itself, so that on a device nothing is held above the level before the change but one staging buffer: what
+leaves waits on the host, and where the space that was freed so far isn't enough for the new tensor beside the old one, what stays waits on
+the host too while its storage is made anew. A storage can't be cut without a copy, so one tensor at a time has to wait somewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+from torch.nn import Parameter
+
+from smartfrz_ds.backends.transaction import Transaction
+
+from .partition import STAGING_BYTES, Exchange, FlatLayout, Move, PackedLayout, bytes_sent, plan_moves, reversed_moves
+
+
+class HostLink:
+    """Copies between host and device through one page-locked buffer, which is made when it is first needed and then reused."""
+
+    def __init__(self) -> None:
+        self._pinned: Tensor | None = None
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Copy `source` into `target`: both flat, of one dtype and size, on any device."""
+        if target.device.type == source.device.type or not source.numel():
+            target.copy_(source)
+            return
+        if self._pinned is None:
+            self._pinned = get_accelerator().pin_memory(torch.empty(STAGING_BYTES, dtype=torch.uint8))
+        step = STAGING_BYTES // source.element_size()
+        pinned = self._pinned[: step * source.element_size()].view(source.dtype)
+        for begin in range(0, source.numel(), step):
+            piece = source[begin : begin + step]
+            target[begin : begin + step].copy_(pinned[: piece.numel()].copy_(piece))
+
+
+@dataclass(frozen=True)
+class GroupMoves:
+    """What the tensors of one parameter group have in common in a change of its layout.
+
+    Attributes:
+        old: The layout before.
+        new: The layout afterwards.
+        kept: Where what leaves waits on the host.
+        stay: Moves from `old` to `new`.
+        leave: Moves from `old` to `kept`; on each rank alone.
+        rank: This process's partition.
+        group: The ranks that share the group.
+    """
+
+    old: FlatLayout
+    new: FlatLayout
+    kept: PackedLayout
+    stay: tuple[Move, ...]
+    leave: tuple[Move, ...]
+    rank: int
+    group: dist.ProcessGroup | None
+
+    @classmethod
+    def plan(
+        cls, old: FlatLayout, new: FlatLayout, leaving: Sequence[Parameter], *, rank: int, group: dist.ProcessGroup | None
+    ) -> GroupMoves:
+        """Plan the moves of a change after which the parameters `leaving` are gone."""
+        kept = PackedLayout.of(old, leaving)
+        stay, leave = plan_moves(old, new, new.params), plan_moves(old, kept, leaving)
+        return cls(old, new, kept, tuple(stay), tuple(leave), rank, group)
+
+
+@dataclass(frozen=True)
+class Returning:
+    """State that waits on the host and comes back: its own layout there, and this rank's part of one tensor."""
+
+    moves: tuple[Move, ...]
+    tensor: Tensor
+
+
+class TensorMove:
+    """One tensor of a group on its way to another layout.
+
+    Args:
+        tensor: (old partition size,), this rank's.
+        moves: Of its group.
+        link: For copies between host and device.
+        room: Bytes that the change has freed on the device so far.
+    """
+
+    def __init__(self, tensor: Tensor, moves: GroupMoves, link: HostLink, room: int) -> None:
+        self._moves, self._link = moves, link
+        self._dtype, self._device = tensor.dtype, tensor.device
+        self._source: Tensor | None = tensor.detach()
+        self._storage_bytes = tensor.untyped_storage().nbytes()
+        new_bytes = moves.new.partition_size * tensor.element_size()
+        self._by_host = self._device.type != "cpu" and new_bytes > room
+        self._host: Tensor | None = None
+        self.waiting = torch.empty(0, dtype=self._dtype)
+        self.target = torch.empty(0, dtype=self._dtype)
+        self._exchanges: list[tuple[Exchange, Tensor]] = []
+        self._back: tuple[Tensor, Tensor, Exchange] | None = None
+
+    def prepare(self, returning: Sequence[Returning]) -> None:
+        """Set aside what leaves, and allocate everything. Local. After an error, `abandon` brings the tensor back."""
+        moves, source = self._moves, self._source
+        assert source is not None
+        self.waiting = torch.empty(moves.kept.sizes[moves.rank], dtype=self._dtype)
+        for m in moves.leave:
+            if m.source == moves.rank:
+                to = self.waiting[m.target_offset : m.target_offset + m.numel]
+                self._link.copy(to, source[m.source_offset : m.source_offset + m.numel])
+        if self._by_host:
+            host = torch.empty(source.numel(), dtype=self._dtype)
+            self._link.copy(host, source)
+            self._host = host
+            source.untyped_storage().resize_(0)
+        self.target = torch.zeros(moves.new.partition_size, dtype=self._dtype, device=self._device)
+        held = source if self._host is None else self._host
+        staging = STAGING_BYTES // (1 + len(returning))  # together no more than one exchange has
+        self._exchanges = [(self._exchange(moves.stay, staging), held)]
+        self._exchanges += [(self._exchange(r.moves, staging), r.tensor) for r in returning]
+
+    def _exchange(self, moves: Sequence[Move], staging: int = STAGING_BYTES) -> Exchange:
+        m = self._moves
+        return Exchange(moves, self._dtype, self._device, rank=m.rank, world=m.old.world, group=m.group, staging_bytes=staging)
+
+    def abandon(self) -> None:
+        """Take `prepare` back, wherever it has ended; the new tensor was never used. Nothing to do once `finish` has run."""
+        self.target = self.target[:0].clone()
+        if self._source is not None and self._host is not None:
+            self._source.untyped_storage().resize_(self._storage_bytes)
+            self._link.copy(self._source, self._host)
+            self._host = None
+
+    def run(self, tx: Transaction) -> None:
+        """Exchange with the other ranks, within `tx.exchange`. Collective."""
+        for exchange, source in self._exchanges:
+            if (error := exchange.run(source, self.target, self._link.copy)) is not None:
+                tx.fail_later(error)
+
+    def finish(self) -> int:
+        """Let go of the old tensor, whose place `target` has taken.
+
+        Returns:
+            Bytes that this has freed on the device, negative where the tensor has grown.
+        """
+        self._source = self._host = None
+        self._exchanges.clear()
+        grown = self.target.nbytes - self._storage_bytes
+        return -grown if self._device.type != "cpu" else 0
+
+    def prepare_back(self) -> None:
+        """Allocate what `take_back` needs: `target` waits on the host where it was on a device. Local."""
+        if self._back is not None:
+            return
+        self._source = self._host = None
+        moves, source = self._moves, self.target
+        if self._device.type != "cpu":
+            host = torch.empty(source.numel(), dtype=self._dtype)
+            self._link.copy(host, source)
+            source.untyped_storage().resize_(0)
+            source = host
+        old = torch.zeros(moves.old.partition_size, dtype=self._dtype, device=self._device)
+        for m in reversed_moves(moves.leave):
+            if m.target == moves.rank:
+                to = old[m.target_offset : m.target_offset + m.numel]
+                self._link.copy(to, self.waiting[m.source_offset : m.source_offset + m.numel])
+        self._back = source, old, self._exchange(reversed_moves(moves.stay))
+
+    def take_back(self) -> Tensor:
+        """Bring the tensor back to the old layout, after `prepare_back`. Collective.
+
+        Returns:
+            A new tensor with the old one's values; the padding is zero, as it was.
+        """
+        self.prepare_back()
+        assert self._back is not None
+        source, old, exchange = self._back
+        if (error := exchange.run(source, old, self._link.copy)) is not None:
+            raise error
+        return old
+
+    def bytes_sent(self, returning: Sequence[Returning]) -> int:
+        """Bytes that cross ranks for this tensor, over all ranks."""
+        size = self._dtype.itemsize
+        return bytes_sent(self._moves.stay, size) + sum(bytes_sent(r.moves, size) for r in returning)
+
+
+def move_tensor(
+    tx: Transaction,
+    name: str,
+    move: TensorMove,
+    returning: Sequence[Returning],
+    install: Callable[[Tensor], None],
+    fill: Callable[[Tensor], None] | None = None,
+) -> int:
+    """Carry one tensor's move out within a transaction.
+
+    Args:
+        tx: The transaction.
+        name: Of the tensor, for messages.
+        move: Its move.
+        returning: What comes back to it from the host.
+        install: Gives the optimizer a tensor in the place of its own.
+        fill: Writes into the new tensor what neither stays nor comes from the host.
+
+    Returns:
+        Bytes that this has freed on the device so far, as `TensorMove.finish`.
+    """
+    with tx.step(f"set {name} aside", undo=move.abandon):
+        move.prepare(returning)
+        if fill is not None:
+            fill(move.target)
+    with tx.exchange(f"move {name}", undo=lambda: install(move.take_back())):
+        move.run(tx)
+    with tx.step(f"install {name}", undo=move.prepare_back):
+        install(move.target)
+        return move.finish()
