@@ -1,1 +1,1 @@
-"""What a person gets to see: events, status, the log and the report."""
+"""Everything that a user sees of a run: events, status, the log and the report."""

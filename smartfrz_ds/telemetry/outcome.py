@@ -1,4 +1,4 @@
-"""What a run froze, or why it froze nothing, in one sentence: at its end, in `report()` and on the report page."""
+"""The outcome of a run in one sentence, what it froze or why it froze nothing: at its end, in `report()` and on the report page."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ from .words import layer_names, some
 
 @dataclass
 class Stages:
-    """What the policy has said at the freezing stages so far.
+    """The policy's decisions at the freezing stages so far, condensed.
 
-    seen: stages at which it was asked. failed: those of them at which it raised.
-    layer, probability, step, reason: of the layer that was most certain of all that did not freeze; layer is empty where none was judged
-        with a probability.
-    front, front_probability: the least certain layer in front of it then, where a layer freezes only with those in front of it.
-    last: the newest reasons, by layer, where no probabilities were told. At most a few.
+    Attributes:
+        seen: Stages at which the policy was asked.
+        failed: Stages at which it raised.
+        layer: The most certain layer of all that did not freeze; "" where no layer was judged with a probability.
+        probability: That layer's probability, in [0, 1].
+        step: The step of that judgement.
+        reason: The policy's reason.
+        front: The least certain layer in front of it at that step, if a layer freezes only together with those in front of it.
+        front_probability: The probability of `front`, in [0, 1].
+        last: The newest reasons, by layer, if the policy gave no probabilities. A few at most.
     """
 
     seen: int = 0
@@ -45,9 +50,12 @@ class Stages:
         """Count a freezing stage at which the policy was asked.
 
         Args:
-            step: of the stage. chosen: what freezes now.
-            probabilities: of the judged layers, front to back. reasons: the policy's.
-            failed: whether it raised. ordered: whether a layer freezes only with those in front of it.
+            step: Step of the stage.
+            chosen: Layers that freeze now.
+            probabilities: Probability of each judged layer, front to back.
+            reasons: The policy's reasons, by layer.
+            failed: Whether the policy raised.
+            ordered: Whether a layer freezes only together with those in front of it.
         """
         self.seen += 1
         self.failed += failed
@@ -62,12 +70,12 @@ class Stages:
             self.last = dict(list(reasons.items())[:1])
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers and names."""
+        """Return all fields, JSON-serializable."""
         return asdict(self)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any] | None) -> Stages:
-        """The inverse of `state_dict`; None: nothing is known."""
+        """Rebuild from the output of `state_dict`; None: start from nothing."""
         return cls(**state) if state else cls()
 
 
@@ -84,15 +92,22 @@ def outcome(
     total_steps: int | None = None,
     dry_run: bool = False,
 ) -> str:
-    """What froze, or why nothing did.
+    """Say what froze, or why nothing did.
 
     Args:
-        step: the last one. layers: all, front to back. frozen: those that are now.
-        events: of the whole run.
-        policy: its name; "manual": none decides.
-        stages: what it has said. threshold: that a probability must reach, None: not known.
-        first_stage: the first step at which it is asked, None: not known. total_steps: of the run, None: unknown.
-        dry_run: whether the run only decides.
+        step: The last step.
+        layers: All layers, front to back.
+        frozen: The layers that are frozen now.
+        events: All events of the run.
+        policy: Name of the policy; "manual" where none decides.
+        stages: The policy's decisions.
+        threshold: The probability from which a layer freezes, in [0, 1]; None where unknown.
+        first_stage: Step of the first freezing stage; None where unknown.
+        total_steps: Length of the run in steps; None where unknown.
+        dry_run: Whether the run only records decisions.
+
+    Returns:
+        A sentence without its full stop.
     """
     changes = [e for e in events if e.kind in ("freeze", "thaw")]
     if changes or frozen:

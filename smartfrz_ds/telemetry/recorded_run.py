@@ -12,7 +12,7 @@ from .outcome import Stages, outcome
 
 
 @dataclass(kw_only=True)
-class Run:
+class RecordedRun:
     """One run of a log, resumed or not. All records are in order of time.
 
     Attributes:
@@ -138,7 +138,7 @@ def find_log(run_dir: Path) -> Path:
     )
 
 
-def load_run(path: Path) -> Run:
+def load_run(path: Path) -> RecordedRun:
     """Load the last run of a log. A resumed run is one run, without the steps that it repeated.
 
     Raises:
@@ -168,7 +168,7 @@ def load_run(path: Path) -> Run:
         lines.append(record)
     if earlier:
         notes.append(f"the file also has {earlier} earlier run{'s' * (earlier > 1)}, not shown in this report")
-    run, back = Run(notes=notes), None
+    run, back = RecordedRun(notes=notes), None
     for record in lines:
         if isinstance(record, RunStart):
             if record.step == back:

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 
 from .events import WEIGHTS_ONLY, FreezeEvent, RunStart, Status
-from .recorded_run import Run, find_log, load_run
+from .recorded_run import RecordedRun, find_log, load_run
 from .words import duration, layer_names, size, some
 
 MOST_ROWS = 400  # of the table of events
@@ -65,7 +65,7 @@ def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
 # --- words -----------------------------------------------------------------------------------------------------------------------
 
 
-def summary(run: Run) -> list[str]:
+def summary(run: RecordedRun) -> list[str]:
     """Describe the run in a few sentences."""
     total = run.starts[-1].total_steps if run.starts else None
     frozen, count = run.frozen, len(run.layers)
@@ -103,7 +103,7 @@ def _loaded(load: FreezeEvent, order: Sequence[str]) -> str:
     return f"{load.message} of step {load.step:,} was loaded, with {frozen}"
 
 
-def _savings(run: Run) -> str:
+def _savings(run: RecordedRun) -> str:
     last = run.statuses[-1]
     text = f"{100 * last.saved_flops_fraction:.1f} % of the training FLOPs so far were saved"
     if last.hours_saved is None:
@@ -116,7 +116,7 @@ def _savings(run: Run) -> str:
     )
 
 
-def _before_and_after(run: Run) -> list[str]:
+def _before_and_after(run: RecordedRun) -> list[str]:
     """Sentences on what freezing changed; none where nothing is frozen, or where the time before the first freeze is unknown."""
     after = [s for s in run.statuses if s.frozen]
     if not after:
@@ -137,7 +137,7 @@ def _before_and_after(run: Run) -> list[str]:
     return lines
 
 
-def _before(run: Run, after: Sequence[Status]) -> tuple[int | None, int | None]:
+def _before(run: RecordedRun, after: Sequence[Status]) -> tuple[int | None, int | None]:
     """Bytes of optimizer state and gradients before the first freeze: from a status or the start line, else from what was released."""
     found: list[Status | RunStart] = [s for s in run.statuses if not s.frozen and s.step < after[-1].step]
     found = found[-1:] or [s for s in run.starts if not s.frozen and s.optimizer_bytes]
@@ -170,7 +170,7 @@ def _text(text: str) -> str:
     return html.escape(text)
 
 
-def _facts(run: Run, log: Path) -> str:
+def _facts(run: RecordedRun, log: Path) -> str:
     facts = {"log": log.name}
     if run.starts:
         last = run.starts[-1]
@@ -187,13 +187,13 @@ def _when(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
-def _warnings(run: Run) -> str:
+def _warnings(run: RecordedRun) -> str:
     lines = [f"<li>The log: {_text(note)}.</li>" for note in run.notes]
     lines += [f"<li>Step {e.step:,}: {_text(e.message)}</li>" for e in run.events if e.kind == "warning"]
     return f'<section class="warnings"><h2>Warnings</h2><ul>{"".join(lines)}</ul></section>' if lines else ""
 
 
-def _table(run: Run) -> str:
+def _table(run: RecordedRun) -> str:
     shown = [e for e in run.events if e.kind != "warning" and (e.kind != "decision" or e.layers)]
     silent = sum(e.kind == "decision" and not e.layers for e in run.events)
     rows = "".join(_row(e, run.layers) for e in shown[:MOST_ROWS])

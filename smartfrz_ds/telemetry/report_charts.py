@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from .words import size
 
 if TYPE_CHECKING:
-    from .recorded_run import Run
+    from .recorded_run import RecordedRun
 
 # The colours of the PNGs. In an SVG each is replaced by a variable of the page's style sheet.
 INK, SOFT, LINE, ACTIVE, FROZEN, MARK, OWN = "#1c2330", "#5a6475", "#d8dde5", "#dbe4f0", "#2a6fbb", "#c2571a", "#b9bfc9"
@@ -61,7 +61,7 @@ class Chart:
     png: bytes
 
 
-def charts(run: Run) -> list[Chart]:
+def charts(run: RecordedRun) -> list[Chart]:
     """Draw all charts for which the run's log has numbers."""
     kinds = {e.kind for e in run.changes()}
     marks = " Lines mark the freezes" * bool(kinds) + (" (dashed: thaws)." if "thaw" in kinds else "." if kinds else "")
@@ -103,7 +103,7 @@ def charts(run: Run) -> list[Chart]:
     return [chart for chart in made if chart is not None]
 
 
-def _frozen(run: Run) -> Chart | None:
+def _frozen(run: RecordedRun) -> Chart | None:
     names = run.layers
     if not names:
         return None
@@ -134,7 +134,7 @@ def _frozen(run: Run) -> Chart | None:
         return _chart("frozen", "Frozen layers", about, figure)
 
 
-def _probabilities(run: Run) -> Chart | None:
+def _probabilities(run: RecordedRun) -> Chart | None:
     judged = [e for e in run.events if e.probabilities]
     if not judged:
         return None
@@ -165,7 +165,7 @@ def _probabilities(run: Run) -> Chart | None:
 
 
 def _lines(
-    run: Run, name: str, title: str, about: str, series: Sequence[tuple[str, Callable[[Any], float | None]]], zero: bool
+    run: RecordedRun, name: str, title: str, about: str, series: Sequence[tuple[str, Callable[[Any], float | None]]], zero: bool
 ) -> Chart | None:
     """One panel per series, one below the other; None where no status has a number for any. zero: the axis starts at 0."""
     values = [(label, [math.nan if (v := of(s)) is None else float(v) for s in run.statuses]) for label, of in series]

@@ -1,8 +1,8 @@
-"""The run's own record: every event of this controller, in memory and in its log, over checkpoints that are loaded.
+"""Keeps the record of a run: every event of this controller, in memory and in its log, across checkpoint loads.
 
-Two kinds of load are told apart. A checkpoint that is loaded before this controller has taken a step resumes a run whose process ended: the
-steps behind the checkpoint are taken again, so the log is cut back, and a copy of what is cut is kept beside it. A checkpoint that is
-loaded later (the best model at the end, a rollback) belongs to the same run: nothing is cut, a "load" event is added.
+Two kinds of load are distinguished. A checkpoint that is loaded before this controller has taken a step resumes a run whose process ended:
+the steps after the checkpoint are repeated, so the log is cut back, and a copy of the removed part is kept beside it. A checkpoint that is
+loaded later (the best model at the end, a rollback) belongs to the same run: nothing is cut, and a "load" event is added.
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ from weakref import WeakSet
 from .event_log import EventLog, Monitor
 from .events import FreezeEvent, Record
 
-# The logs that controllers of this process write now. Weak: an engine that is dropped without destroy() gives its log back.
+# The logs that controllers of this process are writing. Weak: an engine that is dropped without destroy() releases its log.
 _WRITING: WeakSet[RunLog] = WeakSet()
 
 
 class RunLog:
-    """Events of one controller. Made on every rank; only rank 0 has a file or a monitor.
+    """The events of one controller. Created on every rank; only rank 0 has a file or a monitor.
 
-    path: as the user wants it (`log_path`), None on other ranks. An engine beside a living one that writes there gets NAME.2.SUFFIX, the
-        next one NAME.3.SUFFIX: the same ones after a restart, because engines are made in the same order then.
-    monitor, samples: as of `EventLog`.
+    Args:
+        path: The file that the user set (`log_path`), None on other ranks. If another living engine writes to it, this one gets
+            NAME.2.SUFFIX, the next one NAME.3.SUFFIX: the same after a restart, where engines are created in the same order.
+        monitor: As in `EventLog`.
+        samples: As in `EventLog`.
 
-    Raises ValueError as `EventLog`.
+    Raises:
+        ValueError: As in `EventLog`.
     """
 
     def __init__(self, path: Path | None, monitor: Monitor | None = None, samples: Callable[[], int] | None = None) -> None:
@@ -37,11 +40,11 @@ class RunLog:
         own = None if path is None else _free(path)
         self._file = EventLog(own, monitor, samples)
         self.events: list[FreezeEvent] = []
-        self.trained = False  # whether this controller has taken a step: a checkpoint that is loaded now is loaded into a running run
-        self._before = self._file.position  # what earlier processes wrote ends here
-        self._first: list[FreezeEvent] = []  # what happened here before the first step
+        self.trained = False  # whether this controller has taken a step: from then on, a checkpoint is loaded into a running run
+        self._before = self._file.position  # end of the part that earlier processes wrote
+        self._first: list[FreezeEvent] = []  # events before the first step
         self._cut: _Cut | None = None
-        self._waiting: list[FreezeEvent] = []  # for the first step: loads, and what follows a resume
+        self._waiting: list[FreezeEvent] = []  # written at the first step: loads, and events after a resume
         self.on_cut: Callable[[Path], None] = lambda kept: None
         self._key = None if own is None else own.resolve()
         if own is not None:
@@ -49,16 +52,16 @@ class RunLog:
 
     @property
     def path(self) -> Path | None:
-        """The file; None: there is none."""
+        """The file, None where there is none."""
         return self._file.path
 
     @property
     def wanted(self) -> bool:
-        """Whether anybody sees what is written here."""
+        """Whether records go anywhere."""
         return self._file.wanted
 
     def add(self, event: FreezeEvent) -> None:
-        """Something happened."""
+        """Add an event, and write it unless it has to wait for the first step."""
         self.events.append(event)
         if not self.trained and (event.kind == "load" or self._cut is not None):
             self._waiting.append(event)
@@ -70,8 +73,8 @@ class RunLog:
     def write(self, record: Record) -> None:
         """Write a line to the log.
 
-        A log that a resume has to cut back is cut now, at the first new line: a process that loads a checkpoint only to evaluate it leaves
-        the log as it is.
+        If a resume requires the log to be cut back, that happens here, at the first new line: a process that loads a checkpoint only to
+        evaluate it leaves the log unchanged.
         """
         if self._cut is not None:
             cut, self._cut = self._cut, None
@@ -82,13 +85,13 @@ class RunLog:
         self._file.write(record)
 
     def close(self) -> None:
-        """Leave the file to the next engine. This one can still write."""
+        """Release the file name for the next engine. This one can still write."""
         _WRITING.discard(self)
 
     # --- checkpoints ----------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the events (decisions are many, and in the log), and where the log stands."""
+        """Return the events (without decisions, which are many and in the log) and the current position in the log, for a checkpoint."""
         position = self._file.position if self._cut is None else self._cut.position
         return {
             "log_position": position,
@@ -97,19 +100,24 @@ class RunLog:
         }
 
     def resume(self, state: Mapping[str, Any], step: int) -> None:
-        """A checkpoint was loaded before the first step; step: its. Events that happened here before are superseded, but for warnings."""
+        """Continue the record of a checkpoint that was loaded before the first step. Of this process's own events, only warnings remain.
+
+        Args:
+            state: Output of `state_dict` in the checkpoint.
+            step: The checkpoint's step.
+        """
         held = [FreezeEvent.from_json(event) for event in state["events"]]
         known = {event.message for event in held if event.kind == "warning"}
         own = [dataclasses.replace(event, step=step) for event in self._first if event.kind == "warning" and event.message not in known]
         self.events = [*held, *own]
         self._waiting = []
-        if self._before:  # a new log is no mistake
+        if self._before:  # a log that is new has nothing to cut
             self._cut = _Cut(int(state["log_position"]), str(state.get("log_mark", "")), step, own)
 
     def _cut_back(self, cut: _Cut) -> None:
         path = self.path
         assert path is not None
-        # Lines of this process alone are no loss.
+        # Lines that only this process wrote are not worth a copy.
         lost = cut.position < self._before or any(event.kind != "warning" for event in self._first)
         copy = path.with_name(f"{path.stem}.cut-{cut.step}{path.suffix}") if lost else None
         kept, before = self._file.truncate_to(cut.position, cut.mark, copy=copy), self._file.position
@@ -122,7 +130,14 @@ class RunLog:
 
 @dataclasses.dataclass(frozen=True)
 class _Cut:
-    """position, mark: of the checkpoint's log; step: the checkpoint's; again: to be written again behind it."""
+    """A pending cut.
+
+    Attributes:
+        position: Position in the log when the checkpoint was saved, in bytes.
+        mark: Digest of the bytes before it.
+        step: The checkpoint's step.
+        again: Events to be written again after the cut.
+    """
 
     position: int
     mark: str
@@ -131,12 +146,12 @@ class _Cut:
 
 
 def _free(path: Path) -> Path:
-    """The first of NAME.SUFFIX, NAME.2.SUFFIX, … that no living controller writes."""
+    """Return the first of NAME.SUFFIX, NAME.2.SUFFIX, … that no living controller is writing."""
     for number in itertools.count(1):
         own = path if number == 1 else path.with_name(f"{path.stem}.{number}{path.suffix}")
         key = own.resolve()
         if any(log._key == key for log in _WRITING):
-            gc.collect()  # else it would depend on the garbage collector's mood whether an engine that was dropped still counts
+            gc.collect()  # otherwise a dropped engine counts or not, depending on when the garbage collector last ran
         if not any(log._key == key for log in _WRITING):
             return own
     raise AssertionError

@@ -1,4 +1,4 @@
-"""What telemetry reads of a run. The runtime's `RunContext` offers it."""
+"""The part of a run that telemetry reads. The runtime's `RunContext` provides it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from smartfrz_ds.distributed.collectives import Collectives
 
 
 class RunView(Protocol):
-    """A run, to be read.
+    """A run, read-only.
 
-    config: its settings. names: of all layers, front to back. metrics: the newest value of each observed metric.
-    step: successful optimizer steps so far. frozen: names of the frozen layers, in order. total_steps: of the run, None: unknown.
-    first_stage: the step of the first freezing stage, None: there is none. threshold: what a probability of the policy must reach, None:
-    it has no such number.
+    Attributes:
+        config: The settings.
+        backend: The engine's backend.
+        ranks: The collectives of all ranks.
+        total_steps: Length of the run in steps; None where unknown.
+        metrics: The newest value of each observed metric.
     """
 
     config: FreezeConfig
@@ -25,12 +27,26 @@ class RunView(Protocol):
     metrics: dict[str, float]
 
     @property
-    def names(self) -> tuple[str, ...]: ...
+    def names(self) -> tuple[str, ...]:
+        """Names of all layers, front to back."""
+        ...
+
     @property
-    def step(self) -> int: ...
+    def step(self) -> int:
+        """Successful optimizer steps so far."""
+        ...
+
     @property
-    def frozen(self) -> tuple[str, ...]: ...
+    def frozen(self) -> tuple[str, ...]:
+        """Names of the frozen layers, front to back."""
+        ...
+
     @property
-    def first_stage(self) -> int | None: ...
+    def first_stage(self) -> int | None:
+        """Step of the first freezing stage, None where there is none."""
+        ...
+
     @property
-    def threshold(self) -> float | None: ...
+    def threshold(self) -> float | None:
+        """The probability from which the policy freezes a layer, None where it has no such number."""
+        ...

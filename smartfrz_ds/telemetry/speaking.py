@@ -1,4 +1,4 @@
-"""The controller's side of what a run says: the facts for its lines (voice.py) and for what it froze or why it didn't (outcome.py)."""
+"""Connects a controller to its log lines (voice.py) and to the sentence about its outcome (outcome.py)."""
 
 from __future__ import annotations
 
@@ -20,23 +20,27 @@ from .words import layer_names, some
 
 
 class Speaker:
-    """Says what one controller does, each thing once. Made on every rank; only rank 0 speaks.
+    """Log what one controller does. Created on every rank; only rank 0 writes lines.
 
-    log: the run's record. layers: all, as they were found. saved: gives the share of the training FLOPs that was saved so far.
+    Args:
+        run: The run.
+        log: The run's record.
+        layers: All layers, front to back.
+        saved: Returns the fraction of the training FLOPs saved so far, in [0, 1].
     """
 
     def __init__(self, run: RunView, log: RunLog, layers: Sequence[Layer], saved: Callable[[], float]) -> None:
         self._run, self._log, self._layers, self._saved = run, log, layers, saved
         self._voice = Voice(run.backend.rank == 0)
         self.stages = Stages()
-        self.length_from = ""  # where the length of the run was read
-        self._started = self._ended = not run.config.enabled  # there only because a checkpoint has frozen layers
+        self.length_from = ""  # source of the length of the run
+        self._started = self._ended = not run.config.enabled  # disabled: exists only because a checkpoint has frozen layers
         self._held: list[str] = []
         log.on_cut = self._log_was_cut
         self._voice.at_exit(self)
 
     def start(self) -> None:
-        """The run begins, and its length is known as far as it ever will be."""
+        """Write the first line, and the lines that waited for it. Call when the length of the run is known, or known to be unknown."""
         run = self._run
         if not self._started:
             self._started = True
@@ -56,9 +60,9 @@ class Speaker:
             )
             if run.total_steps is None and run.config.total_steps == "auto" and run.config.policy != "manual":
                 self._voice.say(
-                    "the length of the run is unknown: neither a scheduler nor a Trainer says it, and the policy can't tell what is still "
-                    f'to come. Set "total_steps" in the "{SECTION}" section to the number of optimizer steps of the whole run (null: it is '
-                    "meant to be unknown)",
+                    "the length of the run is unknown: neither a scheduler nor a Trainer defines it, so the policy cannot tell how much "
+                    f'training remains. Set "total_steps" in the "{SECTION}" section to the number of optimizer steps of the whole run, or '
+                    "to null to leave it unknown",
                     level=logging.WARNING,
                 )
         held, self._held = self._held, []
@@ -72,13 +76,23 @@ class Speaker:
         return f"{some(run.total_steps, 'step')} ({self.length_from})"
 
     def event(self, event: FreezeEvent, *, by_policy: bool) -> None:
-        """Something happened."""
+        """Write the line of an event, if it has one.
+
+        Args:
+            event: The event.
+            by_policy: Whether the policy decided; False for freeze() and thaw() calls of the user.
+        """
         text = event_text(event, self._run.names, policy=self._run.config.policy if by_policy else None)
         if text:
             self._voice.say(text, level=logging.WARNING if event.kind == "undone" else logging.INFO)
 
     def resumed(self, folder: str, stages: Mapping[str, Any] | None) -> None:
-        """A checkpoint was loaded before the first step. stages: of its `Stages`, None: it has none."""
+        """Report a checkpoint that was loaded before the first step.
+
+        Args:
+            folder: The checkpoint's folder, "" where unknown.
+            stages: State of its `Stages`, None where it has none.
+        """
         run = self._run
         self.stages = Stages.from_state(stages)
         frozen = f": {layer_names(run.frozen, run.names)}" if run.frozen else ""
@@ -93,11 +107,11 @@ class Speaker:
         self._voice.say(f"the log was cut back to the checkpoint; the part behind it is in {kept}")
 
     def note(self, text: str) -> None:
-        """Anything else."""
+        """Write any other line."""
         self._voice.say(text)
 
     def outcome(self) -> str:
-        """What froze so far, or why nothing did."""
+        """Say what froze so far, or why nothing did."""
         run = self._run
         return outcome(
             step=run.step,
@@ -113,7 +127,7 @@ class Speaker:
         )
 
     def end(self) -> None:
-        """The run is over. Nothing is said of a controller that took no step, nor a second time."""
+        """Write the last line, once, unless the controller took no step."""
         run = self._run
         if self._ended or not self._log.trained:
             return
@@ -123,13 +137,13 @@ class Speaker:
         self._voice.say(f"end at step {run.step:,}{of}: {self.outcome()}{saved}")
 
     def __del__(self) -> None:
-        # A controller that was dropped without release, for example as a local variable of main().
+        # A controller that was dropped without detach(), for example as a local variable of main().
         with contextlib.suppress(Exception):
             self.end()
 
 
 def scheduler_name(scheduler: Any) -> str:
-    """A scheduler for people: its type, or that of the one that it wraps (Accelerate)."""
+    """Return a scheduler's name for a log line: its type, or the type of the scheduler that it wraps (Accelerate)."""
     return f"scheduler {type(getattr(scheduler, 'scheduler', scheduler)).__name__}"
 
 

@@ -1,6 +1,6 @@
-"""How a run stands, every few steps: the lines of the log between the events, and the monitor's curves.
+"""Measures a run every few steps: the status lines of the log, and the monitor's curves.
 
-Costs a clock a step, and every `status_interval` steps one small reduction; nothing where no rank has a log or a monitor.
+Costs one clock reading per step and one small reduction every `status_interval` steps; nothing if no rank has a log or a monitor.
 """
 
 from __future__ import annotations
@@ -23,14 +23,19 @@ from .metric_feed import MetricFeed
 from .run_log import RunLog
 from .run_view import RunView
 
-_FOLD = 64  # steps whose losses may wait on the device
-_REMEMBERED = 256  # step times without frozen layers that stand for "without freezing"
+_FOLD = 64  # maximum number of steps whose losses stay on the device
+_REMEMBERED = 256  # number of step times without frozen layers over which the usual step time is taken
 
 
 class RunStatus:
-    """Measures a run for its log. Made at attach, on every rank; collective.
+    """Measure a run for its log. Created at attach, on every rank. Collective.
 
-    interval: steps from one status to the next.
+    Args:
+        log: The run's record.
+        backend: The engine's backend.
+        ranks: The collectives of all ranks.
+        layers: All layers, front to back.
+        interval: Steps between status lines, >= 1.
     """
 
     def __init__(self, log: RunLog, backend: Backend, ranks: Collectives, layers: Sequence[Layer], interval: int) -> None:
@@ -42,28 +47,32 @@ class RunStatus:
         self._left: float | None = None
         self._seconds: dict[bool, list[float]] = {False: [], True: []}  # of steps without and with frozen layers, since the last status
         self._usual: deque[float] = deque(maxlen=_REMEMBERED)
-        self._usual_before: float | None = None  # of the run that was resumed
+        self._usual_before: float | None = None  # saved by the run that this one resumes
         self._gained, self._own_seconds = 0.0, 0.0
-        self.outcome: Callable[[], str] = str  # what froze so far, or why nothing did
-        self._known = True  # whether the gain of all steps with frozen layers could be told
+        self.outcome: Callable[[], str] = str  # returns what froze so far, or why nothing did
+        self._known = True  # whether the gain of every step with frozen layers could be estimated
 
     def loss(self, loss: Any) -> None:
-        """A micro-batch's loss."""
+        """Add a micro-batch's loss, a tensor of one element."""
         if self._on:
             self._feed.loss(loss)
 
     def tell(self, metrics: Mapping[str, float]) -> None:
-        """What a user observed."""
+        """Add values that the user observed."""
         if self._on:
             self._feed.tell(metrics)
 
     def skipped(self) -> None:
-        """The optimizer skipped this step."""
+        """Discard the current step, which the optimizer skipped."""
         self._feed.end_step(applied=False)
         self._left = None
 
     def begin(self, run: RunView) -> None:
-        """First in the work after a step, which run.step counts already."""
+        """Begin the work after a step, before all other observers.
+
+        Args:
+            run: The run; `run.step` already includes the step.
+        """
         if not self._on:
             return
         if self._left is not None:
@@ -76,8 +85,14 @@ class RunStatus:
             self._log.write(self._start(run))
 
     def end(self, run: RunView, *, own_seconds: float, lr: float, saved: float) -> None:
-        """Last in the work after a step; collective when a status is due. own_seconds: that this package has used so far; saved: share of
-        the FLOPs."""
+        """End the work after a step, after all other observers. Collective when a status line is due.
+
+        Args:
+            run: The run.
+            own_seconds: Seconds that this package has used so far.
+            lr: The highest learning rate of the parameter groups.
+            saved: Fraction of the training FLOPs saved so far, in [0, 1].
+        """
         if not self._on:
             return
         if run.step % self.interval == 0 or run.step == run.total_steps:
@@ -85,7 +100,11 @@ class RunStatus:
         self._left = time.perf_counter()
 
     def restart(self, state: Mapping[str, Any] | None = None) -> None:
-        """A checkpoint was loaded. state: of `state_dict`; None: nothing is known."""
+        """Start over after a checkpoint load.
+
+        Args:
+            state: Output of `state_dict` in the checkpoint; None: start from nothing.
+        """
         state = state or {}
         self._told_start, self._left = False, None
         self._seconds, self._losses, self._feed = {False: [], True: []}, [], MetricFeed("loss")
@@ -94,11 +113,11 @@ class RunStatus:
         self._gained, self._known = float(state.get("gained_seconds", 0.0)), bool(state.get("known", True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers; this rank's."""
+        """Return this rank's sums so far."""
         return {"usual_seconds": self._without(), "gained_seconds": self._gained, "known": self._known}
 
     def _without(self) -> float | None:
-        """Seconds of a step without frozen layers."""
+        """Return the seconds of a step without frozen layers, None where unknown."""
         return median(self._usual) if self._usual else self._usual_before
 
     def _status(self, run: RunView, own_seconds: float, lr: float, saved: float) -> Status:

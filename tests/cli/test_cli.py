@@ -47,12 +47,20 @@ from typer.testing import CliRunner
 from smartfrz_ds.cli.main import app
 
 config, run_dir = sys.argv[1:]
-calls = [["--help"], ["--version"], ["train-predictor", "--help"], ["check-config", config], ["plan", "--layers", "4"], ["report", run_dir]]
+heavy = {"torch", "deepspeed", "transformers", "numpy", "matplotlib"}
+missing = ["report", run_dir + "/none"]  # an error that is found before anything is drawn
+calls = [["--help"], ["report", "--help"], missing, ["--version"], ["train-predictor", "--help"], ["check-config", config]]
+calls += [["plan", "--layers", "4"], ["report", run_dir]]
 for args in calls:
+    if args == ["report", run_dir]:
+        heavy -= {"numpy", "matplotlib"}  # it draws
     result = CliRunner().invoke(app, args)
-    assert result.exit_code == 0, (args, result.output)
-    heavy = {"torch", "deepspeed", "transformers"} & sys.modules.keys()
-    assert not heavy, (args, heavy)
+    assert result.exit_code == (2 if args is missing else 0), (args, result.output)
+    loaded = heavy & sys.modules.keys()
+    assert not loaded, (args, loaded)
+    if args is missing:
+        rooms = {m.split(".")[1] for m in sys.modules if m.startswith("smartfrz_ds.")}
+        assert rooms <= {"_version", "cli", "predictor", "telemetry"}, rooms  # predictor: a constant
     print(args[0])
 """
     command = [sys.executable, "-c", code, str(config), str(tmp_path)]
