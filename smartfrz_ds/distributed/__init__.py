@@ -1,1 +1,1 @@
-"""Collectives with which ranks agree, and what is said when a rank can't go on."""
+"""Collectives with which ranks agree, and the messages when a rank cannot continue."""

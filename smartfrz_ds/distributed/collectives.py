@@ -1,4 +1,4 @@
-"""The few collectives with which ranks see that they agree. All run over the default process group."""
+"""The few collectives with which ranks compare and exchange small data. All run over the default process group."""
 
 from __future__ import annotations
 
@@ -17,9 +17,15 @@ T = TypeVar("T")
 
 
 class Collectives:
-    """All processes of the run.
+    """All processes of the run. Every method is collective.
 
-    device: where small tensors must live for the group's backend (the model's device).
+    Args:
+        device: The device that the group's backend needs for its tensors (the model's).
+
+    Attributes:
+        alone: Whether there is only one process.
+        count: Number of processes.
+        rank: This process's rank.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -29,10 +35,14 @@ class Collectives:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
 
     def assert_same(self, what: str, about: str) -> None:
-        """Compare `what` with all other ranks.
+        """Compare a text with those of all other ranks.
+
+        Args:
+            what: This rank's text.
+            about: Name of the subject, plural, for the error.
 
         Raises:
-            RanksDisagree: on every rank, with each rank's digest and the texts that differ, each once.
+            RanksDisagree: The texts differ. Raised on every rank, with each rank's digest and the different texts.
         """
         own = hashlib.sha256(what.encode()).digest()
         digests = self.gather_bytes(own)
@@ -43,11 +53,14 @@ class Collectives:
             raise RanksDisagree(f"the ranks have different {about} ({listed}). This is rank {self.rank}. {told}")
 
     def raise_if_any_failed(self, problem: str, error: type[Exception]) -> None:
-        """Say whether this rank can go on.
+        """Tell all ranks whether this one can continue.
+
+        Args:
+            problem: Why this rank cannot continue; "" if it can.
+            error: Type of the error that this rank will raise.
 
         Raises:
-            RuntimeError or ValueError: on the ranks that could go on, when another can't, with its text. A rank with a problem returns, to
-                raise its own.
+            RuntimeError, ValueError: Another rank cannot continue; with its text. A rank with a problem returns, to raise its own error.
         """
         kind = 0 if not problem else 2 if issubclass(error, ValueError) else 1
         kinds = [k[0] for k in self.gather_bytes(bytes([kind]))]
@@ -61,9 +74,16 @@ class Collectives:
         raise raised(f"nothing was changed: {told}")
 
     def run_on_all_ranks(self, action: Callable[[], T]) -> T:
-        """Run something local that can fail, and give back what it gives. Collective.
+        """Run a local action that can fail, and raise on every rank if it fails on any.
 
-        Raises: on the rank where it fails its own error, on all others as `raise_if_any_failed`.
+        Args:
+            action: Runs on every rank, without collectives.
+
+        Returns:
+            This rank's result.
+
+        Raises:
+            Exception: The action's own error on a rank where it failed; on all others as in `raise_if_any_failed`.
         """
         try:
             made = action()
@@ -74,10 +94,13 @@ class Collectives:
         return made
 
     def from_rank0(self, make: Callable[[], Any]) -> Any:
-        """What `make` gives on rank 0 (JSON-able), on every rank. Collective; it is called on rank 0 only.
+        """Call `make` on rank 0, and return its result on every rank.
+
+        Args:
+            make: Returns a JSON-serializable value. Called on rank 0 only.
 
         Raises:
-            ValueError: `make` raised; on every rank, with its text.
+            ValueError: `make` raised. Raised on every rank, with its text.
         """
         told = b""
         if self.rank == 0:
@@ -91,27 +114,27 @@ class Collectives:
         return heard["answer"]
 
     def union(self, names: Iterable[str]) -> list[str]:
-        """The names of all ranks, each once, in the order of the ranks; the same on every rank."""
+        """Return the names of all ranks, each once, in the order of the ranks; the same on every rank."""
         return list(dict.fromkeys(name for part in self.gather_objects(list(names)) for name in part))
 
     def merged(self, names: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-        """Under each key the names of all ranks, each once, in the order of the ranks; the same on every rank. Collective."""
+        """Return, for each key, the names of all ranks, each once, in the order of the ranks; the same on every rank."""
         told = self.gather_objects({key: list(some) for key, some in names.items()})
         keys = dict.fromkeys(key for part in told for key in part)
         return {key: list(dict.fromkeys(name for part in told for name in part.get(key, ()))) for key in keys}
 
     def gather_objects(self, own: Any) -> list[Any]:
-        """What each rank has (JSON-able), in the order of the ranks."""
+        """Return each rank's object (picklable), in the order of the ranks."""
         if self.alone:
             return [own]
-        # Not dist.all_gather_object: that takes the process's current device, which need not be the group's before an engine exists.
+        # Not dist.all_gather_object: it uses the process's current device, which may not be the group's before an engine exists.
         data = pickle.dumps(own)
         sizes = [int.from_bytes(size, "little") for size in self.gather_bytes(len(data).to_bytes(8, "little"))]
         padded = self.gather_bytes(data.ljust(max(sizes), b"\0"))
         return [pickle.loads(part[:size]) for part, size in zip(padded, sizes, strict=True)]
 
     def broadcast(self, numbers: Sequence[float]) -> list[float]:
-        """Rank 0's numbers, on every rank; the same count everywhere."""
+        """Return rank 0's numbers as float64. The count must be the same on every rank."""
         if self.alone:
             return list(numbers)
         tensor = torch.tensor(list(numbers), dtype=torch.float64, device=self.device)
@@ -119,7 +142,7 @@ class Collectives:
         return tensor.tolist()
 
     def broadcast_bytes(self, data: bytes) -> bytes:
-        """Rank 0's bytes, on every rank; what the others pass is ignored."""
+        """Return rank 0's bytes. The arguments of other ranks are ignored."""
         if self.alone:
             return data
         count = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
@@ -132,7 +155,7 @@ class Collectives:
         return buffer.cpu().numpy().tobytes()
 
     def gather_bytes(self, own: bytes) -> list[bytes]:
-        """What each rank passed, by rank; the same length everywhere."""
+        """Return each rank's bytes, by rank. The length must be the same on every rank."""
         if self.alone:
             return [own]
         mine = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(self.device)
@@ -141,15 +164,15 @@ class Collectives:
         return [t.cpu().numpy().tobytes() for t in everyone]
 
     def sum(self, number: int) -> int:
-        """The sum over all ranks; exact up to 2^53."""
+        """Return the sum over all ranks, exact up to 2^53."""
         return int(self.all_reduce_sum([number])[0])
 
     def all_reduce_min(self, numbers: Sequence[float]) -> list[float]:
-        """The smallest of all ranks' values, number by number; the same count everywhere."""
+        """Return the elementwise minimum over all ranks, in float64. The count must be the same on every rank."""
         return self._reduced(numbers, dist.ReduceOp.MIN)
 
     def all_reduce_sum(self, numbers: Sequence[float]) -> list[float]:
-        """The sums over all ranks, number by number, in float64; the same count everywhere."""
+        """Return the elementwise sum over all ranks, in float64. The count must be the same on every rank."""
         return self._reduced(numbers, dist.ReduceOp.SUM)
 
     def _reduced(self, numbers: Sequence[float], how: Any) -> list[float]:

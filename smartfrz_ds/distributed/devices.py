@@ -1,7 +1,7 @@
-"""Which device a collective's tensors must be on, and random numbers that stay on one device.
+"""The device that a collective's tensors must be on, and random numbers that are confined to one device.
 
-Touched in torch 2.13: torch/distributed/distributed_c10d.py, ProcessGroup._device_types (as `_get_object_coll_device` does) and
-bound_device_id.
+Private attributes of torch 2.13 used here (torch/distributed/distributed_c10d.py): ProcessGroup._device_types, as in
+`_get_object_coll_device`, and bound_device_id.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ CPU = torch.device("cpu")
 
 
 def collective_device(tensors: Iterable[Tensor] = ()) -> torch.device:
-    """The device on which the default process group exchanges this process's tensors, with its index. Not collective.
+    """Return the device, with index, on which the default process group exchanges this process's tensors. Not collective.
 
-    Before an engine exists, the process's current device is not an answer: `deepspeed.init_distributed` binds the group to
+    Before an engine exists, this need not be the process's current device: `deepspeed.init_distributed` binds the group to
     cuda:LOCAL_RANK, and only the engine's constructor makes that the current device.
 
     Args:
-        tensors: tensors that the caller trains on the group's kind of device, such as a model's parameters; they decide where the group
-            itself is not bound to a device.
+        tensors: Tensors that the caller trains on the group's kind of device, such as a model's parameters. They determine the device if
+            the group itself is not bound to one.
 
     Returns:
-        The CPU where there is no process group, or where the group has a backend for the CPU (gloo, mpi, "cpu:gloo,cuda:nccl").
-        Otherwise a device of the group's kind: the one to which the group is bound, else that of `tensors`, else LOCAL_RANK where this
-        process sees so many devices, else the process's current device.
+        The CPU if there is no process group, or if the group has a backend for the CPU (gloo, mpi, "cpu:gloo,cuda:nccl"). Otherwise a
+        device of the group's kind: the one to which the group is bound, else that of `tensors`, else the one with index LOCAL_RANK if this
+        process sees as many devices, else the process's current device.
     """
     if not dist.is_initialized():
         return CPU
@@ -49,23 +49,23 @@ def collective_device(tensors: Iterable[Tensor] = ()) -> torch.device:
 
 
 def _local_index(kind: str) -> int:
-    """The index of this process's own device of this kind."""
+    """Return the index of this process's own device of this kind."""
     module = getattr(torch, kind, None) or _deepspeed_accelerator() or torch.get_device_module(kind)
     text = os.environ.get("LOCAL_RANK", "")
-    # With one visible device a process (srun --gpus-per-task=1), LOCAL_RANK counts processes, not devices.
+    # With one visible device per process (srun --gpus-per-task=1), LOCAL_RANK counts processes, not devices.
     if text.isdigit() and int(text) < module.device_count():
         return int(text)
     return int(module.current_device())
 
 
 def _deepspeed_accelerator() -> Any:
-    """DeepSpeed's accelerator where this process has loaded DeepSpeed, else None: it knows devices that torch has no module for."""
+    """Return DeepSpeed's accelerator if this process has loaded DeepSpeed, else None. It knows devices for which torch has no module."""
     get_accelerator = getattr(sys.modules.get("deepspeed.accelerator"), "get_accelerator", None)
     return None if get_accelerator is None else get_accelerator()
 
 
 def device_kind() -> torch.device:
-    """The kind of device on which this process trains, without an index: as process groups list it."""
+    """Return the kind of device on which this process trains, without an index, as process groups list it."""
     if (accelerator := _deepspeed_accelerator()) is not None:
         return torch.device(accelerator.device_name())
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -73,13 +73,13 @@ def device_kind() -> torch.device:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until this device has done what was queued on it."""
+    """Wait until this device has completed all queued work."""
     if device.type != CPU.type:
         (_deepspeed_accelerator() or torch.accelerator).synchronize(device)
 
 
 def empty_cache(device: torch.device) -> None:
-    """Give the memory that the allocator of this device's kind holds back to the device."""
+    """Return the unused memory that the allocator of this kind of device holds to the device."""
     if device.type == CPU.type:
         return
     # some kinds of devices have no such allocator
@@ -90,9 +90,9 @@ def empty_cache(device: torch.device) -> None:
 
 @contextmanager
 def own_random_numbers(device: torch.device) -> Iterator[None]:
-    """Within it, random numbers of the CPU and of `device` are drawn that nobody misses. No other device is touched.
+    """Restore the random state of the CPU and of `device` at the end of the block. No other device is used.
 
-    torch.random.fork_rng() without a list of devices would open a context on every GPU that this process sees.
+    torch.random.fork_rng() without a list of devices would open a context on every visible GPU.
     """
     kind = device.type if device.type != CPU.type else "cuda"
     devices = [device.index] if device.type != CPU.type and device.index is not None else []

@@ -1,6 +1,6 @@
-"""What ranks say when one of them can't go on: different at the start, lost in mid-run, a file that one could not write.
+"""Failures that concern all ranks: ranks that differ at the start, a rank lost in mid-run, a file that one rank cannot write.
 
-docs/faults.md lists the faults, tests/faults/test_faults.py makes each of them happen.
+docs/faults.md lists the faults; tests/faults/test_faults.py provokes each of them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from smartfrz_ds.model.layers import shape_of
 from .collectives import Collectives
 from .devices import collective_device, device_kind
 
-# Sections of the DeepSpeed JSON by which the ranks' collectives are laid out. Others, such as log paths, may differ.
+# Sections of the DeepSpeed JSON that determine the collectives. Others, such as log paths, may differ between ranks.
 _COLLECTIVE = (
     "zero_optimization",
     "bf16",
@@ -39,19 +39,23 @@ _COLLECTIVE = (
     "optimizer",
     "pipeline",
 )
-# Gloo raises a bare RuntimeError: its text names a source file of its own, or a lost socket.
+# Gloo raises a plain RuntimeError: its text names one of its source files, or a lost socket.
 _GLOO = ("gloo", "connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting")
 
 
 def compare_before_start(model: Any, settings: FreezeConfig, config: Any, *, deepspeed_version: str) -> None:
-    """See that all ranks are about to build the same engine. Collective; does nothing where the process group isn't there yet.
+    """Check that all ranks are about to build the same engine. Collective; does nothing if there is no process group yet.
 
-    A difference that comes out later comes out as a hang, or as an error of the communication library that names no cause.
-    model: whose parameters are compared where it is an nn.Module; None: not at all (a pipeline's stages have layers of their own).
-    config: the DeepSpeed JSON, its path, or None.
+    A difference that is not found here shows later as a hang, or as an error of the communication library that names no cause.
+
+    Args:
+        model: An nn.Module whose parameters are compared; None: no comparison (the stages of a pipeline have different layers).
+        settings: This package's settings.
+        config: The DeepSpeed JSON as a dict, its path, or None.
+        deepspeed_version: Version of DeepSpeed.
 
     Raises:
-        RanksDisagree: on every rank, with this rank's versions, settings or model.
+        RanksDisagree: The ranks differ. Raised on every rank, with its versions, settings or model.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
@@ -67,7 +71,7 @@ def _collective_part(config: Any) -> str:
     if isinstance(config, str | Path) and Path(config).is_file():
         config = json.loads(Path(config).read_text())
     if not isinstance(config, Mapping):
-        return "DeepSpeed settings given in another way"
+        return "DeepSpeed settings that are neither a file nor a dict"
     return json.dumps({key: config[key] for key in _COLLECTIVE if key in config}, sort_keys=True, default=lambda x: type(x).__name__)
 
 
@@ -80,10 +84,18 @@ def _outline(model: nn.Module) -> str:
 
 
 def compare_before_attach(settings: FreezeConfig, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Collectives) -> None:
-    """The same for a run without DeepSpeed, in `attach_torch`: its wrapper is there, and FSDP2's has compared nothing. Collective.
+    """Check that all ranks attach to the same model and optimizer, without DeepSpeed. Collective.
+
+    The model is wrapped already; FSDP2's wrapper compares nothing.
+
+    Args:
+        settings: This package's settings.
+        model: The wrapped model.
+        optimizer: Its optimizer.
+        ranks: The collectives of all ranks.
 
     Raises:
-        RanksDisagree: on every rank, with this rank's settings, model or optimizer.
+        RanksDisagree: The ranks differ. Raised on every rank, with its settings, model or optimizer.
     """
     if ranks.alone:
         return
@@ -94,14 +106,20 @@ def compare_before_attach(settings: FreezeConfig, model: nn.Module, optimizer: t
 
 
 def is_lost_contact(error: BaseException) -> bool:
-    """Whether an error says that another rank, or the way to it, is gone."""
+    """Whether an error means that another rank, or the connection to it, is lost."""
     if isinstance(error, dist.DistError):  # NCCL and the store
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _GLOO)
 
 
 def note_lost_contact(controller: Any, error: BaseException, doing: str) -> None:
-    """Add to the error of a lost rank the step, its usual causes and the way back; once."""
+    """Add a note to an error that was caused by a lost rank, once: the step, the usual causes and how to resume.
+
+    Args:
+        controller: The run's controller.
+        error: Any error. Others than those of a lost rank are left unchanged.
+        doing: The operation that failed, for the note.
+    """
     if not is_lost_contact(error) or any(note.startswith("smartfrz") for note in getattr(error, "__notes__", ())):
         return
     last = controller.last_checkpoint
@@ -116,11 +134,11 @@ def note_lost_contact(controller: Any, error: BaseException, doing: str) -> None
 
 
 def share_timeout() -> None:
-    """Give every process group that has torch's default timeout the one of the main group.
+    """Set the timeout of the main group for every process group that has torch's default.
 
-    DeepSpeed 0.19.8 makes its groups without the timeout that init_distributed got (comm/torch.py: new_group), and so does torch for the
-    dimensions of a device mesh: a lost rank would be found after torch's 10 minutes (NCCL) or 30 (gloo), whatever the user asked for; and a
-    longer one would not be waited for.
+    DeepSpeed 0.19.8 creates its groups without the timeout passed to init_distributed (comm/torch.py: new_group), and so does torch for the
+    dimensions of a device mesh. A lost rank would be noticed after torch's 10 minutes (NCCL) or 30 (gloo) even if the user set less, and
+    a slow rank would not be waited for if the user set more.
     """
     if not dist.is_initialized():
         return
@@ -140,22 +158,27 @@ def _timeout(group: Any, device: torch.device) -> Any:
 
 @contextmanager
 def explained(controller: Any, doing: str) -> Iterator[None]:
-    """Around something collective: an error of a lost rank gets a note with the step, its usual causes and the way back.
+    """Add a note to an error of a lost rank that a block of collectives raises.
 
-    controller: of the run. doing: what the block does, for the note ("backward").
+    Args:
+        controller: The run's controller.
+        doing: The operation, for the note ("backward").
     """
     try:
         yield
     except FreezeError:
-        raise  # says it all itself
+        raise  # its own text is complete
     except RuntimeError as error:
         note_lost_contact(controller, error, doing)
         raise
 
 
 class Writes:
-    """While DeepSpeed saves: a file that this rank can't write is remembered, so that it goes through DeepSpeed's collectives with the
-    others, who would wait for it, and all of them can raise afterwards."""
+    """Failed writes during DeepSpeed's save.
+
+    A rank that cannot write a file must still take part in DeepSpeed's collectives, in which the others would wait for it. So the error is
+    held back, and all ranks raise afterwards.
+    """
 
     def __init__(self) -> None:
         self.error: Exception | None = None
@@ -163,7 +186,11 @@ class Writes:
 
     @contextmanager
     def watched(self, checkpoint_engine: Any) -> Iterator[None]:
-        """checkpoint_engine: DeepSpeed's (runtime/checkpoint_engine), all of whose files go through makedirs and save."""
+        """Hold back errors of a checkpoint engine within the block.
+
+        Args:
+            checkpoint_engine: DeepSpeed's (runtime/checkpoint_engine). It writes all files through makedirs and save.
+        """
         originals = {name: getattr(checkpoint_engine, name) for name in ("makedirs", "save")}
 
         def guarded(original: Any) -> Any:
@@ -172,7 +199,7 @@ class Writes:
                     return None
                 try:
                     return original(*args, **kwargs)
-                except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+                except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
                     # makedirs(path, ...) and save(state_dict, path)
                     paths = [x for x in (*args, *kwargs.values()) if isinstance(x, str | Path)]
                     self.error, self.path = error, Path(paths[0]) if paths else Path()
@@ -189,7 +216,11 @@ class Writes:
                 delattr(checkpoint_engine, name)
 
     def check(self) -> None:
-        """Raises OSError with what could not be written."""
+        """Raise the error that was held back.
+
+        Raises:
+            OSError: A file could not be written.
+        """
         if self.error is None:
             return
         there = next((p for p in self.path.absolute().parents if p.is_dir()), Path("/"))

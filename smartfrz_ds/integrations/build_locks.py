@@ -178,7 +178,11 @@ def _examined(path: Path) -> Iterator[BuildLock]:
 
 
 def _open(path: Path) -> tuple[int | None, str]:
-    """Open the lock for reading. Returns (file descriptor, "") or (None, the reason)."""
+    """Open the lock for reading.
+
+    Returns:
+        (file descriptor, "") or (None, the reason).
+    """
     for _ in range(1200):  # a minute
         try:
             return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC), ""

@@ -1,7 +1,7 @@
 """initialize and attach: a freezing engine is its DeepSpeed class plus one mixin.
 
-The object's class is swapped (as torch's fully_shard does), so it stays what it was: the same object, isinstance holds, and every
-handle that somebody else has stays valid.
+The object's class is replaced (as torch's fully_shard does). It remains the same object: isinstance holds, and every handle that other
+code has stays valid.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ ConfigSource = FreezeConfig | Mapping[str, Any] | str | Path | None
 
 
 class FreezingMixin(CompleteCheckpoints):
-    """What a freezing engine does beyond its DeepSpeed class. Signatures are DeepSpeed's."""
+    """The methods that a freezing engine adds to its DeepSpeed class. The signatures are DeepSpeed's."""
 
     smartfrz: Controller
 
     def backward(self, loss: Any, *args: Any, **kwargs: Any) -> Any:
-        """DeepSpeedEngine.backward; the guard sees the loss."""
+        """Call DeepSpeedEngine.backward, and record the loss."""
         self.smartfrz.record_loss(loss)
         with explained(self.smartfrz, "backward"):
             return super().backward(loss, *args, **kwargs)  # type: ignore[misc]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """DeepSpeedEngine.forward."""
+        """Call DeepSpeedEngine.forward."""
         with explained(self.smartfrz, "forward"):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        """DeepSpeedEngine.step, then the controller if that was a successful optimizer update (not a micro-batch, not a skipped one)."""
+        """Call DeepSpeedEngine.step, then the controller if the optimizer was updated."""
         with explained(self.smartfrz, "the optimizer's step"):
             return self._step_and_watch(*args, **kwargs)
 
@@ -72,13 +72,13 @@ class FreezingMixin(CompleteCheckpoints):
         return result
 
     def destroy(self) -> Any:
-        """DeepSpeedEngine.destroy; the model is the user's again, all of it trainable, so that another engine can take it."""
+        """Call DeepSpeedEngine.destroy, and make the model trainable again, so that another engine can use it."""
         self.smartfrz.detach()
         return super().destroy()  # type: ignore[misc]
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
-            super().destroy()  # type: ignore[misc] # another engine may have the model by now
+            super().destroy()  # type: ignore[misc] # another engine may be using the model
 
     def save_checkpoint(
         self,
@@ -88,18 +88,25 @@ class FreezingMixin(CompleteCheckpoints):
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> Any:
-        """DeepSpeedEngine.save_checkpoint with the freeze state beside it (checkpoint.py, resume.py). Collective.
+        """Call DeepSpeedEngine.save_checkpoint, and write the freeze state beside it (checkpoint/). Collective.
+
+        Args:
+            save_dir: As in DeepSpeedEngine.save_checkpoint.
+            tag: As in DeepSpeedEngine.save_checkpoint.
+            client_state: As in DeepSpeedEngine.save_checkpoint, without the key "smartfrz_ds".
+            save_latest: As in DeepSpeedEngine.save_checkpoint.
+            exclude_frozen_parameters: As in DeepSpeedEngine.save_checkpoint.
 
         Raises:
-            ValueError: client_state has the key "smartfrz_ds", which is this package's.
-            OSError or RuntimeError: a rank can't write one of the files, on every rank; the checkpoint before is whole.
+            ValueError: `client_state` has the key "smartfrz_ds", which this package uses.
+            OSError, RuntimeError: Some rank cannot write a file. Raised on every rank; the previous checkpoint is intact.
         """
         client_state = dict(client_state or {})
         if MARKER in client_state:
             raise ValueError(f"client_state: got the key {MARKER!r}, which smartfrz_ds uses itself; allowed: any other key")
         # DeepSpeed's own default, runtime/engine.py
         tag = str(tag) if tag is not None else f"global_step{self.global_steps}"  # type: ignore[attr-defined]
-        self.smartfrz.restore_flags()  # DeepSpeed takes what is frozen from the flags
+        self.smartfrz.restore_flags()  # DeepSpeed reads the frozen parameters off the flags
         leaving_out = self._leaving_out(exclude_frozen_parameters)
         saved = self._checkpoints.saved(save_dir, tag, save_latest=save_latest)
         with explained(self.smartfrz, "save_checkpoint"), saved as marker, leaving_out as exclude:
@@ -122,15 +129,27 @@ class FreezingMixin(CompleteCheckpoints):
         load_module_only: bool = False,
         custom_load_fn: Any = None,
     ) -> tuple[str | None, Any]:
-        """DeepSpeedEngine.load_checkpoint; before it the frozen set becomes the checkpoint's, after it the freeze state does. Collective.
+        """Restore the checkpoint's frozen set, call DeepSpeedEngine.load_checkpoint, and restore the freeze state. Collective.
 
-        A checkpoint without a freeze state (made without this package) thaws everything. With load_module_only the frozen set and the
-        freeze state stay as they are, and only weights are loaded.
+        A checkpoint without a freeze state (saved without this package) thaws everything. With `load_module_only` only weights are loaded;
+        the frozen set and the freeze state do not change.
+
+        Args:
+            load_dir: As in DeepSpeedEngine.load_checkpoint.
+            tag: As in DeepSpeedEngine.load_checkpoint; None also falls back to the newest complete tag, with a warning.
+            load_module_strict: As in DeepSpeedEngine.load_checkpoint.
+            load_optimizer_states: As in DeepSpeedEngine.load_checkpoint.
+            load_lr_scheduler_states: As in DeepSpeedEngine.load_checkpoint.
+            load_module_only: As in DeepSpeedEngine.load_checkpoint.
+            custom_load_fn: As in DeepSpeedEngine.load_checkpoint.
+
+        Returns:
+            The path and the client state, as DeepSpeedEngine.load_checkpoint does.
 
         Raises:
-            ValueError: the tag is incomplete, its freeze state is missing, damaged or of another model, or it is of another number of
-                ranks; nothing was changed.
-            RuntimeError: not at a step boundary, and the frozen set would have to change; nothing was changed.
+            ValueError: The tag is incomplete, its freeze state is missing, damaged or of another model, or it was saved by another number
+                of ranks. Nothing was changed.
+            RuntimeError: The frozen set would have to change, and this is not a step boundary. Nothing was changed.
         """
         settings = {
             "load_module_strict": load_module_strict,
@@ -153,10 +172,10 @@ class FreezingMixin(CompleteCheckpoints):
 
 
 class FreezingPipelineMixin(PrunedPipeline, FreezingMixin):
-    """What a freezing PipelineEngine does beyond its DeepSpeed class."""
+    """The methods that a freezing PipelineEngine adds to its DeepSpeed class."""
 
     def train_batch(self, data_iter: Any = None) -> Any:
-        """PipelineEngine.train_batch, then the controller if that was a successful optimizer update."""
+        """Call PipelineEngine.train_batch, then the controller if the optimizer was updated."""
         with explained(self.smartfrz, "train_batch"):
             loss = super().train_batch(data_iter)  # type: ignore[misc]
             self.smartfrz.record_loss(loss)
@@ -168,14 +187,21 @@ class FreezingPipelineMixin(PrunedPipeline, FreezingMixin):
 
 
 class RestoringMixin:
-    """What is left with `enabled: false`: nothing is watched and nothing decided, but checkpoints of runs that froze load."""
+    """The engine with `enabled: false`: nothing is watched or decided, but checkpoints of runs that froze can be loaded."""
 
     _smartfrz_settings: FreezeConfig
 
     def load_checkpoint(self, load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> tuple[str | None, Any]:
-        """DeepSpeedEngine.load_checkpoint; a checkpoint with frozen layers turns the engine into a freezing one without a policy.
+        """Call DeepSpeedEngine.load_checkpoint. A checkpoint with frozen layers turns the engine into a freezing one without a policy.
 
-        Raises: as FreezingMixin.load_checkpoint.
+        Args:
+            load_dir: As in FreezingMixin.load_checkpoint.
+            tag: As in FreezingMixin.load_checkpoint.
+            args: As in FreezingMixin.load_checkpoint.
+            kwargs: As in FreezingMixin.load_checkpoint.
+
+        Raises:
+            ValueError, RuntimeError: As in FreezingMixin.load_checkpoint.
         """
         if isinstance(self, FreezingMixin):
             return super().load_checkpoint(load_dir, tag, *args, **kwargs)  # type: ignore[misc]
@@ -195,16 +221,23 @@ def initialize(
     probe_batch: Any = None,
     **kwargs: Any,
 ) -> tuple[DeepSpeedEngine, Any, Any, Any]:
-    """As deepspeed.initialize, with freezing on.
+    """Call deepspeed.initialize with freezing enabled. Collective.
 
-    smartfrz: the settings, where they are not in the "smartfrz" section of the DeepSpeed config. probe_batch: as of `attach`.
-    A policy that scales the learning rates of layers gets a parameter group for each layer, where neither `model_parameters` nor an
-    optimizer object is given.
-    Returns the tuple (engine, optimizer, dataloader, lr_scheduler) of deepspeed.initialize.
+    For a policy that scales learning rates, each layer gets its own parameter group, unless `model_parameters` or an optimizer object is
+    given.
+
+    Args:
+        args: Arguments of deepspeed.initialize.
+        smartfrz: The settings, if they are not in the "smartfrz" section of the DeepSpeed config.
+        probe_batch: As in `attach`.
+        kwargs: Keyword arguments of deepspeed.initialize.
+
+    Returns:
+        The tuple (engine, optimizer, dataloader, lr_scheduler) of deepspeed.initialize.
 
     Raises:
-        ValueError: wrong settings, before the engine is built; a model or an engine that freezing does not work with.
-        RanksDisagree: the ranks differ in package versions, settings or models.
+        ValueError: Wrong settings, before the engine is built, or a model or engine that freezing does not support.
+        RanksDisagree: The ranks differ in package versions, settings or models.
     """
     clear_build_locks()
     source = _config_of(args, kwargs)
@@ -212,7 +245,7 @@ def initialize(
     model = kwargs.get("model", args[1] if len(args) > 1 else None)
     model = None if isinstance(model, PipelineModule) else model
     compare_before_start(model, settings, source, deepspeed_version=deepspeed.__version__)
-    # Through the module, so that a hook of `python -m smartfrz_ds` is seen as a freezing engine made twice, not as two of them.
+    # By attribute, so that under `python -m smartfrz_ds` the hook makes the engine freeze, and `attach` below finds that done.
     engine, optimizer, loader, scheduler = deepspeed.initialize(*args, **_with_groups(settings, args, kwargs))
     return attach(engine, settings, probe_batch=probe_batch), optimizer, loader, scheduler
 
@@ -220,24 +253,30 @@ def initialize(
 def attach(
     engine: EngineT, config: ConfigSource = None, *, probe_batch: Any = None, defer_policy: bool = False, later: bool = False
 ) -> EngineT:
-    """Turn freezing on for an engine that exists. Collective; the engine itself is changed and returned.
+    """Enable freezing for an existing engine. Collective.
 
-    config: the settings; None takes the "smartfrz" section of the engine's own JSON.
-    probe_batch: inputs on which the layers' outputs are compared (`smartfrz.probe` of them): what the model's forward takes, a tensor, a
-        tuple of positional arguments or a dict of keyword arguments, in the dtype that the model wants. On every rank, of
-        the same shapes; rank 0's counts.
-    defer_policy: the scheduler and the length of the run come with `engine.smartfrz.set_schedule(…)`, before the first step.
-    later: deprecated, the former name of defer_policy.
-    With `enabled: false` the engine stays a plain one, but for this: it still loads the checkpoint of a run that froze.
+    With `enabled: false` the engine is left unchanged, except that it can still load the checkpoint of a run that froze.
+
+    Args:
+        engine: A DeepSpeed engine. It is changed in place.
+        config: The settings; None: the "smartfrz" section of the engine's own JSON.
+        probe_batch: Inputs on which the outputs of the layers are compared (`smartfrz.probe` of them), as the model's forward takes them: a
+            tensor, a tuple of positional arguments or a dict of keyword arguments, in the model's dtype. Needed on every rank, with the
+            same shapes; the values of rank 0 are used.
+        defer_policy: The scheduler and the length of the run follow with `engine.smartfrz.set_schedule(…)`, before the first step.
+        later: Deprecated, the former name of `defer_policy`.
+
+    Returns:
+        The same engine.
 
     Raises:
-        ValueError: wrong settings; a model or an engine that freezing does not work with, by name.
-        RanksDisagree: the ranks differ in settings, package version or layers.
+        ValueError: Wrong settings, or a model or engine that freezing does not support, by name.
+        RanksDisagree: The ranks differ in settings, package version or layers.
     """
     if isinstance(engine, FreezingMixin):
         return engine
     if not isinstance(engine, DeepSpeedEngine):
-        raise ValueError(f"attach takes a DeepSpeed engine, got {type(engine).__name__}")
+        raise ValueError(f"attach: got a {type(engine).__name__}; allowed: a DeepSpeedEngine or PipelineEngine")
     # engine.config: the dict that DeepSpeed parsed (runtime/engine.py)
     settings = FreezeConfig.load(engine.config if config is None else config)
     if settings.enabled:
@@ -266,7 +305,7 @@ def _turn_on(engine: Any, settings: FreezeConfig, probe_batch: Any = None, *, de
 
 
 def _with_groups(settings: FreezeConfig, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of deepspeed.initialize, with a parameter group for each layer where the policy needs that and may have it."""
+    """Return the keyword arguments of deepspeed.initialize, with a parameter group per layer if the policy needs and may have them."""
     # deepspeed/__init__.py: initialize(args, model, optimizer, model_parameters, ...)
     given = dict(zip(("args", "model", "optimizer", "model_parameters"), args, strict=False)) | kwargs
     own = given.get("model_parameters") is not None or isinstance(given.get("optimizer"), Optimizer)
@@ -278,7 +317,10 @@ def _with_groups(settings: FreezeConfig, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _config_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ConfigSource:
-    """The config among the arguments of deepspeed.initialize (deepspeed/__init__.py: config, config_params, args.deepspeed_config)."""
+    """Return the config among the arguments of deepspeed.initialize.
+
+    Source: deepspeed/__init__.py (config, config_params, args.deepspeed_config).
+    """
     for name in ("config", "config_params"):
         if kwargs.get(name) is not None:
             return kwargs[name]

@@ -1,6 +1,6 @@
-"""attach_torch: freezing in a script without DeepSpeed. One process, DDP, FSDP2 or FSDP1.
+"""attach_torch: freezing in a script without DeepSpeed, in one process or with DDP, FSDP2 or FSDP1.
 
-The controller listens to the torch optimizer (register_step_pre_hook and register_step_post_hook): a step is an `optimizer.step()`.
+The controller hooks the torch optimizer (register_step_pre_hook and register_step_post_hook): a step is an `optimizer.step()`.
 """
 
 from __future__ import annotations
@@ -28,40 +28,48 @@ from smartfrz_ds.runtime.controller import Controller
 
 
 class TorchController(Controller):
-    """The controller of a run without DeepSpeed. Made by `attach_torch`."""
+    """The controller of a run without DeepSpeed. Created by `attach_torch`."""
 
-    _saved: str | None = None  # where `save` wrote last, until that checkpoint is known to be whole
-    resumed_by = "controller.restore and your own load go on from"
+    _saved: str | None = None  # folder of the last `save`, until that checkpoint is known to be complete
+    resumed_by = "controller.restore and your own load resume from"
 
     @property
     def backend(self) -> TorchBackend:
-        """The inside of the model's wrapper and its optimizer."""
+        """The backend of the model's wrapper and its optimizer."""
         return cast("TorchBackend", self._run.backend)
 
     def save(self, folder: str | Path) -> None:
         """Write the freeze state into the folder of the user's own checkpoint, beside its files. Collective, between steps.
 
+        Args:
+            folder: The checkpoint's folder, created if missing.
+
         Raises:
-            OSError or RuntimeError: a file can't be written, on every rank.
+            OSError, RuntimeError: Some rank cannot write a file. Raised on every rank.
         """
         with explained(self, "save"):
             save_beside(self, self.backend, folder)
         self._saved = str(folder)
 
     def restore(self, folder: str | Path) -> None:
-        """Take up what `save` wrote. Collective, at a step boundary, BEFORE the model and the optimizer are loaded: they must have the
-        checkpoint's frozen set then. With FSDP2 the number of ranks may be another.
+        """Load the freeze state that `save` wrote. Collective, at a step boundary.
+
+        Call it BEFORE the model and the optimizer are loaded: at their load they must have the checkpoint's frozen set. With FSDP2 the
+        number of ranks may differ.
+
+        Args:
+            folder: The checkpoint's folder.
 
         Raises:
-            ValueError: there is no freeze state, it is damaged or of another model; nothing was changed.
+            ValueError: The freeze state is missing, damaged or of another model. Nothing was changed.
         """
         with explained(self, "restore"):
             restore_from(self, self.backend, folder)
 
     def detach(self) -> None:
-        """Give the model, its wrapper and its optimizer back as they were: every layer trains, no hook is left.
+        """Restore the model, its wrapper and its optimizer: every layer trains, and no hook remains. Collective, at a step boundary.
 
-        Collective, at a step boundary. Layers that were frozen begin with fresh moments. A second call changes nothing.
+        Layers that were frozen start with fresh moments. A second call changes nothing.
         """
         if self.released:
             return
@@ -78,9 +86,9 @@ class TorchController(Controller):
             bare.let_go()
 
     def set_schedule(self, *, scheduler: Any = None, total_steps: int | None = None, told_by: str = "set_schedule()") -> None:
-        """As `Controller.set_schedule`."""
+        """Set the schedule as `Controller.set_schedule` does."""
         super().set_schedule(scheduler=scheduler, total_steps=total_steps, told_by=told_by)
-        self._hooks.come_last()  # behind what a new policy has hooked
+        self._hooks.come_last()  # after the hooks of a new policy
 
     def _listen(self, hooks: _Hooks) -> None:
         self._hooks = hooks
@@ -88,18 +96,21 @@ class TorchController(Controller):
         self._forwards = self.backend.wrapped.register_forward_hook(ModuleHook(self._end_forward), always_call=True)
 
     def _end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        """After a forward, and where one raises: in it FSDP gathers weights."""
+        """Run after a forward, also one that raised: FSDP gathers weights in it, so a lost rank can show there."""
         if torch.compiler.is_compiling():
             return
-        if self._saved is not None:  # whoever trains on has written the rest of that checkpoint
+        if self._saved is not None:  # training goes on, so the user has written the rest of that checkpoint
             self.last_checkpoint, self._saved = self._saved, None
         if output is None and (error := sys.exception()) is not None:
             note_lost_contact(self, error, "forward")
 
 
 class _Hooks:
-    """Between a torch optimizer and its controller. The one before the step must be there before the controller is made: a policy that
-    scales learning rates hooks the optimizer too, and looks at what this one sets."""
+    """The hooks that connect a torch optimizer to its controller.
+
+    The hook before the step must be registered before the controller is created: a policy that scales learning rates also hooks the
+    optimizer, and reads what this hook sets.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.controller: TorchController | None = None
@@ -117,7 +128,7 @@ class _Hooks:
         controller._listen(self)
 
     def come_last(self) -> None:
-        """After the step behind all other hooks: learning rates that were scaled for it are back."""
+        """Make the hook after the step the last one, when learning rates that were scaled for the step have been restored."""
         if self._last is not None:
             self._last.remove()
         self._last = self._optimizer.register_step_post_hook(self._after)
@@ -128,14 +139,14 @@ class _Hooks:
                 handle.remove()
 
     def _incomplete(self) -> None:
-        """Some of several optimizers began another step before the others had taken this one."""
+        """Count a step as skipped: some of several optimizers began the next step before the others had taken this one."""
         assert self.controller is not None
         self.controller.step_skipped()
         if not self._warned:
             self._warned = True
             warnings.warn(
                 "smartfrz: the optimizers do not all step equally often; only steps that all of them took are counted, and layers freeze "
-                "after those only",
+                "only after such steps",
                 RuntimeWarning,
                 stacklevel=4,
             )
@@ -145,7 +156,7 @@ class _Hooks:
             return
         refuse_step_within_backward()
         if any(x is not None for x in (*args[1:], *kwargs.values())):
-            raise ValueError("optimizer.step(closure): smartfrz_ds works with optimizer.step() alone, after backward")
+            raise ValueError("optimizer.step(closure): smartfrz_ds does not support a closure; allowed: optimizer.step() after backward")
         with explained(self.controller, "the optimizer's step"):
             self._counts = not _only_makes_state(optimizer, self.controller)
             if self._counts:
@@ -155,7 +166,7 @@ class _Hooks:
         if self.controller is None or not self._counts:
             return
         self.controller.backend.stepped()
-        # torch/amp/grad_scaler.py: a fused optimizer is called in any case, and skips the step itself where this is not zero.
+        # torch/amp/grad_scaler.py: a fused optimizer is always called, and skips the step itself if this is not zero.
         found_inf = getattr(optimizer, "found_inf", None)
         if isinstance(found_inf, Tensor) and found_inf.item():
             self.controller.step_skipped()
@@ -165,8 +176,12 @@ class _Hooks:
 
 
 def _only_makes_state(optimizer: torch.optim.Optimizer, controller: TorchController) -> bool:
-    """Whether this step is torch.distributed.checkpoint's, which makes an optimizer's state with gradients and rates of zero
-    (torch/distributed/checkpoint/state_dict.py, _init_optim_state). Collective where it may be."""
+    """Whether this step only creates optimizer state: torch.distributed.checkpoint does that, with gradients and learning rates of zero.
+
+    Collective if the optimizer has no state and all its rates are zero.
+
+    Source: torch/distributed/checkpoint/state_dict.py, _init_optim_state.
+    """
     if optimizer.state or any(float(group["lr"]) != 0.0 for group in optimizer.param_groups):
         return False
     grads = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -175,16 +190,16 @@ def _only_makes_state(optimizer: torch.optim.Optimizer, controller: TorchControl
 
 
 def _check_load(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Before a checkpoint's state is loaded: torch would say no more than that sizes don't match."""
+    """Check a checkpoint's state before it is loaded: torch would only report that sizes do not match."""
     theirs, ours = ([len(group["params"]) for group in groups] for groups in (state["param_groups"], optimizer.param_groups))
     if len(theirs) == len(ours) and theirs != ours:
         raise ValueError(
             f"the checkpoint's optimizer holds {theirs} parameters in its groups, this one {ours}: other layers were frozen when it was "
-            "saved. Call controller.restore(folder) first, with the folder that controller.save wrote to"
+            "saved. First call controller.restore(folder) with the folder that was passed to controller.save"
         )
 
 
-# one, a list of them, or a container such as torchtitan's OptimizersContainer
+# one optimizer, a list of them, or a container such as torchtitan's OptimizersContainer
 OptimizerLike: TypeAlias = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | Any
 
 
@@ -199,28 +214,32 @@ def attach_torch(
     defer_policy: bool = False,
     later: bool = False,
 ) -> TorchController:
-    """Turn freezing on for a model and its torch optimizer, without DeepSpeed. Collective; it then acts after each optimizer.step().
+    """Enable freezing for a model and its torch optimizer, without DeepSpeed. Collective. It acts after each optimizer.step().
 
-    model: the model as the training loop calls it: plain, DistributedDataParallel, `fully_shard`ed (FSDP2) or FullyShardedDataParallel with
-        use_orig_params=True (FSDP1), wrapped before.
-    optimizer: made over the wrapped model's parameters. Its groups stay; one that freezes whole becomes an empty one. Several of them, in a
-        list or in a container that steps them (torchtitan's), are taken together: a step is one in which each of them steps.
-    config: the settings: a FreezeConfig, a dict (the section itself, or a whole config with a "smartfrz" section), a path to such a
-        JSON file, or None for the defaults.
-    scheduler: of the optimizer (of several, any of theirs, or their container); says how long the run is (`total_steps: "auto"`) and what
-        is left of the learning rate.
-    probe_batch: inputs on which the layers' outputs are compared, as of `attach`.
-    scaler: the torch.amp.GradScaler, where there is one and the policy reads gradients.
-    defer_policy: the scheduler and the length of the run come with `controller.set_schedule(…)`, before the first step.
-    later: deprecated, the former name of defer_policy.
-    An optimizer that has a controller keeps it, and that one is returned.
+    Args:
+        model: The model as the training loop calls it, already wrapped: plain, DistributedDataParallel, `fully_shard`ed (FSDP2) or
+            FullyShardedDataParallel with use_orig_params=True (FSDP1).
+        optimizer: Created over the wrapped model's parameters. Its groups remain; a group that is frozen as a whole becomes empty. Several
+            optimizers, in a list or in a container that steps them (torchtitan's), are treated as one: a step is complete when each of
+            them has stepped.
+        config: The settings: a FreezeConfig, a dict (the section itself, or a whole config with a "smartfrz" section), the path of such a
+            JSON file, or None for the defaults.
+        scheduler: The optimizer's scheduler (of several, any of theirs, or their container). It determines the length of the run
+            (`total_steps: "auto"`) and the remaining learning rate.
+        probe_batch: Inputs on which the outputs of the layers are compared, as in `attach`.
+        scaler: The torch.amp.GradScaler, if there is one and the policy reads gradients.
+        defer_policy: The scheduler and the length of the run follow with `controller.set_schedule(…)`, before the first step.
+        later: Deprecated, the former name of `defer_policy`.
+
+    Returns:
+        The controller. If the optimizer already has one, that one.
 
     Raises:
-        ValueError: wrong settings; a model or an optimizer that freezing does not work with, by name.
-        RanksDisagree: the ranks differ in package versions, settings, models or optimizers.
+        ValueError: Wrong settings, or a model or optimizer that freezing does not support, by name.
+        RanksDisagree: The ranks differ in package versions, settings, models or optimizers.
     """
     bare = bare_optimizer(optimizer)
-    scheduler = next(iter(getattr(scheduler, "schedulers", ())), scheduler)  # a container of one for each optimizer
+    scheduler = next(iter(getattr(scheduler, "schedulers", ())), scheduler)  # a container with one scheduler per optimizer
     there = getattr(bare, "smartfrz", None)
     if isinstance(there, TorchController):
         return there
@@ -254,7 +273,11 @@ def attach_torch(
 def _prepare(
     model: nn.Module, optimizer: torch.optim.Optimizer, config: FreezeConfig | Mapping[str, Any] | str | Path | None
 ) -> tuple[FreezeConfig, TorchBackend]:
-    """What a rank can see by itself. Raises ValueError as `attach_torch`."""
+    """Do the checks of `attach_torch` that need no other rank.
+
+    Raises:
+        ValueError: As in `attach_torch`.
+    """
     settings = FreezeConfig.load(config)
     if not settings.enabled:
         settings = settings.model_copy(update={"policy": "manual"})
@@ -264,12 +287,12 @@ def _prepare(
     held = {p for group in backend.groups for p in group}
     if not held.intersection(own):
         raise ValueError(
-            "the optimizer holds none of the model's trainable parameters: make it after the model is wrapped (fully_shard, FSDP), "
-            "over model.parameters()"
+            "the optimizer holds none of the model's trainable parameters: create it over model.parameters() after the model has been "
+            "wrapped (fully_shard, FSDP)"
         )
     if left := [name for p, name in own.items() if p not in held]:
         backend.warnings.append(
-            f"this optimizer does not hold all that trains: {', '.join(left[:3])}{', …' if len(left) > 3 else ''} ({len(left)} in all) "
-            "never freeze, not even with their layer. Put all parameters into one optimizer, or freeze those in the others yourself"
+            f"the optimizer does not hold all trainable parameters: {', '.join(left[:3])}{', …' if len(left) > 3 else ''} ({len(left)} in "
+            "all) never freeze, not even with their layer. Pass all optimizers as a list, or put all parameters into one"
         )
     return settings, backend

@@ -1,8 +1,8 @@
-"""The Hugging Face Trainer's way in: a callback.
+"""Entry point for the Hugging Face Trainer: a callback.
 
-With DeepSpeed the engine must freeze before the Trainer loads a checkpoint into it, and a callback hears of the engine only afterwards. So
-while the Trainer prepares (and only then) deepspeed.initialize is hooked. Without DeepSpeed the callback attaches to the optimizer, before
-the Trainer loads its state.
+With DeepSpeed, freezing must be enabled before the Trainer loads a checkpoint into the engine, and a callback receives the engine only
+afterwards. Therefore deepspeed.initialize is hooked while the Trainer prepares, and only then. Without DeepSpeed the callback attaches to
+the optimizer before the Trainer loads its state.
 """
 
 from __future__ import annotations
@@ -27,54 +27,63 @@ from .deepspeed import ConfigSource
 from .initialize_hook import engine_of, install_hook, remove_hook
 from .torch import TorchController, attach_torch
 
-# transformers/trainer.py: the last thing before training that a checkpoint is read for; and what is written behind the model's weights
+# transformers/trainer.py: the last method that reads a checkpoint before training, and the one that writes after the model's weights
 _LOAD, _SAVE = "_load_optimizer_and_scheduler", "_save_optimizer_and_scheduler"
 
 
 class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Freezes layers while a Trainer trains: with DeepSpeed (ZeRO 0 to 3), FSDP2, DDP or in one process.
+    """Freeze layers while a Trainer trains, with DeepSpeed (ZeRO 0 to 3), FSDP2, DDP or in one process.
 
-    config: the settings: a dict, the path of a DeepSpeed JSON or a FreezeConfig; None takes the "smartfrz" section of the DeepSpeed config
-        that the Trainer uses (without DeepSpeed: the defaults). settings: single ones by name, over those of `config`.
-    probe_batch: as of `smartfrz_ds.attach`.
-    Where `total_steps` is "auto", the length of the run is the Trainer's. `controller` is the controller of the training that is going on,
-    or of the last one; None before the first, and with `enabled: false`.
+    If `total_steps` is "auto", the length of the run is the Trainer's.
 
-    Raises ValueError for wrong settings; those that stand in the DeepSpeed config are read when training starts.
+    Args:
+        config: The settings: a dict, the path of a DeepSpeed JSON or a FreezeConfig. None: the "smartfrz" section of the DeepSpeed config
+            that the Trainer uses, without DeepSpeed the defaults.
+        probe_batch: As in `smartfrz_ds.attach`.
+        settings: Single settings by name, which take precedence over `config`.
+
+    Attributes:
+        controller: The controller of the current training, or of the last one. None before the first, and with `enabled: false`.
+
+    Raises:
+        ValueError: Wrong settings. Those in the DeepSpeed config are read when training starts.
     """
 
     def __init__(self, config: ConfigSource = None, *, probe_batch: Any = None, **settings: Any) -> None:
         self.controller: Controller | None = None
         self._config, self._settings, self._probe_batch = config, settings, probe_batch
-        # Without a config only names can be looked at: the rest stands in a JSON that isn't known yet.
+        # Without a config only names can be checked: the values are in a JSON that is not known yet.
         with_settings(config, settings if config is not None else {k: v for k, v in settings.items() if k not in FreezeConfig.model_fields})
         self._trainer: Any = None
-        self._attached: TorchController | None = None  # where there is no DeepSpeed engine
+        self._attached: TorchController | None = None  # if there is no DeepSpeed engine
         self._watch: Any = None
         self._sees_loss = False
 
     # --- before training ------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """Called by the Trainer for its TrainerState: when it is built, when train() begins, before anything is prepared, and in a save."""
+        """Return the state that the Trainer stores in its TrainerState, and prepare the hooks when train() begins.
+
+        The Trainer calls it when it is built, when train() begins, before anything is prepared, and in a save.
+        """
         if not _has(self._trainer, self):
             self._trainer = _trainer_of(self)
         trainer = self._trainer
-        # accelerator.free_memory() has emptied this when train() begins (accelerate/accelerator.py); in a save, where rank 0 alone comes
-        # here, the optimizer is in it.
+        # accelerator.free_memory() has emptied this list when train() begins (accelerate/accelerator.py). In a save, which only rank 0
+        # reaches, it contains the optimizer.
         if trainer is None or not trainer.accelerator._optimizers:
             self._prepare()
         return {"args": self._given(), "attributes": {}}
 
     def _given(self) -> dict[str, Any]:
-        """The arguments that this was made with, JSON-able."""
+        """Return the constructor's arguments, JSON-serializable."""
         config = self._config
         if isinstance(config, FreezeConfig):
             return {"config": config.model_dump(mode="json", exclude_unset=True), **self._settings}
         return {"config": str(config) if isinstance(config, Path) else config, **self._settings}
 
     def on_init_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The Trainer is built; nothing is prepared before train()."""
+        """Remove the hooks again: the Trainer is built, and prepares nothing before train()."""
         self._undo()
 
     def _prepare(self) -> None:
@@ -83,9 +92,9 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         trainer = self._trainer
         if trainer is not None:
             callbacks = trainer.callback_handler.callbacks
-            callbacks.sort(key=lambda other: other is not self)  # what we add to a log is for all that read logs
+            callbacks.sort(key=lambda other: other is not self)  # first, so that all callbacks see what this one adds to a log
             if (engine := engine_of(trainer.model)) is not None and hasattr(engine, "smartfrz"):
-                engine.smartfrz.detach()  # of a training that broke off
+                engine.smartfrz.detach()  # of a training that was interrupted
         if AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
             install_hook(self._settings_over, probe_batch=self._probe_batch, defer_policy=True)
         elif trainer is not None:
@@ -100,7 +109,7 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         return with_settings(source if self._config is None else self._config, self._settings)
 
     def _load(self, trainer: Any, checkpoint: str, load: Callable[[], None]) -> None:
-        """Around the Trainer's own loading of the optimizer, without DeepSpeed: the optimizer must hold then what it held in the save."""
+        """Wrap the Trainer's loading of the optimizer, without DeepSpeed: the optimizer must hold the same parameters as at the save."""
         self._trainer = trainer
         settings, there = self._settings_over(None), (Path(checkpoint) / SIDE_FILE).is_file()
         if not settings.enabled and not there:
@@ -110,7 +119,7 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         if there:
             controller.restore(checkpoint)
         load()
-        if not there:  # of a run without this callback
+        if not there:  # saved by a run without this callback
             controller.freeze_state.reset(trainer.state.global_step, checkpoint)
 
     def _attach(self, settings: FreezeConfig) -> TorchController:
@@ -129,8 +138,11 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         return self._attached
 
     def _save(self, save: Callable[[str], None], folder: str) -> None:
-        """Around the Trainer's own saving of the optimizer, without DeepSpeed. First comes what must be known to load that: a run that is
-        killed while it saves leaves no optimizer without it."""
+        """Wrap the Trainer's saving of the optimizer, without DeepSpeed.
+
+        The freeze state is written first, as the optimizer cannot be loaded without it: a run that is killed during a save never leaves an
+        optimizer alone.
+        """
         assert self._attached is not None
         self._attached.save(folder)
         save(folder)
@@ -138,29 +150,33 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     # --- training -------------------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, lr_scheduler: Any = None, **_: Any) -> None:
-        """Everything is prepared, and a checkpoint loaded."""
+        """Find the controller, after everything is prepared and a checkpoint is loaded.
+
+        Raises:
+            RuntimeError: The engine or the Trainer was created without this callback.
+        """
         self._undo()
         if AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
             engine = engine_of(model)
             if engine is None:
-                raise RuntimeError("FreezeCallback: the DeepSpeed engine was made without it; give it to the Trainer before train()")
+                raise RuntimeError("FreezeCallback: the DeepSpeed engine was created without it; pass it to the Trainer before train()")
             self.controller = getattr(engine, "smartfrz", None)
             if self.controller is not None:
-                own = lr_scheduler if engine.lr_scheduler is None else None  # the Trainer's, which the engine doesn't know
+                own = lr_scheduler if engine.lr_scheduler is None else None  # the Trainer's, which the engine does not know
                 self.controller.set_schedule(scheduler=own, total_steps=state.max_steps, told_by="the Trainer")
             return
         settings = self._settings_over(None)
         if self._attached is None and settings.enabled:
             self._trainer = self._trainer or _trainer_of(self)
             if self._trainer is None:
-                raise RuntimeError("FreezeCallback: no transformers.Trainer has it; without DeepSpeed it works in one only")
+                raise RuntimeError("FreezeCallback: no transformers.Trainer has it; without DeepSpeed it works only in one")
             self._attach(settings)
         self.controller = self._attached
         if self.controller is not None:
             self._watch = model.register_forward_hook(ModuleHook(self._saw_output))
 
     def _saw_output(self, module: Any, args: Any, output: Any) -> None:
-        """The loss of a micro-batch, which with DeepSpeed the engine's backward sees."""
+        """Record the loss of a micro-batch. With DeepSpeed the engine's backward does that."""
         if module.training and self.controller is not None:
             loss = output.get("loss") if isinstance(output, dict) else None
             if loss is not None:
@@ -168,10 +184,10 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
                 self.controller.record_loss(loss)
 
     def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, Any], **_: Any) -> None:
-        """Adds `smartfrz/…` to what the Trainer logs of a training step, and shows its metrics to the guard."""
+        """Add `smartfrz/…` values to the Trainer's logs of a training step, and pass its metrics to the controller."""
         if self.controller is None:
             return
-        # A Trainer with a loss of its own doesn't let the model make one: then the logged one must do.
+        # With a loss function of its own, the Trainer does not let the model compute a loss: then the logged one is used.
         seen = "" if self._watch is not None and not self._sees_loss else "loss"
         self.controller.observe(**{k: float(v) for k, v in logs.items() if isinstance(v, int | float) and k != seen})
         if "loss" not in logs and "train_loss" not in logs:
@@ -184,10 +200,10 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         }
         logs.update(more)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(more)  # the Trainer has put a copy there already
+            state.log_history[-1].update(more)  # the Trainer has already put a copy there
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The model is the user's again."""
+        """Detach the controller from the model."""
         self._undo()
         if self._attached is not None and args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._attached.freeze_state.weights_loaded(state.best_model_checkpoint)  # without DeepSpeed the Trainer loads them itself
@@ -200,7 +216,7 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             self._watch.remove()
             self._watch = None
         if self._attached is not None:
-            self._attached.detach()  # the Trainer's next training goes on with this optimizer
+            self._attached.detach()  # the Trainer's next training uses the same optimizer
             self._attached = None
             self._trainer.__dict__.pop(_SAVE, None)
 
@@ -210,20 +226,20 @@ def _has(trainer: Any, callback: FreezeCallback) -> bool:
 
 
 def _trainer_of(callback: FreezeCallback) -> Any:
-    """The Trainer that has this callback, which it is never told; the one that is training, where there are several. None: none has."""
-    # Only by type: an isinstance on everything that lives would wake lazy objects.
+    """Return the Trainer that has this callback (the one that is training, if there are several), or None. A callback is never told."""
+    # By type only: isinstance on every object would load lazy ones.
     trainers = [x for x in gc.get_objects() if issubclass(type(x), Trainer)]
     having = [x for x in trainers if _has(x, callback)]
     return max(having, key=lambda x: getattr(x, "is_in_train", False), default=None)
 
 
 def _before_load(trainer: Any) -> None:
-    """Let the callback work around this trainer's loading of its optimizer, once."""
+    """Wrap this trainer's loading of its optimizer in the callback, once."""
 
     def load(checkpoint: Any) -> None:
         del trainer.__dict__[_LOAD]
         plain = partial(getattr(trainer, _LOAD), checkpoint)
-        # not the one of before: the Trainer makes callbacks anew where it restores their states
+        # may be another object: the Trainer recreates callbacks when it restores their states
         now = next((c for c in trainer.callback_handler.callbacks if isinstance(c, FreezeCallback)), None)
         plain() if now is None or checkpoint is None else now._load(trainer, checkpoint, plain)
 

@@ -40,7 +40,7 @@ class Controller(GuardedAttributes):
     """
 
     #: how to resume a run that failed, for error messages; the checkpoint's path follows
-    resumed_by = "load_checkpoint goes on from"
+    resumed_by = "load_checkpoint resumes from"
 
     def __init__(
         self,

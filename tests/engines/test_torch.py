@@ -601,7 +601,7 @@ def test_groups_added_after_attach_are_refused() -> None:
 
 def test_parameters_of_another_optimizer_are_named() -> None:
     model = Cell("").net()
-    with pytest.warns(RuntimeWarning, match=r"does not hold all that trains: inp\.bias, "):
+    with pytest.warns(RuntimeWarning, match=r"does not hold all trainable parameters: inp\.bias, "):
         alone(Cell(""), model, how=lambda groups, **more: torch.optim.SGD([p for p in model.parameters() if p.ndim > 1], **more))
 
 

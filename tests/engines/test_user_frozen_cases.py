@@ -347,7 +347,7 @@ def test_a_layer_of_another_optimizer_is_not_the_users() -> None:
     net = oracle.Net()
     net.blocks[1].up.bias.requires_grad_(False)
     mine = [p for n, p in net.named_parameters() if p.requires_grad and not n.startswith("blocks.1.")]
-    with pytest.warns(RuntimeWarning, match="does not hold all that trains"):
+    with pytest.warns(RuntimeWarning, match="does not hold all trainable parameters"):
         controller, _ = attached(net, MANUAL, mine)
     assert controller.report().user_frozen == ()
     controller.thaw(["blocks.1"])

@@ -235,7 +235,7 @@ def test_a_lost_rank_without_deepspeed(request: pytest.FixtureRequest, name: str
     assert code == 1 and seconds < (SHORT + SLACK if "hangs" in name else SLACK), output[-4000:]
     last = output.splitlines()[-1]
     assert last.startswith(f"smartfrz: rank {survivor} lost contact") and f"in {doing}, {step} steps into the run" in last, last
-    way_back = "controller.restore and your own load go on from the last complete checkpoint"
+    way_back = "controller.restore and your own load resume from the last complete checkpoint"
     assert last.endswith(f"{way_back}, {folder / run}/checkpoints/step-{saved}"), last
     assert check_end(folder, run, f"{run}-again")["start"] == saved
 
