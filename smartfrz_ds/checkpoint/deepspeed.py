@@ -1,8 +1,8 @@
-"""Checkpoints of a freezing engine: what happens around DeepSpeed's own save and load, in which order.
+"""Checkpoints of a freezing engine: the work before and after DeepSpeed's own save and load.
 
-Saving: the old list of the folder goes, the freeze state is written, DeepSpeed writes, the new list is written, `latest` is replaced. A
-process that dies in between leaves a tag that does not count as complete, and the one before untouched. Loading: everything that can be
-wrong is found out before anything is changed; then the layout, DeepSpeed's load, and the freeze state.
+Save: the old list of files is removed, the freeze state is written, DeepSpeed writes, the new list is written, `latest` is replaced. A
+process that dies in between leaves an incomplete tag, and the previous tag unchanged. Load: all checks come first, before anything is
+changed; then the frozen set is restored, DeepSpeed loads, and the rest of the freeze state is restored.
 """
 
 from __future__ import annotations
@@ -38,10 +38,20 @@ from .files import (
 
 
 def find_together(ranks: Collectives, load_dir: str | Path, tag: str | None, *, universal: bool) -> Found | None:
-    """`find` on rank 0, for all ranks; `history` is filled on rank 0 only.
+    """Run `find` on rank 0 for all ranks. Collective.
+
+    Args:
+        ranks: The collectives of all ranks.
+        load_dir: As in `find`.
+        tag: As in `find`; the same on every rank.
+        universal: As in `find`.
+
+    Returns:
+        As `find`, on every rank. `history` in the state is filled on rank 0 only.
 
     Raises:
-        ValueError: as `find`, on every rank.
+        ValueError: As in `find`, on every rank.
+        RanksDisagree: The ranks load different tags.
     """
     ranks.assert_same(f"load tag {tag}", "tags to load")
     found: Found | None = None
@@ -60,12 +70,16 @@ def find_together(ranks: Collectives, load_dir: str | Path, tag: str | None, *, 
 
 
 def hide_marker(client_state: Any) -> Any:
-    """What the user saved, without what this package put beside it."""
+    """Return the user's client state, without the marker of this package."""
     return {k: v for k, v in client_state.items() if k != MARKER} if isinstance(client_state, dict) else client_state
 
 
 class Checkpoints:
-    """The two sequences, for one engine."""
+    """Saves and loads the checkpoints of one engine.
+
+    Args:
+        controller: The engine's controller.
+    """
 
     def __init__(self, controller: Controller) -> None:
         self.controller, self.ranks = controller, controller.ranks
@@ -76,10 +90,18 @@ class Checkpoints:
 
     @contextmanager
     def saved(self, save_dir: str | Path, tag: str, *, save_latest: bool) -> Iterator[dict[str, Any]]:
-        """Around DeepSpeed's save (without its own `latest`); gives the marker for client_state. Collective.
+        """Do the work before and after DeepSpeed's save, which is the block. Collective.
+
+        Args:
+            save_dir: As in DeepSpeedEngine.save_checkpoint.
+            tag: The tag, never None.
+            save_latest: Whether to replace `latest`. DeepSpeed's own save must not.
+
+        Yields:
+            The marker for client_state.
 
         Raises:
-            OSError or RuntimeError: a file can't be written, on every rank.
+            OSError, RuntimeError: Some rank cannot write a file. Raised on every rank.
         """
         folder = Path(save_dir) / tag
         self.freeze_state.sync()
@@ -88,7 +110,7 @@ class Checkpoints:
         with self.backend.saving(), writes.watched(self.backend.engine.checkpoint_engine):
             yield {"format": 1, "tag": tag, "digest": digest}
         self.ranks.run_on_all_ranks(writes.check)
-        self._barrier()  # DeepSpeed has one of its own at its end; not to depend on it
+        self._barrier()  # does not rely on the barrier at the end of DeepSpeed's save
 
         def declare() -> None:
             if self.ranks.rank == 0:
@@ -106,7 +128,7 @@ class Checkpoints:
 
         def write_kept() -> None:
             if self.ranks.rank == 0:
-                (folder / COMPLETE_FILE).unlink(missing_ok=True)  # a tag that is written again is incomplete from here on
+                (folder / COMPLETE_FILE).unlink(missing_ok=True)  # a tag that is overwritten is incomplete from now on
             if writes:
                 write_atomically(folder / kept_file(self.ranks.rank), data)
 
@@ -138,11 +160,18 @@ class Checkpoints:
 
     @contextmanager
     def loaded(self, load_dir: str | Path, found: Found, *, universal: bool, module_only: bool, optimizer: bool) -> Iterator[None]:
-        """Around DeepSpeed's load of `found`. Collective, at a step boundary where the frozen set is another than now.
+        """Do the work before and after DeepSpeed's load, which is the block. Collective; at a step boundary if the frozen set changes.
+
+        Args:
+            load_dir: As in DeepSpeedEngine.load_checkpoint.
+            found: The checkpoint.
+            universal: Whether it is a universal checkpoint.
+            module_only: Whether only weights are loaded.
+            optimizer: Whether optimizer states are loaded.
 
         Raises:
-            ValueError: the freeze state does not fit this model or this run; nothing was changed, but where a pipeline's layers are.
-            RuntimeError: not at a step boundary; nothing was changed.
+            ValueError: The freeze state does not match this model or run. Nothing was changed, except the stages of a pipeline's layers.
+            RuntimeError: Not at a step boundary. Nothing was changed.
         """
         state, before, folder = found.state, self.controller.frozen, Path(load_dir) / found.tag
         moments = optimizer and not module_only
@@ -153,17 +182,17 @@ class Checkpoints:
             needs_same = state["sharded"] and not universal and (moments or self.backend.weights_are_cut)
             if needs_same and state["world"] != len(self.ranks.gather_bytes(b"0")):
                 raise ValueError(
-                    f"{folder} was saved by {state['world']} ranks: with another number convert it first (ds_to_universal "
-                    "--inject_missing_state) and set checkpoint.load_universal to true"
+                    f"{folder} was saved by {state['world']} ranks. For another number of ranks, convert it with ds_to_universal "
+                    "--inject_missing_state and set checkpoint.load_universal to true"
                 )
             if universal and self.backend.is_pipeline:
                 raise ValueError(
-                    f"{folder}: a pipeline can't load a universal checkpoint with a freeze state; allowed: the same ranks and stages"
+                    f"{folder}: a pipeline cannot load a universal checkpoint with a freeze state; allowed: the same ranks and stages"
                 )
         kept = self._read_kept(folder, state) if state is not None and moments and not universal else None
         frozen = set(state["frozen"]) if state is not None else set()
         if universal and (emptied := self.backend.emptied_groups(self.freeze_state.leaving(frozen))):
-            raise ValueError(f"{folder}: a universal checkpoint can't be loaded where parameter groups {emptied} are frozen as a whole")
+            raise ValueError(f"{folder}: a universal checkpoint cannot be loaded if whole parameter groups ({emptied}) are frozen")
         if moments and self.backend.is_pipeline and not universal:
             self.freeze_state.restore_bounds(None if state is None else state.get("parts"))
             if state is not None:
@@ -174,14 +203,14 @@ class Checkpoints:
         else:
             by_position = moments and not universal and not self.backend.is_pipeline
             restored = self.freeze_state.restore_layout_of(state, by_position=by_position)
-            if not module_only:  # before the load: a bare optimizer may hold what the user froze
+            if not module_only:  # before the load: without ZeRO, the optimizer may hold parameters that the user froze
                 self.freeze_state.return_to_user(restored.were_users)
         with self.backend.loading():
             yield
             if universal:
                 self.backend.load_frozen_weights(folder)
         if module_only:
-            # Only weights were asked for: the run stays what it is.
+            # Only weights were requested: the state of the run does not change.
             own = {*before, *restored.adopted}
             if own != set(self.controller.frozen):
                 self.freeze_state.restore_layout(own)
@@ -193,7 +222,7 @@ class Checkpoints:
         else:
             self.freeze_state.resume(state, str(folder))
         if moments:
-            self.backend.forget([p for group in self.backend.groups for p in group])  # it belongs to the run as it was before
+            self.backend.forget([p for group in self.backend.groups for p in group])  # belongs to the run before the load
             private = {} if state is None else state["privates"][self.ranks.rank] if self.backend.is_pipeline else state["private"]
             self.backend.load_state_extras(private, universal=universal)
         if kept is not None:
@@ -201,19 +230,27 @@ class Checkpoints:
         self.controller.last_checkpoint = str(folder)
 
     def _check_width(self, state: Mapping[str, Any], folder: Path) -> None:
-        """Raise ValueError where a pipeline of other numbers of stages or replicas saved this. Collective."""
+        """Check that a pipeline with the same numbers of stages and replicas saved this. Collective.
+
+        Raises:
+            ValueError: The numbers differ.
+        """
         parts, world = self.backend.partition() or [], len(self.ranks.gather_bytes(b"0"))
         theirs = state.get("parts") or parts
         stages, replicas = len(parts) - 1, world // (len(parts) - 1)
         if (len(theirs), state["world"]) != (len(parts), world):
             old = f"{len(theirs) - 1} x {state['world'] // (len(theirs) - 1)}"
             raise ValueError(
-                f"{folder} was saved by a pipeline of {old} (stages x replicas), this one has {stages} x {replicas}: write it anew with "
+                f"{folder} was saved by a pipeline of {old} (stages x replicas), this one has {stages} x {replicas}: convert it with "
                 f"`smartfrz reshape {folder.parent} --tag {folder.name} --pp {stages} --dp {replicas}`"
             )
 
     def _read_kept(self, folder: Path, state: Mapping[str, Any]) -> Any:
-        """This rank's file of kept state, checked; None where there is none or nobody wants it."""
+        """Read and check this rank's file of kept state. Collective.
+
+        Returns:
+            As `read_kept`; None where there is no file, or `keep_state` is 0.
+        """
         if not state["kept"] or not self.freeze_state.keeps_released:
             return None
         rank = self.ranks.rank if state["sharded"] else 0

@@ -1,11 +1,11 @@
-"""The freeze state beside a checkpoint: its files, written so that they are never half there.
+"""The files of the freeze state beside a checkpoint. Each is written atomically.
 
 In the folder of a tag, next to DeepSpeed's own files:
-  smartfrz.safetensors              the freeze state: JSON in the header, the history's tensors behind it; written first, read first
-  smartfrz_kept_N.safetensors       optimizer state that rank N holds back for a thaw (keep_state), where there is any
+  smartfrz.safetensors              the freeze state: JSON in the header, then the history's tensors; written first, read first
+  smartfrz_kept_N.safetensors       optimizer state that rank N keeps for a thaw (keep_state), if any
   smartfrz_complete.json            every file of the folder with its size; written last, before `latest` names the tag
-and in DeepSpeed's client_state, under the key "smartfrz_ds", a marker with the digest of the first. A tag counts as complete when the last
-is there and every file that it lists is there with that size. Nothing here knows DeepSpeed.
+DeepSpeed's client_state has, under the key "smartfrz_ds", a marker with the digest of the first file. A tag is complete if the last file
+exists and every file that it lists exists with that size. This module does not depend on DeepSpeed.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ COMPLETE_FILE = "smartfrz_complete.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """A checkpoint that was looked at and can be loaded.
+    """A checkpoint that was examined and can be loaded.
 
-    tag: its folder in load_dir.
-    state: the freeze state, None where the checkpoint has none. `history` in it is filled on the rank that read the file.
-    warning: why it is not the tag that `latest` names, empty where it is.
+    Attributes:
+        tag: Its folder in load_dir.
+        state: The freeze state, None where the checkpoint has none. Its `history` is filled only on the rank that read the file.
+        warning: Why it is not the tag that `latest` names; "" if it is.
     """
 
     tag: str
@@ -47,14 +48,23 @@ class Found:
 
 
 def kept_file(rank: int) -> str:
-    """The file of what this rank holds back for a thaw."""
+    """Return the name of the file with the optimizer state that a rank keeps for a thaw."""
     return f"smartfrz_kept_{rank}.safetensors"
 
 
 def read_kept(folder: Path, digests: Mapping[str, str], rank: int) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """What `rank` had kept, as `unpack_tensors` gives it; None where it had nothing. digests: by rank, of the freeze state ("kept").
+    """Read the optimizer state that a rank had kept for a thaw.
 
-    Raises ValueError: the file is missing, or is not the one of then.
+    Args:
+        folder: The tag's folder.
+        digests: Digests by rank, from the freeze state ("kept").
+        rank: The rank that wrote the file.
+
+    Returns:
+        As `unpack_tensors`; None where the rank had kept nothing.
+
+    Raises:
+        ValueError: The file is missing, or is not the one that was saved with this freeze state.
     """
     if str(rank) not in digests:
         return None
@@ -71,7 +81,12 @@ def read_kept(folder: Path, digests: Mapping[str, str], rank: int) -> tuple[dict
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """`path` has either its old content or all of `data`, also after a crash at any moment."""
+    """Write a file so that, after a crash at any moment, it has either its old content or all of `data`.
+
+    Args:
+        path: The file. Missing folders are created.
+        data: The new content.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -86,18 +101,27 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def digest_of(data: bytes) -> str:
+    """Return the SHA-256 digest, 64 hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def pack(state: Mapping[str, Any]) -> bytes:
-    """A freeze state as the bytes of a safetensors file. All but `history` must be JSON-able; floats come back exactly."""
+    """Serialize a freeze state as a safetensors file.
+
+    Args:
+        state: `history` maps layers to tensors by name; everything else is JSON-serializable. Floats are restored exactly.
+    """
     tensors = {f"{name}/{key}": t.contiguous() for name, item in state["history"].items() for key, t in item.items()}
     rest = {key: value for key, value in state.items() if key != "history"}
     return save(tensors, {"smartfrz": json.dumps(rest), "format": str(FORMAT)})
 
 
 def unpack(data: bytes) -> dict[str, Any]:
-    """The inverse of `pack`. Raises ValueError for bytes that are not one, or of a later format."""
+    """Restore a freeze state from the output of `pack`.
+
+    Raises:
+        ValueError: The bytes are not a freeze state, or have a later format.
+    """
     state, tensors = unpack_tensors(data)
     state["history"] = {}
     for name, tensor in tensors.items():
@@ -107,32 +131,36 @@ def unpack(data: bytes) -> dict[str, Any]:
 
 
 def pack_tensors(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
-    """JSON and tensors as the bytes of a safetensors file."""
+    """Serialize JSON data and tensors as a safetensors file."""
     return save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, {"smartfrz": json.dumps(about), "format": str(FORMAT)})
 
 
 def unpack_tensors(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The inverse of `pack_tensors`. Raises ValueError for bytes that are not one, or of a later format."""
+    """Restore JSON data and tensors from the output of `pack_tensors`.
+
+    Raises:
+        ValueError: The bytes are not such a file, or have a later format.
+    """
     try:
         tensors = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]  # the layout of a safetensors file
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]  # the header of a safetensors file
         version, state = int(header["format"]), json.loads(header["smartfrz"])
     except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"it is no freeze state ({error})") from error
+        raise ValueError(f"it is not a freeze state ({error})") from error
     if version > FORMAT:
         raise ValueError(f"it has format {version}, this version of smartfrz_ds reads up to {FORMAT}")
     return state, tensors
 
 
 def write_complete(folder: Path, step: int) -> None:
-    """Declare this tag complete: list what is there."""
+    """Declare a tag complete by listing its files with their sizes."""
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file() and p.name != COMPLETE_FILE}
     about = {"format": FORMAT, "step": step, "time": time.time_ns(), "files": files}
     write_atomically(folder / COMPLETE_FILE, json.dumps(about, indent=1).encode())
 
 
 def missing_files(folder: Path) -> list[str] | None:
-    """Files that a complete tag would have and this one has not, or not whole; None where the list itself is missing or damaged."""
+    """Return the listed files that are missing or of another size; None where the list itself is missing or damaged."""
     about = _read_complete(folder)
     if about is None:
         return None
@@ -140,7 +168,7 @@ def missing_files(folder: Path) -> list[str] | None:
 
 
 def complete_tags(load_dir: Path) -> list[str]:
-    """The complete tags of a folder, newest first."""
+    """Return the complete tags of a folder, newest first."""
     found = []
     for listed in load_dir.glob(f"*/{COMPLETE_FILE}"):
         about = _read_complete(listed.parent)
@@ -158,7 +186,7 @@ def _read_complete(folder: Path) -> dict[str, Any] | None:
 
 
 def _sync_folder(folder: Path) -> None:
-    # The rename itself must be on disk too. Some file systems can't sync a folder.
+    # The rename itself must be on disk too. Some file systems cannot sync a folder.
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -171,14 +199,18 @@ def _sync_folder(folder: Path) -> None:
 
 
 def find(load_dir: str | Path, tag: str | None, *, universal: bool = False) -> Found | None:
-    """Look at a checkpoint without touching anything. For one rank.
+    """Examine a checkpoint, read-only. For one rank.
 
-    tag: the folder; None takes the one that `latest` names, or, where that can't be, the newest complete one with a warning.
-    universal: the folder was made by ds_to_universal (`latest_universal`).
-    Returns None where neither a tag nor a `latest` is there: DeepSpeed then loads nothing.
+    Args:
+        load_dir: As in load_checkpoint.
+        tag: The tag; None: the one that `latest` names or, if that cannot be loaded, the newest complete one, with a warning.
+        universal: Whether ds_to_universal created the folder (`latest_universal`).
+
+    Returns:
+        The checkpoint; None where there is neither a tag nor `latest`: DeepSpeed then loads nothing.
 
     Raises:
-        ValueError: it can't be loaded, and why.
+        ValueError: It cannot be loaded; with the reason.
     """
     root, warning = Path(load_dir), ""
     if tag is None:
@@ -192,21 +224,21 @@ def find(load_dir: str | Path, tag: str | None, *, universal: bool = False) -> F
             if not others:
                 raise ValueError(f"nothing to resume from: {problem}, and no other tag of {root} is complete")
             tag = others[0]
-            warning = f"{problem}; going on from {root / tag}, the newest complete checkpoint"
+            warning = f"{problem}; loading {root / tag} instead, the newest complete checkpoint"
     elif problem := _problem(root / tag, universal):
         raise ValueError(f"{problem}; complete here: {complete_tags(root) or 'none'}")
     return Found(tag=tag, state=_read_state(root, tag, universal), warning=warning)
 
 
 def _problem(folder: Path, universal: bool) -> str:
-    """Why this tag can't be loaded, as far as the names and sizes of files tell; empty where it can."""
+    """Return why this tag cannot be loaded, judged by the names and sizes of its files; "" if it can."""
     if not any(folder.glob(_MODEL_STATES)):
         return f"{folder} is missing" if not folder.is_dir() else f"{folder} holds no checkpoint (no {_MODEL_STATES})"
     if universal or not (folder / SIDE_FILE).is_file():
-        return ""  # made without this package, or a marker will say that the file is lost
+        return ""  # saved without this package, or the marker will show that the file is lost
     missing = missing_files(folder)
     if missing is None:
-        return f"{folder} is incomplete: its save never ended ({COMPLETE_FILE} is missing or damaged)"
+        return f"{folder} is incomplete: its save did not finish ({COMPLETE_FILE} is missing or damaged)"
     return f"{folder} is incomplete: {', '.join(missing)} missing or of another size" if missing else ""
 
 
@@ -217,10 +249,10 @@ def _read_state(root: Path, tag: str, universal: bool) -> dict[str, Any] | None:
         return None
     places = [folder / SIDE_FILE]
     if universal:
-        places.append(root / str(marker["tag"]) / SIDE_FILE)  # ds_to_universal copies DeepSpeed's files only
+        places.append(root / str(marker["tag"]) / SIDE_FILE)  # ds_to_universal copies only DeepSpeed's files
     side = next((p for p in places if p.is_file()), None)
     if side is None:
-        raise ValueError(f"{folder} was saved with layers frozen or watched, but its freeze state {SIDE_FILE} is missing: copy it there")
+        raise ValueError(f"{folder} was saved by a freezing run, but its freeze state {SIDE_FILE} is missing: copy it there")
     data = side.read_bytes()
     if digest_of(data) != marker["digest"]:
         raise ValueError(f"{side} is damaged: its digest is {digest_of(data)[:16]}, the checkpoint's marker says {marker['digest'][:16]}")

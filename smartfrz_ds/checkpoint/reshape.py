@@ -1,8 +1,8 @@
-"""A pipeline's checkpoint written anew for another number of stages and replicas. Offline: one process, no engine, no process group.
+"""Converts a pipeline's checkpoint to another number of stages and replicas. Offline: one process, no engine, no process group.
 
-Weights lie in a file for each entry of the list of layers, whatever the stages (layer_XX): these are copied. What DeepSpeed writes for
-each stage and each replica (mp_rank_XX, zero_pp_rank_D_mp_rank_XX) and the freeze state beside it are put together anew, one file at a
-time, from files that are mapped into memory. All of it goes into a hidden folder, which gets the tag's name when it is complete.
+The weights are in one file per entry of the list of layers, independent of the stages (layer_XX): these are copied. The files that
+DeepSpeed writes per stage and replica (mp_rank_XX, zero_pp_rank_D_mp_rank_XX) and the freeze state are rebuilt one at a time, from files
+that are mapped into memory. Everything is written to a hidden folder, which is renamed to the tag when it is complete.
 """
 
 from __future__ import annotations
@@ -32,7 +32,17 @@ from .reshape_states import FlatTarget, entry_of, kept_states, new_stages, whole
 
 @dataclass(frozen=True, kw_only=True)
 class Reshaped:
-    """What was written. parts: bounds of the stages. micro_batches: gradient_accumulation_steps of the run that saved, None if unknown."""
+    """A converted checkpoint.
+
+    Attributes:
+        folder: Its folder.
+        parts: Bounds of the stages in the list of layers.
+        replicas: Number of replicas.
+        old_parts: Bounds of the stages in the original.
+        old_replicas: Number of replicas in the original.
+        micro_batches: gradient_accumulation_steps of the run that saved the original, None where unknown.
+        kept: Whether it includes optimizer state that is kept for a thaw.
+    """
 
     folder: Path
     parts: tuple[int, ...]
@@ -43,11 +53,12 @@ class Reshaped:
     kept: bool
 
     def text(self) -> str:
+        """Return the lines that the command prints."""
         stages = len(self.parts) - 1
         lines = [
             f"{self.folder}: {stages} x {self.replicas} (stages x replicas), bounds {_shown(self.parts)}; it was "
             f"{len(self.old_parts) - 1} x {self.old_replicas}, bounds {_shown(self.old_parts)}",
-            f"Resume it on {stages * self.replicas} ranks with num_stages={stages} and load_checkpoint({str(self.folder.parent)!r}).",
+            f"Resume from it on {stages * self.replicas} ranks with num_stages={stages} and load_checkpoint({str(self.folder.parent)!r}).",
         ]
         if self.micro_batches is not None and self.replicas != self.old_replicas:
             sequences = self.micro_batches * self.old_replicas
@@ -59,7 +70,7 @@ class Reshaped:
                     "change train_micro_batch_size_per_gpu too."
                 )
         if self.kept:
-            lines.append("State that was kept for a thaw (keep_state) went along.")
+            lines.append("Optimizer state that is kept for a thaw (keep_state) is included.")
         return "\n".join(lines)
 
 
@@ -74,16 +85,25 @@ def reshape(
     trust: bool = False,
     progress: bool = False,
 ) -> Reshaped:
-    """Write a pipeline's checkpoint for `stages` stages and `replicas` replicas, both >= 1; the checkpoint itself is only read.
+    """Write a pipeline's checkpoint for other numbers of stages and replicas. The original is only read.
 
-    load_dir, tag: as of load_checkpoint. output: the new load_dir, which must not have this tag yet; default: load_dir-ppP-dpD.
-    bounds: the stages' bounds, `stages` + 1 rising integers from 0 to the number of entries; None: even in weights, of which a frozen one
-        counts a third.
-    trust: unpickle what is in the files beyond tensors and DeepSpeed's own types, which runs whatever code they name.
+    Args:
+        load_dir: As in load_checkpoint.
+        stages: Number of stages, from 1 to the number of entries in the list of layers.
+        replicas: Number of replicas, >= 1.
+        output: The new load_dir, which must not have this tag yet. Default: LOAD_DIR-ppP-dpD.
+        tag: The tag; None: the one that `latest` names.
+        bounds: The stages' bounds: `stages` + 1 increasing integers from 0 to the number of entries. None: balanced by weights, where a
+            frozen weight counts as a third.
+        trust: Whether to unpickle objects other than tensors and DeepSpeed's own types. This runs any code that the files name.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The new checkpoint.
 
     Raises:
-        ValueError: names what can't be done, and what is allowed; nothing was written.
-        OSError: a file can't be written; the new tag is not there.
+        ValueError: The conversion is not possible; with what is allowed. Nothing was written.
+        OSError: A file cannot be written. The new tag does not exist.
     """
     check_version(allow_untested=False)
     source = PipelineCheckpoint(Path(load_dir), tag, trust)
@@ -94,11 +114,11 @@ def reshape(
     parts = _bounds(source, stages, replicas, bounds)
     out = Path(output) if output is not None else source.root.with_name(f"{source.root.name}-pp{stages}-dp{replicas}")
     if out.resolve() == source.root.resolve() or (out / source.tag).exists():
-        raise ValueError(f"output (--output): got {out}, which has a {source.tag} already; allowed: a folder that has none")
+        raise ValueError(f"output (--output): got {out}, which already has {source.tag}; allowed: a folder without it")
     target = _Target(source, parts, replicas)
     scratch = out / f".reshaping-{source.tag}"
     if scratch.exists():
-        shutil.rmtree(scratch)  # an earlier try, which was killed
+        shutil.rmtree(scratch)  # an earlier attempt that was killed
     scratch.mkdir(parents=True)
     try:
         jobs = list(target.files())
@@ -106,7 +126,7 @@ def reshape(
             write(scratch / name)
             _sync(scratch / name)
         write_complete(scratch, int(source.state["step"]))
-        # A death between these two leaves a `latest` that names no tag, which is an error to load from and no obstacle to another try.
+        # If the process dies between these two, `latest` names a missing tag: a load refuses it, and another attempt succeeds.
         write_atomically(out / "latest", source.tag.encode())
         scratch.rename(out / source.tag)
     except BaseException:
@@ -124,7 +144,7 @@ def reshape(
 
 
 class _Target:
-    """The files of the checkpoint to be."""
+    """The files of the new checkpoint."""
 
     def __init__(self, source: PipelineCheckpoint, parts: Sequence[int], replicas: int) -> None:
         self.source, self.parts, self.replicas = source, list(parts), replicas
@@ -140,7 +160,7 @@ class _Target:
         self._side = b""
 
     def files(self) -> Iterator[tuple[str, Callable[[Path], None]]]:
-        """Name and writer of each, in this order: the freeze state needs the kept files' digests, the model files its own."""
+        """Yield name and writer of each file; the freeze state needs the kept files' digests, the model files need the freeze state's."""
         for path in self.source.layers.values():
             yield path.name, partial(shutil.copyfile, path)
         if self.source.state["kept"]:
@@ -179,7 +199,7 @@ class _Target:
         write_atomically(path, self._side)
 
     def _private(self, stage: int, replica: int) -> dict[str, Any]:
-        """What DeepSpeedBackend.state_extras gives on this rank."""
+        """Return the value of DeepSpeedBackend.state_extras on this rank of the new run."""
         old, new = [self.source.privates[s] for s in self.from_[stage]], self.stages[stage]
         mine = old[0] | {"place": [stage, replica], "groups": new.groups, "frozen": sorted(new.frozen, key=lambda n: (entry_of(n), n))}
         if self.source.is_flat:
@@ -213,7 +233,9 @@ class _Target:
 def _bounds(source: PipelineCheckpoint, stages: int, replicas: int, bounds: Sequence[int] | None) -> list[int]:
     if bounds is not None:
         if not are_bounds(bounds, stages, source.entries):
-            raise ValueError(f"bounds (--bounds): got {_shown(bounds)}; allowed: {stages + 1} rising integers from 0 to {source.entries}")
+            raise ValueError(
+                f"bounds (--bounds): got {_shown(bounds)}; allowed: {stages + 1} increasing integers from 0 to {source.entries}"
+            )
         return list(bounds)
     active = {entry_of(n) for stage in source.stages for i in range(len(stage.groups)) for n in stage.active(i)}
     weights = source.weights()

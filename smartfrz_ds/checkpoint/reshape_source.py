@@ -1,6 +1,6 @@
-"""A pipeline's checkpoint as it lies on disk: checked, its tensors mapped into memory and read only when they are used.
+"""Reads a pipeline's checkpoint from disk: checks it, and maps its tensors into memory, to be read only when used.
 
-Known of DeepSpeed 0.19.8:
+Source: DeepSpeed 0.19.8:
   runtime/engine.py           _common_checkpoint_state, _get_ckpt_name, _get_rank_zero_ckpt_name, _get_zero_param_shapes
   runtime/pipe/module.py      ckpt_layer_path, save_state_dict
   runtime/pipe/topology.py    PipeDataParallelTopology: rank = stage * replicas + replica
@@ -31,15 +31,20 @@ from .files import MARKER, SIDE_FILE, complete_tags, digest_of, kept_file, missi
 from .reshape_states import FlatSource, KeptSource, Params, Stage, entry_of
 
 _LAYER_FILE = re.compile(r"layer_(\d+)-model_states\.pt")
-# Besides tensors and plain containers, what DeepSpeed itself puts into these files.
+# DeepSpeed's own types in these files, besides tensors and plain containers.
 _DEEPSPEEDS_OWN = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
 class PipelineCheckpoint:
-    """root: as of load_checkpoint. tag: None takes the one that `latest` names. trust: unpickle what is neither a tensor nor
-    DeepSpeed's own.
+    """A checked checkpoint of a pipeline.
 
-    ValueError for a checkpoint that is damaged, or that can't be reshaped; names what is allowed.
+    Args:
+        root: The folder, as in load_checkpoint.
+        tag: The tag; None: the one that `latest` names.
+        trust: Whether to unpickle objects other than tensors and DeepSpeed's own types.
+
+    Raises:
+        ValueError: The checkpoint is damaged or cannot be converted; with what is allowed.
     """
 
     def __init__(self, root: Path, tag: str | None, trust: bool) -> None:
@@ -54,12 +59,12 @@ class PipelineCheckpoint:
             raise ValueError(f"{self.folder} has no {SIDE_FILE}; allowed: a checkpoint that a freezing PipelineEngine saved")
         missing = missing_files(self.folder)
         if missing is None or missing:
-            what = "its save never ended" if missing is None else f"{', '.join(missing)} missing or of another size"
+            what = "its save did not finish" if missing is None else f"{', '.join(missing)} missing or of another size"
             raise ValueError(f"{self.folder} is incomplete: {what}; complete here: {complete_tags(root) or 'none'}")
         side = (self.folder / SIDE_FILE).read_bytes()
         self.state = unpack(side)
         if self.state.get("parts") is None:
-            raise ValueError(f"{self.folder} is no pipeline's checkpoint; allowed: one that a freezing PipelineEngine saved")
+            raise ValueError(f"{self.folder} is not a pipeline checkpoint; allowed: one that a freezing PipelineEngine saved")
         self.parts: list[int] = self.state["parts"]
         stages = len(self.parts) - 1
         self.entries, self.replicas = self.parts[-1], self.state["world"] // stages
@@ -71,20 +76,22 @@ class PipelineCheckpoint:
         self._check_kind()
         privates = self.state["privates"]
         if any("place" not in p for p in privates):
-            raise ValueError(f"{self.folder} was saved by an earlier smartfrz_ds; resume it as it was and save it once more")
+            raise ValueError(
+                f"{self.folder} was saved by an earlier smartfrz_ds; resume it with the same stages and replicas, and save it again"
+            )
         if [p["place"] for p in privates] != [[s, d] for s in range(stages) for d in range(self.replicas)]:
-            raise ValueError(f"{self.folder}: a topology of your own; allowed: PipelineModule's, rank = stage * replicas + replica")
-        self.privates: list[dict[str, Any]] = privates[:: self.replicas]  # of each stage: replicas differ in their place only
+            raise ValueError(f"{self.folder}: a custom topology; allowed: PipelineModule's, rank = stage * replicas + replica")
+        self.privates: list[dict[str, Any]] = privates[:: self.replicas]  # one per stage: replicas differ only in their place
         self.stages = [Stage(groups=p["groups"], frozen=set(p["frozen"]), steps=p.get("steps", {})) for p in self.privates]
         if len({len(stage.groups) for stage in self.stages}) != 1:
             raise ValueError(
-                f"{self.folder}: the stages have {[len(s.groups) for s in self.stages]} parameter groups; allowed: as many everywhere"
+                f"{self.folder}: the stages have {[len(s.groups) for s in self.stages]} parameter groups; allowed: the same number on each"
             )
         if any(p.get("options") != self.privates[0].get("options") for p in self.privates):
             raise ValueError(
                 f"{self.folder}: the stages' parameter groups have different settings; allowed: the same groups on every stage"
             )
-        # FusedAdam before the first change of its layout; after it every parameter has its own count (own_steps.py)
+        # FusedAdam before its first freeze; afterwards every parameter has its own count (flat/step_counts.py)
         self.shared_count = [bool(p["shared_count"] and not p["levelled"]) for p in self.privates]
         self.layers = {int(m[1]): p for p in self.folder.glob("layer_*") if (m := _LAYER_FILE.fullmatch(p.name))}
         for name in (n for stage in self.stages for group in stage.groups for n in group):
@@ -109,26 +116,35 @@ class PipelineCheckpoint:
         self.micro_batches = micro if isinstance(micro, int) else None
 
     def overlapping(self, first: int, end: int) -> list[int]:
-        """The stages that hold some of the entries [first, end)."""
+        """Return the stages that hold some of the entries [first, end)."""
         return [s for s, (a, b) in enumerate(pairwise(self.parts)) if a < end and first < b]
 
     def zero_name(self, stage: int, replica: int) -> str:
+        """Return the name of DeepSpeed's file with the optimizer state of a stage and replica."""
         return f"{'bf16_' if self.bf16 else ''}zero_pp_rank_{replica}_mp_rank_{stage:02d}_optim_states.pt"
 
     @cache  # noqa: B019 (one object, one run)
     def zero(self, stage: int, replica: int) -> dict[str, Any]:
+        """Return the content of that file."""
         return _load(self.folder / self.zero_name(stage, replica), self._trust)
 
     @cached_property
     def params(self) -> Params:
+        """The placeholders of all parameters."""
         return Params()
 
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
+        """The shape of each parameter that is in a flat partition, by name."""
         return {name: shape for model in self.models for group in model["param_shapes"] for name, shape in group.items()}
 
     @cache  # noqa: B019
     def flat(self, stage: int) -> FlatSource:
+        """Return the flat partitions of a stage.
+
+        Raises:
+            ValueError: They do not match the freeze state.
+        """
         sizes = [{name: shape.numel() for name, shape in group.items()} for group in self.models[stage]["param_shapes"]]
 
         def read(replica: int) -> Mapping[str, Any]:
@@ -140,6 +156,8 @@ class PipelineCheckpoint:
             raise ValueError(f"{self.folder / self.zero_name(stage, 0)}: {error}") from error
 
     def kept(self, stage: int) -> KeptSource:
+        """Return the optimizer state that a stage keeps for a thaw."""
+
         @cache
         def read(replica: int) -> tuple[Mapping[str, Any], Mapping[str, Tensor]] | None:
             rank = stage * self.replicas + replica
@@ -149,12 +167,16 @@ class PipelineCheckpoint:
         return KeptSource(read=read, params=self.params)
 
     def weights(self) -> list[int]:
-        """Elements of each entry."""
+        """Return the number of weights of each entry in the list of layers."""
         return [sum(t.numel() for t in _load(self.layers[i], self._trust).values()) if i in self.layers else 0 for i in range(self.entries)]
 
 
 def _load(path: Path, trust: bool) -> dict[str, Any]:
-    """A file of torch's, mapped into memory where its format allows. ValueError where it can't be read, or holds what `trust` forbids."""
+    """Load a file of torch, mapped into memory if its format allows.
+
+    Raises:
+        ValueError: It cannot be read, or holds objects that `trust` does not allow.
+    """
     for mapped in (True, False):
         try:
             with torch.serialization.safe_globals(_DEEPSPEEDS_OWN):
@@ -162,12 +184,12 @@ def _load(path: Path, trust: bool) -> dict[str, Any]:
         except pickle.UnpicklingError as error:
             name = re.search(r"GLOBAL (\S+)", str(error))
             raise ValueError(
-                f"{path} holds {name[1] if name else 'Python objects'}, which is neither a tensor nor DeepSpeed's own (a client_state of "
-                "yours?). --trust unpickles it, which runs whatever code the file names: only for a checkpoint that you trust"
+                f"{path} holds {name[1] if name else 'Python objects'}, neither a tensor nor DeepSpeed's own type (your client_state?). "
+                "--trust unpickles it, which runs any code that the file names: use it only for a checkpoint that you trust"
             ) from error
-        except RuntimeError as error:  # checkpoint_serialization: false writes torch's old format, which can't be mapped
+        except RuntimeError as error:  # checkpoint_serialization: false writes torch's old format, which cannot be mapped
             if not mapped:
-                raise ValueError(f"{path} can't be read: {error}") from error
+                raise ValueError(f"{path} cannot be read: {error}") from error
     raise AssertionError
 
 

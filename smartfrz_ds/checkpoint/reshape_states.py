@@ -1,11 +1,11 @@
-"""Optimizer state of a pipeline's checkpoint, dealt out anew over other stages and replicas: what DeepSpeed writes into its files.
+"""Redistributes the optimizer state of a pipeline's checkpoint over other stages and replicas, in the format of DeepSpeed's files.
 
-Everything goes by the parameters' names, which begin with their entry's index in the whole list of layers, whatever the stage. Only
-metadata is held; tensors are read, out of files that are mapped into memory, when a new file is put together.
+Parameters are identified by their names, which begin with their entry's index in the whole list of layers, independent of the stage. Only
+metadata is held; tensors are read, from files that are mapped into memory, when a new file is built.
 
-Known of DeepSpeed 0.19.8:
+Source: DeepSpeed 0.19.8:
   runtime/engine.py              _common_checkpoint_state ("optimizer" without ZeRO, "param_shapes" with it), _save_zero_checkpoint
-  runtime/zero/stage_1_and_2.py  state_dict (not elastic), _load_legacy_checkpoint: a flat partition a group and replica
+  runtime/zero/stage_1_and_2.py  state_dict (not elastic), _load_legacy_checkpoint: one flat partition per group and replica
   runtime/bf16_optimizer.py      state_dict: the same, with its padding
 """
 
@@ -35,17 +35,18 @@ from smartfrz_ds.backends.deepspeed.flat.partition import FlatLayout, Move, Pack
 from smartfrz_ds.backends.deepspeed.flat.step_counts import step_from_json, step_to_json, zero_step
 
 PARAM_ALIGNMENT_PADDINGS = "param_alignment_paddings"  # stage_1_and_2.py
-_ALIGNMENT = 2  # nccl_start_alignment_factor of both wrappers, elements a rank
+_ALIGNMENT = 2  # nccl_start_alignment_factor of both wrappers, in elements per rank
 
 
 class Params:
-    """A stand-in without memory for each parameter, so that the layouts of a run can be computed without its model."""
+    """Placeholders on the meta device for all parameters, so that flat layouts can be computed without the model."""
 
     def __init__(self) -> None:
         self._of: dict[str, Parameter] = {}
         self._names: dict[Parameter, str] = {}
 
     def get(self, name: str, numel: int) -> Parameter:
+        """Return the placeholder of a parameter with this number of elements, the same at each call."""
         if name not in self._of:
             self._of[name] = Parameter(torch.empty(numel, device="meta"), requires_grad=False)
             self._names[self._of[name]] = name
@@ -53,15 +54,18 @@ class Params:
         return self._of[name]
 
     def name(self, param: Parameter) -> str:
+        """Return the name of a placeholder."""
         return self._names[param]
 
 
 @dataclass(kw_only=True)
 class Stage:
-    """A stage of the pipeline that saved, or of the one to be.
+    """A stage of the original or of the new pipeline.
 
-    groups: names of each parameter group, in the optimizer's order; frozen ones too. frozen: of these, what is not in the optimizer now.
-    steps: own step counts (JSON) of thawed parameters.
+    Attributes:
+        groups: Parameter names of each group, frozen ones included, in the optimizer's order.
+        frozen: Those of them that are not in the optimizer.
+        steps: Step counts (JSON) of thawed parameters, which differ from their group's.
     """
 
     groups: list[list[str]]
@@ -69,11 +73,16 @@ class Stage:
     steps: dict[str, Any] = field(default_factory=dict)
 
     def active(self, index: int) -> list[str]:
+        """Return the names of a group's parameters that are in the optimizer, in its order."""
         return [name for name in self.groups[index] if name not in self.frozen]
 
 
 def entry_of(name: str) -> int:
-    """The index of a parameter's entry in the list of layers. ValueError for a parameter that belongs to none, or to several."""
+    """Return the index of a parameter's entry in the list of layers.
+
+    Raises:
+        ValueError: The parameter belongs to no entry, or to several.
+    """
     head = name.split(".")[0]
     if head.isdigit():
         return int(head)
@@ -82,25 +91,38 @@ def entry_of(name: str) -> int:
 
 
 def new_stages(old: Sequence[Stage], parts: Sequence[int]) -> list[Stage]:
-    """The same parameters on stages with these bounds, in each group by entry, as a model lists them."""
+    """Distribute the same parameters over stages with these bounds. Each group is sorted by entry, as in a model.
+
+    Args:
+        old: The original stages.
+        parts: The new bounds.
+    """
     made = []
     for first, end in pairwise(parts):
 
         def here(names: Iterable[str], first: int = first, end: int = end) -> list[str]:
-            return sorted((n for n in names if first <= entry_of(n) < end), key=entry_of)  # stable: within an entry as it was
+            return sorted(
+                (n for n in names if first <= entry_of(n) < end), key=entry_of
+            )  # stable: the order within an entry does not change
 
         groups = [here(n for stage in old for n in stage.groups[i]) for i in range(len(old[0].groups))]
         made.append(Stage(groups=groups, frozen=set(here(n for stage in old for n in stage.frozen))))
     return made
 
 
-# --- ZeRO-0: an entry a parameter -------------------------------------------------------------------------------------------------------
+# --- ZeRO-0: one entry per parameter ----------------------------------------------------------------------------------------------------
 
 
 def whole_states(old: Sequence[tuple[Stage, Mapping[str, Any], bool]], new: Stage) -> dict[str, Any]:
-    """The torch optimizer's state_dict of a new stage.
+    """Build the torch optimizer's state_dict of a new stage.
 
-    old: stages that the new one takes over from, with their state_dict and whether a group's step count is in its last parameter only.
+    Args:
+        old: The original stages from which it receives parameters: stage, state_dict, and whether only the last parameter of a group has
+            the current step count.
+        new: The new stage.
+
+    Raises:
+        ValueError: The original's groups and names do not match.
     """
     entries: dict[str, Any] = {}
     for stage, saved, shared in old:
@@ -127,9 +149,15 @@ def whole_states(old: Sequence[tuple[Stage, Mapping[str, Any], bool]], new: Stag
 
 @dataclass(kw_only=True)
 class FlatSource:
-    """A stage's flat partitions as they were saved.
+    """A stage's flat partitions in the original checkpoint.
 
-    shapes: names and numbers of elements of each group in buffer order. read: the optimizer_state_dict of a replica.
+    Attributes:
+        stage: The stage.
+        shapes: Names and numbers of elements of each group, in buffer order.
+        replicas: Number of replicas.
+        read: Returns the optimizer_state_dict of a replica.
+        params: The placeholders of all parameters.
+        layouts: The flat layout of each group, None for an empty one.
     """
 
     stage: Stage
@@ -154,34 +182,42 @@ class FlatSource:
                         )
 
     def entries(self, index: int, replica: int) -> Mapping[str, Any]:
-        """The torch optimizer's state of a group."""
+        """Return the torch optimizer's state of a group."""
         base = self.read(replica)[BASE_OPTIMIZER_STATE]
         found = base["state"].get(base["param_groups"][index]["params"][0], {})
         assert isinstance(found, Mapping)
         return found
 
     def flat(self, index: int, replica: int) -> dict[str, Tensor]:
-        """The master partition and every state that is laid out like it."""
+        """Return the master partition and every state of the same shape, by name."""
         states = {k: v for k, v in self.entries(index, replica).items() if isinstance(v, Tensor) and v.ndim > 0}
         return {MASTER: self.read(replica)[SINGLE_PARTITION_OF_FP32_GROUPS][index].detach()} | states
 
     def step(self, index: int) -> Any:
-        """The group's step count, None before its first step."""
+        """Return the group's step count, None before its first step."""
         return self.entries(index, 0).get("step")
 
     def step_of(self, name: str, index: int) -> Any:
+        """Return a parameter's own step count, else its group's."""
         return step_from_json(self.stage.steps[name]) if name in self.stage.steps else self.step(index)
 
 
 def layout_of(sizes: Mapping[str, int], replicas: int, params: Params) -> FlatLayout | None:
-    """How both wrappers lay out a group (Zero12Backend.layout, Bf16Backend.layout); None for an empty one."""
+    """Return the flat layout that both wrappers give a group (Zero12Backend.layout, Bf16Backend.layout); None for an empty one."""
     if not sizes:
         return None
     return FlatLayout(tuple(params.get(n, k) for n, k in sizes.items()), replicas, _ALIGNMENT * replicas, sizes=tuple(sizes.values()))
 
 
 class FlatTarget:
-    """A new stage's flat partitions."""
+    """The flat partitions of a new stage.
+
+    Args:
+        old: The original stages from which it receives parameters.
+        new: The new stage.
+        replicas: Number of replicas of the new pipeline.
+        params: The placeholders of all parameters.
+    """
 
     def __init__(self, old: Sequence[FlatSource], new: Stage, replicas: int, params: Params) -> None:
         self._old, self._new, self._replicas = old, new, replicas
@@ -197,10 +233,11 @@ class FlatTarget:
                     new.steps[name] = step_to_json(zero_step(base) if step is None else step)
 
     def param_shapes(self, shapes: Mapping[str, torch.Size]) -> list[dict[str, torch.Size]]:
+        """Return the shapes of each group's parameters, in buffer order."""
         return [{name: shapes[name] for name in group} for group in self._sizes]
 
     def state_dict(self, replica: int) -> dict[str, Any]:
-        """What the wrapper of this stage and replica would have saved."""
+        """Return the state_dict that DeepSpeed's wrapper would save on this stage and replica."""
         template = dict(self._old[0].read(0))
         base, is_zero = template[BASE_OPTIMIZER_STATE], ZERO_STAGE in template
         state, masters, paddings, alignments, mappings = {}, [], [], [], []
@@ -212,7 +249,7 @@ class FlatTarget:
             if flat or rest:
                 state[group["params"][0]] = rest | flat
             padding = 0 if layout is None else _padding(layout, replica, is_zero=is_zero)
-            if is_zero:  # an emptied group, which has a placeholder, is written as one without elements (checkpoint_layout.py)
+            if is_zero:  # an emptied group, which holds a placeholder, is saved without elements
                 master, padding = (master[: master.numel() - padding], padding) if layout is not None else (master[:0], _ALIGNMENT)
             masters.append(master)
             paddings.append(padding)
@@ -242,7 +279,7 @@ class FlatTarget:
         return made
 
     def _scalars(self, index: int) -> dict[str, Any]:
-        """What of a group's state is no flat tensor: its step count, the first parameter's old group's."""
+        """Return the part of a group's state that is not flat: the step count, from the first parameter's original group."""
         first = self._first[index]
         flat = first.flat(index, 0)
         return {k: v for k, v in first.entries(index, 0).items() if k not in flat}
@@ -258,8 +295,12 @@ class FlatTarget:
 
 
 def _padding(layout: FlatLayout, replica: int, *, is_zero: bool) -> int:
-    """group_paddings of a rank: what of its partition is behind the last parameter (stage_1_and_2.py); BF16_Optimizer counts all of it on
-    the last rank (bf16_optimizer.py)."""
+    """Return a rank's entry in group_paddings: the elements of its partition after the last parameter.
+
+    BF16_Optimizer counts all padding on the last rank.
+
+    Source: stage_1_and_2.py, bf16_optimizer.py.
+    """
     size, used = layout.partition_size, sum(layout.sizes)
     if is_zero:
         return min(size, max(0, (replica + 1) * size - used))
@@ -267,7 +308,14 @@ def _padding(layout: FlatLayout, replica: int, *, is_zero: bool) -> int:
 
 
 def copy_moves(moves: Sequence[Move], replica: int, read: Callable[[int], Mapping[str, Tensor]], into: Mapping[str, Tensor]) -> None:
-    """Carry out the part of `moves` that ends on `replica`, for every tensor in `into` that the source has."""
+    """Carry out the moves to one replica, for every tensor that the source has.
+
+    Args:
+        moves: All moves.
+        replica: The target.
+        read: Returns the source tensors of a replica, by name.
+        into: The target tensors, by name.
+    """
     mine = [m for m in moves if m.target == replica]
     for rank in sorted({m.source for m in mine}):
         for key, source in read(rank).items():
@@ -276,19 +324,34 @@ def copy_moves(moves: Sequence[Move], replica: int, read: Callable[[int], Mappin
                     into[key][m.target_offset : m.target_offset + m.numel].copy_(source[m.source_offset : m.source_offset + m.numel])
 
 
-# --- state that waits for a thaw --------------------------------------------------------------------------------------------------------
+# --- state that is kept for a thaw -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
 class KeptSource:
-    """A stage's kept state. read: what a replica holds back, as checkpoint_layout.kept_state gives it, or None."""
+    """The optimizer state that a stage keeps for a thaw.
+
+    Attributes:
+        read: Returns a replica's kept state, as Backend.kept_state does, or None.
+        params: The placeholders of all parameters.
+    """
 
     read: Callable[[int], tuple[Mapping[str, Any], Mapping[str, Tensor]] | None]
     params: Params
 
 
 def kept_states(old: Sequence[KeptSource], here: Callable[[str], bool], replicas: int, replica: int) -> Any:
-    """What a new stage's replica holds back: JSON and tensors, None where there is nothing. here: whether a parameter is on this stage."""
+    """Build the state that a replica of a new stage keeps for a thaw.
+
+    Args:
+        old: The original stages from which it receives parameters.
+        here: Whether a parameter is on the new stage.
+        replicas: Number of replicas of the new pipeline.
+        replica: The replica.
+
+    Returns:
+        JSON data and tensors, as Backend.kept_state does; None where there is nothing.
+    """
     about: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     for source in old:
@@ -303,16 +366,16 @@ def kept_states(old: Sequence[KeptSource], here: Callable[[str], bool], replicas
             sizes = {name: sum(s.numel for s in segments) for name, segments in pieces.items() if here(name)}
             if not sizes:
                 continue
-            stand_in = {name: source.params.get(name, size) for name, size in sizes.items()}
-            packed = PackedLayout({p: pieces[name] for name, p in stand_in.items()}, tuple(item["sizes"]))
+            placeholders = {name: source.params.get(name, size) for name, size in sizes.items()}
+            packed = PackedLayout({p: pieces[name] for name, p in placeholders.items()}, tuple(item["sizes"]))
             target = PackedLayout.of(
-                FlatLayout(tuple(stand_in.values()), replicas, replicas, sizes=tuple(sizes.values())), stand_in.values()
+                FlatLayout(tuple(placeholders.values()), replicas, replicas, sizes=tuple(sizes.values())), placeholders.values()
             )
             made = {key: torch.zeros(target.sizes[replica], dtype=t.dtype) for key, t in _of_replica(source, k, 0).items()}
-            moves = plan_moves(packed, target, stand_in.values())
+            moves = plan_moves(packed, target, placeholders.values())
             copy_moves(moves, replica, partial(_of_replica, source, k), made)
             tensors |= {f"{len(about)}/{key}": t for key, t in made.items()}
-            cut = {name: [[s.start, s.numel, s.rank, s.offset] for s in target.segments(p)] for name, p in stand_in.items()}
+            cut = {name: [[s.start, s.numel, s.rank, s.offset] for s in target.segments(p)] for name, p in placeholders.items()}
             steps = {name: step for name, step in item["steps"].items() if name in sizes}
             about.append({"pieces": cut, "sizes": list(target.sizes), "steps": steps})
     return ({"kept": about}, tensors) if about else None

@@ -1,9 +1,9 @@
 """The freeze state of a run without DeepSpeed, in files beside the user's own checkpoint.
 
-Whoever wrote the checkpoint (torch.distributed.checkpoint, torch.save, a Trainer): its optimizer has only the active layers, so the frozen
-set must be known before it is loaded. Two files of the user's folder hold it, in the formats of checkpoint.py:
-  smartfrz.safetensors          the freeze state; replaced in one piece
-  smartfrz_kept_N.safetensors   optimizer state that rank N holds back for a thaw (keep_state), where there is any
+However the checkpoint was written (torch.distributed.checkpoint, torch.save, a Trainer), its optimizer has only the active layers, so the
+frozen set must be restored before it is loaded. Two files in the user's folder hold it, in the formats of files.py:
+  smartfrz.safetensors          the freeze state, replaced atomically
+  smartfrz_kept_N.safetensors   optimizer state that rank N keeps for a thaw (keep_state), if any
 """
 
 from __future__ import annotations
@@ -19,10 +19,15 @@ from .files import SIDE_FILE, digest_of, kept_file, pack, pack_tensors, read_kep
 
 
 def save_beside(controller: Controller, backend: TorchBackend, folder: str | Path) -> None:
-    """Write the freeze state into `folder`. Collective, between steps.
+    """Write the freeze state into a folder. Collective, between steps.
+
+    Args:
+        controller: The run's controller.
+        backend: Its backend.
+        folder: The checkpoint's folder, created if missing.
 
     Raises:
-        OSError or RuntimeError: a file can't be written, on every rank.
+        OSError, RuntimeError: Some rank cannot write a file. Raised on every rank.
     """
     folder, ranks = Path(folder), controller.ranks
     controller.freeze_state.sync()
@@ -46,10 +51,15 @@ def save_beside(controller: Controller, backend: TorchBackend, folder: str | Pat
 
 
 def restore_from(controller: Controller, backend: TorchBackend, folder: str | Path) -> None:
-    """Bring the layout to what `save_beside` wrote, and take the freeze state up. Collective, at a step boundary.
+    """Restore the frozen set and the freeze state that `save_beside` wrote. Collective, at a step boundary.
+
+    Args:
+        controller: The run's controller.
+        backend: Its backend.
+        folder: The checkpoint's folder.
 
     Raises:
-        ValueError: there is no freeze state, it is damaged or of another model; nothing was changed.
+        ValueError: The freeze state is missing, damaged or of another model. Nothing was changed.
     """
     folder, ranks = Path(folder), controller.ranks
     whole: dict[str, Any] = {}
@@ -74,8 +84,8 @@ def restore_from(controller: Controller, backend: TorchBackend, folder: str | Pa
             ranks.run_on_all_ranks(look)
         elif ranks.rank == 0:
             warnings.warn(
-                f"smartfrz: {folder} was saved by {state['world']} rank(s) in another way: optimizer state that was held back for a thaw "
-                "is lost, layers that are thawed begin with fresh moments",
+                f"smartfrz: {folder} was saved by {state['world']} rank(s) in another way: the optimizer state that was kept for a thaw "
+                "is lost, so thawed layers start with fresh moments",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -91,8 +101,8 @@ def _read(folder: Path) -> dict[str, Any]:
     path = folder / SIDE_FILE
     if not path.is_file():
         raise ValueError(
-            f"{path} is missing: controller.save({str(folder)!r}) writes it, beside the checkpoint of the same step. Where the run was "
-            "killed while it saved, go on from the checkpoint before"
+            f"{path} is missing: controller.save({str(folder)!r}) writes it, beside the checkpoint of the same step. If the run was "
+            "killed during a save, resume from the previous checkpoint"
         )
     try:
         return unpack(path.read_bytes())

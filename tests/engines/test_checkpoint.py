@@ -150,7 +150,7 @@ def test_resume_is_bit_identical_everywhere(long_run: tuple[Path, Saw], name: st
         "lost": ["smartfrz.safetensors is missing"],
         "damaged": ["is damaged"],
         "truncated": ["incomplete", "zero_pp_rank_1_mp_rank_00_optim_states.pt"],
-        "unfinished": ["its save never ended"],
+        "unfinished": ["its save did not finish"],
         "model_states": ["can't be read"],
         "fewer_layers": ["does not match this model", "blocks.4"],
         "other_sizes": ["does not match this model", "'embeddings' has 128 weights in the checkpoint, 192 in the model"],
@@ -333,7 +333,7 @@ def test_a_state_comes_back_exactly() -> None:
     "data", [b"", b"\x08\0\0\0\0\0\0\0{}      ", pack({"history": {}})[:-1], pack({"history": {}}).replace(b'"1"', b'"9"')]
 )
 def test_bytes_that_are_no_state(data: bytes) -> None:
-    with pytest.raises(ValueError, match=r"it is no freeze state|it has format 9"):
+    with pytest.raises(ValueError, match=r"it is not a freeze state|it has format 9"):
         unpack(data)
 
 

@@ -258,7 +258,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(two: Path, tmp_path: Path) 
     robin = config | {"zero_optimization": config["zero_optimization"] | {"round_robin_gradients": True}}
     wrong = {
         "is incomplete: layer_03": changed("a", lambda f: (f / "layer_03-model_states.pt").unlink(), listed=False),
-        "is no pipeline's checkpoint": changed("b", side(parts=None)),
+        "is not a pipeline checkpoint": changed("b", side(parts=None)),
         "is damaged: its digest": changed("c", side(step=5)),
         "zero_optimization.round_robin_gradients: the checkpoint has True": changed("d", model(ds_config=robin)),
         "was saved by DeepSpeed 0.17.0": changed("e", model(ds_version="0.17.0")),
@@ -269,7 +269,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(two: Path, tmp_path: Path) 
         with pytest.raises(ValueError, match=text):
             reshape(folder, 1, 2, output=tmp_path / "none")
     digest = {"smartfrz_ds": {"format": 1, "tag": "global_step4"}}
-    for text, new in (("topology of your own", {"privates": turned}), ("earlier smartfrz_ds", {"privates": [{"steps": {}}] * 2})):
+    for text, new in (("a custom topology", {"privates": turned}), ("earlier smartfrz_ds", {"privates": [{"steps": {}}] * 2})):
         folder = changed(text[:3], side(**new))
         data = (folder / "global_step4" / SIDE_FILE).read_bytes()
         model(smartfrz_ds=digest["smartfrz_ds"] | {"digest": digest_of(data)})(folder / "global_step4")
