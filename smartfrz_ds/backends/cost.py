@@ -1,7 +1,7 @@
-"""How long training will stand still for a freeze, and how many bytes it moves, before it happens.
+"""Predicts the pause of a freeze and the bytes that it moves.
 
-The bytes are exact: they are read off the layouts that the freeze will lead from and to. The time is those bytes over measured bandwidths,
-plus a latency for each exchange. The same arithmetic, on paper for a large model, is in docs/cost-of-a-freeze.md.
+The bytes are exact: they are computed from the flat layouts before and after the freeze. The time is those bytes over measured bandwidths,
+plus a latency for each exchange. docs/cost-of-a-freeze.md does the same arithmetic for a large model.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from smartfrz_ds.distributed.devices import synchronize
 from .base import Backend
 
 _PROBE_BYTES = 4 * 2**20
-# Exchanges of a few bytes with which the ranks agree before and after (agree.py).
+# Exchanges of a few bytes in which the ranks agree before and after (distributed/collectives.py).
 _AGREEMENTS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bandwidths:
-    """What this cluster moves.
+    """Measured bandwidths of the cluster.
 
-    network: bytes/s that one rank sends, and receives at the same time, in an all-to-all of the data-parallel ranks.
-    memory: bytes/s of a copy into new memory, where the weights live.
-    host_link: bytes/s between the device and the host; infinite where both are one memory.
-    latency: seconds of the smallest exchange.
+    Attributes:
+        network: Bytes/s that one rank sends, and receives at the same time, in an all-to-all of the data-parallel ranks.
+        memory: Bytes/s of a copy into new memory on the device of the weights.
+        host_link: Bytes/s between the device and the host; infinite if both are the same memory.
+        latency: Seconds of the smallest exchange.
     """
 
     network: float
@@ -42,14 +43,15 @@ class Bandwidths:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a change of the layout does, in bytes.
+    """The bytes of a freeze or thaw.
 
-    moved_bytes: bytes that cross ranks, over all ranks.
-    busiest_bytes: bytes that the busiest rank sends or receives, added up over the exchanges: what the time depends on.
-    least_busiest_bytes: the same if all exchanges ran at once: no order of them can do with less.
-    exchanges: number of all-to-all exchanges, one after the other.
-    copied_bytes: bytes written into new memory, one after the other.
-    linked_bytes: bytes that go from device to host or back, one after the other.
+    Attributes:
+        moved_bytes: Bytes sent between ranks, over all ranks.
+        busiest_bytes: Bytes that the busiest rank sends or receives, summed over the exchanges. They determine the time.
+        least_busiest_bytes: The same if all exchanges ran at once: a lower bound for any order of them.
+        exchanges: Number of consecutive all-to-all exchanges.
+        copied_bytes: Bytes copied into new memory.
+        linked_bytes: Bytes copied between device and host.
     """
 
     moved_bytes: int = 0
@@ -63,14 +65,20 @@ class Cost:
         return Cost(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
     def seconds(self, speed: Bandwidths) -> float:
-        """The pause that this costs, in seconds."""
+        """Return the pause in seconds."""
         moving = self.busiest_bytes / speed.network + (self.exchanges + _AGREEMENTS) * speed.latency
         return moving + self.copied_bytes / speed.memory + self.linked_bytes / speed.host_link
 
 
 @dataclass(frozen=True, kw_only=True)
 class PausePrediction:
-    """seconds: the predicted pause. moved_bytes: bytes that will cross ranks, over all ranks. cost: the bytes behind it."""
+    """A predicted pause.
+
+    Attributes:
+        seconds: The pause in seconds.
+        moved_bytes: Bytes sent between ranks, over all ranks.
+        cost: All bytes.
+    """
 
     seconds: float
     moved_bytes: int
@@ -81,19 +89,23 @@ class PausePrediction:
 
 
 def predict_pause(backend: Backend, out: Collection[Parameter], speed: Bandwidths, *, keep: bool = False) -> PausePrediction:
-    """The pause of a change after which exactly the parameters `out` are out of the optimizer: freezes and thaws.
+    """Predict the pause of a freeze or thaw. Changes nothing and communicates nothing; the same on every rank.
 
-    Changes nothing, communicates nothing; the same on every rank.
-    keep: the released state is held on the host (`keep_state`).
+    Args:
+        backend: The engine's backend.
+        out: All parameters that are outside of the optimizer afterwards.
+        speed: Measured bandwidths.
+        keep: Whether the released state is kept on the host (`keep_state`).
     """
     cost = backend.change_cost(set(out), keep=keep)
     return PausePrediction(seconds=cost.seconds(speed), moved_bytes=cost.moved_bytes, cost=cost)
 
 
 def measure_bandwidths(device: torch.device) -> Bandwidths:
-    """Measure this cluster with a few megabytes, in some milliseconds. Collective; rank 0's figures, on every rank.
+    """Measure the bandwidths with a few megabytes, in some milliseconds. Collective; every rank returns rank 0's values.
 
-    device: where the engine's parameters live.
+    Args:
+        device: The device of the engine's parameters.
     """
     probe = torch.ones(_PROBE_BYTES, dtype=torch.uint8, device=device)
     memory = _PROBE_BYTES / _best_of(lambda: probe.clone(), device)
@@ -115,7 +127,7 @@ def measure_bandwidths(device: torch.device) -> Bandwidths:
 
 
 def _best_of(action: Callable[[], object], device: torch.device, times: int = 3) -> float:
-    """Seconds of the fastest of a few calls after a first one that warms up."""
+    """Return the seconds of the fastest of a few calls, after a warm-up call."""
     fastest = math.inf
     for turn in range(times + 1):
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""All that knows the inside of an engine. `make_backend` picks the one that fits."""
+"""Selects the backend of a DeepSpeed engine."""
 
 from __future__ import annotations
 
@@ -30,12 +30,15 @@ from .base import Backend, Released, Sampler, SampleRequest
 def make_backend(
     engine: DeepSpeedEngine, *, zero3_frozen: FrozenStorage = "sharded", allow_untested_versions: bool = False
 ) -> DeepSpeedBackend:
-    """The backend for this engine.
+    """Create the backend for an engine.
 
-    zero3_frozen: where ZeRO-3 keeps the weights of frozen layers, see Zero3Backend.
+    Args:
+        engine: The engine.
+        zero3_frozen: Where ZeRO-3 keeps the weights of frozen layers, see Zero3Backend.
+        allow_untested_versions: The setting of that name.
 
     Raises:
-        ValueError: an untested DeepSpeed, or something in use that freezing does not work with yet, by name.
+        ValueError: An untested DeepSpeed, or an unsupported feature, by name.
     """
     warning = check_version(allow_untested=allow_untested_versions)
     check_engine(engine)
@@ -62,7 +65,7 @@ def make_backend(
 
 
 def _variant(wrapper: Any, known: type) -> bool:
-    """Whether this is a subclass that DeepSpeed made of one of its wrappers (SuperOffload's, ZenFlow's): it steps in another way."""
+    """Whether this is a DeepSpeed subclass of one of its wrappers (SuperOffload, ZenFlow), which steps differently."""
     own = type(wrapper)
     return own is not known and known is not Optimizer and own.__module__.split(".")[0] == "deepspeed"
 

@@ -1,7 +1,7 @@
-"""Optimizer state that need not be laid out like its parameter: quantized moments with their scales, factored ones, matrices of a SOAP.
+"""Optimizer state that need not have its parameter's shape: quantized moments with their scales, factored moments, SOAP's matrices.
 
-Where the optimizer has an entry for each parameter, such state goes and comes back whole, whatever is in it. A flat partition is another
-matter: it holds many parameters, and what can't be cut at their borders can't follow them.
+If the optimizer has one entry per parameter, such state is released and restored as a whole, whatever it contains. A flat partition holds
+many parameters: state that cannot be cut at their borders cannot follow them.
 """
 
 from __future__ import annotations
@@ -16,15 +16,22 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn import Parameter
 
-# Beginnings of the names of optimizers whose update of one weight depends on the others of its tensor, in lower case: in a flat
-# partition a layer that leaves would change how the rest is trained, even where the state has the partition's shape.
+# Prefixes, in lower case, of the names of optimizers whose update of one weight depends on the others of its tensor: in a flat partition,
+# removing a layer would change how the rest is trained, even if the state has the partition's shape.
 _WHOLE_TENSOR = ("adafactor", "shampoo", "distributedshampoo", "soap", "lars", "came", "adammini", "adam_mini", "galore", "apollo")
 _QUANTIZED = ("8bit", "4bit", "fp8")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """This rank's part of a DTensor, on the host. placements: "S0" (cut along dimension 0) or "R", one a dimension of the mesh."""
+    """This rank's part of a DTensor, on the host.
+
+    Attributes:
+        local: The local tensor.
+        placements: "S0" (cut along dimension 0) or "R", one per dimension of the mesh.
+        shape: Shape of the whole tensor.
+        stride: Strides of the whole tensor.
+    """
 
     local: Tensor
     placements: tuple[str, ...]
@@ -32,15 +39,17 @@ class Piece:
     stride: tuple[int, ...]
 
     def about(self) -> dict[str, Any]:
+        """Return everything but the tensor, JSON-serializable."""
         return {"placements": list(self.placements), "shape": list(self.shape), "stride": list(self.stride)}
 
     @classmethod
     def of(cls, local: Tensor, about: Mapping[str, Any]) -> Piece:
+        """Rebuild a piece from its tensor and the output of `about`."""
         return cls(local, tuple(about["placements"]), tuple(about["shape"]), tuple(about["stride"]))
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The plain tensors of a state entry: those in lists and dictionaries, and the inner ones of a tensor subclass (a DTensor's shard)."""
+    """Yield the plain tensors of a state entry: those in lists and dicts, and the inner ones of a tensor subclass (a DTensor's shard)."""
     if isinstance(value, Tensor):
         if hasattr(value, "__tensor_flatten__"):
             for name in value.__tensor_flatten__()[0]:
@@ -58,12 +67,12 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def state_tensors(state: Mapping[Any, Mapping[str, Any]]) -> list[Tensor]:
-    """The plain tensors of a whole optimizer's state that have a dimension."""
+    """Return the plain tensors with at least one dimension in an optimizer's state."""
     return [t for entries in state.values() for t in tensors_in(entries) if t.ndim > 0]
 
 
 def to_host(value: Any) -> Any:
-    """A copy on the host of a state entry; of a DTensor this rank's part. A scalar stays on its device: it is a step count."""
+    """Copy a state entry to the host; of a DTensor, this rank's part. A scalar, which is a step count, stays on its device."""
     if isinstance(value, DTensor):
         placements = tuple(f"S{p.dim}" if isinstance(p, Shard) else "R" if isinstance(p, Replicate) else str(p) for p in value.placements)
         # torch/distributed/tensor/_api.py: to_local() would record a gradient
@@ -74,10 +83,13 @@ def to_host(value: Any) -> Any:
 
 
 def to_device(value: Any, param: Tensor, *, scalars_beside: bool) -> Any:
-    """The inverse of `to_host`, for the state of `param`.
+    """Copy a state entry from the output of `to_host` to the device of its parameter.
 
     Args:
-        scalars_beside: whether step counts live beside the weights (a fused or capturable optimizer); else they stay where they are.
+        value: The state entry.
+        param: The parameter.
+        scalars_beside: Whether step counts belong on the parameter's device (a fused or capturable optimizer). Otherwise they are not
+            moved.
     """
     home = param._local_tensor if isinstance(param, DTensor) else param
     if isinstance(value, Piece):
@@ -91,19 +103,23 @@ def to_device(value: Any, param: Tensor, *, scalars_beside: bool) -> Any:
 
 
 def scalars_beside(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether torch keeps this optimizer's step counts on the device (torch/optim/optimizer.py, as its load_state_dict decides)."""
+    """Whether torch keeps this optimizer's step counts on the device (torch/optim/optimizer.py: load_state_dict)."""
     return any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
 
 
 def pack_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """One parameter's kept state as JSON and tensors; None where a tensor subclass is in it, for which there is no file format here."""
+    """Split one parameter's kept state into JSON data and tensors.
+
+    Returns:
+        None, with a warning, if the state has a tensor subclass, which cannot be stored in a file here.
+    """
     tensors: dict[str, Tensor] = {}
     about: dict[str, Any] = {"numbers": {}, "pieces": {}, "nested": {}}
     for key, value in state.items():
         if _has_subclass(value):
             warnings.warn(
-                f"smartfrz: optimizer state ({key!r}, a {type(value).__name__}) that is held back for a thaw is not in the checkpoint: "
-                "after a resume, layers that are thawed begin with fresh moments",
+                f"smartfrz: optimizer state ({key!r}, a {type(value).__name__}) that is kept for a thaw is not in the checkpoint: "
+                "after a resume, thawed layers start with fresh moments",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -116,11 +132,11 @@ def pack_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tens
             about["numbers"][key] = value
         else:
             about["nested"][key] = _encoded(value, key, tensors)
-    return about, {key: t.clone() for key, t in tensors.items()}  # a file can't hold one storage twice, such as a shared table
+    return about, {key: t.clone() for key, t in tensors.items()}  # a file cannot hold one storage twice, such as a shared table
 
 
 def unpack_state(about: Mapping[str, Any], tensors: Mapping[str, Tensor], param: Parameter) -> dict[str, Any]:
-    """The inverse. param: whose state it is."""
+    """Rebuild a parameter's kept state from the output of `pack_state`."""
     state: dict[str, Any] = dict(about["numbers"])
     used: set[str] = set()
     for key, form in about.get("nested", {}).items():
@@ -138,7 +154,7 @@ def unpack_state(about: Mapping[str, Any], tensors: Mapping[str, Tensor], param:
 
 
 def why_uncuttable(optimizer: torch.optim.Optimizer, masters: Sequence[Tensor]) -> str:
-    """Why the state of these flat partitions can't be cut at a parameter's borders; "" where it can, or where there is none yet."""
+    """Return why the state of these flat partitions cannot be cut at parameter borders; "" if it can, or if there is none yet."""
     name = type(optimizer).__name__
     for master in masters:
         entries = optimizer.state.get(master, {})
@@ -154,14 +170,13 @@ def why_uncuttable(optimizer: torch.optim.Optimizer, masters: Sequence[Tensor]) 
                 continue  # a number, a name
             form = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             kind = "" if plain else f" {type(value).__name__}" if isinstance(value, Tensor) else ""
-            return (
-                f"{name} keeps{kind} state that is not laid out like the weights ({key!r} is {form}, the partition {tuple(master.shape)})"
-            )
+            shapes = f"{key!r} is {form}, the partition {tuple(master.shape)}"
+            return f"{name} keeps{kind} state that is not laid out like the weights ({shapes})"
     return ""
 
 
 def will_be_uncuttable(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether that can be told from the optimizer alone, before its first step has made the state."""
+    """Whether the optimizer's state will be uncuttable, judged by its class and settings before the first step creates the state."""
     name = type(optimizer).__name__.lower()
     # bitsandbytes/optim/optimizer.py: args.optim_bits; torchao names its classes by their bits
     bits = getattr(getattr(optimizer, "args", None), "optim_bits", 32)
@@ -169,9 +184,9 @@ def will_be_uncuttable(optimizer: torch.optim.Optimizer) -> bool:
 
 
 class Overrides:
-    """bitsandbytes' settings of single parameters (GlobalOptimManager), which it finds by position: they follow their parameters.
+    """Moves bitsandbytes' settings of single parameters (GlobalOptimManager), which it looks up by position, with their parameters.
 
-    Touched in bitsandbytes 0.50, optim/optimizer.py: Optimizer8bit.mng, GlobalOptimManager.index2config.
+    Private attributes of bitsandbytes 0.50 used here: optim/optimizer.py: Optimizer8bit.mng, GlobalOptimManager.index2config.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -179,7 +194,7 @@ class Overrides:
         self._of: dict[Tensor, Any] = {}
 
     def before(self) -> None:
-        """Before parameters leave their groups or come back."""
+        """Note the settings before parameters leave their groups or return."""
         table = self._table()
         for g, group in enumerate(self._optimizer.param_groups if table else ()):
             for i, param in enumerate(group["params"]):
@@ -187,7 +202,7 @@ class Overrides:
                     self._of[param] = table[g, i]
 
     def after(self) -> None:
-        """Afterwards."""
+        """Restore the settings at the parameters' new positions."""
         if not self._of:
             return
         table = self._table()

@@ -1,7 +1,7 @@
-"""The layers of a PipelineModule: the same on every rank, though each rank holds the modules and weights of its own stage only.
+"""The layers of a PipelineModule: the same on every rank, although each rank holds only the modules and weights of its own stage.
 
-Touched in DeepSpeed 0.19.8: runtime/pipe/module.py  forward_funcs, _local_start, _local_stop, _layer_specs, tied_modules,
-tied_weight_attrs, _recursive_getattr
+Private attributes of DeepSpeed 0.19.8 used here:
+  runtime/pipe/module.py   forward_funcs, _local_start, _local_stop, _layer_specs, tied_modules, tied_weight_attrs, _recursive_getattr
 """
 
 from __future__ import annotations
@@ -18,10 +18,20 @@ from smartfrz_ds.model.layers import Layer, LayerKind
 
 
 class PipelineLayer(Layer):
-    """One freezable unit of a pipeline: the entries [first, last] of the PipelineModule's list of layers.
+    """A freezable layer of a pipeline: the entries [first, last] of the PipelineModule's list of layers.
 
-    numel: trainable weights on all stages together, each counted once. modules, params: those that this rank holds now; a layer can move.
-    lends, borrows: keys of tied weights of which this layer is the front or the rear user.
+    Args:
+        pipe: The pipeline.
+        name: Name of the layer.
+        kind: "embedding", "block" or "head".
+        position: Position among the layers, from 0.
+        first: Its first entry.
+        last: Its last entry, inclusive.
+        numel: Number of trainable weights on all stages together, each counted once.
+
+    Attributes:
+        lends: Keys of tied weights of which this layer is the front user.
+        borrows: Keys of tied weights of which this layer is the rear user.
     """
 
     def __init__(self, pipe: PipelineModule, *, name: str, kind: LayerKind, position: int, first: int, last: int, numel: int) -> None:
@@ -34,7 +44,7 @@ class PipelineLayer(Layer):
             object.__setattr__(self, key, value)  # Layer is a frozen dataclass
         for p in self._held():
             if not p.requires_grad:
-                p.smartfrz_user_frozen = True  # type: ignore[attr-defined] # on the parameter: a layer can move
+                p.smartfrz_user_frozen = True  # type: ignore[attr-defined] # on the parameter, as a layer can move to another stage
 
     pipe: PipelineModule
     first: int
@@ -45,47 +55,52 @@ class PipelineLayer(Layer):
 
     @property
     def numel(self) -> int:
+        """Number of trainable weights on all stages together."""
         return self.total
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
-        # on one stage a tied module is the front layer's alone: what freezing does to it is for that layer's use
+        """The modules that this rank holds at present; a layer can move."""
+        # On one stage a tied module belongs to the front layer alone: freezing acts on that layer's use of it.
         fronts = {rear: front for front, rear in tied_uses(self.pipe).values() if front != rear}
         own = [i for i in range(self.first, self.last + 1) if i not in fronts or module_at(self.pipe, fronts[i]) is None]
         return tuple(dict.fromkeys(m for i in own if (m := module_at(self.pipe, i)) is not None))
 
     @property
     def params(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that this rank holds at present, without borrowed ones and those that the user froze."""
         lent = {id(p) for key in self.borrows for p in _tied_module(self.pipe, key)}
         return tuple(p for p in self._held() if id(p) not in lent and not getattr(p, "smartfrz_user_frozen", False))
 
     @property
     def representative(self) -> tuple[nn.Parameter, ...]:
-        """Of the first entry, which is on one stage."""
+        """The parameters of the first entry, which are on one stage."""
         module = module_at(self.pipe, self.first)
         own = {id(p) for p in module.parameters()} if module is not None else set()
         return tuple(p for p in self.params if id(p) in own)
 
     @property
     def tied(self) -> tuple[nn.Parameter, ...]:
-        """Where both uses are on this stage; else the weight has two copies (`copies`)."""
+        """The tied weights of which both uses are on this stage; otherwise the weight has two copies (`copies`)."""
         uses = tied_uses(self.pipe)
         here = [key for key in self.lends if all(module_at(self.pipe, i) is not None for i in uses[key])]
         return tuple(p for key in here for p in _trainable(shared_weights(self.pipe, key)))
 
     @property
     def borrowed(self) -> tuple[nn.Parameter, ...]:
+        """The tied weights on this stage that this layer shares with the first one."""
         uses = tied_uses(self.pipe)
         here = [key for key in self.borrows if module_at(self.pipe, uses[key][1]) is not None]
         return tuple(p for key in here for p in _trainable(shared_weights(self.pipe, key)))
 
     @property
     def is_borrower(self) -> bool:
+        """Whether this layer shares a weight with the first one."""
         return bool(self.borrows)
 
     @property
     def copies(self) -> tuple[nn.Parameter, ...]:
-        """This rank's copies of weights of this layer, which itself is on another stage."""
+        """This rank's copies of tied weights of this layer, if the layer itself is on another stage."""
         uses = tied_uses(self.pipe)
         here = [key for key in self.lends if module_at(self.pipe, uses[key][0]) is None]
         return tuple(p for key in here for p in _trainable(shared_weights(self.pipe, key)))
@@ -95,7 +110,7 @@ class PipelineLayer(Layer):
 
 
 def module_at(pipe: PipelineModule, index: int) -> nn.Module | None:
-    """The module of entry `index` of the whole list, None where another stage holds it or where it is a plain function."""
+    """Return the module of an entry of the whole list, None if another stage holds it or if it is a plain function."""
     # runtime/pipe/module.py: forward_funcs holds the entries [_local_start, _local_stop); a tied entry may be a partial of a function
     if not pipe._local_start <= index < pipe._local_stop:
         return None
@@ -107,13 +122,13 @@ def module_at(pipe: PipelineModule, index: int) -> nn.Module | None:
 
 
 def held_modules(pipe: PipelineModule) -> dict[int, nn.Module]:
-    """The modules of the entries that this rank holds; functions have none."""
+    """Return the modules of the entries that this rank holds; functions have none."""
     here = {index: module_at(pipe, index) for index in range(pipe._local_start, pipe._local_stop)}
     return {index: module for index, module in here.items() if module is not None}
 
 
 def tied_uses(pipe: PipelineModule) -> dict[str, tuple[int, int]]:
-    """Of each key of tied layers (TiedLayerSpec): the entries that use it first and last."""
+    """Return, for each key of tied layers (TiedLayerSpec), the first and the last entry that uses it."""
     uses: dict[str, list[int]] = {}
     for index, spec in enumerate(pipe._layer_specs):
         if isinstance(spec, TiedLayerSpec):
@@ -122,7 +137,7 @@ def tied_uses(pipe: PipelineModule) -> dict[str, tuple[int, int]]:
 
 
 def shared_weights(pipe: PipelineModule, key: str) -> list[nn.Parameter]:
-    """This rank's copies of the weights that a key ties; empty where neither use is here."""
+    """Return this rank's copies of the weights that a key ties; empty if neither use is on this stage."""
     if key not in pipe.tied_modules:
         return []
     return [pipe._recursive_getattr(pipe.tied_modules[key], name) for name in pipe.tied_weight_attrs[key]]
@@ -137,7 +152,16 @@ def _trainable(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
 
 
 def _check_tied(pipe: PipelineModule, first: tuple[int, int], last: tuple[int, int]) -> None:
-    """Raise ValueError for tied layers that can't be frozen one-sidedly. first, last: the entries of the first and the last layer."""
+    """Check that tied layers can be frozen on one side.
+
+    Args:
+        pipe: The pipeline.
+        first: First and last entry of the first layer.
+        last: First and last entry of the last layer.
+
+    Raises:
+        ValueError: Some key ties other layers than the first and the last one.
+    """
     for key, (front, rear) in tied_uses(pipe).items():
         count = sum(isinstance(spec, TiedLayerSpec) and spec.key == key for spec in pipe._layer_specs)
         if count != 2 or not first[0] <= front <= first[1] or not last[0] <= rear <= last[1]:
@@ -149,12 +173,14 @@ def _check_tied(pipe: PipelineModule, first: tuple[int, int], last: tuple[int, i
 
 
 def pipeline_layers(pipe: PipelineModule) -> tuple[PipelineLayer, ...]:
-    """The layers, front to back, the head last. Collective; the same on every rank.
+    """Find the layers, front to back, the head last. Collective; the same on every rank.
 
-    Entries of the class that occurs most often, and of those at least half as frequent, are the blocks; what has weights in front of the
-    first is "embeddings", what has weights behind the last is "head". Without repeated classes each entry with weights is a layer, and the
-    last one the head.
-    Raises ValueError for a pipeline without trainable weights, and for tied layers other than one in the first and one in the last layer.
+    The blocks are the entries of the most frequent class, and of classes at least half as frequent. Entries with weights in front of the
+    first block are "embeddings", those after the last block "head". Without repeated classes each entry with weights is a layer, and the
+    last one is the head.
+
+    Raises:
+        ValueError: The pipeline has no trainable weights, or ties other layers than the first and the last one.
     """
     mine = [_describe(pipe, i) for i in range(pipe._local_start, pipe._local_stop)]
     told: list[Any] = [None] * dist.get_world_size()
@@ -205,7 +231,7 @@ def pipeline_layers(pipe: PipelineModule) -> tuple[PipelineLayer, ...]:
 
 
 def user_frozen_entries(pipe: PipelineModule) -> tuple[str, ...]:
-    """The names that entries would have as layers, had the user not frozen all of their weights. Collective; the same on every rank."""
+    """Return the layer names of the entries of which the user froze all weights. Collective; the same on every rank."""
     held = held_modules(pipe)
     mine = [i for i, module in held.items() if (ps := list(module.parameters())) and not any(p.requires_grad for p in ps)]
     told: list[Any] = [None] * dist.get_world_size()

@@ -1,11 +1,11 @@
-"""The 1F1B schedule of a pipeline whose front is frozen: DeepSpeed's own, without what no longer has a use.
+"""The 1F1B schedule of a pipeline with a frozen front: DeepSpeed's schedule without its useless instructions.
 
-A stage whose layers are all frozen, with nothing active in front of it, runs forward without a graph, sends, and lets go of its buffers.
-The first active stage computes no gradient of its input and sends none. Sends and receives fall away in pairs, within the same step of both
-schedules, so the order of the rest is DeepSpeed's and nothing can wait for ever. Every stage keeps its OptimizerStep: it counts steps,
-drives the learning rate, and all stages meet in it.
+A stage with only frozen layers, and nothing active in front of it, runs forward without a graph, sends, and frees its buffers. The first
+active stage neither computes nor sends a gradient of its input. Sends and receives are removed in pairs, within the same step of both
+schedules, so the order of the remaining ones is DeepSpeed's and no stage can wait indefinitely. Every stage keeps its OptimizerStep, which
+counts steps, drives the learning rate and synchronizes all stages.
 
-Touched in DeepSpeed 0.19.8:
+Private attributes of DeepSpeed 0.19.8 used here:
   runtime/pipe/schedule.py  TrainSchedule.steps, num_pipe_buffers
   runtime/pipe/engine.py    pipe_buffers, _exec_forward_pass, _exec_recv_activations, _INSTRUCTION_MAP
 """
@@ -21,24 +21,30 @@ from deepspeed.runtime.pipe.schedule import PipeInstruction, TrainSchedule
 
 
 class FrozenForwardPass(schedule.BufferOpInstruction):  # type: ignore[misc]
-    """A forward without a graph."""
+    """Run a forward without a graph."""
 
 
 class FreeBuffer(schedule.BufferOpInstruction):  # type: ignore[misc]
-    """Let go of what a buffer holds."""
+    """Free a buffer."""
 
 
 class FreeInput(schedule.BufferOpInstruction):  # type: ignore[misc]
-    """Let go of a buffer's input: no gradient of it will be sent, which is where DeepSpeed frees it."""
+    """Free a buffer's input. DeepSpeed frees it when it sends the gradient, which is not sent here."""
 
 
 class RecvConstant(schedule.BufferOpInstruction):  # type: ignore[misc]
-    """Receive activations of which no gradient is wanted."""
+    """Receive activations that need no gradient."""
 
 
 class PrunedTrainSchedule(TrainSchedule):  # type: ignore[misc]
-    """first_active: the stage that holds the first active layer; those in front of it are wholly frozen. 0: nothing is pruned.
-    reduces: whether a frozen stage still runs ReduceGrads, as a wrapper with a placeholder needs for its step (a few zeros).
+    """The schedule of one stage.
+
+    Args:
+        micro_batches: Micro-batches per step.
+        stages: Number of stages.
+        stage_id: This stage.
+        first_active: The stage with the first active layer; all stages in front of it are entirely frozen. 0: nothing is removed.
+        reduces: Whether a frozen stage still runs ReduceGrads: a wrapper with a placeholder needs it for its step (a few zeros).
     """
 
     def __init__(self, micro_batches: int, stages: int, stage_id: int, first_active: int, *, reduces: bool = False) -> None:
@@ -48,14 +54,15 @@ class PrunedTrainSchedule(TrainSchedule):  # type: ignore[misc]
 
     @property
     def is_frozen(self) -> bool:
-        """Whether this stage is wholly frozen, with nothing active in front."""
+        """Whether this stage is entirely frozen, with nothing active in front of it."""
         return self.stage_id < self.first_active
 
     def num_pipe_buffers(self) -> int:
-        """A frozen stage holds the micro-batch that it computes and the one that it sends."""
+        """Return the number of buffers: a frozen stage holds only the micro-batch that it computes and the one that it sends."""
         return 2 if self.is_frozen else super().num_pipe_buffers()
 
     def steps(self) -> Iterator[list[PipeInstruction]]:
+        """Yield the instructions of each step."""
         for commands in super().steps():
             yield [new for command in commands for new in self._instead_of(command)]
 
@@ -81,25 +88,35 @@ class PrunedTrainSchedule(TrainSchedule):  # type: ignore[misc]
 
 
 def wrap_instruction(engine: Any, kind: type, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Let this engine run `wrapper(what it does now)` for an instruction, for a bench that counts."""
+    """Wrap an engine's method for one instruction, for a bench that counts.
+
+    Args:
+        engine: The PipelineEngine.
+        kind: The instruction's class.
+        wrapper: Takes the current method and returns the new one.
+    """
     engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, kind: wrapper(engine._INSTRUCTION_MAP[kind])}
 
 
 def frozen_forward_pass(engine: Any, buffer_id: int) -> None:
+    """Carry out FrozenForwardPass."""
     with torch.no_grad():
         engine._exec_forward_pass(buffer_id)
 
 
 def free_buffer(engine: Any, buffer_id: int) -> None:
+    """Carry out FreeBuffer."""
     for held in engine.pipe_buffers.values():
         held[buffer_id] = None
 
 
 def free_input(engine: Any, buffer_id: int) -> None:
+    """Carry out FreeInput."""
     engine.pipe_buffers["inputs"][buffer_id] = None
 
 
 def recv_constant(engine: Any, buffer_id: int) -> None:
+    """Carry out RecvConstant."""
     engine._exec_recv_activations(buffer_id)
     received = engine.pipe_buffers["inputs"][buffer_id]
     for tensor in received if isinstance(received, tuple) else (received,):

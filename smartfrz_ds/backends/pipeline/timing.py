@@ -1,10 +1,10 @@
-"""What each entry of a pipeline's list costs, taken from the training itself: forward, backward and optimizer, as they happen.
+"""Measures the cost of each entry of a pipeline's list during training: forward, backward and optimizer.
 
-Forwards are timed by hooks on the entries' modules, and around entries that are functions. A backward is cut at the moments at which the
-gradient of each entry's output arrives: between two of them lies the work of one entry. Nothing is run for it, and a step that is timed is
-the step that is trained.
+Forwards are timed by hooks on the entries' modules, and around entries that are functions. A backward is divided at the moments at which
+the gradient of each entry's output arrives: the time between two of them is the work of one entry. No extra computation is run; the timed
+steps are the training steps.
 
-Touched in DeepSpeed 0.19.8: runtime/pipe/module.py  forward_funcs, _local_start
+Private attributes of DeepSpeed 0.19.8 used here: runtime/pipe/module.py  forward_funcs, _local_start
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-# What a backward computed in an entry: gradients of weights and of the input, or of one of them.
+# The gradients that a backward computed in an entry: of weights and of the input, or of one of them.
 Computed = Literal["both", "weight", "input"]
 Moment: TypeAlias = Any  # seconds, or a torch.cuda.Event
-KEPT = 64  # newest micro-batches of which the median counts
-ENOUGH = 2  # micro-batches that make a median
+KEPT = 64  # number of newest micro-batches over which medians are taken
+ENOUGH = 2  # smallest number of micro-batches for a median
 
 
 class TimedEntry(partial[Any]):
-    """An entry that is no module (a function, or a tied module under a function of the user's), with a clock around it."""
+    """A timed entry that is not a module: a function, or a user's function of a tied module."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function, and time it within a forward."""
         clock, index = self.timed
         if clock._phase:
             clock._at, clock._entered = index, clock._now()
@@ -44,8 +45,14 @@ class TimedEntry(partial[Any]):
 
 @dataclass
 class EntryTimes:
-    """Of one entry and one micro-batch. forward: seconds; backward: seconds, by what was computed; kept_bytes: what it keeps for its
-    backward; output_bytes: what it hands on. None and missing: not seen yet."""
+    """Costs of one entry and one micro-batch. None, or a missing key, means not measured yet.
+
+    Attributes:
+        forward: Seconds of a forward.
+        backward: Seconds of a backward, by the gradients that were computed.
+        kept_bytes: Bytes that it keeps for its backward.
+        output_bytes: Bytes that it passes to the next entry.
+    """
 
     forward: float | None = None
     backward: dict[Computed, float] = field(default_factory=dict)
@@ -54,10 +61,14 @@ class EntryTimes:
 
 
 class StageClock:
-    """Of the stage that this rank has now.
+    """Measures the current stage of this rank.
 
-    device: where the stage computes; on a GPU its own events are read, at the end of a step. That path has not been run.
-    The first step of a layout, which is slower than the others, does not count.
+    The first step after a change of the frozen set or of the stages is slower than the others and does not count.
+
+    Args:
+        pipe: The PipelineModule.
+        optimizer: The stage's torch optimizer.
+        device: The stage's device. On a GPU, CUDA events are read at the end of a step; that path has not been run.
     """
 
     def __init__(self, pipe: Any, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
@@ -70,7 +81,7 @@ class StageClock:
         self.watch()
 
     def watch(self) -> None:
-        """Begin anew with the entries that this rank holds now; what was seen of others is forgotten."""
+        """Start over with the entries that this rank holds at present; earlier measurements are discarded."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -99,11 +110,11 @@ class StageClock:
             self._handles.append(module.register_forward_hook(self._leaves))
 
     def weigh(self) -> None:
-        """After a freeze or thaw: look once more at what entries keep for their backward."""
+        """Measure again how many bytes entries keep for their backward, after a freeze or thaw."""
         self._to_weigh = True
 
     def remove(self) -> None:
-        """Take all hooks away."""
+        """Remove all hooks."""
         for handle in (*self._handles, *self._optimizer):
             handle.remove()
         self._handles.clear()
@@ -121,7 +132,11 @@ class StageClock:
 
     @contextmanager
     def forward(self, *, frozen: bool = False) -> Iterator[None]:
-        """Around a forward of one micro-batch. frozen: of a wholly frozen stage, which keeps nothing for a backward."""
+        """Time a forward of one micro-batch, which is the block.
+
+        Args:
+            frozen: Whether the stage is entirely frozen, so that it keeps nothing for a backward.
+        """
         self._phase, self._turn, self._at = "forward", dict.fromkeys(self._entries, 0), -1
         measures = self._to_weigh and self._warm and not frozen
         try:
@@ -146,13 +161,17 @@ class StageClock:
 
     @contextmanager
     def backward(self, active: Collection[int], input_wanted: bool) -> Iterator[None]:
-        """Around a backward of one micro-batch. active: entries with weights that train; input_wanted: whether the gradient of this
-        stage's input is computed."""
+        """Time a backward of one micro-batch, which is the block.
+
+        Args:
+            active: Entries with weights that train.
+            input_wanted: Whether the gradient of this stage's input is computed.
+        """
         self._marks.clear()
         began = self._now()
         yield
         ended = self._now()
-        # The rearmost entry's mark comes after the loss, which is counted as its work.
+        # The mark of the last entry comes after the loss, which is counted as its work.
         starts = [began, *(moment for _, moment in self._marks[1:])]
         ends = [*(moment for _, moment in self._marks[1:]), ended]
         for k, ((index, _), start, end) in enumerate(zip(self._marks, starts, ends, strict=True)):
@@ -161,7 +180,11 @@ class StageClock:
             self._spans.append((self._backward[index, kind], start, end))
 
     def end_step(self, trained: int) -> None:
-        """After a step: what it took counts now. trained: weights of this stage that the optimizer has updated in it."""
+        """Add the measurements of a step.
+
+        Args:
+            trained: Number of weights of this stage that the optimizer updated in it.
+        """
         if self._cuda:
             torch.cuda.synchronize(self._device)
         if self._warm:
@@ -173,10 +196,10 @@ class StageClock:
         self._spans.clear()
         self._update.clear()
 
-    # --- what was seen --------------------------------------------------------------------------------------------------------------
+    # --- results -----------------------------------------------------------------------------------------------------------
 
     def times(self) -> dict[int, EntryTimes]:
-        """Medians of the newest micro-batches of each entry that this rank holds."""
+        """Return the medians over the newest micro-batches, for each entry that this rank holds."""
         told = {index: EntryTimes(kept_bytes=self._kept.get(index), output_bytes=self._output.get(index)) for index in self.held}
         for index, values in self._forward.items():
             if len(values) >= ENOUGH:
@@ -188,7 +211,7 @@ class StageClock:
 
     @property
     def update_seconds(self) -> float | None:
-        """Of the torch optimizer's step, for each weight that it updates; None: not seen yet."""
+        """Seconds of the torch optimizer's step per updated weight; None where not measured yet."""
         return median(self._updates) if self._updates else None
 
     # --- hooks ----------------------------------------------------------------------------------------------------------------------
@@ -200,7 +223,7 @@ class StageClock:
             self._entered = self._now()
 
     def _leaves(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self._phase:  # a recomputation, inside of the backward
+        if not self._phase:  # a recomputation within the backward
             return
         self._turn[module] += 1
         self._ran(self._at, output)

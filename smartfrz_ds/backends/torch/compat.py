@@ -1,4 +1,4 @@
-"""Which backend fits a model without DeepSpeed, what torch it was tested with, and what is refused at start."""
+"""Selects the backend of a model without DeepSpeed, checks the version of torch, and refuses unsupported features at the start."""
 
 from __future__ import annotations
 
@@ -16,33 +16,43 @@ from .fsdp1 import Fsdp1Backend
 from .fsdp2 import FrozenUnits, Fsdp2Backend
 from .several import refuse_in_backward
 
-# The backends of DDP and FSDP touch private attributes; each release is looked at and tested before it is added here.
+# The backends of DDP and FSDP use private attributes; each release is examined and tested before it is added here.
 TESTED_TORCH = SpecifierSet("==2.13.*")
 
 
 def check_torch(*, allow_untested: bool) -> str | None:
-    """Refuse a torch that was not tested, or return a warning when the user insists.
+    """Refuse an untested version of torch.
+
+    Args:
+        allow_untested: The setting `smartfrz.allow_untested_versions`.
+
+    Returns:
+        None for a tested version, a warning for an allowed untested one.
 
     Raises:
-        ValueError: names the installed and the tested versions and the setting that overrides it.
+        ValueError: The version is untested and not allowed.
     """
     if TESTED_TORCH.contains(torch.__version__.split("+")[0], prereleases=True):
         return None
     found = f"torch {torch.__version__} is not among the tested versions ({TESTED_TORCH})"
     if allow_untested:
-        return found + "; going on because smartfrz.allow_untested_versions is true"
-    raise ValueError(f"{found}. Install a tested one, or set smartfrz.allow_untested_versions to true to try all the same.")
+        return found + "; continuing because smartfrz.allow_untested_versions is true"
+    raise ValueError(f"{found}. Install a tested version, or set smartfrz.allow_untested_versions to true to try this one.")
 
 
 def make_torch_backend(
     model: nn.Module, optimizer: torch.optim.Optimizer, *, fsdp_frozen: FrozenUnits = "sharded", allow_untested_versions: bool = False
 ) -> TorchBackend:
-    """The backend for this model.
+    """Create the backend for a model.
 
-    fsdp_frozen: where FSDP2 keeps the weights of frozen units, see Fsdp2Backend.
+    Args:
+        model: The model as the training loop calls it.
+        optimizer: Its optimizer.
+        fsdp_frozen: Where FSDP2 keeps the weights of frozen units, see Fsdp2Backend.
+        allow_untested_versions: The setting of that name.
 
     Raises:
-        ValueError: an untested torch under a wrapper, or something in use that freezing does not work with, by name.
+        ValueError: An untested torch under a wrapper, or an unsupported feature, by name.
     """
     refuse_in_backward(optimizer)
     module = getattr(model, "_orig_mod", model)  # torch/_dynamo/eval_frame.py: OptimizedModule
@@ -53,7 +63,7 @@ def make_torch_backend(
         )
     if not fsdp2 and not isinstance(module, DistributedDataParallel | FullyShardedDataParallel):
         several = dist.is_initialized() and dist.get_world_size() > 1
-        return (Unwrapped if several else TorchBackend)(model, module, optimizer)  # nothing private is touched there
+        return (Unwrapped if several else TorchBackend)(model, module, optimizer)  # uses no private attributes
     warning = check_torch(allow_untested=allow_untested_versions)
     made: TorchBackend
     if isinstance(module, DistributedDataParallel):

@@ -1,8 +1,8 @@
 """FSDP1 (FullyShardedDataParallel, use_orig_params=True): a unit's parameters are views of one flat, sharded parameter.
 
-Its gradient is computed and reduced as long as one of them trains: a layer must be made of whole units.
+The flat gradient is computed and reduced as long as one of them trains, so a layer must consist of whole units.
 
-Touched in torch 2.13, torch/distributed/fsdp/:
+Private attributes of torch 2.13 used here, torch/distributed/fsdp/:
   fully_sharded_data_parallel.py   FullyShardedDataParallel._handle, sharding_strategy, compute_device, process_group, module
   _flat_param.py                   FlatParamHandle.flat_param, uses_sharded_strategy, _use_orig_params; FlatParameter._params, _shapes,
                                    _shard_param_infos
@@ -27,24 +27,24 @@ from .base import FSDP_MISSING, TorchBackend
 
 
 class Fsdp1Backend(TorchBackend):
-    """Everything stays where it is: FSDP1 takes requires_grad of a flat parameter from its views at each forward."""
+    """The backend of FSDP1, which reads requires_grad of a flat parameter off its views at each forward. Nothing has to be moved."""
 
     name = "FSDP1"
-    knows_reductions = False  # its parameters don't show their whole shapes
-    takes_none = "FSDP1 decides what of a unit's flat parameter trains when the unit is made"
+    knows_reductions = False  # its parameters do not have their full shapes
+    takes_none = "FSDP1 decides which part of a unit's flat parameter trains when the unit is created"
     missing = FSDP_MISSING
-    runs_grad_hooks = False  # a flat parameter's gradient is accumulated as one
+    runs_grad_hooks = False  # a flat parameter's gradient is accumulated as a whole
 
     def __init__(self, wrapped: FullyShardedDataParallel, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._units: list[Any] = [unit for unit in FullyShardedDataParallel.fsdp_modules(wrapped) if unit._handle is not None]
         refused = _unsupported(self._units)
         if refused:
             raise ValueError(f"smartfrz_ds does not work yet with: {'; '.join(refused)}")
-        self._shards: dict[Parameter, Any] = {}  # which part of a parameter is this rank's
+        self._shards: dict[Parameter, Any] = {}  # the part of each parameter that this rank holds
         for unit in self._units:
             flat = unit._handle.flat_param
             for param, shape, shard in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
-                param.whole_shape = tuple(shape)  # read by layers.shape_of: the view has only what this rank holds, maybe nothing
+                param.whole_shape = tuple(shape)  # read by layers.shape_of: the view has only this rank's part, which may be empty
                 self._shards[param] = shard if unit._handle.uses_sharded_strategy else None
         super().__init__(wrapped, module, optimizer)
 
@@ -60,7 +60,15 @@ class Fsdp1Backend(TorchBackend):
         return self.wrapped
 
     def find_layers(self, model: nn.Module, patterns: str | Sequence[str]) -> tuple[Layer, ...]:
-        """As Backend.find_layers. Raises ValueError too where layers share a unit."""
+        """Find the layers as Backend.find_layers does.
+
+        Args:
+            model: As in Backend.find_layers.
+            patterns: As in Backend.find_layers.
+
+        Raises:
+            ValueError: As in Backend.find_layers, and if layers share a unit.
+        """
         layers = super().find_layers(model, patterns)
         owner = {p: layer.name for layer in layers for p in layer.params}
         for unit in self._units:
@@ -89,7 +97,7 @@ class Fsdp1Backend(TorchBackend):
         return sampler
 
     def gradients_now(self) -> Iterable[Parameter]:
-        # A flat parameter's gradient is accumulated as one; its views' hooks never run.
+        # A flat parameter's gradient is accumulated as a whole; hooks on its views never run.
         for unit in self._units:
             params = unit._handle.flat_param._params
             if any(p.grad is not None for p in params):
@@ -104,7 +112,7 @@ class Fsdp1Backend(TorchBackend):
 
 
 def _unsupported(units: Sequence[Any]) -> list[str]:
-    """What this model uses that freezing does not work with yet, by name."""
+    """Return the names of the unsupported features that these units use."""
     hybrid = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
     uses = {
         "FSDP1 with use_orig_params=False (set it to True)": any(not unit._handle._use_orig_params for unit in units),

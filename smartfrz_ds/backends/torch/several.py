@@ -1,6 +1,6 @@
 """Several torch optimizers as one: a list of them, or a container that steps them one after the other (torchtitan's OptimizersContainer).
 
-The container itself may be a torch optimizer whose own groups and state are a show: the real ones are those of the optimizers in it.
+The container itself may be a torch optimizer whose own groups and state are unused: the real ones are those of the optimizers in it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-# Where containers keep their optimizers: torchtitan and others; Megatron's ChainedOptimizer.
+# Attributes in which containers hold their optimizers: torchtitan and others; Megatron's ChainedOptimizer.
 _CONTENTS = ("optimizers", "chained_optimizers")
 _ALLOWED = (
     "Allowed: a torch optimizer such as AdamW or SGD, one in Accelerate's or Lightning's wrapper, or several of them in a list or a "
@@ -22,19 +22,22 @@ _ALLOWED = (
 
 
 class SeveralOptimizers(torch.optim.Optimizer):
-    """What the controller needs of an optimizer, over several. It is never stepped itself.
+    """The part of an optimizer that the controller needs, over several optimizers. It is never stepped itself.
 
-    A step is a round in which each of them steps once: hooks of before the step are called before the first of a round, hooks of after it
-    after the last. Groups are numbered through, in the order of the optimizers.
+    A step is a round in which each of them steps once: hooks before the step run before the first of a round, hooks after the step after
+    the last. Groups are numbered consecutively, in the order of the optimizers.
+
+    Args:
+        optimizers: The torch optimizers.
     """
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        # Not torch's constructor: it would make groups and hooks of its own.
+        # Not torch's constructor: it would create groups and hooks of its own.
         self.optimizers = tuple(optimizers)
         self.defaults: dict[str, Any] = {}
-        self.found_inf: Tensor | None = None  # as torch/amp/grad_scaler.py sets it on a fused optimizer, over those of the round
-        self.ignores: Callable[[torch.optim.Optimizer], bool] = lambda optimizer: False  # a step that is none
-        self.incomplete: Callable[[], None] = lambda: None  # called where a round ended before all had stepped
+        self.found_inf: Tensor | None = None  # maximum over the round of the value that torch/amp/grad_scaler.py sets on a fused optimizer
+        self.ignores: Callable[[torch.optim.Optimizer], bool] = lambda optimizer: False  # whether a step does not count
+        self.incomplete: Callable[[], None] = lambda: None  # called if a round ended before all had stepped
         self._stepped: set[int] = set()  # in this round, by their number
         self._ignored: set[int] = set()
         self._before: list[Callable[..., Any]] = []
@@ -47,27 +50,28 @@ class SeveralOptimizers(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The groups of all optimizers, in order."""
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     @property
     def state(self) -> dict[Any, Any]:  # type: ignore[override]
-        """A view for reading: what is written to it is lost."""
+        """The state of all optimizers, read-only: writes to this dict are lost."""
         return {param: entries for optimizer in self.optimizers for param, entries in optimizer.state.items()}
 
     def register_step_pre_hook(self, hook: Callable[..., Any]) -> Any:
-        """hook: called as torch calls it, once in a round."""
+        """Register a hook with torch's signature, to be called once per round, before it."""
         return _Entry(self._before, hook)
 
     def register_step_post_hook(self, hook: Callable[..., Any]) -> Any:
-        """hook: called as torch calls it, once in a round."""
+        """Register a hook with torch's signature, to be called once per round, after it."""
         return _Entry(self._after, hook)
 
     def register_load_state_dict_pre_hook(self, hook: Callable[..., Any], prepend: bool = False) -> Any:
-        """hook: called with each optimizer that loads."""
+        """Register a hook with torch's signature, to be called with each optimizer that loads."""
         return _Handles([optimizer.register_load_state_dict_pre_hook(hook, prepend) for optimizer in self.optimizers])
 
     def let_go(self) -> None:
-        """Take everything off the optimizers."""
+        """Remove all hooks and attributes from the optimizers."""
         _Handles(self._handles).remove()
         for optimizer in self.optimizers:
             vars(optimizer).pop("smartfrz_several", None)
@@ -76,7 +80,7 @@ class SeveralOptimizers(torch.optim.Optimizer):
         if self.ignores(optimizer):
             self._ignored.add(number)
             return
-        if number in self._stepped:  # a GradScaler has skipped another one, or they take turns
+        if number in self._stepped:  # a GradScaler has skipped another optimizer, or they take turns
             self._stepped.clear()
             self.incomplete()
         if not self._stepped:
@@ -111,7 +115,7 @@ class _Entry:
 
 
 class _Handles:
-    """Handles of hooks that come and go together."""
+    """Handles of hooks that are removed together."""
 
     def __init__(self, handles: Sequence[Any]) -> None:
         self._handles = handles
@@ -122,14 +126,15 @@ class _Handles:
 
 
 def single(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, ...]:
-    """The optimizers that hold groups and state: those of a SeveralOptimizers, else the optimizer itself."""
+    """Return the optimizers that hold groups and state: those of a SeveralOptimizers, else the optimizer itself."""
     return optimizer.optimizers if isinstance(optimizer, SeveralOptimizers) else (optimizer,)
 
 
 def bare_optimizer(optimizer: object) -> torch.optim.Optimizer:
-    """The torch optimizer inside of wrappers such as Accelerate's; of a container or a list, its optimizers as one.
+    """Return the torch optimizer inside wrappers such as Accelerate's; for a container or a list, its optimizers as one.
 
-    Raises ValueError for what is no torch optimizer or one that freezing does not work with.
+    Raises:
+        ValueError: Not a torch optimizer, or one that freezing does not support.
     """
     found = _unwrapped(optimizer)
     _refuse_by_name(found)
@@ -152,7 +157,7 @@ def _unwrapped(optimizer: object) -> object:
 
 
 def _contents(found: object) -> list[Any] | None:
-    """The optimizers in a container or a list; None for a single one."""
+    """Return the optimizers in a container or a list; None for a single one."""
     if isinstance(found, SeveralOptimizers):
         return None
     if isinstance(found, Mapping):
@@ -174,7 +179,7 @@ def _together(inner: list[torch.optim.Optimizer]) -> torch.optim.Optimizer:
         raise ValueError("attach_torch: the same optimizer is in the container twice")
     known = [getattr(x, "smartfrz_several", None) for x in inner]
     if known[0] is not None and all(x is known[0] for x in known) and len(known[0].optimizers) == len(inner):
-        return known[0]  # the second attach_torch of the same ones
+        return known[0]  # a second attach_torch of the same optimizers
     if any(x is not None or hasattr(own, "smartfrz") for x, own in zip(known, inner, strict=True)):
         raise ValueError(
             "attach_torch: some of these optimizers have a controller already; allowed: controller.detach() first, or the same container "
@@ -204,7 +209,13 @@ def _refuse_by_name(found: object) -> None:
 
 
 def refuse_in_backward(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError where some of these parameters are stepped in backward (torch/distributed/optim/apply_optimizer_in_backward.py)."""
+    """Refuse an optimizer of parameters that are stepped in backward.
+
+    Raises:
+        ValueError: Some parameter is.
+
+    Source: torch/distributed/optim/apply_optimizer_in_backward.py.
+    """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if any(hasattr(p, "_in_backward_optimizers") for p in params):
         raise ValueError(
@@ -214,7 +225,13 @@ def refuse_in_backward(optimizer: torch.optim.Optimizer) -> None:
 
 
 def refuse_step_within_backward() -> None:
-    """Raise ValueError in a step that backward itself has called. torch/_C/_autograd: the running graph task, -1 outside of backward."""
+    """Refuse a step that backward itself has called.
+
+    Raises:
+        ValueError: A backward is running.
+
+    Source: torch/_C/_autograd (the current graph task is -1 outside of backward).
+    """
     if torch._C._current_graph_task_id() != -1:
         raise ValueError(
             "smartfrz_ds does not work with an optimizer that is stepped within backward (by a hook of a gradient); allowed: "
