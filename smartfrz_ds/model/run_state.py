@@ -1,4 +1,4 @@
-"""The numbers and names that say where a run stands. They are the core of a checkpoint's freeze state."""
+"""The counts and the frozen set of a run: the core of a checkpoint's freeze state."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import Any
 
 @dataclass
 class RunState:
-    """Where a run stands.
+    """The counts and the frozen set of a run.
 
-    layers: names of all layers, front to back; never changes.
-    lr: the highest learning rate of the optimizer's groups, as of the next step; read off the optimizer, not saved.
-    step: successful optimizer steps so far.
-    frozen: names of the frozen layers, without those that the user froze. Replaced as a whole by the freezer.
-    frozen_at: frozen layer -> the step at which it froze.
-    lr_spent: sum of the learning rates of all steps so far.
-    cooldown: freezing stages that are still to be skipped, >= 0.
+    Attributes:
+        layers: Names of all layers, front to back. Never changes.
+        lr: The highest learning rate of the optimizer's groups for the next step. Read off the optimizer, not saved.
+        step: Successful optimizer steps so far.
+        frozen: Names of the frozen layers, without those that the user froze. Replaced as a whole by the freezer.
+        frozen_at: The step at which each frozen layer froze.
+        lr_spent: Sum of the learning rates of all steps so far.
+        cooldown: Number of freezing stages that are still to be skipped, >= 0.
     """
 
     layers: tuple[str, ...]
@@ -38,18 +39,22 @@ class RunState:
         return tuple(sorted(names, key=self.layers.index))
 
     def count_step(self, lr: float) -> None:
-        """Count a step that was taken with the current `lr`. lr: of the next step."""
+        """Count a step that was taken with the current `lr`.
+
+        Args:
+            lr: Learning rate of the next step.
+        """
         self.step += 1
         self.lr_spent += self.lr
         self.lr = lr
 
     def reset(self, step: int, lr: float) -> None:
-        """Start counting again at `step`. The frozen set stays: the freezer changes it."""
+        """Start counting again at `step`. The frozen set does not change: that is the freezer's task."""
         self.step, self.lr, self.lr_spent, self.cooldown = step, lr, 0.0, 0
         self.frozen_at.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: numbers and names."""
+        """Return the part that a checkpoint saves, JSON-serializable."""
         return {
             "step": self.step,
             "layers": list(self.layers),
@@ -60,7 +65,12 @@ class RunState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], lr: float) -> None:
-        """Load all of a `state_dict` but its frozen set, to which the freezer has brought the engine already. lr: of the next step."""
+        """Load the output of `state_dict`, except the frozen set, which the freezer has restored already.
+
+        Args:
+            state: Output of `state_dict`.
+            lr: Learning rate of the next step.
+        """
         self.step, self.lr = int(state["step"]), lr
         self.frozen_at = dict(state["frozen_at"])
         self.lr_spent, self.cooldown = float(state["lr_spent"]), int(state["cooldown"])

@@ -1,4 +1,4 @@
-"""What the parts of one run share, and the time that they take."""
+"""The state that the parts of one run share, and the time that they take."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 class PluginTime:
     """Seconds that this package has used on this rank.
 
-    seconds: in all hooks and changes of the layout. freeze_seconds: the part of it that went into changes of the layout.
-    began: when the work after the current step began, None outside of it.
+    Attributes:
+        freeze_seconds: Seconds in freezes, thaws and moves of layers.
+        began: Start of the work after the current step (time.perf_counter), None outside of it.
     """
 
     def __init__(self) -> None:
@@ -35,12 +36,12 @@ class PluginTime:
 
     @property
     def seconds(self) -> float:
-        """Seconds so far, those of the current step included."""
+        """Seconds in all hooks, freezes, thaws and moves so far, the current step included."""
         return self._seconds + (0.0 if self.began is None else time.perf_counter() - self.began)
 
     @contextmanager
     def after_step(self) -> Iterator[None]:
-        """Around the work after a step."""
+        """Measure the work after a step, which is the block."""
         began = self.began = time.perf_counter()
         try:
             yield
@@ -49,7 +50,7 @@ class PluginTime:
             self._seconds += time.perf_counter() - began
 
     def add_change(self, seconds: float) -> None:
-        """Add a change of the layout; within `after_step` its seconds are in `seconds` already."""
+        """Add the seconds of a freeze, thaw or move. Within `after_step`, `seconds` already includes them."""
         self.freeze_seconds += seconds
         if self.began is None:
             self._seconds += seconds
@@ -57,12 +58,22 @@ class PluginTime:
 
 @dataclass(kw_only=True)
 class RunContext:
-    """One run, as its parts see it. Made once, by the controller.
+    """The state of a run that its parts share. Created once, by the controller.
 
-    journal: set by the controller, after the policy's inputs were checked.
-    intervals, total_steps: as the policy stage has resolved them; provisional until the length of the run is known.
-    threshold: what a probability of the policy must reach, None: it has no such number. metrics: the newest value of each observed metric.
-    last_checkpoint: the folder of the last complete checkpoint that was saved or loaded.
+    Attributes:
+        config: The settings.
+        model: The model.
+        layers: All layers, front to back.
+        backend: The engine's backend.
+        ranks: The collectives of all ranks.
+        state: The counts and the frozen set.
+        journal: Log and messages. Set by the controller after the policy's inputs were checked.
+        time: Seconds that this package has used.
+        total_steps: Length of the run in steps, None where unknown. Provisional until the schedule is known.
+        intervals: The settings that count steps, as the policy stage resolved them. Provisional until the schedule is known.
+        threshold: The probability from which the policy freezes a layer, None where it has no such number.
+        metrics: The newest value of each observed metric.
+        last_checkpoint: Folder of the last complete checkpoint that was saved or loaded.
     """
 
     config: FreezeConfig
@@ -81,7 +92,7 @@ class RunContext:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of all layers, front to back, the head too."""
+        """Names of all layers, front to back, including the head."""
         return self.state.layers
 
     @property
@@ -91,17 +102,17 @@ class RunContext:
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """The frozen layers, in order, without those that the user froze."""
+        """Names of the frozen layers, front to back, without those that the user froze."""
         return self.state.frozen_in_order
 
     @property
     def first_stage(self) -> int | None:
-        """The step of the first freezing stage, however long the run is; None with the policy `manual`."""
+        """Step of the first freezing stage, even if it is after the end of the run; None with the policy `manual`."""
         return None if self.config.policy == "manual" else self.intervals.first_from(1)
 
     @property
     def keep_steps(self) -> int:
-        """Steps for which released state is kept: what the user asked for, or what the guard needs to take a freeze back."""
+        """Steps for which released state is kept: the user's setting, or the number that the guard needs to undo a freeze, if larger."""
         return max(self.intervals.keep_state, self.intervals.guard_window)
 
     @property

@@ -1,4 +1,4 @@
-"""Where a run stands, as `Controller.report` returns it."""
+"""The state of a run, as `Controller.report` returns it."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ from smartfrz_ds.telemetry.events import FreezeEvent
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Where a run stands.
+    """The state of a run.
 
-    step: successful optimizer steps since attach (or since the run began, after a resume).
-    layers, frozen: names, in order; among the frozen ones are not those that the user froze.
-    user_frozen: layers that the user froze before the start and has not thawed by name since.
-    events: what has happened, oldest first.
-    optimizer_bytes: live bytes of optimizer state and separate master weights on this rank.
-    plugin_seconds: time spent in this package's hooks on this rank, the freezes themselves included.
-    freeze_seconds: the part of it that went into freezes, thaws and moves of layers.
-    saved_flops_fraction: share of the training FLOPs (forward and backward, all steps so far) that freezing has saved.
-    predicted_pause: what was predicted just before the last freeze, None before the first one.
-    policy_note: what the policy says of its plan as a whole (rank 0), empty where it has none.
-    width_note: in a pipeline whose active part fits fewer stages: how much faster fewer stages with more replicas would be, and how to get
-        there; else empty.
-    log_path: the log of this controller (rank 0), empty where there is none. A second engine beside a living one with the same
-        `smartfrz.log_path` writes to a file of its own.
-    outcome: one sentence: what froze so far, or why nothing did (on rank 0 with the policy's reasons).
+    Attributes:
+        step: Successful optimizer steps since attach or, after a resume, since the run began.
+        layers: Names of all layers, front to back.
+        frozen: Names of the frozen layers, front to back, without those that the user froze.
+        events: All events, oldest first.
+        optimizer_bytes: Live bytes of optimizer state and separate master weights on this rank.
+        plugin_seconds: Seconds spent in this package's hooks on this rank, freezes included.
+        freeze_seconds: The part of them that was spent in freezes, thaws and moves of layers.
+        saved_flops_fraction: Fraction of the training FLOPs so far, forward and backward, that freezing saved, in [0, 1].
+        predicted_pause: The prediction made just before the last freeze, None before the first one.
+        policy_note: The policy's remark on its plan as a whole, on rank 0; "" where it has none.
+        width_note: For a pipeline whose active part fits fewer stages: how much faster fewer stages with more replicas would be, and how to
+            change to them. Otherwise "".
+        user_frozen: Layers that the user froze before the start and has not thawed by name since.
+        log_path: The log file of this controller, on rank 0; "" where there is none. A second engine that exists at the same time with the
+            same `smartfrz.log_path` writes to a separate file.
+        outcome: What froze so far, or why nothing did, in one sentence; on rank 0 with the policy's reasons.
     """
 
     step: int

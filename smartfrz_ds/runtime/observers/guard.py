@@ -1,8 +1,8 @@
-"""Watch a metric of the run after each freeze, and decide when a freeze was a mistake.
+"""Watches a metric of the run after each freeze, and decides whether the freeze was a mistake.
 
 The metric is smoothed exponentially, from its first value on. The level at the moment of a freeze is that freeze's baseline. If the
 smoothed metric rises above `baseline + tolerance * |baseline|`, or is not a number, within `window` steps, the freeze is a mistake.
-`Guard` decides and knows no ranks; `GuardedRun` watches a run's steps and brings it the values of all ranks.
+`Guard` decides, for one process; `GuardedRun` watches a run's steps and passes it the values of all ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from .protocol import LayoutChange, StepObserver
 
 @dataclass
 class Watch:
-    """One freeze under watch. layers: what it froze; step: when, in steps; baseline: the smoothed metric then."""
+    """A freeze that is being watched.
+
+    Attributes:
+        layers: The layers that it froze.
+        step: The step at which it happened.
+        baseline: The smoothed metric at that step.
+    """
 
     layers: tuple[str, ...]
     step: int
@@ -30,20 +36,28 @@ class Watch:
 
 @dataclass(frozen=True)
 class TakeBack:
-    """layers: to be thawed, the mistaken freeze's and those frozen after it; reason: one short line."""
+    """A decision to undo a freeze.
+
+    Attributes:
+        layers: Layers to thaw: those of the mistaken freeze and those frozen after it.
+        reason: One short line.
+    """
 
     layers: tuple[str, ...]
     reason: str
 
 
 class Guard:
-    """Decides when a freeze was a mistake.
+    """Decides whether a freeze was a mistake.
 
-    tolerance: relative worsening, > 0 (0.02 is 2 %). window: steps, >= 1. smoothing: the weight of the past in [0, 1): 0 takes each value
-    as it is, 0.9 averages over about 10. wait: freezing stages that a layer waits normally, >= 0.
+    Lower values of the metric are better. `add` takes at most one value per step. While a freeze is watched (`watching`) the values must be
+    the same on all ranks; otherwise each rank may add its own and pass the mean of all `level`s as the baseline (smoothing is linear).
 
-    The metric is one where lower is better. Values go in with `add`, one a step at most, the same on all ranks while a freeze is watched
-    (`watching`); before that each rank may add its own, and hand in the mean of the ranks' `level` as the baseline (smoothing is linear).
+    Args:
+        tolerance: Relative worsening, > 0 (0.02 is 2 %).
+        window: Steps for which a freeze is watched, >= 1.
+        smoothing: Weight of the past, in [0, 1): 0 takes each value as it is, 0.9 averages over about 10.
+        wait: Number of freezing stages that a layer usually waits, >= 0.
     """
 
     def __init__(self, *, tolerance: float, window: int, smoothing: float, wait: int) -> None:
@@ -64,13 +78,19 @@ class Guard:
         return frozenset(self._waits)
 
     def add(self, value: float) -> None:
-        """Add the metric of one step. While nothing is watched, a value that is not finite is left out: smoothing would never forget it."""
+        """Add the metric of one step. While nothing is watched, a value that is not finite is ignored: smoothing would never forget it."""
         if not math.isfinite(value) and not self._watches:
             return
         self.level = value if self.level is None else self.smoothing * self.level + (1 - self.smoothing) * value
 
     def froze(self, layers: Sequence[str], step: int, baseline: float) -> None:
-        """Watch this freeze from now on. baseline: finite, the same on all ranks; the smoothed metric continues from it."""
+        """Start watching a freeze.
+
+        Args:
+            layers: Its layers.
+            step: The current step.
+            baseline: The smoothed metric, finite and the same on all ranks. The metric continues from it.
+        """
         assert math.isfinite(baseline), baseline
         self.level = baseline
         self._watches.append(Watch(tuple(layers), step, baseline))
@@ -82,10 +102,13 @@ class Guard:
         self._watches = [watch for watch in self._watches if watch.layers]
 
     def judge(self, step: int) -> TakeBack | None:
-        """Return what to take back at this step, if anything: the oldest mistaken freeze, with all later ones that are still watched.
+        """Decide whether to undo a freeze at this step: the oldest mistaken one, with all later ones that are still watched.
 
-        Watches that have lasted their window end here. The layers that are taken back are dealt with: they are no longer watched, and wait
-        `max(wait, 1) * 2^n` freezing stages when they are taken back for the n-th time. The level falls back to the mistake's baseline.
+        Watches end after their window. Layers of an undone freeze are no longer watched, and wait `max(wait, 1) * 2^n` freezing stages the
+        n-th time. The level returns to the baseline of the mistaken freeze.
+
+        Returns:
+            The layers to thaw, or None.
         """
         assert self.level is not None or not self._watches
         mistake = None
@@ -108,11 +131,11 @@ class Guard:
         return mistake
 
     def stage_passed(self) -> None:
-        """Count a freezing stage: layers that wait have one less to wait for."""
+        """Count a freezing stage: waiting layers have one stage less to wait."""
         self._waits = {name: left - 1 for name, left in self._waits.items() if left > 1}
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers and names."""
+        """Return the whole state, JSON-serializable."""
         return {
             "level": self.level,
             "watches": [asdict(watch) for watch in self._watches],
@@ -121,19 +144,24 @@ class Guard:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load a `state_dict`."""
+        """Load the output of `state_dict`."""
         self.level = state["level"]
         self._watches = [Watch(tuple(w["layers"]), int(w["step"]), float(w["baseline"])) for w in state["watches"]]
         self._taken_back, self._waits = dict(state["taken_back"]), dict(state["waits"])
 
 
 class GuardedRun(StepObserver):
-    """A `Guard` with its metric, on all ranks. One reduction of two numbers a step while a freeze is watched, one a freeze.
+    """A `Guard` with its metric, on all ranks.
 
-    settings: of the guard. take_back: thaws the layers of a mistaken freeze. Collective, as the step is.
+    Costs one reduction of two numbers per step while a freeze is watched, and one per freeze.
+
+    Args:
+        run: The run.
+        settings: The guard's settings.
+        take_back: Thaws the layers of a mistaken freeze. Collective.
     """
 
-    FOLD = 64  # steps whose losses may wait on the device
+    FOLD = 64  # maximum number of steps whose losses stay on the device
 
     def __init__(self, run: RunContext, settings: GuardSettings, take_back: Callable[[TakeBack], None]) -> None:
         self._run, self._settings, self._take_back = run, settings, take_back
@@ -146,7 +174,7 @@ class GuardedRun(StepObserver):
             tolerance=settings.tolerance, window=run.intervals.guard_window, smoothing=settings.smoothing, wait=run.config.cooldown
         )
         self.feed = MetricFeed(settings.metric)
-        self._seen = False  # any value since the last look
+        self._seen = False  # whether any value came since the last stage
 
     def on_schedule(self) -> None:
         self.guard.window = self._run.intervals.guard_window
@@ -161,7 +189,7 @@ class GuardedRun(StepObserver):
         self.feed.end_step(applied=False)
 
     def after_step(self) -> None:
-        """Judge, and take a mistaken freeze back. Collective while a freeze is watched."""
+        """Judge, and undo a mistaken freeze. Collective while a freeze is watched."""
         if (mistake := self._judge()) is not None:
             self._take_back(mistake)
 
@@ -194,7 +222,11 @@ class GuardedRun(StepObserver):
             self._warn_blind(f"before the freeze of step {self._run.state.step}, which is not watched therefore")
 
     def _watch(self, layers: Sequence[str]) -> bool:
-        """Watch a freeze. Collective. Returns False if the metric was never seen: there is no level to compare with."""
+        """Start watching a freeze. Collective.
+
+        Returns:
+            False if the metric was never seen, so that there is no level to compare with.
+        """
         self._fold()
         baseline = self._mean(self.guard.level)
         if baseline is not None:
@@ -210,9 +242,9 @@ class GuardedRun(StepObserver):
             )
 
     def sync_for_checkpoint(self) -> None:
-        """Bring all ranks to the mean of what they saw, so that one state stands for all. Collective; for a checkpoint.
+        """Set all ranks to the mean of their levels, so that one state can be saved for all. Collective.
 
-        Outside of a watch each rank smooths its own values; smoothing is linear, so the mean goes on as the mean of all would.
+        While nothing is watched, each rank smooths its own values. As smoothing is linear, the mean continues like the mean of all values.
         """
         self._fold()
         if not self.guard.watching:
@@ -220,7 +252,7 @@ class GuardedRun(StepObserver):
         self._seen = self._run.ranks.all_reduce_sum([float(self._seen)])[0] > 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers and names; the same on every rank right after `sync_for_checkpoint`."""
+        """Return the guard's state, the same on every rank after `sync_for_checkpoint`."""
         return {"guard": self.guard.state_dict() | {"seen": self._seen}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -238,6 +270,6 @@ class GuardedRun(StepObserver):
             self.guard.add(value)
 
     def _mean(self, own: float | None) -> float | None:
-        """Over the ranks that have a value; None where none has."""
+        """Return the mean over the ranks that have a value; None if no rank has one."""
         total, count = self._run.ranks.all_reduce_sum([0.0 if own is None else own, float(own is not None)])
         return total / count if count else None

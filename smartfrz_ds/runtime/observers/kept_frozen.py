@@ -1,8 +1,7 @@
-"""Frozen stays frozen, whatever other code does to `requires_grad`.
+"""Keeps frozen parameters frozen when other code sets `requires_grad`.
 
 PEFT's `set_adapter` and `disable_adapter`, `model.requires_grad_(True)` and unfreezing schedules switch the flag of frozen parameters back
-on. No weight would move, but gradients would be computed and kept. A hook on each frozen parameter runs if one gets a gradient, and costs
-nothing otherwise.
+on. No weight would move, but gradients would be computed and kept. A hook on each frozen parameter runs only if it gets a gradient.
 """
 
 from __future__ import annotations
@@ -22,10 +21,11 @@ from smartfrz_ds.model.hooks import ModuleHook
 
 @dataclass(frozen=True)
 class Intrusion:
-    """What switching frozen parameters on has cost in one step.
+    """The cost of switching frozen parameters on, in one step.
 
-    layers: names of the layers of which gradients were computed, or that were switched on. bytes: of gradients that were computed on this
-    rank, and dropped; 0 where it was noticed before.
+    Attributes:
+        layers: Names of the layers that were switched on.
+        bytes: Bytes of gradients that were computed on this rank and dropped; 0 if it was noticed before that.
     """
 
     layers: tuple[str, ...]
@@ -50,22 +50,30 @@ class Intrusion:
 class KeptFrozen:
     """Watches the frozen parameters of one engine.
 
-    model: the model whose forward begins a step.
-    The flags themselves are only read where a change of the layout or a checkpoint needs them, and before each forward once other code is
-    known to switch them (FSDP1, whose parameters run no hooks: from the beginning).
+    The flags themselves are read only when a freeze, a thaw or a checkpoint needs them, and before each forward once other code is known to
+    switch them (FSDP1, whose parameters run no hooks: from the beginning).
+
+    Args:
+        model: The model whose forward begins a step.
+        backend: The engine's backend.
     """
 
     def __init__(self, model: nn.Module, backend: Backend) -> None:
         self._backend = backend
         self._layer_of: Mapping[Parameter, str] = {}
         self._handles: dict[Parameter, RemovableHandle] = {}
-        self._came: dict[Parameter, int] = {}  # in this step: parameter -> bytes of its gradients
+        self._came: dict[Parameter, int] = {}  # bytes of gradients of each parameter in this step
         self._meddled = not backend.runs_grad_hooks
         self._said = False
         self._forward = model.register_forward_pre_hook(ModuleHook(self._before_forward), prepend=True)
 
     def follow(self, frozen: Collection[Parameter], layer_of: Mapping[Parameter, str]) -> None:
-        """Watch exactly these. They may be frozen already. layer_of: parameter -> the name of its layer."""
+        """Watch exactly these parameters from now on.
+
+        Args:
+            frozen: The frozen parameters. Some may be watched already.
+            layer_of: Name of each parameter's layer.
+        """
         self._layer_of = layer_of
         for param in [p for p in self._handles if p not in frozen]:
             self._handles.pop(param).remove()
@@ -77,17 +85,17 @@ class KeptFrozen:
                 param.requires_grad_(flag)
 
     def restore_flags(self) -> None:
-        """Switch every frozen parameter off again that other code has switched on. Reads all flags."""
+        """Switch off all frozen parameters that other code has switched on. Reads all flags."""
         for param in self._handles:
             if self._backend.takes_part(param):
                 self._note(param)
 
     def after_step(self) -> Intrusion | None:
-        """Return what other code has cost since the last call; None where it did nothing."""
+        """Return the cost of other code since the last call; None if it did nothing."""
         if not self._came:
             return None
         self._meddled = True
-        self.restore_flags()  # those too that this step did not use
+        self.restore_flags()  # including those that this step did not use
         layers = dict.fromkeys(name for p, name in self._layer_of.items() if p in self._came)
         intrusion = Intrusion(tuple(layers), sum(self._came.values()))
         self._came.clear()
@@ -99,7 +107,7 @@ class KeptFrozen:
         return not said
 
     def remove(self) -> None:
-        """Take all hooks away."""
+        """Remove all hooks."""
         self.follow((), {})
         self._forward.remove()
 

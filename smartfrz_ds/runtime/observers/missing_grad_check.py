@@ -1,8 +1,8 @@
-"""After a freeze: does every active parameter still get a gradient?
+"""Checks after a freeze that every active parameter still gets a gradient.
 
-A graph that was cut by mistake raises nothing: DeepSpeed fills missing gradients with zeros, and momentum and weight decay go on moving the
-weights. So the first step after each freeze is looked at before the optimizer takes it. A parameter that this batch does not use gets no
-gradient either, and that is no mistake; `GraphEvidence` tells the two apart.
+A graph that was cut by mistake raises no error: DeepSpeed fills missing gradients with zeros, and momentum and weight decay keep moving the
+weights. So the first step after each freeze is checked before the optimizer takes it. A parameter that this batch does not use gets no
+gradient either, which is not a mistake; `GraphEvidence` distinguishes the two.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from smartfrz_ds.model.forward_mode import ForwardMode
 
 from .graph_evidence import GraphEvidence
 
-RECORDED = 3  # steps after the start that are recorded
-PATIENCE = 10  # checks in a row, for a model in which gradients come and go; and steps in which an unused parameter is waited for
+RECORDED = 3  # number of steps after the start that are recorded
+PATIENCE = 10  # consecutive checks of a model in which gradients come and go; also steps to wait for an unused parameter
 
 Doubt = Literal["raise", "warn", "off"]
 
@@ -29,18 +29,22 @@ Doubt = Literal["raise", "warn", "off"]
 class GradientCheck:
     """Compares the step after a freeze with recorded steps before it.
 
-    model: the model; names: parameter -> its name in it. ranks: of the run; one small reduction a check, nothing else is communicated.
-    everywhere: the names of the parameters of all ranks, where each has only a part of the model (a pipeline); the same on every rank.
-    doubt: the setting `gradient_check`. warn: says a sentence to the user.
+    The first `RECORDED` steps and every step that ends in a freezing stage are recorded, with all their micro-batches. A parameter
+    is *regular* if it got a gradient in every recorded step, on every rank. It is *missing* if it is regular and active and, in the checked
+    step, gets a gradient on no rank. A missing parameter
+      - is unused if no rank's forward used it: no verdict, and the check continues in later steps until it was used once;
+      - was cut off if it ran upstream of a module that got gradients although none of its inputs requires grad: an error;
+      - is in doubt if it ran otherwise, probably in a task's head whose loss this batch does not use: a warning, once.
+    If gradients came and went in recorded steps (layers dropped at random, routing), the same must be seen in `PATIENCE` consecutive checks.
 
-    Recorded are the first `RECORDED` steps and every step that ends in a freezing stage; a step counts with all its micro-batches.
-    A parameter is *regular* if it got a gradient in every recorded step, on every rank. Missing is a regular active parameter that, in the
-    checked step, gets a gradient on no rank. Of those,
-      - what no rank's forward has used is unused: no verdict, and the check goes on in later steps until it was used once;
-      - what ran, and is upstream of a module that got gradients though nothing that went into it requires grad, was cut off: an error;
-      - what ran otherwise is in doubt: a task's head whose loss this batch doesn't take, most likely. A warning, once.
-    Where a recorded step had seen gradients come and go (layers dropped at random, routing), the same must be seen in `PATIENCE` checks in
-    a row.
+    Args:
+        model: The model.
+        names: Name of each parameter in the model.
+        ranks: The collectives of all ranks. A check costs one small reduction.
+        everywhere: Names of the parameters of all ranks if each has only a part of the model (a pipeline); the same on every rank.
+        mode: The mode of the current forward.
+        doubt: The setting `gradient_check`.
+        warn: Shows a message to the user.
     """
 
     def __init__(
@@ -67,10 +71,15 @@ class GradientCheck:
         self._handles: list[RemovableHandle] = []
         self._checking = False
         self._rounds: dict[str, int] = {}
-        self._unused = 0  # checks in which nothing was wrong but something unused; 0: nothing is waited for
+        self._unused = 0  # number of checks in which the only finding was an unused parameter; 0: none is waited for
 
     def arm(self, active: Sequence[Parameter], *, check: bool) -> None:
-        """Watch the coming step; at a step boundary. check: compare it, else only record it."""
+        """Watch the coming step. Call at a step boundary.
+
+        Args:
+            active: Parameters that train.
+            check: Whether to compare the step with recorded ones, or only to record it.
+        """
         self._unused = 0
         self._arm(active, check=check)
 
@@ -78,7 +87,7 @@ class GradientCheck:
         self.disarm()
         self._checking = check
         if self._doubt == "off" or (check and self._records == 0):
-            return  # frozen before the first step: there is nothing to compare with
+            return  # frozen before the first step: nothing to compare with
         self._armed = True
         watched = [p for p in active if p.requires_grad]
         self._handles = [p.register_post_accumulate_grad_hook(self._note) for p in watched]
@@ -90,7 +99,7 @@ class GradientCheck:
             self._arm(active(), check=bool(self._unused))
 
     def moved(self, model: Module, names: Mapping[Parameter, str], active: Sequence[Parameter]) -> None:
-        """Other parameters live on this rank now: nothing is known yet of those that came. A check that was on goes on."""
+        """Follow a move of parameters between ranks: nothing is known about those that came. A running check continues."""
         checks = self._armed and self._checking
         self.disarm()
         self._names = names
@@ -100,38 +109,40 @@ class GradientCheck:
             self._arm(active, check=True)
 
     def forget(self, params: Sequence[Parameter]) -> None:
-        """Parameters that train again after a thaw: what is known of them is old."""
+        """Discard the records of parameters that train again after a thaw: they are out of date."""
         for param in params:
             self._seen.pop(param, None)
 
     def saw(self, params: Iterable[Parameter]) -> None:
-        """Note parameters that have a gradient without a hook that says so."""
+        """Note parameters that got a gradient but run no hook."""
         if self._armed:
             self._got.update(params)
 
     def runs(self, module: Module) -> None:
-        """Note a module that is about to run, which the check began too late to see."""
+        """Note a module that is about to run and that has no hook of this check."""
         if self._armed:
             self._evidence.runs(module)
 
     def before_step(self, active_now: Callable[[], Sequence[Parameter]], layers: Sequence[str]) -> None:
-        """To be called when all micro-batches of a step are through, before the optimizer. Collective while a check is on.
+        """Check or record the step. Call after all its micro-batches, before the optimizer. Collective while a check is running.
 
-        layers: what was frozen, for the message.
+        Args:
+            active_now: Returns the parameters that train.
+            layers: The layers that were frozen, for the message.
 
         Raises:
-            MissingGradients: on all ranks, with the names.
+            MissingGradients: Parameters were cut off. Raised on all ranks, with their names.
         """
         if not self._armed:
             return
-        # What the user has switched off meanwhile is not meant to get a gradient.
+        # Parameters that the user has switched off since should not get a gradient.
         active, got, checking = [p for p in active_now() if p.requires_grad], set(self._got), self._checking
         self.disarm()
         if not checking:
             self._record(got, active)
             return
         live, own = set(active), {name: p for p, name in self._names.items()}
-        here = [own.get(name) for name in self._everywhere]  # None: another rank's, which this one leaves to it
+        here = [own.get(name) for name in self._everywhere]  # None: a parameter of another rank, which judges it
         irregular = any(0 < self._seen.get(p, 0) < self._records for p in live)
         absent = live - got
         cut = self._evidence.cut_off(absent, got)
@@ -151,7 +162,7 @@ class GradientCheck:
         lost = [name for name, _, _, idle, whole in rows if not idle and not whole]
         doubtful = [name for name, _, _, idle, whole in rows if not idle and whole]
         unused = [name for name, _, _, idle, _ in rows if idle]
-        self._record(got | missing, active)  # a missing one stays regular: it will be asked for again
+        self._record(got | missing, active)  # a missing one stays regular, so that it is checked again
         self._rounds = {name: self._rounds.get(name, 0) + 1 for name in (*lost, *doubtful)}
         patience = 1 if told[-1] else PATIENCE
         if any(self._rounds[name] >= patience for name in lost):
@@ -172,20 +183,20 @@ class GradientCheck:
         )
         if self._doubt == "raise":
             raise MissingGradients(
-                f"{text}No step was taken with this. If the loss simply does not use them in this batch, set smartfrz.gradient_check to "
+                f"{text}The step was not taken. If the loss simply does not use them in this batch, set smartfrz.gradient_check to "
                 "'warn' or 'off'"
             )
         if not self._warned:
             self._warned = True
             self._warn(
-                f"{text}Training goes on: this is right if the loss does not use them in this batch, and no sign of a cut graph was found. "
-                "It is said once; smartfrz.gradient_check 'raise' makes it an error, 'off' turns the check off"
+                f"{text}Training continues: this is correct if the loss does not use them in this batch, and no cut was found in the graph. "
+                "This warning appears once; smartfrz.gradient_check 'raise' makes it an error, 'off' turns the check off"
             )
 
     def _record(self, got: set[Parameter], active: Sequence[Parameter]) -> None:
         self._records += 1
         for param in active:
-            # A parameter that joins later (thawed) counts from where it joins.
+            # A parameter that joins later (thawed) counts from that step.
             before = self._seen.get(param, self._records - 1)
             self._seen[param] = before + (param in got)
 
@@ -193,7 +204,7 @@ class GradientCheck:
         self._got.add(param)  # type: ignore[arg-type]
 
     def disarm(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -205,7 +216,7 @@ class GradientCheck:
 def _cut_text(layers: Sequence[str], names: Sequence[str]) -> str:
     return (
         f"after freezing {list(layers)}, {len(names)} active parameters got no gradient on any rank, though they did before: "
-        f"{_listed(names)}. No step was taken with this: they were used in the forward, but the way from the loss to them is cut. "
+        f"{_listed(names)}. The step was not taken: they were used in the forward, but the graph from the loss to them is cut. "
         "A usual cause is reentrant activation checkpointing that began after the freeze, or whose regions have changed since the start: "
         "give each layer a region of its own, or use use_reentrant=False"
     )

@@ -1,7 +1,7 @@
 """The protocol of everything that watches a run's steps.
 
-There is one list of observers, in which the order of the work of a step is written down (assembly.py). Every event goes to all of them in
-that order. Each rank has the same list, so that an observer's collectives meet.
+There is one list of observers, which defines the order of the work of a step (assembly.py). Every event goes to all of them in that order.
+Each rank has the same list, so that the observers' collectives match.
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ ChangeKind = Literal["freeze", "thaw", "restore", "start", "return", "move"]
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutChange:
-    """From one frozen set to another.
+    """A change of the frozen set, or of the stages of a pipeline.
 
-    kind: "freeze", "thaw"; "restore": to the frozen set of a checkpoint that is being loaded. The others change nothing in the optimizer:
-        "start" (the layout at attach), "return" (frozen layers became the user's again), "move" (layers moved between pipeline stages).
-    frozen: names of the layers that are frozen afterwards.
-    gone, back: names of the layers that freeze and that train again.
-    freeze, thaw: parameters that leave the optimizer and that return to it.
-    adopted: layers that the user had frozen and that take part for the first time.
+    Attributes:
+        kind: "freeze", "thaw", or "restore" (to the frozen set of a checkpoint that is being loaded). The other kinds do not change the
+            optimizer: "start" (the state at attach), "return" (frozen layers became the user's again), "move" (layers moved between
+            pipeline stages).
+        frozen: Names of the layers that are frozen afterwards.
+        gone: Names of the layers that freeze.
+        back: Names of the layers that train again.
+        freeze: Parameters that leave the optimizer.
+        thaw: Parameters that return to the optimizer.
+        adopted: Layers that the user had frozen and that this package manages from now on.
     """
 
     kind: ChangeKind
@@ -37,13 +41,13 @@ class LayoutChange:
 
 
 class StepObserver:
-    """Watches a run. Every method does nothing here; an observer overrides those that it needs.
+    """Watches a run. By default every method does nothing; an observer overrides those that it needs.
 
     The methods are listed in the order in which a run calls them. All are called on every rank.
     """
 
     def on_schedule(self) -> None:
-        """Handle a length of the run, and intervals, that have become known."""
+        """Handle a new length of the run and new intervals."""
 
     def record_loss(self, loss: Any) -> None:
         """Handle a micro-batch's loss, as it goes into backward."""
@@ -58,7 +62,7 @@ class StepObserver:
         """Drop the loss and the gradients of a step that the optimizer skipped (overflow)."""
 
     def after_step(self) -> None:
-        """Act after the optimizer's step, which is counted already. The freezing stage, if one is due, follows after all observers."""
+        """Act after the optimizer's step, which is already counted. A freezing stage, if due, follows after all observers."""
 
     def stage_passed(self) -> None:
         """Act after a freezing stage."""
@@ -67,27 +71,27 @@ class StepObserver:
         """Act at the end of the work after a step. Called in the reverse order of the list."""
 
     def on_layout_change(self, change: LayoutChange) -> None:
-        """Follow a layout that the engine has already."""
+        """Follow a change that the engine has already made."""
 
     def on_layers_changed(self) -> None:
-        """Follow parameters that have joined layers, or have left them again, before the layout changes.
+        """Follow parameters that have joined layers, or have left them again, before the frozen set changes.
 
         Raises:
-            ValueError: this can't be; the caller takes it back and calls this again.
+            ValueError: This is not possible. The caller undoes it and calls this method again.
         """
 
     def sync_for_checkpoint(self) -> None:
-        """Bring what the ranks hold apart from each other together, before rank 0's state is saved for all. Collective."""
+        """Combine the values that differ between ranks, before rank 0's state is saved for all. Collective."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return this observer's keys of the freeze state."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load from a whole freeze state. The layout is the state's already."""
+        """Load this observer's part of a freeze state. The frozen set has been restored already."""
 
     def reset(self) -> None:
-        """Begin anew with nothing known: a checkpoint without a freeze state was loaded."""
+        """Start over, after a checkpoint without a freeze state was loaded."""
 
     def remove(self) -> None:
-        """Take all hooks away; freezing ends."""
+        """Remove all hooks at the end of freezing."""
