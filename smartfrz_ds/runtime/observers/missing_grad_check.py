@@ -35,7 +35,7 @@ class GradientCheck:
       - is unused if no rank's forward used it: no verdict, and the check continues in later steps until it was used once;
       - was cut off if it ran upstream of a module that got gradients although none of its inputs requires grad: an error;
       - is in doubt if it ran otherwise, probably in a task's head whose loss this batch does not use: a warning, once.
-    If gradients came and went in recorded steps (layers dropped at random, routing), the same must be seen in `PATIENCE` consecutive checks.
+    If gradients came and went in recorded steps (layers dropped at random, routing), the same must be seen in `PATIENCE` checks in a row.
 
     Args:
         model: The model.
@@ -189,7 +189,7 @@ class GradientCheck:
         if not self._warned:
             self._warned = True
             self._warn(
-                f"{text}Training continues: this is correct if the loss does not use them in this batch, and no cut was found in the graph. "
+                f"{text}Training continues: this is correct if the loss does not use them in this batch, and the graph shows no cut. "
                 "This warning appears once; smartfrz.gradient_check 'raise' makes it an error, 'off' turns the check off"
             )
 
