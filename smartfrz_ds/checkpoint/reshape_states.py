@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from smartfrz_ds.backends.deepspeed.flat.group_state import MASTER
-from smartfrz_ds.backends.deepspeed.flat.partition import FlatLayout, Move, PackedLayout, Segment, plan_moves
+from smartfrz_ds.backends.deepspeed.flat.partition import FlatLayout, PackedLayout, Segment, SliceMove, plan_moves
 from smartfrz_ds.backends.deepspeed.flat.step_counts import step_from_json, step_to_json, zero_step
 
 PARAM_ALIGNMENT_PADDINGS = "param_alignment_paddings"  # stage_1_and_2.py
@@ -307,7 +307,7 @@ def _padding(layout: FlatLayout, replica: int, *, is_zero: bool) -> int:
     return layout.numel - used if replica == layout.world - 1 else 0
 
 
-def copy_moves(moves: Sequence[Move], replica: int, read: Callable[[int], Mapping[str, Tensor]], into: Mapping[str, Tensor]) -> None:
+def copy_moves(moves: Sequence[SliceMove], replica: int, read: Callable[[int], Mapping[str, Tensor]], into: Mapping[str, Tensor]) -> None:
     """Carry out the moves to one replica, for every tensor that the source has.
 
     Args:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import Parameter
 
-from smartfrz_ds.backends.deepspeed.flat.partition import Exchange, FlatLayout, Move, PackedLayout, _rounds, bytes_sent, plan_moves
+from smartfrz_ds.backends.deepspeed.flat.partition import Exchange, FlatLayout, PackedLayout, SliceMove, _rounds, bytes_sent, plan_moves
 
 
 def places(layout: FlatLayout) -> dict[tuple[int, int], tuple[int, int]]:
@@ -20,7 +20,7 @@ def places(layout: FlatLayout) -> dict[tuple[int, int], tuple[int, int]]:
     return out
 
 
-def carry_out(moves: list[Move], sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
+def carry_out(moves: list[SliceMove], sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
     for m in moves:
         targets[m.target][m.target_offset : m.target_offset + m.numel] = sources[m.source][m.source_offset : m.source_offset + m.numel]
 
@@ -72,14 +72,14 @@ def test_packed_state_comes_back_to_any_layout(sizes: list[int], world: int, kep
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(1, 50)), max_size=12), st.integers(1, 30))
 def test_rounds_stay_under_the_limit_and_lose_nothing(raw: list[tuple[int, int, int]], limit: int) -> None:
-    moves = [Move(s, 100 * k, t, 200 * k, n) for k, (s, t, n) in enumerate(raw)]
+    moves = [SliceMove(s, 100 * k, t, 200 * k, n) for k, (s, t, n) in enumerate(raw)]
     rounds = list(_rounds(moves, 4, limit))
     for batch in rounds:
         for rank in range(4):
             assert sum(m.numel for m in batch if m.source == rank) <= limit
             assert sum(m.numel for m in batch if m.target == rank) <= limit
 
-    def elements(moves: list[Move], source: int) -> list[tuple[int, int, int]]:
+    def elements(moves: list[SliceMove], source: int) -> list[tuple[int, int, int]]:
         return [(m.source_offset + i, m.target, m.target_offset + i) for m in moves if m.source == source for i in range(m.numel)]
 
     for source in range(4):  # and each rank sends in its order
@@ -89,7 +89,7 @@ def test_rounds_stay_under_the_limit_and_lose_nothing(raw: list[tuple[int, int, 
 
 def test_all_ranks_send_in_the_same_round() -> None:
     """A group that shifts by one partition: with a limit of 5 elements each, 10 elements a rank need two rounds, whatever the ranks."""
-    moves = [Move(r, 0, r - 1, 0, 10) for r in range(1, 8)]
+    moves = [SliceMove(r, 0, r - 1, 0, 10) for r in range(1, 8)]
     assert [sum(m.numel for m in batch) for batch in _rounds(moves, 8, 5)] == [35, 35]
 
 
@@ -97,7 +97,7 @@ def test_a_group_that_only_shifts_costs_one_move_a_pair_of_ranks() -> None:
     params = tuple(Parameter(torch.zeros(10)) for _ in range(20))
     old, new = FlatLayout(params, 2), FlatLayout(params[10:], 2)
     moves = plan_moves(old, new, new.params)
-    assert moves == [Move(1, 0, 0, 0, 50), Move(1, 50, 1, 0, 50)]
+    assert moves == [SliceMove(1, 0, 0, 0, 50), SliceMove(1, 50, 1, 0, 50)]
     assert bytes_sent(moves, 4) == 200
 
 

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from smartfrz_ds.backends.cost import Cost
 
-from .partition import STAGING_BYTES, FlatLayout, Move, PackedLayout, _rounds, bytes_sent, plan_moves
+from .partition import STAGING_BYTES, FlatLayout, PackedLayout, SliceMove, _rounds, bytes_sent, plan_moves
 
 if TYPE_CHECKING:
     from .backend import FlatBackend
@@ -83,7 +83,7 @@ def layout_cost(
     return cost
 
 
-def _busiest(moves: Sequence[Move], world: int) -> int:
+def _busiest(moves: Sequence[SliceMove], world: int) -> int:
     """Elements that the busiest rank sends or receives."""
     sent, received = [0] * world, [0] * world
     for m in moves:

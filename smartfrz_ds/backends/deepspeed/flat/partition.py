@@ -34,8 +34,16 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Move:
-    """`numel` elements from `source_offset` on `source` to `target_offset` on `target`."""
+class SliceMove:
+    """A copy of consecutive elements between two ranks' partitions.
+
+    Attributes:
+        source: Rank that has the elements.
+        source_offset: Offset in its partition, in elements.
+        target: Rank that receives them; it may be the same.
+        target_offset: Offset in its new partition, in elements.
+        numel: Number of elements.
+    """
 
     source: int
     source_offset: int
@@ -127,12 +135,12 @@ class PackedLayout:
         return self.pieces.get(param, [])
 
 
-def plan_moves(source: FlatLayout | PackedLayout, target: FlatLayout | PackedLayout, params: Iterable[Parameter]) -> list[Move]:
+def plan_moves(source: FlatLayout | PackedLayout, target: FlatLayout | PackedLayout, params: Iterable[Parameter]) -> list[SliceMove]:
     """The moves that bring `params` from one layout to the other; parameters that either lacks are left out.
 
     Every rank computes the same list. Neighbouring moves are merged, so a group that only shifts costs one move a pair of ranks.
     """
-    moves: list[Move] = []
+    moves: list[SliceMove] = []
     for param in params:
         sources = source.segments(param)
         if not sources:
@@ -144,12 +152,12 @@ def plan_moves(source: FlatLayout | PackedLayout, target: FlatLayout | PackedLay
             while position < end:
                 s = sources[index]
                 stop = min(end, s.start + s.numel)
-                _append(moves, Move(s.rank, s.offset + position - s.start, t.rank, t.offset + position - t.start, stop - position))
+                _append(moves, SliceMove(s.rank, s.offset + position - s.start, t.rank, t.offset + position - t.start, stop - position))
                 position, index = stop, index + 1
     return moves
 
 
-def _append(moves: list[Move], new: Move) -> None:
+def _append(moves: list[SliceMove], new: SliceMove) -> None:
     if moves:
         last = moves[-1]
         joins = (
@@ -158,12 +166,12 @@ def _append(moves: list[Move], new: Move) -> None:
             and last.target_offset + last.numel == new.target_offset
         )
         if joins:
-            moves[-1] = Move(last.source, last.source_offset, last.target, last.target_offset, last.numel + new.numel)
+            moves[-1] = SliceMove(last.source, last.source_offset, last.target, last.target_offset, last.numel + new.numel)
             return
     moves.append(new)
 
 
-def bytes_sent(moves: Sequence[Move], element_size: int) -> int:
+def bytes_sent(moves: Sequence[SliceMove], element_size: int) -> int:
     """Bytes that cross ranks when `moves` are carried out for one tensor."""
     return sum(m.numel for m in moves if m.source != m.target) * element_size
 
@@ -186,7 +194,7 @@ class Exchange:
 
     def __init__(
         self,
-        moves: Sequence[Move],
+        moves: Sequence[SliceMove],
         dtype: torch.dtype,
         device: torch.device,
         *,
@@ -256,29 +264,29 @@ def _part(tensor: Tensor, begin: int, numel: int) -> Tensor:
     return tensor[begin : begin + numel]
 
 
-def reversed_moves(moves: Iterable[Move]) -> list[Move]:
+def reversed_moves(moves: Iterable[SliceMove]) -> list[SliceMove]:
     """Return the moves that bring everything back."""
-    return [Move(m.target, m.target_offset, m.source, m.source_offset, m.numel) for m in moves]
+    return [SliceMove(m.target, m.target_offset, m.source, m.source_offset, m.numel) for m in moves]
 
 
-def _rounds(moves: Sequence[Move], world: int, limit: int) -> Iterable[list[Move]]:
+def _rounds(moves: Sequence[SliceMove], world: int, limit: int) -> Iterable[list[SliceMove]]:
     """Cut `moves` into rounds in which no rank sends or receives more than `limit` elements.
 
     Each round takes from every source in turn, in the order of its moves, so that all ranks send at once.
     """
-    queues: dict[int, deque[Move]] = {}
+    queues: dict[int, deque[SliceMove]] = {}
     for m in moves:
         queues.setdefault(m.source, deque()).append(m)
     while queues:
-        batch: list[Move] = []
+        batch: list[SliceMove] = []
         received = [0] * world
         for source, queue in list(queues.items()):
             sent = 0
             while queue and (size := min(queue[0].numel, limit - sent, limit - received[queue[0].target])) > 0:
                 m = queue.popleft()
-                batch.append(Move(source, m.source_offset, m.target, m.target_offset, size))
+                batch.append(SliceMove(source, m.source_offset, m.target, m.target_offset, size))
                 if size < m.numel:
-                    queue.appendleft(Move(source, m.source_offset + size, m.target, m.target_offset + size, m.numel - size))
+                    queue.appendleft(SliceMove(source, m.source_offset + size, m.target, m.target_offset + size, m.numel - size))
                 sent += size
                 received[m.target] += size
             if not queue:

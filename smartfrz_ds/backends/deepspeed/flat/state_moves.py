@@ -18,7 +18,7 @@ from torch.nn import Parameter
 
 from smartfrz_ds.backends.transaction import Transaction
 
-from .partition import STAGING_BYTES, Exchange, FlatLayout, Move, PackedLayout, bytes_sent, plan_moves, reversed_moves
+from .partition import STAGING_BYTES, Exchange, FlatLayout, PackedLayout, SliceMove, bytes_sent, plan_moves, reversed_moves
 
 
 class HostLink:
@@ -58,8 +58,8 @@ class GroupMoves:
     old: FlatLayout
     new: FlatLayout
     kept: PackedLayout
-    stay: tuple[Move, ...]
-    leave: tuple[Move, ...]
+    stay: tuple[SliceMove, ...]
+    leave: tuple[SliceMove, ...]
     rank: int
     group: dist.ProcessGroup | None
 
@@ -77,7 +77,7 @@ class GroupMoves:
 class Returning:
     """State that waits on the host and comes back: its own layout there, and this rank's part of one tensor."""
 
-    moves: tuple[Move, ...]
+    moves: tuple[SliceMove, ...]
     tensor: Tensor
 
 
@@ -124,7 +124,7 @@ class TensorMove:
         self._exchanges = [(self._exchange(moves.stay, staging), held)]
         self._exchanges += [(self._exchange(r.moves, staging), r.tensor) for r in returning]
 
-    def _exchange(self, moves: Sequence[Move], staging: int = STAGING_BYTES) -> Exchange:
+    def _exchange(self, moves: Sequence[SliceMove], staging: int = STAGING_BYTES) -> Exchange:
         m = self._moves
         return Exchange(moves, self._dtype, self._device, rank=m.rank, world=m.old.world, group=m.group, staging_bytes=staging)
 
