@@ -158,6 +158,9 @@ class Backend(ABC):
     def on_layout_changed(self, layers: Sequence[Layer], frozen: Collection[str]) -> None:  # noqa: B027 (most engines have nothing to do)
         """Called after every change of the layout, and at the start: what the engine does beyond its optimizer. frozen: names."""
 
+    def equalize_copies(self, layers: Sequence[Layer], back: Collection[str], tx: Transaction) -> None:  # noqa: B027 (pipelines only)
+        """Give weights of the layers `back`, which train again, the optimizer state of their copies on other ranks. Collective."""
+
     @property
     def sharded(self) -> bool:
         """Whether the masters are spread over ranks, so that reading samples takes a collective."""

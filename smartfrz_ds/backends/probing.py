@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 
@@ -54,3 +55,14 @@ def ask_count(root: Any, path: str) -> int:
     if not isinstance(value, int):
         raise CannotTell(f"has at {path} a {type(value).__name__}, not a number")
     return int(value)
+
+
+def ask_late(function: Any, name: str) -> None:
+    """Check that a function still uses this attribute, which its objects get only later, so that `ask` can't find it yet.
+
+    Raises:
+        CannotTell: it doesn't.
+    """
+    whole = inspect.unwrap(function)
+    if name not in whole.__code__.co_names:
+        raise CannotTell(f"does not use the attribute {name} in {whole.__qualname__}")

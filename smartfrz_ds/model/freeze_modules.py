@@ -98,6 +98,15 @@ def remember_modules(tops: Iterable[nn.Module]) -> Callable[[], None]:
     return restore
 
 
+def thawed_flags(top: nn.Module, training: bool = True) -> list[bool]:
+    """Return `training` of a module and its submodules as `thaw_module` would leave it; changes nothing."""
+    flags = []
+    for module in top.modules():
+        hook = next((h for h in module._forward_pre_hooks.values() if isinstance(h, _StayEval)), None)
+        flags.append(module.training if hook is None else training and not hook.own_eval)
+    return flags
+
+
 def leaving_params(frozen: Collection[Layer], layers: Sequence[Layer], tied: TiedMode) -> tuple[nn.Parameter, ...]:
     """Return the parameters that must leave the optimizer (and stop training) when exactly the layers `frozen` are frozen.
 

@@ -163,6 +163,8 @@ class Controller(GuardedAttributes):
             ValueError: bounds that can't be, or no pipeline; nothing was changed.
             RuntimeError: not at a step boundary; nothing was changed.
             RanksDisagree: the ranks gave different bounds.
+            ChangeUndone: it failed on some rank after it had started, with bounds given; every rank is back at the previous bounds.
+            FreezeError: it failed and could not be undone; the engine state is inconsistent.
         """
         if self._moves is None:
             raise ValueError("rebalance() requires a PipelineModule engine")

@@ -175,6 +175,7 @@ class Freezer:
                     thaw_modules(layer, run.model.training)
         with tx.step("follow the layout"):
             run.backend.on_layout_changed(run.layers, change.frozen)
+        run.backend.equalize_copies(run.layers, change.back, tx)
         with tx.step("verify"):
             run.backend.verify()
         return released

@@ -8,8 +8,9 @@ from contextlib import suppress
 from typing import Any
 
 from smartfrz_ds.backends.pipeline.protocol import Pipeline
+from smartfrz_ds.backends.transaction import Transaction
 from smartfrz_ds.errors import ChangeUndone
-from smartfrz_ds.model.freeze_modules import freeze_modules
+from smartfrz_ds.model.freeze_modules import freeze_modules, remember_modules
 from smartfrz_ds.planner.width import Width
 from smartfrz_ds.runtime.observers.protocol import LayoutChange, StepObserver
 from smartfrz_ds.telemetry.events import FreezeEvent
@@ -83,11 +84,8 @@ class StageMoves(StepObserver):
         """
         run, rebalancer = self._run, self.rebalancer
         start, old = time.perf_counter(), rebalancer.bounds
-        sent = self._freezer.transact("rebalance", lambda tx: rebalancer.move(bounds, tx))
+        sent = self._freezer.transact("rebalance", lambda tx: self._carry_out(bounds, tx))
         moved = run.ranks.sum(sent)
-        for layer in run.layers:
-            if layer.name in run.state.frozen:
-                freeze_modules(layer, run.config.frozen_mode, run.config.tied)
         self._freezer.tell(LayoutChange(kind="move", frozen=frozenset(run.state.frozen)))
         seconds = time.perf_counter() - start
         run.time.add_change(seconds)
@@ -104,6 +102,27 @@ class StageMoves(StepObserver):
             message=f"stages {list(old)} became {list(rebalancer.bounds)}",
         )
         run.journal.record(event)
+
+    def _carry_out(self, bounds: Sequence[int], tx: Transaction) -> int:
+        """Move layers within a transaction. Returns the bytes that this rank sent."""
+        run = self._run
+
+        def follow_bounds() -> None:
+            run.backend.on_layout_changed(run.layers, run.state.frozen)
+
+        # Undone last: what an engine derives from its bounds, it derives from the previous ones again.
+        with tx.step("follow the previous bounds", undo=follow_bounds):
+            pass
+        sent = self.rebalancer.move(bounds, tx)
+        frozen = [layer for layer in run.layers if layer.name in run.state.frozen]
+        with tx.step("freeze the modules that have arrived", undo=remember_modules(m for layer in frozen for m in layer.modules)):
+            for layer in frozen:
+                freeze_modules(layer, run.config.frozen_mode, run.config.tied)
+        with tx.step("follow the bounds"):
+            follow_bounds()
+        with tx.step("verify"):
+            run.backend.verify()
+        return sent
 
     @property
     def note(self) -> str:

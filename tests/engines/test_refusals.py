@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from helpers import run_worker
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
+from smartfrz_ds.backends.probing import CannotTell, ask_late
 from smartfrz_ds.backends.torch.fsdp2 import check_late_attributes
 from smartfrz_ds.config.refusals import ENDING, REFUSALS, no_keys, refused_by
 
@@ -136,3 +139,12 @@ def test_fsdp2_attributes_that_come_with_the_first_gather(kind: type, name: str,
     monkeypatch.delitem(kind.__annotations__, name)
     with pytest.raises(ValueError, match=f"has no attribute {kind.__name__}.{name}"):
         check_late_attributes()
+
+
+def test_the_gradient_that_bf16_optimizer_hangs_on_a_parameter_later() -> None:
+    """It is read with a default, as a weight has none before the first backward; a DeepSpeed that renames it would hide a tied weight that
+    has a gradient on one stage only."""
+    for function in (BF16_Optimizer._update_hp_grad, PipelineEngine._exec_reduce_tied_grads):
+        ask_late(function, "_hp_grad")
+    with pytest.raises(CannotTell, match=r"_hp_grad in BF16_Optimizer.clear_hp_grads"):
+        ask_late(BF16_Optimizer.clear_hp_grads, "_hp_grad")

@@ -12,7 +12,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups
 from packaging.specifiers import SpecifierSet
 
-from smartfrz_ds.backends.probing import CannotTell, ask, ask_count, ask_switch
+from smartfrz_ds.backends.probing import CannotTell, ask, ask_count, ask_late, ask_switch
 from smartfrz_ds.config.refusals import REFUSALS, Refusal, number, other_optimizer, section
 
 from .leaf_modules import describe_leaf_modules
@@ -222,8 +222,17 @@ def _waiting_gradients(engine: DeepSpeedEngine, raw: dict[str, Any]) -> list[str
     return []
 
 
+def _tied_gradients(engine: DeepSpeedEngine, raw: dict[str, Any]) -> list[str]:
+    """TiedWeights.reduce looks for a gradient in `_hp_grad`, which BF16_Optimizer hangs on a parameter in its first backward."""
+    if _pipeline(engine) and ask_switch(engine, "using_bf16_optimizer"):
+        for path in ("optimizer._update_hp_grad", "_exec_reduce_tied_grads"):  # where it is written, and where DeepSpeed reads it
+            ask_late(ask(engine, path), "_hp_grad")
+    return []
+
+
 #: What is more than on or off: what is refused of it, in full.
 _PROBES: dict[str, Callable[[DeepSpeedEngine, dict[str, Any]], list[str]]] = {
     "ZeRO-3 leaf modules": _leaf_modules,
     "gradients of another dtype that wait for a step": _waiting_gradients,
+    "gradients of tied weights": _tied_gradients,
 }

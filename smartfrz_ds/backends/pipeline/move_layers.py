@@ -2,35 +2,36 @@
 
 What moves leaves its optimizer as a freeze lets it leave, with its state held back on the host; weights, buffers and that state go to the
 same replica of the new stage in one batched exchange; there the entry is built, and comes back into the optimizer as a thaw brings it
-back: weights, master weights, moments and step counts bit for bit.
+back: weights, master weights, moments and step counts bit for bit. All of it is one transaction (transaction.py): what leaves a stage stays
+there, untouched, until every rank has carried out its part.
 
 Touched in DeepSpeed 0.19.8:
-  runtime/pipe/module.py   parts, _set_bounds, _local_start, _layer_specs, forward_funcs, fwd_map, tied_modules, is_checkpointable_results,
-                           is_checkpointable_results_interval, _precompute_checkpointable_values; Parameter.ds_pipe_replicated
-  runtime/pipe/engine.py   reset_activation_shape
-  runtime/engine.py        param_names; the same table of ZeRO-1 (stage_1_and_2.py) and BF16_Optimizer
+  runtime/pipe/module.py   parts, num_stages, _local_start, _local_stop, _layer_specs, forward_funcs; Parameter.ds_pipe_replicated
+  runtime/pipe/engine.py   stage_id, grid, reset_activation_shape
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from smartfrz_ds.backends.deepspeed.base import DeepSpeedBackend
-from smartfrz_ds.backends.deepspeed.flat.partition import STAGING_BYTES
 from smartfrz_ds.backends.transaction import Transaction
-from smartfrz_ds.distributed.devices import own_random_numbers
-from smartfrz_ds.model.freeze_modules import thaw_module
+from smartfrz_ds.distributed.devices import empty_cache, own_random_numbers
+from smartfrz_ds.model.freeze_modules import remember_modules, thaw_module, thawed_flags
 from smartfrz_ds.planner.simulate import are_bounds
 
 from .layers import held_modules
+from .parcels import Shipment
+from .wiring import remember_wiring, rewire
 
 
 def check_bounds(pipe: PipelineModule, bounds: Sequence[int], pinned: Collection[int]) -> None:
@@ -70,119 +71,217 @@ def build(engine: Any, bounds: Sequence[int]) -> dict[int, nn.Module]:
 
 
 def rebalance(backend: DeepSpeedBackend, bounds: Sequence[int], built: Mapping[int, nn.Module], tx: Transaction) -> int:
-    """Bring the pipeline to these bounds, checked before. Collective, at a step boundary. Returns the bytes that this rank sent.
+    """Bring the pipeline to these bounds, checked before. Collective, at a step boundary, within a transaction that the caller ends.
 
-    backend: of this stage. built: by `build`.
+    Args:
+        backend: Of this stage.
+        bounds: The new bounds of all stages.
+        built: The modules that arrive, from `build`.
+        tx: Takes the move back where it fails on any rank.
+
+    Returns:
+        The bytes that this rank sent.
     """
-    engine, pipe = backend.engine, backend.engine.module
-    old, new, me = list(pipe.parts), [int(b) for b in bounds], engine.stage_id
-    group, ranks = engine.grid.get_pipe_parallel_group(), engine.grid.pp_group
-    going = {i: m for i, m in held_modules(pipe).items() if not new[me] <= i < new[me + 1]}
-
-    for module in going.values():
-        thaw_module(module, pipe.training)  # where it goes, it is frozen again
-    # Out of the optimizer, as in a freeze. What is frozen already and still has kept state takes that along.
-    known = {p for g in backend.groups for p in g} - backend.frozen
-    trained = [p for p in dict.fromkeys(p for m in going.values() for p in m.parameters()) if p in known]
-    backend.change(trained, [], keep=True, tx=tx)
-
-    # Everyone hears what comes: entry by entry, then what optimizers held back, then the bytes.
-    groups, *more = backend.group_lists()
-    where = {p: i for i, held in enumerate(groups) for p in held}
-    # a bare optimizer may hold parameters that the user froze
-    besides = {p: i for lists in more for i, held in enumerate(lists) for p in held}
-    told = [(owner(new, i), *_describe(i, m, set(trained), where, besides)) for i, m in going.items()]
-    parcels: dict[int, list[Tensor]] = {}
-    for target, _, tensors in told:
-        parcels.setdefault(target, []).extend(tensors)
-    kept: dict[int, Any] = {}
-    for target in list(parcels):
-        mine = {p for i, m in going.items() if owner(new, i) == target for p in m.parameters()}
-        state = backend.kept_state(only=mine)
-        if state is not None:
-            kept[target] = (state[0], [(k, tuple(t.shape), t.dtype) for k, t in state[1].items()])
-            parcels[target].extend(state[1].values())
-    everybodys: list[Any] = [None] * len(ranks)
-    dist.all_gather_object(everybodys, ([(target, about) for target, about, _ in told], kept), group=group)
-    incoming: dict[int, list[Tensor]] = {}
-    arriving: list[tuple[dict[str, Any], list[Tensor]]] = []
-    held: list[tuple[Any, dict[str, Tensor]]] = []
-    for source, (entries, states) in enumerate(everybodys):
-        for about in [about for target, about in entries if target == me]:
-            tensors = [torch.empty(shape, dtype=dtype, device=engine.device) for shape, dtype in about["tensors"]]
-            arriving.append((about, tensors))
-            incoming.setdefault(source, []).extend(tensors)
-        if me in states:
-            about, shapes = states[me]
-            named = {k: torch.empty(shape, dtype=dtype) for k, shape, dtype in shapes}
-            held.append((about, named))
-            incoming.setdefault(source, []).extend(named.values())
-    sent = exchange({ranks[t]: x for t, x in parcels.items()}, {ranks[s]: x for s, x in incoming.items()}, group, engine.device)
-
-    _let_go(backend, going)
-    functions = {old[me] + k: f for k, f in enumerate(pipe.forward_funcs)}
-    for index in range(new[me], new[me + 1]):
-        if index not in functions:
-            functions[index] = pipe._layer_specs[index]  # a plain function; modules follow
-    returning: list[Parameter] = []
-    for about, tensors in arriving:
-        module = functions[about["entry"]] = _fill(built[about["entry"]], about, tensors)
-        returning += _take_in(backend, about, module)
-    _rewire(engine, new, functions)
-    for about, named in held:
-        backend.load_kept_state(about, named)
-    _sort_groups(backend)
-    backend.change([], returning, keep=False, tx=tx)
-    return sent
+    return _Moving(backend, [int(b) for b in bounds], built).carry_out(tx)
 
 
-def exchange(outgoing: Mapping[int, Sequence[Tensor]], incoming: Mapping[int, Sequence[Tensor]], group: Any, device: torch.device) -> int:
-    """Send tensors to ranks and fill those that come, in rounds of at most `STAGING_BYTES` a pair, each one batch. Returns bytes sent.
+@dataclass
+class _Outgoing:
+    """What this stage hands over. told: what the others must know of it. tensors: by the stage that gets them."""
 
-    outgoing, incoming: by global rank; both ends name the same shapes and dtypes in the same order.
-    """
-    on_host = dist.get_backend(group) == "gloo"
-    staged = torch.device("cpu") if on_host else device
-    sends = {rank: _rounds(tensors) for rank, tensors in outgoing.items()}
-    receives = {rank: _rounds(tensors) for rank, tensors in incoming.items()}
-    sent = 0
-    for turn in range(max((len(r) for r in (*sends.values(), *receives.values())), default=0)):
-        operations, arrived = [], []
-        for rank, rounds in sends.items():
-            if turn < len(rounds):
-                buffer = torch.cat([piece.to(staged) for piece in rounds[turn]])
-                operations.append(dist.P2POp(dist.isend, buffer, rank, group))
-                sent += buffer.numel()
-        for rank, rounds in receives.items():
-            if turn < len(rounds):
-                buffer = torch.empty(sum(piece.numel() for piece in rounds[turn]), dtype=torch.uint8, device=staged)
-                operations.append(dist.P2POp(dist.irecv, buffer, rank, group))
-                arrived.append((rounds[turn], buffer))
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
-        for pieces, buffer in arrived:
-            position = 0
-            for piece in pieces:
-                piece.copy_(buffer[position : position + piece.numel()])
-                position += piece.numel()
-    return sent
+    told: _Told
+    tensors: dict[int, list[Tensor]]
 
 
-def _rounds(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Views of the tensors' bytes, cut into rounds of at most `STAGING_BYTES`."""
-    rounds: list[list[Tensor]] = []
-    room = 0
-    for tensor in tensors:
-        flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        position = 0
-        while position < flat.numel():
-            if room == 0:
-                rounds.append([])
-                room = STAGING_BYTES
-            size = min(room, flat.numel() - position)
-            rounds[-1].append(flat[position : position + size])
-            position, room = position + size, room - size
-    return rounds
+@dataclass
+class _Told:
+    """What a stage tells of the layers that leave it. entries: (new stage, description). kept: of the state, by new stage."""
+
+    entries: list[tuple[int, dict[str, Any]]]
+    kept: dict[int, tuple[dict[str, Any], list[tuple[str, tuple[int, ...], torch.dtype]]]]
+
+
+@dataclass
+class _Incoming:
+    """Room for what arrives. entries: (description, tensors). kept: (description, tensors by name) of state. by_stage: all of them."""
+
+    entries: list[tuple[dict[str, Any], list[Tensor]]] = field(default_factory=list)
+    kept: list[tuple[dict[str, Any], dict[str, Tensor]]] = field(default_factory=list)
+    by_stage: dict[int, list[Tensor]] = field(default_factory=dict)
+
+
+class _Moving:
+    """One move, as one stage carries it out."""
+
+    def __init__(self, backend: DeepSpeedBackend, bounds: list[int], built: Mapping[int, nn.Module]) -> None:
+        self._backend, self._engine, self._pipe = backend, backend.engine, backend.engine.module
+        self._bounds, self._stage, self._built = bounds, backend.engine.stage_id, built
+        self._going = {i: m for i, m in held_modules(self._pipe).items() if not bounds[self._stage] <= i < bounds[self._stage + 1]}
+        known = {p for g in backend.groups for p in g} - backend.frozen
+        self._trained = [p for p in self._going_params() if p in known]
+
+    def carry_out(self, tx: Transaction) -> int:
+        """Return the bytes that this rank sent."""
+        # Out of the optimizer, as in a freeze. What is frozen already and still has kept state takes that along.
+        self._backend.change(self._trained, [], keep=True, tx=tx)
+        with tx.step("pack what leaves"):
+            outgoing = self._pack()
+        incoming, sent = self._exchange(outgoing, tx)
+        returning: list[Parameter] = []
+        views = [(p, p.data) for p in self._going_params() if p.data.untyped_storage().nbytes() != p.data.nbytes]
+        with tx.step("set aside what has left", undo=lambda: _bring_back(views)):
+            # what arrives may get its place in a flat buffer
+            for (param, _), clone in zip(views, [data.clone() for _, data in views], strict=True):
+                param.data = clone
+        with tx.step("let go of what has left", undo=_remember_lists(self._backend)):
+            self._let_go()
+        with tx.step("take in what has arrived", undo=_remember_arrivals(self._built.values())):
+            for about, tensors in incoming.entries:
+                returning += self._take_in(about, tensors)
+        with tx.step("rewire the stage", undo=remember_wiring(self._engine)):
+            self._rewire()
+        with tx.step("sort the groups"):
+            for about, named in incoming.kept:
+                self._backend.load_kept_state(about, named)
+            self._sort_groups()
+        self._backend.change([], returning, keep=False, tx=tx)
+        tx.on_commit(self._release)
+        return sent
+
+    def _pack(self) -> _Outgoing:
+        backend = self._backend
+        groups, *more = backend.group_lists()
+        where = {p: i for i, held in enumerate(groups) for p in held}
+        # a bare optimizer may hold parameters that the user froze
+        besides = {p: i for lists in more for i, held in enumerate(lists) for p in held}
+        entries: list[tuple[int, dict[str, Any]]] = []
+        tensors: dict[int, list[Tensor]] = {}
+        for index, module in self._going.items():
+            target = owner(self._bounds, index)
+            entries.append((target, self._describe(index, module, where, besides)))
+            tensors.setdefault(target, []).extend(t.detach() for t in (*module.parameters(), *module.buffers()))
+        kept = {}
+        for target in tensors:
+            mine = {p for i, m in self._going.items() if owner(self._bounds, i) == target for p in m.parameters()}
+            state = backend.kept_state(only=mine)
+            if state is not None:
+                kept[target] = (state[0], [(k, tuple(t.shape), t.dtype) for k, t in state[1].items()])
+                tensors[target].extend(state[1].values())
+        return _Outgoing(_Told(entries, kept), tensors)
+
+    def _describe(self, index: int, module: nn.Module, where: Mapping[Parameter, int], besides: Mapping[Parameter, int]) -> dict[str, Any]:
+        """What the new stage must know of an entry. where: the group of each parameter that a freeze knows; besides: of each that the
+        optimizer holds, where it may hold others too."""
+        trained = set(self._trained)
+        return {
+            "entry": index,
+            # of each parameter: its group (None: the user's own, frozen), whether it goes on training, its group in the optimizer all the
+            # same
+            "params": [(where.get(p), p in trained, besides.get(p)) for p in module.parameters()],
+            "tensors": [(tuple(t.shape), t.dtype) for t in (*module.parameters(), *module.buffers())],
+            "training": thawed_flags(module, self._pipe.training),  # where it goes, it is frozen again
+        }
+
+    def _exchange(self, outgoing: _Outgoing, tx: Transaction) -> tuple[_Incoming, int]:
+        """Everyone hears what comes: entry by entry, then what optimizers held back, then the bytes."""
+        grid = self._engine.grid
+        group, ranks = grid.get_pipe_parallel_group(), grid.pp_group
+        everybodys: list[Any] = [None] * len(ranks)
+        with tx.exchange("tell the other stages what moves"):
+            dist.all_gather_object(everybodys, outgoing.told, group=group)
+        with tx.step("make room for what arrives"):
+            incoming = self._room_for(everybodys)
+            shipment = Shipment(
+                {ranks[stage]: tensors for stage, tensors in outgoing.tensors.items()},
+                {ranks[stage]: tensors for stage, tensors in incoming.by_stage.items()},
+                group,
+                self._engine.device,
+            )
+        with tx.exchange("move weights, buffers and optimizer state"):
+            sent = shipment.deliver(tx.fail_later)
+        outgoing.tensors.clear()  # copies of optimizer state among them
+        return incoming, sent
+
+    def _room_for(self, everybodys: Sequence[_Told]) -> _Incoming:
+        room, me = _Incoming(), self._stage
+        for source, told in enumerate(everybodys):
+            for about in [about for target, about in told.entries if target == me]:
+                tensors = [torch.empty(shape, dtype=dtype, device=self._engine.device) for shape, dtype in about["tensors"]]
+                room.entries.append((about, tensors))
+                room.by_stage.setdefault(source, []).extend(tensors)
+            if me in told.kept:
+                about, shapes = told.kept[me]
+                named = {k: torch.empty(shape, dtype=dtype) for k, shape, dtype in shapes}
+                room.kept.append((about, named))
+                room.by_stage.setdefault(source, []).extend(named.values())
+        return room
+
+    def _let_go(self) -> None:
+        """Strike what has left off the backend's lists; its tensors stay."""
+        backend, params = self._backend, set(self._going_params())
+        backend.forget(params)
+        backend.frozen -= params
+        for groups in backend.group_lists():
+            for group in groups:
+                group[:] = [p for p in group if p not in params]
+
+    def _take_in(self, about: Mapping[str, Any], tensors: Sequence[Tensor]) -> list[Parameter]:
+        """Give an entry's new module what has arrived, and enter its parameters as frozen ones of their groups.
+
+        Returns:
+            Those that go on training.
+        """
+        backend, module, returning = self._backend, self._built[about["entry"]], []
+        for target, tensor in zip((*module.parameters(), *module.buffers()), tensors, strict=True):
+            target.data = tensor
+        for part, training in zip(module.modules(), about["training"], strict=True):
+            part.training = training
+        for param, (index, trains, held) in zip(module.parameters(), about["params"], strict=True):
+            param.ds_pipe_replicated = False  # type: ignore[attr-defined]
+            param.requires_grad_(False)
+            param.grad = None
+            if index is None:
+                param.smartfrz_user_frozen = True  # type: ignore[attr-defined]
+                for lists in backend.group_lists()[1:] if held is not None else ():
+                    lists[held].append(param)
+                continue
+            backend.frozen.add(param)
+            for groups in backend.group_lists():
+                groups[index].append(param)
+            if trains:
+                returning.append(param)
+        return returning
+
+    def _rewire(self) -> None:
+        pipe = self._pipe
+        functions: dict[int, Any] = {pipe._local_start + k: f for k, f in enumerate(pipe.forward_funcs)}
+        functions.update(self._built)
+        for index in range(self._bounds[self._stage], self._bounds[self._stage + 1]):
+            functions.setdefault(index, pipe._layer_specs[index])  # a plain function
+        rewire(self._engine, self._bounds, functions)
+
+    def _sort_groups(self) -> None:
+        """Each group in the module's own order: so a checkpoint does not depend on the way that its bounds came about."""
+        rank = {p: k for k, p in enumerate(self._pipe.parameters())}
+        for groups in self._backend.group_lists():
+            for group in groups:
+                if all(p in rank for p in group):
+                    group.sort(key=rank.__getitem__)
+
+    def _release(self) -> None:
+        """After the last vote: give back the memory of what has left, and let the stages tell the shapes of activations anew."""
+        for module in self._going.values():
+            thaw_module(module, self._pipe.training)
+            # An nn.Module in the user's list stays there: without its memory.
+            for tensor in (*module.parameters(), *module.buffers()):
+                tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        if hasattr(self._backend, "trim"):
+            self._backend.trim()  # a flat buffer that they shared with what stays
+        empty_cache(self._backend.device)
+        self._engine.reset_activation_shape()
+
+    def _going_params(self) -> list[Parameter]:
+        return list(dict.fromkeys(p for m in self._going.values() for p in m.parameters()))
 
 
 def structure_of(module: nn.Module) -> list[Any]:
@@ -190,94 +289,39 @@ def structure_of(module: nn.Module) -> list[Any]:
     return [[name, list(t.shape)] for name, t in (*module.named_parameters(), *module.named_buffers())]
 
 
-def _describe(
-    entry: int, module: nn.Module, trained: set[Parameter], where: Mapping[Parameter, int], besides: Mapping[Parameter, int]
-) -> tuple[dict[str, Any], list[Tensor]]:
-    """What the new stage must know of an entry, and its weights and buffers. where: the group of each
-    parameter that a freeze knows; besides: of each that the optimizer holds, where it may hold others too."""
-    params, buffers = list(module.parameters()), list(module.buffers())
-    tensors = [p.detach() for p in params] + [b.detach() for b in buffers]
-    about = {
-        "entry": entry,
-        # of each parameter: its group (None: the user's own, frozen), whether it goes on training, its group in the optimizer all the same
-        "params": [(where.get(p), p in trained, besides.get(p)) for p in params],
-        "tensors": [(tuple(t.shape), t.dtype) for t in tensors],
-        "training": [m.training for m in module.modules()],
-    }
-    return about, tensors
+def _bring_back(views: Iterable[tuple[Parameter, Tensor]]) -> None:
+    for param, data in views:
+        if param.data.data_ptr() != data.data_ptr():
+            data.copy_(param.data)
+            param.data = data
 
 
-def _fill(module: nn.Module, about: dict[str, Any], tensors: Sequence[Tensor]) -> nn.Module:
-    """The entry's module with the weights and buffers that came."""
-    for target, tensor in zip((*module.parameters(), *module.buffers()), tensors, strict=True):
-        target.data = tensor
-    for part, training in zip(module.modules(), about["training"], strict=True):
-        part.training = training
-    for p in module.parameters():
-        p.ds_pipe_replicated = False  # type: ignore[attr-defined]
-    return module
+def _remember_lists(backend: DeepSpeedBackend) -> Callable[[], None]:
+    """Return the action that brings back what the backend notes of its parameters: groups, what is frozen, what is kept."""
+    frozen, kept = set(backend.frozen), backend.kept_entries()
+    groups = [(group, list(group)) for groups in backend.group_lists() for group in groups]
+
+    def restore() -> None:
+        for group, params in groups:
+            group[:] = params
+        backend.frozen = frozen
+        backend.set_kept_entries(kept)
+
+    return restore
 
 
-def _take_in(backend: DeepSpeedBackend, about: dict[str, Any], module: nn.Module) -> list[Parameter]:
-    """Enter a new module's parameters as frozen ones of their groups. Returns those that go on training."""
-    returning = []
-    for param, (index, trains, held) in zip(module.parameters(), about["params"], strict=True):
-        param.requires_grad_(False)
-        param.grad = None
-        if index is None:
-            param.smartfrz_user_frozen = True  # type: ignore[attr-defined]
-            for lists in backend.group_lists()[1:] if held is not None else ():
-                lists[held].append(param)
-            continue
-        backend.frozen.add(param)
-        for groups in backend.group_lists():
-            groups[index].append(param)
-        if trains:
-            returning.append(param)
-    return returning
+def _remember_arrivals(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """Return the action that brings back these modules with their tensors: a module of the user's list is there whether it moves or not."""
+    listed = list(modules)
+    flags_back = remember_modules(listed)
+    tensors = [(t, t.data, t.grad, t.requires_grad, dict(vars(t))) for m in listed for t in (*m.parameters(), *m.buffers())]
 
+    def restore() -> None:
+        flags_back()
+        for tensor, data, grad, trains, attributes in tensors:
+            tensor.data, tensor.grad = data, grad
+            tensor.requires_grad_(trains)
+            vars(tensor).clear()
+            vars(tensor).update(attributes)
 
-def _let_go(backend: DeepSpeedBackend, going: Mapping[int, nn.Module]) -> None:
-    params = {p for m in going.values() for p in m.parameters()}
-    backend.forget(params)
-    backend.frozen -= params
-    for groups in backend.group_lists():
-        for group in groups:
-            group[:] = [p for p in group if p not in params]
-    for module in going.values():
-        # An nn.Module in the user's list stays there: without its memory.
-        for tensor in (*module.parameters(), *module.buffers()):
-            tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-
-
-def _rewire(engine: Any, bounds: list[int], functions: Mapping[int, Any]) -> None:
-    """Make the module hold exactly the entries of its new bounds, in order, as PipelineModule._build does."""
-    pipe, me = engine.module, engine.stage_id
-    for name in [name for name in pipe._modules if name.isdigit()]:
-        del pipe._modules[name]
-    pipe.parts = list(bounds)
-    pipe._set_bounds(start=bounds[me], stop=bounds[me + 1])
-    pipe.forward_funcs, pipe.fwd_map = [], {}
-    for index in range(bounds[me], bounds[me + 1]):
-        entry, spec = functions[index], pipe._layer_specs[index]
-        pipe.forward_funcs.append(entry)
-        if isinstance(entry, nn.Module) and not isinstance(spec, TiedLayerSpec):
-            pipe.fwd_map[str(index)] = len(pipe.forward_funcs) - 1
-            pipe.add_module(str(index), entry)
-    pipe.is_checkpointable_results_interval = None
-    pipe._precompute_checkpointable_values()
-    names = {p: name for name, p in pipe.named_parameters()}
-    for table in {id(t): t for t in (engine.param_names, getattr(engine.optimizer, "param_names", engine.param_names))}.values():
-        placeholders = {p: name for p, name in table.items() if name.startswith("smartfrz_")}
-        table.clear()
-        table.update(names | placeholders)
-    engine.reset_activation_shape()
-
-
-def _sort_groups(backend: DeepSpeedBackend) -> None:
-    """Each group in the module's own order: so a checkpoint does not depend on the way that its bounds came about."""
-    rank = {p: k for k, p in enumerate(backend.engine.module.parameters())}
-    for groups in backend.group_lists():
-        for group in groups:
-            if all(p in rank for p in group):
-                group.sort(key=rank.__getitem__)
+    return restore

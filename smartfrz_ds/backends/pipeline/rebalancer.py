@@ -11,6 +11,8 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from smartfrz_ds.backends.cost import Bandwidths
 from smartfrz_ds.backends.transaction import Transaction
 from smartfrz_ds.config.sections import PipelineSettings
@@ -36,6 +38,7 @@ class Rebalancer(Pipeline):
         self._known: dict[int, EntryTimes] = {}
         self._weights: dict[int, tuple[int, int]] = {}  # of each entry: elements that train while it is active, bytes
         self._rates = (0.0, 0.0)  # of an active weight: seconds of its update, bytes of gradient and optimizer state
+        self._built: dict[int, nn.Module] = {}  # of the move that was checked last
         self.due = False
         self.first_bounds = self.bounds  # as the user's PipelineModule was cut
         backend.time_entries()
@@ -74,22 +77,19 @@ class Rebalancer(Pipeline):
         options = self._ranks.gather_objects(self._backend.group_options())
         structures = {int(i): told for part in self._ranks.gather_objects(self._backend.structure()) for i, told in part.items()}
 
-        def prepare() -> None:
+        def prepare() -> dict[int, nn.Module]:
             if any(own != options[0] for own in options):
                 raise ValueError(
                     "the stages' optimizers have parameter groups of different settings; allowed where layers move: the same everywhere"
                 )
-            self._backend.prepare(bounds, structures)
+            return self._backend.prepare(bounds, structures)
 
-        try:
-            self._ranks.run_on_all_ranks(prepare)
-        except Exception:
-            self._backend.unprepare()
-            raise
+        self._built = self._ranks.run_on_all_ranks(prepare)
 
     def move(self, bounds: Sequence[int], tx: Transaction) -> int:
         """Move layers so that these are the bounds, after `check`, within a transaction. Returns the bytes that this rank sent."""
-        return self._backend.rebalance(bounds, tx)
+        built, self._built = self._built, {}
+        return self._backend.rebalance(bounds, built, tx)
 
     def gain(self, bounds: Sequence[int]) -> float:
         """How many times faster a step is predicted to be with these bounds than now; 1 where costs are not known."""

@@ -147,7 +147,6 @@ class PipelineStage(_Base):
     )
     #: the setting `smartfrz.tied`
     tied_mode: TiedMode = "train"
-    _built: Mapping[int, nn.Module] = MappingProxyType({})
     clock: StageClock | None = None
     #: what a backward of this stage computes: the entries with weights that train, and whether the gradient of its input is wanted
     computed: tuple[frozenset[int], bool] = (frozenset(), True)
@@ -199,17 +198,26 @@ class PipelineStage(_Base):
         if self.engine.is_compiled:
             raise RuntimeError("layers of a compiled pipeline (engine.compile) can't move: the new stage would run them uncompiled")
 
-    def prepare(self, bounds: Sequence[int], structures: Mapping[int, Sequence[Any]]) -> None:
+    def prepare(self, bounds: Sequence[int], structures: Mapping[int, Sequence[Any]]) -> dict[int, nn.Module]:
         """Check, and build what comes to this stage: what can go wrong on one rank goes wrong here.
 
-        structures: of each entry, as `structure` gives it on the rank that holds it. Raises as `check_bounds`, ValueError where an entry
-        has become another than its place in the list builds, and whatever a layer's constructor raises.
+        Args:
+            bounds: The new borders.
+            structures: Of each entry, as `structure` gives it on the rank that holds it.
+
+        Returns:
+            The new modules, by their place in the list, for `rebalance`.
+
+        Raises:
+            ValueError: As `check_bounds`; also where an entry has become another than its place in the list builds.
+            RuntimeError: As `check_bounds`.
+            Exception: Whatever a layer's constructor raises.
         """
         self.check_bounds(bounds)
         if why := self.uncuttable([p for group in self.groups for p in group]):
             raise ValueError(why)
-        self._built = build(self.engine, bounds)
-        for index, module in self._built.items():
+        built = build(self.engine, bounds)
+        for index, module in built.items():
             own = structure_of(module)
             emptied = [[name, [0]] for name, _ in structures[index]]  # a module of the user's list that was here before (rebalance.py)
             if own not in (structures[index], emptied):
@@ -217,10 +225,7 @@ class PipelineStage(_Base):
                     f"entry {index} of the pipeline's list was changed after it was built (its parameters or buffers are others); allowed: "
                     "entries that a new stage can build again"
                 )
-
-    def unprepare(self) -> None:
-        """Let go of what `prepare` built: nothing moves after all."""
-        self._built = {}
+        return built
 
     def structure(self) -> dict[int, list[Any]]:
         """Of each module entry that this rank holds: names and shapes of its parameters and buffers."""
@@ -241,14 +246,24 @@ class PipelineStage(_Base):
         plain16 = engine.bfloat16_enabled() and not engine.zero_optimization()
         return not (pinned_entries(engine.module) or odd or plain16)
 
-    def rebalance(self, bounds: Sequence[int], tx: Transaction) -> int:
-        """Move layers to these borders. Collective, after `prepare`. Returns the bytes that this rank sent."""
-        sent = rebalance(self, bounds, self._built, tx)
-        self._built = {}
-        self.verify()
+    def rebalance(self, bounds: Sequence[int], built: Mapping[int, nn.Module], tx: Transaction) -> int:
+        """Move layers to these borders. Collective, within a transaction.
+
+        Args:
+            bounds: The new borders.
+            built: From `prepare` for them.
+            tx: Takes the move back where it fails on any rank.
+
+        Returns:
+            The bytes that this rank sent.
+        """
+        sent = rebalance(self, bounds, built, tx)
         if self.clock is not None:
-            self.clock.watch()
+            tx.on_commit(self.clock.watch)
         return sent
+
+    def equalize_copies(self, layers: Sequence[Layer], back: Collection[str], tx: Transaction) -> None:
+        self.tied.equalize(layers, back, tx)
 
     @property
     def sharded(self) -> bool:

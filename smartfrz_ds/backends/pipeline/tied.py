@@ -24,8 +24,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.module import PipelineModule, TiedLayerSpec
+from torch import Tensor
 
 from smartfrz_ds.backends.deepspeed.base import DeepSpeedBackend
+from smartfrz_ds.backends.deepspeed.weight_state import WeightState
+from smartfrz_ds.backends.transaction import Transaction
 from smartfrz_ds.model.freeze_modules import TiedMode
 from smartfrz_ds.model.layers import Layer
 
@@ -56,11 +59,9 @@ class TiedWeights:
         self.cut: frozenset[str] = frozenset()
 
     def on_layout_changed(self, layers: Sequence[Layer], frozen: Collection[str]) -> None:
-        """After a change of the layout. Collective where a front layer trains again."""
+        """After a change of the layout."""
         pipe = self._backend.engine.module
-        fronts = {i: x.name for x in layers if isinstance(x, PipelineLayer) for i in range(x.first, x.last + 1)}
-        before = self.cut
-        self.cut = frozenset(key for key, (front, _) in tied_uses(pipe).items() if fronts[front] in frozen)
+        self.cut = self._keys_of(layers, frozen)
         for key, uses in tied_uses(pipe).items():
             if self.mode == "train" and all(module_at(pipe, i) is not None for i in uses):
                 self._cut_function(uses[0], cut=key in self.cut)
@@ -69,8 +70,12 @@ class TiedWeights:
                 for weight in shared_weights(pipe, key):
                     # the only copy that trains is the one that a norm counts
                     weight.ds_pipe_replicated = key not in self.cut  # type: ignore[attr-defined]
-            if key in before and key not in self.cut and self.mode == "train":
-                self._make_equal(key)
+
+    def _keys_of(self, layers: Sequence[Layer], names: Collection[str]) -> frozenset[str]:
+        """The keys whose front layer is among these."""
+        fronts = {i: x.name for x in layers if isinstance(x, PipelineLayer) for i in range(x.first, x.last + 1)}
+        uses = tied_uses(self._backend.engine.module)
+        return frozenset(key for key, (front, _) in uses.items() if fronts[front] in names)
 
     def _cut_function(self, index: int, *, cut: bool) -> None:
         pipe = self._backend.engine.module
@@ -127,22 +132,41 @@ class TiedWeights:
         return dist.get_rank() != self._rear(key)
 
     @torch.no_grad()
-    def _make_equal(self, key: str) -> None:
-        """Give the front copy, back in its optimizer, the master weight, moments and step count of the rear one."""
-        pipe = self._backend.engine.module
-        comm, source, is_front = pipe.tied_comms[key], self._rear(key), self._is_front(key)
-        for weight in shared_weights(pipe, key):
-            dist.broadcast(weight.data, src=source, group=comm["group"])
-            own = self._backend.weight_state(weight)
-            told = [None if is_front else own.about()]
-            dist.broadcast_object_list(told, src=source, group=comm["group"])
-            state = told[0]
-            assert state is not None
-            tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in state["tensors"].items()}
-            for name, tensor in tensors.items():
-                full = (tensor if is_front else own.read(name)).to(self._backend.device)
-                dist.broadcast(full, src=source, group=comm["group"])
-                if is_front:
-                    own.write(name, full)
-            if is_front:
-                own.set_numbers(state["numbers"])
+    def equalize(self, layers: Sequence[Layer], back: Collection[str], tx: Transaction) -> None:
+        """Give front copies that train again, and are in their optimizer, the master weight, moments and step count of the rear ones.
+
+        Collective, within a transaction. What is written is gone once the thaw is taken back; the low-precision weights were equal already
+        (`after_step`).
+        """
+        pipe, device = self._backend.engine.module, self._backend.device
+        keys = self._keys_of(layers, back)
+        if self.mode != "train" or not keys or pipe.num_stages == 1:
+            return
+        here = [(key, weight) for key in sorted(keys & pipe.tied_comms.keys()) for weight in shared_weights(pipe, key)]
+        own: list[WeightState] = []
+        told: list[list[Any]] = []
+        with tx.step("describe the state of the tied weights"):
+            for key, weight in here:
+                own.append(self._backend.weight_state(weight))
+                told.append([None if self._is_front(key) else own[-1].about()])
+        with tx.exchange("tell the state of the tied weights"):
+            for (key, _), about in zip(here, told, strict=True):
+                dist.broadcast_object_list(about, src=self._rear(key), group=pipe.tied_comms[key]["group"])
+        rooms: list[dict[str, Tensor]] = []
+        with tx.step("make room for the state of the tied weights"):
+            for (about,) in told:
+                rooms.append({name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in about["tensors"].items()})
+        with tx.exchange("copy the state of the tied weights"):
+            for (key, weight), state, room in zip(here, own, rooms, strict=True):
+                source, group = self._rear(key), pipe.tied_comms[key]["group"]
+                dist.broadcast(weight.data, src=source, group=group)
+                for name, tensor in room.items():
+                    if not self._is_front(key):
+                        tensor.copy_(state.read(name))
+                    dist.broadcast(tensor, src=source, group=group)
+        with tx.step("take in the state of the tied weights"):
+            for (key, _), state, (about,), room in zip(here, own, told, rooms, strict=True):
+                if self._is_front(key):
+                    for name, tensor in room.items():
+                        state.write(name, tensor)
+                    state.set_numbers(about["numbers"])

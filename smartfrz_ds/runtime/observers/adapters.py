@@ -121,7 +121,7 @@ class EngineLayout(StepObserver):
         self._run = run
 
     def on_layout_change(self, change: LayoutChange) -> None:
-        if change.kind in ("start", "return", "move"):  # the others did it within their transaction
+        if change.kind in ("start", "return"):  # the others did it within their transaction
             self._run.backend.on_layout_changed(self._run.layers, change.frozen)
 
 

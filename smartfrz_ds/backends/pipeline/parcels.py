@@ -1,0 +1,101 @@
+"""What crosses between the stages when layers move: weights, buffers and optimizer state, in batches of bounded size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from smartfrz_ds.backends.deepspeed.flat.partition import STAGING_BYTES
+
+
+class Shipment:
+    """Tensors that one rank sends to others and receives from them. All memory that it needs is allocated when it is created.
+
+    Args:
+        outgoing: By global rank. Both ends name the same shapes and dtypes in the same order.
+        incoming: By global rank; contiguous, filled by `deliver`.
+        group: Holds all of these ranks.
+        device: Of the tensors.
+    """
+
+    def __init__(
+        self, outgoing: Mapping[int, Sequence[Tensor]], incoming: Mapping[int, Sequence[Tensor]], group: Any, device: torch.device
+    ) -> None:
+        self._group = group
+        staged = torch.device("cpu") if dist.get_backend(group) == "gloo" else device
+        self._sends = {rank: _rounds(tensors) for rank, tensors in outgoing.items()}
+        self._receives = {rank: _rounds(tensors) for rank, tensors in incoming.items()}
+        self._buffers = {
+            (way, rank): torch.empty(max(map(_bytes, rounds)), dtype=torch.uint8, device=staged)
+            for way, parcels in (("to", self._sends), ("from", self._receives))
+            for rank, rounds in parcels.items()
+            if rounds
+        }
+
+    def deliver(self, fail_later: Callable[[Exception], None]) -> int:
+        """Exchange everything, in rounds of at most `STAGING_BYTES` a pair of ranks, each one batch. Collective.
+
+        Args:
+            fail_later: Gets local errors; the exchange goes on, with contents that are of no use.
+
+        Returns:
+            The bytes that this rank sent.
+        """
+        sent = 0
+        for turn in range(max((len(rounds) for rounds in (*self._sends.values(), *self._receives.values())), default=0)):
+            operations: list[dist.P2POp] = []
+            arrived: list[tuple[list[Tensor], list[Tensor]]] = []
+            for rank, rounds in self._sends.items():
+                if turn < len(rounds):
+                    whole, parts = self._staged("to", rank, rounds[turn])
+                    _copy(rounds[turn], parts, fail_later)
+                    operations.append(dist.P2POp(dist.isend, whole, rank, self._group))
+                    sent += whole.numel()
+            for rank, rounds in self._receives.items():
+                if turn < len(rounds):
+                    whole, parts = self._staged("from", rank, rounds[turn])
+                    operations.append(dist.P2POp(dist.irecv, whole, rank, self._group))
+                    arrived.append((parts, rounds[turn]))
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+            for parts, pieces in arrived:
+                _copy(parts, pieces, fail_later)
+        return sent
+
+    def _staged(self, way: str, rank: int, pieces: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The buffer for one round, whole, and cut as these pieces are."""
+        whole = self._buffers[way, rank][: _bytes(pieces)]
+        return whole, list(whole.split([piece.numel() for piece in pieces]))
+
+
+def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor], fail_later: Callable[[Exception], None]) -> None:
+    try:
+        for source, target in zip(sources, targets, strict=True):
+            target.copy_(source)
+    except Exception as error:  # the other ranks wait in this exchange
+        fail_later(error)
+
+
+def _bytes(pieces: Sequence[Tensor]) -> int:
+    return sum(piece.numel() for piece in pieces)
+
+
+def _rounds(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Views of the tensors' bytes, cut into rounds of at most `STAGING_BYTES`."""
+    rounds: list[list[Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        position = 0
+        while position < flat.numel():
+            if room == 0:
+                rounds.append([])
+                room = STAGING_BYTES
+            size = min(room, flat.numel() - position)
+            rounds[-1].append(flat[position : position + size])
+            position, room = position + size, room - size
+    return rounds
