@@ -44,7 +44,7 @@ class Net(nn.Module):
         torch.manual_seed(0)
         self.inp = nn.Linear(32, WIDTH)
         self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
-        self.head = nn.Linear(WIDTH, 10)  # behind the blocks: what stands in front of them belongs to the layer "embeddings"
+        self.head = nn.Linear(WIDTH, 10)  # after the blocks: parameters in front of them belong to the layer "embeddings"
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.inp(x)

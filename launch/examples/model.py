@@ -15,7 +15,15 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """vocabulary, length: tokens, and how many are read at once. blocks, width, heads: of the network; heads divide the width."""
+    """The shape of the network.
+
+    Attributes:
+        vocabulary: Number of different tokens.
+        length: Tokens per sequence.
+        blocks: Number of blocks.
+        width: Width of the residual stream, a multiple of `heads`.
+        heads: Attention heads.
+    """
 
     vocabulary: int = 256
     length: int = 64
@@ -110,7 +118,7 @@ class Gpt(nn.Module):
 
 
 def _parts(shape: Shape) -> list[Callable[[], nn.Module]]:
-    """What builds the embeddings, each block, the last norm and the head."""
+    """Return the functions that build the embeddings, each block, the last norm and the head."""
     size = (shape.vocabulary, shape.width)
     return [
         lambda: nn.Sequential(Tokens(*size), Positions(shape.length, shape.width)),

@@ -1,9 +1,9 @@
-"""What `requires_grad_(False)` does in the middle of a DeepSpeed run, measured, and what smartfrz_ds does in its place.
+"""Measures the effect of `requires_grad_(False)` in the middle of a DeepSpeed run, compared with smartfrz_ds.
 
     deepspeed --num_accelerators 2 launch/examples/naive_table.py
 
 trains a small GPT, freezes its embeddings and the first half of its blocks after half of the steps in both ways, and prints a Markdown
-table (that of the README). Every number is counted on rank 0: bytes handed to torch.distributed, bytes of live optimizer tensors, weights
+table (that of the README). Every number is counted on rank 0: bytes passed to torch.distributed, bytes of live optimizer tensors, weights
 compared with a copy.
 """
 

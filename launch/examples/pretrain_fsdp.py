@@ -148,7 +148,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def reduced(model: nn.Module, counted: CollectiveBytes) -> int:
-    """Bytes of gradients that this rank handed to reductions in the backward that has just run."""
+    """Return the bytes of gradients that this rank passed to reductions in the last backward."""
     if isinstance(model, DistributedDataParallel):  # reduces in C++, in its buckets
         return sum(int(size) for size in model._get_ddp_logging_data()["bucket_sizes"].split(","))
     return sum(size for name, size in counted.take().items() if name.startswith("reduce_scatter"))

@@ -118,7 +118,14 @@ def build(args: argparse.Namespace, config: dict[str, Any], vocabulary: int) -> 
 
 
 def resume(engine: Any, folder: Path, identity: dict[str, Any]) -> int:
-    """Load the last complete checkpoint in `folder`; gives its step. ValueError where there is none, or it is of another run."""
+    """Load the last complete checkpoint in a folder.
+
+    Returns:
+        Its step.
+
+    Raises:
+        ValueError: There is none, or it belongs to another run.
+    """
     path, client = engine.load_checkpoint(str(folder))
     if path is None:
         raise ValueError(f"--resume: no complete checkpoint in {folder}")
@@ -150,7 +157,7 @@ def run(args: argparse.Namespace, config: dict[str, Any]) -> None:
     controller = getattr(engine, "smartfrz", None)
     steps, micro_batches = int(config["scheduler"]["params"]["total_num_steps"]), engine.gradient_accumulation_steps()
     rows, replica, stages = engine.train_micro_batch_size_per_gpu(), engine.grid.get_data_parallel_id(), len(engine.module.parts) - 1
-    # What makes a run this run and no other.
+    # The settings and data that a resumed run must share.
     identity = {"data": texts.digest, **{key: getattr(args, key) for key in ("tokenizer", "length", "seed")}}
     start = 0 if args.resume is None else resume(engine, args.resume if args.resume.name else checkpoints, identity)
     last = min(steps, args.stop_after or steps)
@@ -221,7 +228,7 @@ def run(args: argparse.Namespace, config: dict[str, Any]) -> None:
 
 
 def stages_of(ranks: list[Any], count: int) -> list[dict[str, Any]]:
-    """What each stage holds, for the table, from each rank's (first, last) state; a stage's ranks are neighbours."""
+    """Describe each stage for the table, from each rank's state at the start and at the end. The ranks of a stage are consecutive."""
     width = len(ranks) // count
     return [
         {

@@ -1,4 +1,4 @@
-"""What an example's run gave, and the table of one or several runs: `python launch/examples/table.py DIR [DIR …]`."""
+"""The results of an example's run, and the table of one or several runs: `python launch/examples/table.py DIR [DIR …]`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SKIPPED_STEPS = 3  # the first steps build the optimizer's state and warm the ca
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A number before the first freeze and after the last one; `after` is None where nothing froze or no step came after."""
+    """A number before the first freeze and after the last one. `after` is None if nothing froze or no step followed."""
 
     before: float
     after: float | None = None
@@ -31,19 +31,29 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One run, or what was left of it after a resume.
+    """One run, or the part of it after a resume. Bytes are counted on rank 0.
 
-    policy: "none" without freezing. steps, first_step: the last step, and the first one of this process. layers: that can freeze.
-    scores: what the run is judged by, by name. final_loss: mean training loss of the last 20 steps on rank 0.
-    train_seconds: the loop. step_seconds, timed_steps: median of a step without the first ones and those around a change of the layout, and
-        the steps behind it.
-    optimizer_bytes, gradient_bytes, weight_bytes: on rank 0, counted: live optimizer tensors with master weights; gradients handed to
-        reductions in a step; weights gathered in it after the update.
-    frozen: [layer, step] in the order of freezing. moves: [step, bounds of the pipeline's stages, predicted gain].
-    plugin_seconds, pause_seconds: in the plugin's hooks without the freezes, and in the freezes.
-    saved_flops_fraction: of the whole run's training FLOPs, in [0, 1].
-    tokens: of a step, 0 where that says nothing. series: one value a step.
-    stages: of a pipeline: for each its entries at the start and at the end, frozen ones, and its ranks' optimizer bytes.
+    Attributes:
+        policy: Name of the policy; "none" without freezing.
+        steps: The last step.
+        first_step: The first step of this process.
+        layers: Number of layers that can freeze.
+        scores: Final scores by name.
+        final_loss: Mean training loss of the last 20 steps on rank 0.
+        train_seconds: Seconds of the training loop.
+        step_seconds: Median seconds of a step, without the first steps and those next to a freeze, thaw or move.
+        timed_steps: Number of steps in that median.
+        optimizer_bytes: Live optimizer tensors, master weights included.
+        gradient_bytes: Gradients passed to reductions per step.
+        weight_bytes: Weights gathered per step after the update.
+        frozen: (layer, step) in the order of freezing.
+        moves: (step, bounds of the pipeline's stages, predicted gain).
+        plugin_seconds: Seconds in the plugin's hooks, without freezes.
+        pause_seconds: Seconds in freezes.
+        saved_flops_fraction: Fraction of the run's training FLOPs that freezing saved, in [0, 1].
+        tokens: Tokens per step, 0 where this has no meaning.
+        stages: For each stage of a pipeline its entries at the start and at the end, frozen ones, and its ranks' optimizer bytes.
+        series: One value per step, by name.
     """
 
     policy: str
@@ -72,10 +82,10 @@ class Result:
 
     @classmethod
     def load(cls, path: Path) -> Result:
-        """Read what `save` wrote.
+        """Read the file that `save` wrote.
 
         Raises:
-            ValueError: the file is missing or is not one.
+            ValueError: The file is missing or has another content.
         """
         try:
             data = json.loads(path.read_text())
@@ -83,7 +93,7 @@ class Result:
             data |= {key: [tuple(entry) for entry in data[key]] for key in ("frozen", "moves")}
             return cls(**data)
         except FileNotFoundError as error:
-            raise ValueError(f"{path}: no such file; the run did not come to its end") from error
+            raise ValueError(f"{path}: no such file; the run did not finish") from error
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not the results of a run: {error}") from error
 
@@ -92,9 +102,9 @@ class StepLog:
     """Measures a run step by step, on each rank for itself.
 
     Args:
-        counted: of the bytes that this rank hands to torch.distributed (`smartfrz_ds.bench.wire.CollectiveBytes`); None: not counted.
-        first_step: the number of the first step.
-        settling: steps after a change of the layout that are not timed (a pipeline sends its shapes anew).
+        counted: Counts the bytes that this rank passes to torch.distributed (`smartfrz_ds.bench.wire.CollectiveBytes`); None: not counted.
+        first_step: Number of the first step.
+        settling: Steps after a freeze, thaw or move that are not timed (a pipeline sends its shapes again).
     """
 
     def __init__(self, counted: Any = None, *, first_step: int = 1, settling: int = 0) -> None:
@@ -104,7 +114,7 @@ class StepLog:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around a step: its seconds, and the weights that were gathered since `backward_done`."""
+        """Measure a step, which is the block: its seconds, and the bytes of weights gathered since `backward_done`."""
         start = time.perf_counter()
         if self._counted is not None:
             self._counted.take()
@@ -115,14 +125,24 @@ class StepLog:
             self.series["weight_bytes"].append(gathered)
 
     def backward_done(self, *, reduced: float | None = None) -> None:
-        """After the step's last backward. reduced: bytes of gradients, where they are not counted here."""
+        """Note the end of the step's last backward.
+
+        Args:
+            reduced: Bytes of gradients if they are not counted here.
+        """
         self.series["gradient_bytes"].append(sum(self._counted.take().values()) if reduced is None else reduced)
 
     def result(self, controller: Any, *, optimizer_bytes: tuple[float, float], **more: Any) -> Result:
-        """The run's result. controller: of the run, None without freezing. optimizer_bytes: after the first step and at the end."""
+        """Return the run's result.
+
+        Args:
+            controller: The run's controller, None without freezing.
+            optimizer_bytes: After the first step and at the end.
+            more: All other fields of `Result`.
+        """
         report = None if controller is None else controller.report()
         events = () if report is None else report.events
-        # Counted from 1 in this process; what froze before it lies at 0 and below.
+        # Counted from 1 in this process; earlier freezes are at 0 and below.
         changed = {e.step - self.first_step + 1 for e in events if e.kind in ("freeze", "thaw", "rebalance")}
         first = min(changed, default=None)
         last = max((step for step in changed if step < len(self.series["seconds"])), default=None)

@@ -20,7 +20,7 @@ from .simulate import Schedule, simulate
 
 @dataclass(frozen=True, kw_only=True)
 class Width:
-    """A layout of stages x replicas.
+    """A topology of stages x replicas.
 
     Attributes:
         stages: Number of stages.
@@ -28,7 +28,7 @@ class Width:
         micro_batches: Micro-batches per step and replica, with the same global batch.
         parts: Bounds of the stages.
         seconds: Seconds of a step.
-        seconds_now: Seconds of a step with the current layout.
+        seconds_now: Seconds of a step with the current topology.
     """
 
     stages: int
@@ -40,7 +40,7 @@ class Width:
 
     @property
     def gain(self) -> float:
-        """Speed-up of a step over the current layout."""
+        """Speed-up of a step over the current topology."""
         return self.seconds_now / self.seconds
 
     def advice(self, checkpoint: str) -> str:
@@ -83,12 +83,12 @@ def better_width(
         start: Bounds when nothing was frozen; None: the best cut with nothing frozen.
         cluster: Links, ZeRO stage and bytes per weight, as in `simulate`; its `replicas` is ignored. Without it
             communication is free, and more replicas look better than they are.
-        memory_limit: Bytes of a rank; None: what the fullest rank held with nothing frozen.
+        memory_limit: Bytes of a rank; None: the bytes of the fullest rank with nothing frozen.
         min_gain: Required speed-up, > 0.
         schedule: "1f1b" or "gpipe".
 
     Returns:
-        None if no layout is `min_gain` times faster than the current one.
+        None if no topology is `min_gain` times faster than the current one.
 
     Raises:
         ValueError: Names the argument, as in `best_cut` and `simulate`.

@@ -49,7 +49,19 @@ from .stage_moves import StageMoves
 class Parts:
     """The parts of one run.
 
-    kept_active: layers that `keep_active` names. moves: in a pipeline. guard: where one is configured. observers: all, in their order.
+    Attributes:
+        run: The shared state.
+        users: Layers that the user froze.
+        kept_active: Layers that `keep_active` names.
+        policy: The policy and its inputs.
+        freezer: Changes the frozen set.
+        freeze_state: Saves and loads the freeze state.
+        kept: Keeps frozen parameters frozen.
+        tally: Counts FLOPs.
+        recording: Takes snapshots.
+        guard: Undoes mistaken freezes, None where not configured.
+        moves: Moves layers between pipeline stages, None without a pipeline.
+        observers: All observers, in the order of their work.
     """
 
     run: RunContext
@@ -78,13 +90,22 @@ def assemble(
     defer_policy: bool,
     take_back: Callable[[TakeBack], None],
 ) -> Parts:
-    """Make the parts of a run, as `Controller` gets its arguments. Collective. The order here is the order in which they hook the model.
+    """Create the parts of a run. Collective. The order in this function is the order in which they hook the model.
 
-    take_back: thaws the layers of a freeze that the guard judges a mistake.
+    Args:
+        model: As in `Controller`.
+        backend: As in `Controller`.
+        config: As in `Controller`.
+        scheduler: As in `Controller`.
+        monitor: As in `Controller`.
+        probe_batch: As in `Controller`.
+        version: As in `Controller`.
+        defer_policy: As in `Controller`.
+        take_back: Thaws the layers of a freeze that the guard judges a mistake.
 
     Raises:
-        ValueError: settings that don't fit the model or the engine.
-        RanksDisagree: the ranks don't have the same settings, package version and layers.
+        ValueError: The settings do not fit the model or the engine.
+        RanksDisagree: The ranks differ in settings, package version or layers.
     """
     layers = backend.find_layers(model, config.layers)
     check_tied(layers, config.tied)

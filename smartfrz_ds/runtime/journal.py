@@ -1,4 +1,4 @@
-"""Everything that a run records and says: the event log and its lines on the console, in one place."""
+"""The event log and the console lines of a run, in one place."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ from .run_context import RunContext
 
 
 class Journal(StepObserver):
-    """The record of one run. Made on every rank; only rank 0 writes and speaks.
+    """The record of one run. Created on every rank; only rank 0 writes.
 
-    saved: returns the share of the training FLOPs that was saved so far.
+    Args:
+        run: The run.
+        layers: All layers, front to back.
+        monitor: DeepSpeed's monitor or None.
+        saved: Returns the fraction of the training FLOPs saved so far, in [0, 1].
     """
 
     def __init__(self, run: RunContext, layers: Sequence[Layer], *, monitor: Any, saved: Callable[[], float]) -> None:
@@ -35,11 +39,11 @@ class Journal(StepObserver):
 
     @property
     def trained(self) -> bool:
-        """Whether the run has taken a step in this process: a checkpoint that is loaded now is loaded into a running run."""
+        """Whether the run has taken a step in this process: from then on, a checkpoint is loaded into a running run."""
         return self.log.trained
 
     def record(self, event: FreezeEvent) -> None:
-        """Record an event, and say it."""
+        """Record an event, and write its console line."""
         self.log.add(event)
         self.speaker.event(event, by_policy=self._run.time.began is not None)
 
@@ -50,11 +54,16 @@ class Journal(StepObserver):
             warnings.warn(f"smartfrz: {text}", RuntimeWarning, stacklevel=3)
 
     def note(self, text: str) -> None:
-        """Say something that is not an event."""
+        """Write a console line that is not an event."""
         self.speaker.note(f"step {self._state.step:,}: {text}")
 
     def resumed(self, state: Mapping[str, Any] | None, folder: str) -> None:
-        """Note a checkpoint that was loaded before the first step. state: its freeze state, None: it has none."""
+        """Note a checkpoint that was loaded before the first step.
+
+        Args:
+            state: Its freeze state, None where it has none.
+            folder: Its folder, "" where unknown.
+        """
         if state is not None:
             self.log.resume(state, self._state.step)
         self.speaker.resumed(folder, None if state is None else state.get("stages"))
@@ -62,7 +71,11 @@ class Journal(StepObserver):
     def loaded(self, left: int, folder: str, changed: set[str], *, weights_only: bool = False) -> None:
         """Record a checkpoint that was loaded into the running run.
 
-        left: the step before it. changed: layers that are frozen now and were not, or the other way round.
+        Args:
+            left: The step before the load.
+            folder: The checkpoint's folder, "" where unknown.
+            changed: Layers that the load froze or thawed.
+            weights_only: Whether only weights were loaded.
         """
         what = f"checkpoint {folder}" if folder else "a freeze state"
         self.record(

@@ -1,4 +1,4 @@
-"""A freezing stage: the policy judges on rank 0, all ranks hear the same decision. And everything that the policy needs for it."""
+"""A freezing stage: the policy decides on rank 0, and all ranks receive the same decision. Also provides the policy's inputs."""
 
 from __future__ import annotations
 
@@ -31,8 +31,11 @@ from .run_context import RunContext
 class StageDecision:
     """The decision of one freezing stage, as every rank received it.
 
-    chosen: layers to freeze now. failure: why the policy could not decide, empty where it could (the text is rank 0's; the others have one
-    of their own). probabilities: of judged layers, in [0, 1]. reasons: rank 0's, else empty.
+    Attributes:
+        chosen: Layers to freeze now.
+        failure: Why the policy could not decide, "" if it could. Ranks other than 0 have a general text.
+        probabilities: Probability of each judged layer, in [0, 1].
+        reasons: Reasons by layer, on rank 0 only.
     """
 
     chosen: frozenset[str] = frozenset()
@@ -42,13 +45,25 @@ class StageDecision:
 
 
 class PolicyStage(StepObserver):
-    """The policy of one run, what it is fed with, and the stages at which it judges.
+    """The policy of one run, its inputs, and its freezing stages. Created on every rank. Collective.
 
-    kept_active: layers that no policy freezes. deferred: the scheduler and the length of the run are still to come (`set_schedule`); until
-    then a policy that decides nothing takes the place of the configured one.
-    inputs: what the policy gets beyond sampled weights. note: what the policy says of its plan as a whole (rank 0).
+    Args:
+        run: The run.
+        snapshots: Samples the weights.
+        history: The last snapshots of each layer.
+        tally: The FLOPs of each layer and of the run.
+        kept_active: Layers that no policy freezes.
+        scheduler: The optimizer's scheduler or None.
+        probe_batch: As in `attach`.
+        deferred: Whether the scheduler and the length of the run follow with `set_schedule`. Until then a policy that decides nothing
+            replaces the configured one.
 
-    Made on every rank; collective. Raises ValueError for what the policy refuses.
+    Attributes:
+        inputs: The policy's inputs other than sampled weights.
+        note: The policy's remark on its plan as a whole, on rank 0.
+
+    Raises:
+        ValueError: The policy refuses the run.
     """
 
     def __init__(
@@ -74,11 +89,15 @@ class PolicyStage(StepObserver):
         self._unit = ScheduleUnit(scheduler)
 
     def _build(self, *, manual: bool = False) -> None:
-        """Make the policy and its inputs. manual: a policy that decides nothing. Collective."""
+        """Build the policy and its inputs. Collective.
+
+        Args:
+            manual: Whether to build a policy that decides nothing instead of the configured one.
+        """
         run = self._run
         config = run.config.model_copy(update={"policy": "manual"}) if manual else run.config
 
-        def build() -> None:  # a file or a batch may be missing on one rank alone
+        def build() -> None:  # a file or a batch may be missing on a single rank
             run.intervals = resolve(config, run.total_steps, provisional=manual or not config.enabled)
             info = RunInfo(
                 total_steps=run.total_steps,
@@ -97,10 +116,17 @@ class PolicyStage(StepObserver):
         self._run.threshold = float(threshold) if threshold is not None else None
 
     def set_schedule(self, scheduler: Any, total_steps: int | None) -> bool:
-        """Replace the provisional policy by the configured one. Collective. Returns whether the length of the run has changed.
+        """Replace the provisional policy by the configured one. Collective.
+
+        Args:
+            scheduler: The optimizer's scheduler or None.
+            total_steps: Length of the run in steps; None: read it off the scheduler.
+
+        Returns:
+            Whether the length of the run has changed.
 
         Raises:
-            ValueError: what the policy refuses.
+            ValueError: The policy refuses the run.
         """
         run = self._run
         self.deferred = False
@@ -114,24 +140,24 @@ class PolicyStage(StepObserver):
         return run.total_steps != known
 
     def drop_schedule(self) -> bool:
-        """At a freezing stage: go on without the scheduler where it counts something other than steps. Collective, until that is known.
+        """Drop the scheduler if it does not count steps. Call at a freezing stage; collective until the answer is known.
 
-        A scheduler that moves once an epoch counts epochs: all shares of the run would be taken of a number that is far too small.
+        A scheduler that moves once per epoch counts epochs: all shares of the run would refer to a number that is far too small.
 
         Returns:
-            Whether it was dropped; the intervals may be others now.
+            Whether it was dropped. The intervals may have changed then.
         """
         run, unit = self._run, self._unit
         if unit.known or not unit.began(run.state.step):
             return False
         unit.known = True
         slower = run.ranks.all_reduce_sum([float(unit.is_slower(run.state.step))])[0]
-        if not slower or run.total_steps is None:  # without a length nothing is taken from the scheduler
+        if not slower or run.total_steps is None:  # without a length, the scheduler is not used
             return False
         told = total_steps_of(unit.scheduler)
         text = f"the {scheduler_name(unit.scheduler)} does not move with each optimizer step, it may count epochs: "
         if run.config.total_steps != "auto" or run.total_steps != told:
-            text += "what it says of the learning rates to come is not used"
+            text += "its future learning rates are not used"
         else:
             run.total_steps = None
             self.inputs.remove()
@@ -141,14 +167,14 @@ class PolicyStage(StepObserver):
                 self._build()
             except ValueError as error:
                 self._build(manual=True)
-                text += f". From here on nothing freezes: {error}"
+                text += f". From now on nothing freezes: {error}"
             text += ". Set smartfrz.total_steps to the number of optimizer steps of the whole run"
         self._remaining_lr = RemainingLr(None, run.total_steps)
         run.journal.warn(text)
         return True
 
     def warn_if_never(self) -> None:
-        """Warn at the start that nothing can freeze, where that follows from the settings and the length of the run."""
+        """Warn at the start if the settings and the length of the run imply that nothing can freeze."""
         if not self.deferred and self.watches and (why := why_never(self._run.config, self._run.total_steps)):
             self._run.journal.warn(why)
 
@@ -156,7 +182,7 @@ class PolicyStage(StepObserver):
 
     @property
     def watches(self) -> bool:
-        """Whether a policy is at work: it is not "manual", and a layer is left that it may freeze."""
+        """Whether a policy is active: it is not "manual", and there is a layer that it may freeze."""
         return self._run.config.policy != "manual" and bool(self._candidates())
 
     def is_stage(self, step: int) -> bool:
@@ -166,12 +192,13 @@ class PolicyStage(StepObserver):
     # --- the stage ------------------------------------------------------------------------------------------------------------
 
     def judge(self, waiting: frozenset[str]) -> StageDecision:
-        """Let the policy on rank 0 judge, and broadcast its decision. Collective.
+        """Let the policy on rank 0 decide, and broadcast its decision. Collective.
 
-        waiting: candidates that the policy may not freeze yet.
+        Args:
+            waiting: Candidates that the policy may not freeze yet.
 
         Raises:
-            RanksDisagree: on all ranks.
+            RanksDisagree: The ranks differ in step, frozen set or decision. Raised on all ranks.
         """
         run = self._run
         self.inputs.gather(recorded(run.layers, run.state.frozen))
@@ -253,10 +280,12 @@ class PolicyStage(StepObserver):
         }
 
     def load_policy_state(self, state: Mapping[str, Any] | None = None) -> None:
-        """Load the policy's state and what was measured for it, as far as this run's settings and length continue those of the saved run.
+        """Load the policy's state and measurements, as far as this run continues the settings and the length of the saved one.
 
-        Called after all observers have loaded. Where the length of the run is still to come, the state waits for it.
-        state: the whole freeze state; None: the one that waits, if there is one.
+        Called after all observers have loaded. If the length of the run is not known yet, the state is held until it is.
+
+        Args:
+            state: The whole freeze state; None: the one that is held, if any.
         """
         if self.deferred:
             self._early_state = state
@@ -267,7 +296,7 @@ class PolicyStage(StepObserver):
             return
         self._unit.restart()
         now = self._run.intervals.spacing
-        saved = state.get("spacing") or now  # older checkpoints don't say
+        saved = state.get("spacing") or now  # older checkpoints do not have it
         if state["policy"]["name"] == self.policy.name and saved == now:
             self.policy.load_state_dict(state["policy"]["state"])
         else:
@@ -280,7 +309,7 @@ class PolicyStage(StepObserver):
             self._run.journal.warn(
                 f"the checkpoint was saved with snapshots every {saved['measured'][0]} steps and freezing stages every "
                 f"{saved['measured'][1]}, this run has them every {now['measured'][0]} and {now['measured'][1]} steps: frozen layers stay "
-                "frozen, and the policy starts anew. To continue it, set smartfrz.snapshot_interval and freeze_interval to the former"
+                "frozen, and the policy starts anew. To continue it, set smartfrz.snapshot_interval and freeze_interval to the saved values"
             )
         self.inputs.load_state_dict(measured)
 
@@ -300,7 +329,16 @@ class PolicyStage(StepObserver):
 
 
 def build_policy(config: FreezeConfig, layers: Sequence[Layer], total_steps: int | None) -> Policy:
-    """Build the configured policy. Raises ValueError if it refuses the settings or the length of the run (steps, None: unknown)."""
+    """Build the configured policy.
+
+    Args:
+        config: The settings.
+        layers: All layers, front to back.
+        total_steps: Length of the run in steps, None where unknown.
+
+    Raises:
+        ValueError: It refuses the settings or the length of the run.
+    """
     settings = dict(resolve(config, total_steps, provisional=config.policy == "manual").policy) | {
         key: getattr(config, key) for key in SHARED_SETTINGS.get(config.policy, ())
     }
@@ -313,9 +351,16 @@ def build_policy(config: FreezeConfig, layers: Sequence[Layer], total_steps: int
 def decide(
     policy: Policy, look: Callable[[], View], allow: Callable[[Sequence[str]], frozenset[str]], *, step: int
 ) -> tuple[Decision, frozenset[str], str]:
-    """Return the policy's decision, the part of it that the rules `allow`, and why it failed. A policy that fails freezes nothing.
+    """Let a policy decide. A policy that fails freezes nothing.
 
-    look: makes the view, within the same safety: the other ranks wait for an answer.
+    Args:
+        policy: The policy.
+        look: Creates the view. Its errors are caught too, as the other ranks wait for an answer.
+        allow: Applies the rules: returns those of the named layers that may freeze.
+        step: The current step, for the message.
+
+    Returns:
+        The decision, the layers to freeze, and why the policy failed ("" if it did not).
     """
     try:
         view = look()
@@ -329,12 +374,16 @@ def decide(
 
 
 def broadcast_decision(ranks: Collectives, names: Sequence[str], own: tuple[Decision, frozenset[str], str], about: str) -> StageDecision:
-    """Broadcast rank 0's outcome of `decide`, and see that every rank has heard the same. Collective.
+    """Broadcast rank 0's result of `decide`, and check that every rank received the same. Collective.
 
-    names: all layers. own: only rank 0's counts. about: step and frozen set, compared too.
+    Args:
+        ranks: The collectives of all ranks.
+        names: Names of all layers.
+        own: Result of `decide`; only rank 0's is used.
+        about: Step and frozen set, which are compared too.
 
     Raises:
-        RanksDisagree: on all ranks.
+        RanksDisagree: The ranks differ. Raised on all ranks.
     """
     decision, chosen, failure = own
     flags = [float(bool(failure))] + [float(name in chosen) for name in names]

@@ -85,7 +85,8 @@ def charts(run: RecordedRun) -> list[Chart]:
         (
             "gradients",
             "Gradients sent",
-            f"Bytes of gradients that all ranks together pass to reductions in a step, computed from the layout.{marks}",
+            "Bytes of gradients that all ranks together pass to reductions in a step, computed from the sizes of the active parameters."
+            + marks,
             [("bytes", lambda s: s.gradient_bytes)],
             True,
         ),

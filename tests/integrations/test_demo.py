@@ -167,7 +167,7 @@ def test_results_survive_the_disk_and_a_broken_file_is_named(tmp_path: Path) -> 
     path.write_text(path.read_text()[:-40])
     with pytest.raises(ValueError, match=r"results\.json: not the results"):
         Result.load(path)
-    with pytest.raises(ValueError, match="did not come to its end"):
+    with pytest.raises(ValueError, match="did not finish"):
         Result.load(tmp_path / "other" / "results.json")
 
 

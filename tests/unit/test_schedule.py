@@ -126,7 +126,7 @@ def test_a_scheduler_that_counts_epochs_is_not_the_length_of_the_run() -> None:
 def test_a_policy_that_needs_the_length_freezes_nothing_then() -> None:
     controller, told = run_with(epochs, 50, 30, policy="linear")
     assert controller.frozen == ()
-    assert len(told) == 1 and "From here on nothing freezes: smartfrz.linear.start_step: got null" in told[0]
+    assert len(told) == 1 and "From now on nothing freezes: smartfrz.linear.start_step: got null" in told[0]
     numbers = {"policy": "linear", "linear": {"start_step": 4, "end_step": 40}, "warmup_steps": 0, "freeze_interval": 4, "cooldown": 0}
     controller, told = run_with(epochs, 50, 50, **numbers)
     assert len(told) == 1 and len(controller.frozen) >= 3
@@ -135,7 +135,7 @@ def test_a_policy_that_needs_the_length_freezes_nothing_then() -> None:
 def test_a_length_that_the_user_set_stays() -> None:
     controller, told = run_with(epochs, 50, 60, policy="linear", total_steps=100)
     assert controller.total_steps == 100 and controller.frozen
-    assert len(told) == 1 and told[0].endswith("what it says of the learning rates to come is not used")
+    assert len(told) == 1 and told[0].endswith("its future learning rates are not used")
 
 
 def test_a_scheduler_that_moves_with_the_steps_is_believed() -> None:

@@ -1,1 +1,1 @@
-"""What watches a run step by step: the protocol, and each sense and check behind it."""
+"""The observers that watch a run step by step, and their protocol."""

@@ -36,7 +36,7 @@ class GraphEvidence:
         self.take(model)
 
     def take(self, model: nn.Module) -> None:
-        """Look up anew which module owns which parameters. What was recorded is gone."""
+        """Look up again which module owns which parameters, and discard all records."""
         self.stop()
         self._model = model
         self._own: dict[nn.Module, list[Parameter]] = {}
@@ -67,7 +67,7 @@ class GraphEvidence:
             self._handles.append(self._model.register_forward_hook(ModuleHook(self._end), always_call=True))
 
     def stop(self) -> None:
-        """Take the hooks away; what was seen stays until the next `start`."""
+        """Remove the hooks. The records are kept until the next `start`."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

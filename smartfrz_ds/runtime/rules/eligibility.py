@@ -1,4 +1,4 @@
-"""The rules that hold for every policy and for a user's own hand: which layers may freeze now. Pure functions over the ordered layers."""
+"""The rules for every policy and for the user: which layers may freeze now. Pure functions of the ordered layers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def candidates(layers: Sequence[Layer], frozen: Collection[str], kept_active: Co
 def allowed(
     layers: Sequence[Layer], frozen: Collection[str], wanted: Collection[str], *, order: Order, max_frozen_fraction: float
 ) -> frozenset[str]:
-    """Return the part of a policy's wish that `order` and `max_frozen_fraction` (of all layers, in (0, 1]) allow."""
+    """Return those of the layers named by a policy that `order` and `max_frozen_fraction` (of all layers, in (0, 1]) allow."""
     room = int(max_frozen_fraction * len(layers) + 1e-9) - len(frozen)
     chosen: list[str] = []
     for layer in layers:
@@ -36,7 +36,11 @@ def allowed(
 
 
 def check_order(layers: Sequence[Layer], frozen: Collection[str], order: Order) -> None:
-    """Raise ValueError where a set of frozen layers has a hole that `order` forbids, naming both layers."""
+    """Check that a set of frozen layers has no gap that `order` forbids.
+
+    Raises:
+        ValueError: It has one; with both layers.
+    """
     if order != "front_to_back":
         return
     active = next((x.name for x in layers if x.name not in frozen and x.numel), None)
@@ -51,7 +55,16 @@ def check_order(layers: Sequence[Layer], frozen: Collection[str], order: Order) 
 
 
 def check_known(layers: Sequence[Layer], wanted: Iterable[str], action: str) -> None:
-    """Raise ValueError for names that are no layers. action: what was asked for, for the message."""
+    """Check that names are layers.
+
+    Args:
+        layers: All layers.
+        wanted: The names.
+        action: The requested action, for the message.
+
+    Raises:
+        ValueError: Some are not.
+    """
     names = [layer.name for layer in layers]
     unknown = sorted(set(wanted) - set(names))
     if unknown:

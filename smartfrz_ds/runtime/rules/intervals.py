@@ -13,7 +13,7 @@ from smartfrz_ds.config.settings import SECTION, FreezeConfig, is_default
 from smartfrz_ds.config.shares import percent_of, steps_of
 from smartfrz_ds.predictor.constants import MIN_SNAPSHOTS
 
-# What the default shares are where the length of the run is unknown: about their values in a run of 1250 steps.
+# The defaults if the length of the run is unknown: about the values of the default shares in a run of 1250 steps.
 _WITHOUT_LENGTH = {"warmup_steps": 100, "freeze_interval": 50, "snapshot_interval": 10}
 # A policy's own settings that count steps.
 _POLICY_STEPS = ("start_step", "end_step", "interval")
@@ -49,7 +49,7 @@ class Intervals:
 
     @property
     def spacing(self) -> dict[str, Any]:
-        """What a checkpoint depends on, JSON-able: "measured": its snapshots and gradients, "policy": the policy's state."""
+        """The intervals on which a checkpoint depends: "measured" for snapshots and gradients, "policy" for the policy's state."""
         steps = {key: self.policy[key] for key in _POLICY_STEPS if key in self.policy}
         return {"measured": [self.snapshot_interval, self.freeze_interval], "policy": steps | {"planned": self.planned}}
 
@@ -61,7 +61,7 @@ def resolve(config: FreezeConfig, total_steps: int | None, *, provisional: bool 
     is raised (`freeze_interval`) or lowered (`snapshot_interval`) to it. Where the length is unknown, the defaults of `warmup_steps`,
     `freeze_interval` and `snapshot_interval` are 100, 50 and 10 steps; with the policy `manual`, which does not use them, any share is.
 
-    provisional: the length of the run is still to come, or nothing will freeze: any share may be unknown for now.
+    provisional: Whether any share may be unknown for now: the length of the run will be set later, or nothing will freeze.
 
     Raises:
         ValueError: a setting is a share, and the length of the run is unknown; every one with key and value.
@@ -83,7 +83,7 @@ def resolve(config: FreezeConfig, total_steps: int | None, *, provisional: bool 
         return unknown or 1
 
     def default(key: str) -> int | None:
-        """For the three that are shares by default."""
+        """Return the default in steps of the three settings that are shares by default."""
         return _WITHOUT_LENGTH[key] if is_default(config, key) or config.policy == "manual" else None
 
     warmup = number("warmup_steps", config.warmup_steps, default("warmup_steps"))
@@ -121,9 +121,10 @@ def resolve(config: FreezeConfig, total_steps: int | None, *, provisional: bool 
 
 
 def first_stage(config: FreezeConfig, total_steps: int | None) -> int | None:
-    """Return the step after which the policy judges for the first time; None where that never happens.
+    """Return the step of the first freezing stage.
 
-    It never happens with the policy `manual`, with `enabled` false, and in a run that ends before.
+    Returns:
+        None with the policy `manual`, with `enabled` false, and if the run ends before.
 
     Raises:
         ValueError: as `resolve`.
@@ -135,7 +136,10 @@ def first_stage(config: FreezeConfig, total_steps: int | None) -> int | None:
 
 
 def why_never(config: FreezeConfig, total_steps: int | None) -> str:
-    """Why no policy can freeze anything in this run, whatever the layers do, and what to set; empty where one can, or none is wanted.
+    """Explain why no policy can freeze anything in this run, whatever the layers do, and what to set.
+
+    Returns:
+        "" if a policy can freeze, or if none is configured.
 
     Raises:
         ValueError: as `resolve`.

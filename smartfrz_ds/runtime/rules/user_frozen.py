@@ -1,11 +1,11 @@
-"""Layers that the user froze with requires_grad_(False) before the start, and what happens when the user thaws them by name.
+"""Layers that the user froze with requires_grad_(False) before the start, and their thaw by name.
 
-The rule. Such a layer has nothing that trains, or only weights that it shares with another layer. `thaw` of it makes all of it train,
-because the user asks for it by name. A layer of which the user froze a part (the base weights under LoRA, a single bias) is an ordinary
-layer: `freeze` and `thaw` of it never touch that part.
+Such a layer has no trainable weights, or only weights that it shares with another layer. `thaw` makes all of it train, because the user
+names it. A layer of which the user froze a part (the base weights under LoRA, a single bias) is an ordinary layer: `freeze` and `thaw`
+never change that part.
 
-A layer that is thawed so is from then on an ordinary one. Its parameters join, each, the group in which the optimizer was given them; else
-the group of the parameter of the same name in the nearest layer that the optimizer holds, of two as near the one behind.
+After such a thaw the layer is an ordinary one. Each of its parameters joins the group in which it was passed to the optimizer, else the
+group of the parameter of the same name in the nearest layer that the optimizer holds; of two equally near layers, the one behind it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from smartfrz_ds.model.layers import Layer, shape_of
 
 
 def is_user_frozen(layer: Layer) -> bool:
-    """Whether the user froze all of this layer that it doesn't share with another one."""
+    """Whether the user froze all weights of this layer that it does not share with another one."""
     if not (layer.user_frozen or layer.user_frozen_borrowed) or layer.borrowed:
         return False
     return not layer.params or (bool(layer.user_frozen) and all(any(p is q for q in layer.tied) for p in layer.params))
@@ -37,10 +37,11 @@ def whole_numel(layer: Layer) -> int:
 
 @dataclass(frozen=True)
 class Restored:
-    """What a restored layout did to layers that a user froze, in this process or in the one that saved.
+    """Layers whose owner changed when a checkpoint's frozen set was restored.
 
-    adopted: which the user froze here; they are this package's since. were_users: which the user had frozen there; this package has frozen
-    them here.
+    Attributes:
+        adopted: Layers that the user froze in this process, and that this package manages from now on.
+        were_users: Layers that the user had frozen in the saved run, and that this package has frozen here.
     """
 
     adopted: tuple[str, ...] = ()
@@ -50,14 +51,17 @@ class Restored:
 class UserFrozen:
     """The layers of one run that the user froze, and those of them that were adopted since.
 
-    layers: all, front to back. Taking a layer in changes it in place, so that everything that knows it knows its new parameters.
+    Args:
+        model: The model.
+        layers: All layers, front to back. Adoption changes a layer in place, so that all references to it have its new parameters.
+        backend: The engine's backend.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], backend: Backend) -> None:
         self._layers, self._backend = layers, backend
         self._names = {p: name for name, p in model.named_parameters()}
         self._order = {p: place for place, p in enumerate(self._names)}
-        self._adopted: dict[str, dict[Parameter, int]] = {}  # by layer: parameter -> its group
+        self._adopted: dict[str, dict[Parameter, int]] = {}  # by layer: the group of each parameter
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -66,11 +70,11 @@ class UserFrozen:
 
     @property
     def adopted(self) -> tuple[str, ...]:
-        """The layers that were adopted, in the order in which that happened."""
+        """The adopted layers, in the order of their adoption."""
         return tuple(self._adopted)
 
     def partly(self, names: Collection[str]) -> dict[str, list[str]]:
-        """Of these layers those of which the user froze a part, with the names of that part."""
+        """Return those of the layers of which the user froze a part, with the names of its parameters."""
         return {
             layer.name: [self._names[p] for p in layer.user_frozen]
             for layer in self._layers
@@ -78,7 +82,11 @@ class UserFrozen:
         }
 
     def check(self, names: Collection[str]) -> None:
-        """Raise ValueError where these layers, which the user froze, can't train on this engine; it says what to do instead."""
+        """Check that layers which the user froze can train on this engine.
+
+        Raises:
+            ValueError: They cannot; with what to do instead.
+        """
         if names and self._backend.takes_none:
             raise ValueError(
                 f"thaw: {sorted(names)} required no gradient at the start, and {self._backend.takes_none}; allowed: leave the layers "
@@ -86,11 +94,14 @@ class UserFrozen:
             )
 
     def adopt(self, names: Iterable[str], groups: Mapping[str, int] | None = None) -> None:
-        """Make these layers ordinary ones, all of whose new parameters are frozen. Changes nothing in the engine.
+        """Make these layers ordinary ones, with all their new parameters frozen. Changes nothing in the engine.
 
-        groups: of some parameters, by name, where that is known (a checkpoint).
+        Args:
+            names: The layers.
+            groups: Known group indices of parameters, by name (from a checkpoint).
 
-        Raises ValueError, by name, for a layer that can't train on this engine; nothing was changed.
+        Raises:
+            ValueError: A layer cannot train on this engine. Nothing was changed.
         """
         asked = set(names)
         self.check(asked)
@@ -109,7 +120,7 @@ class UserFrozen:
             self._set(layer, own, taken=True)
 
     def disown(self, names: Collection[str]) -> None:
-        """Undo `adopt`, for layers that are frozen: they are the user's again."""
+        """Undo `adopt` for frozen layers: they are the user's again."""
         for layer in self._layers:
             if layer.name in names and layer.name in self._adopted:
                 own = self._adopted.pop(layer.name)
@@ -117,10 +128,11 @@ class UserFrozen:
                 self._set(layer, own, taken=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able.
+        """Return the state, JSON-serializable.
 
-        left: the names that are left; held: those of them whose weights the optimizer holds all the same. taken: the groups of the
-        parameters that were adopted. groups, members: how many groups there are, and a digest of each one's parameters.
+        Returns:
+            "left": the layers that are still the user's; "held": those of them whose weights the optimizer holds nevertheless; "taken": the
+            group of each adopted parameter, by layer; "groups": the number of groups; "members": a digest of each group's parameters.
         """
         taken = {name: {self._names[p]: index for p, index in own.items()} for name, own in self._adopted.items()}
         left = self.names
@@ -129,16 +141,21 @@ class UserFrozen:
         return {"left": list(left), "held": held, "taken": taken, "groups": len(members), "members": members}
 
     def check_positions(self, state: Mapping[str, Any], ours: Collection[str]) -> None:
-        """Raise ValueError where this engine's optimizer would hold other parameters than that of a `state_dict`, or in another order.
+        """Check that this engine's optimizer would hold the same parameters as the saved one, in the same order.
 
-        ours: the layers that the user had frozen there and not here.
+        Args:
+            state: Output of `state_dict` in the checkpoint.
+            ours: Layers that the user had frozen in the saved run and not here.
+
+        Raises:
+            ValueError: It would not.
         """
         held_there = set(state["held"]).intersection(ours).difference(self._adopted)
         if self._members(state["left"]) != state["members"] or held_there:
             then = [*state["left"], *state["taken"]]
             raise ValueError(
-                "the checkpoint's optimizer state is laid out otherwise than this engine's, which goes by position, because other layers "
-                f"required no gradient before the start; allowed: requires_grad_(False) before the start for {then}, as when it was saved"
+                "the checkpoint's optimizer state does not match this engine's, and it is loaded by position: other layers required no "
+                f"gradient before the start; allowed: requires_grad_(False) before the start for {then}, as when it was saved"
             )
 
     def _members(self, left: Collection[str]) -> list[str]:
@@ -148,13 +165,13 @@ class UserFrozen:
         return [sha256("\n".join(names).encode()).hexdigest()[:16] for names in groups]
 
     def groups_in(self, state: Mapping[str, Any]) -> dict[str, int]:
-        """Of a `state_dict` the groups of parameters, where this engine has as many groups."""
+        """Return the group of each adopted parameter in a `state_dict`; {} if this engine has another number of groups."""
         if state["groups"] != len(self._backend.groups):
             return {}
         return {name: index for own in state["taken"].values() for name, index in own.items()}
 
     def _set(self, layer: Layer, own: Collection[Parameter], *, taken: bool) -> None:
-        """Move parameters of a layer, and the uses that layers behind make of them, from the user's to the layers' own or back."""
+        """Move parameters of a layer, and their uses in layers behind it, from the user's to the layers' own or back."""
         _move(layer, "user_frozen", "params", own, self._order, forth=taken)
         shared = {p for other in self._layers for p in (*other.user_frozen_borrowed, *other.borrowed)}.intersection(own)
         tied = [p for p in (*layer.tied, *shared) if taken or p not in shared]
@@ -177,11 +194,17 @@ class UserFrozen:
         return group_of[alike]
 
     def _alike(self, layer: Layer, param: Parameter, held: Sequence[tuple[Layer, Parameter]]) -> Parameter:
-        """Return the parameter whose group this one joins. held: what the optimizer holds, nearest layer first."""
+        """Return the parameter whose group this one joins.
+
+        Args:
+            layer: The layer.
+            param: The parameter.
+            held: The parameters that the optimizer holds, nearest layer first.
+        """
         own, dims = self._within(layer, param), len(shape_of(param))
         last = own.rsplit(".", 1)[-1]
         same_name = [p for other, p in held if self._within(other, p) == own]
-        # The first layer of all has no other like it: matrices go with matrices, which are usually what decays, vectors with vectors.
+        # The first layer has no similar one: matrices, which usually have weight decay, join matrices, and vectors join vectors.
         same_kind = [p for _, p in held if len(shape_of(p)) == dims and self._names[p].rsplit(".", 1)[-1] == last]
         same_dims = [p for _, p in held if (len(shape_of(p)) > 1) == (dims > 1)]
         return (same_name or same_kind or same_dims or [p for _, p in held])[0]
@@ -195,6 +218,6 @@ def _move(layer: Layer, users: str, ours: str, params: Collection[Parameter], or
     source, target = (users, ours) if forth else (ours, users)
     moving = [p for p in getattr(layer, source) if p in params]
     if moving:
-        # Layers are immutable but for this.
+        # Layers are immutable except here.
         object.__setattr__(layer, source, tuple(p for p in getattr(layer, source) if p not in params))
         object.__setattr__(layer, target, tuple(sorted((*getattr(layer, target), *moving), key=lambda p: order.get(p, -1))))
