@@ -1,4 +1,4 @@
-"""What the controller asks of a pipeline. Nothing of DeepSpeed is imported here."""
+"""The interface between the controller and a pipeline. Does not import DeepSpeed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from smartfrz_ds.planner.width import Width
 
 
 @dataclass(frozen=True, kw_only=True)
-class Move:
-    """bounds: of the stages in the pipeline's list, from now on. gain: how many times faster a step is predicted to be with them than with
-    those before. problem: why nothing moves though it should, empty where it does."""
+class StageMove:
+    """A decision on the stages of a pipeline.
+
+    Attributes:
+        bounds: New bounds of the stages in the list of layers, (stages + 1,).
+        gain: Predicted speed-up of a step over the current bounds.
+        problem: Why nothing moves although it should; "" if layers move.
+    """
 
     bounds: tuple[int, ...]
     gain: float
@@ -22,10 +27,11 @@ class Move:
 
 
 class Pipeline(Protocol):
-    """Where a pipeline's layers are, and whether they should move. Collective throughout, in the same order on every rank.
+    """The stages of a pipeline. All methods are collective, in the same order on every rank.
 
-    first_bounds: of the stages as the user's PipelineModule was cut, (stages + 1,).
-    due: whether the layout has changed since the stages were last looked at.
+    Attributes:
+        first_bounds: Bounds of the stages in the user's PipelineModule, (stages + 1,).
+        due: Whether layers were frozen, thawed or moved since the last `decide`.
     """
 
     first_bounds: tuple[int, ...]
@@ -33,25 +39,42 @@ class Pipeline(Protocol):
 
     @property
     def bounds(self) -> tuple[int, ...]:
-        """Of the stages, now."""
+        """Current bounds of the stages, (stages + 1,)."""
         ...
 
-    def decide(self, bandwidths: Bandwidths, *, moves: bool) -> tuple[Move | None, Width | None]:
-        """The move that is worth it, where any may be, and the width that would be worth more; None where none is."""
+    def decide(self, bandwidths: Bandwidths, *, moves: bool) -> tuple[StageMove | None, Width | None]:
+        """Decide whether moving layers is worth it.
+
+        Args:
+            bandwidths: Measured bandwidths.
+            moves: Whether layers may move.
+
+        Returns:
+            The best move, and a number of stages and replicas that would be faster still; None where there is none.
+        """
         ...
 
     def check(self, bounds: Sequence[int]) -> None:
-        """Raise ValueError or RuntimeError, on every rank, where the stages can't get these bounds now; nothing is changed."""
+        """Check that the stages can get these bounds now. Changes nothing.
+
+        Raises:
+            ValueError: The bounds are not possible. Raised on every rank.
+            RuntimeError: Not at this time. Raised on every rank.
+        """
         ...
 
     def move(self, bounds: Sequence[int], tx: Transaction) -> int:
-        """Move layers so that these are the bounds, after `check`, within a transaction. Returns the bytes that this rank sent."""
+        """Move layers to these bounds, after `check`, within a transaction.
+
+        Returns:
+            The bytes that this rank sent.
+        """
         ...
 
     def gain(self, bounds: Sequence[int]) -> float:
-        """How many times faster a step is predicted to be with these bounds than now; 1 where costs are not known."""
+        """Return the predicted speed-up of a step with these bounds; 1 where costs are not known."""
         ...
 
     def remove(self) -> None:
-        """Take all hooks away."""
+        """Remove all hooks."""
         ...

@@ -20,7 +20,7 @@ from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.planner import Cluster, DoesNotFit, LayerCost, Link, best_cut, simulate
 from smartfrz_ds.planner.width import Width, better_width
 
-from .protocol import Move, Pipeline
+from .protocol import Pipeline, StageMove
 from .timing import EntryTimes
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Rebalancer(Pipeline):
         if self._backend.clock is not None:
             self._backend.clock.remove()
 
-    def decide(self, bandwidths: Bandwidths, *, moves: bool) -> tuple[Move | None, Width | None]:
+    def decide(self, bandwidths: Bandwidths, *, moves: bool) -> tuple[StageMove | None, Width | None]:
         """The move that is worth it (if any may be), and the width that would be worth more: None where none is, or where some costs are
         not measured yet (then it stays due)."""
         costs = self.costs()
@@ -65,12 +65,12 @@ class Rebalancer(Pipeline):
                 if self._backend.can_be_reshaped:
                     width = self._wider(costs, move.bounds if move else self.bounds, bandwidths)
             except Exception as error:  # the others wait for an answer
-                move = Move(bounds=self.bounds, gain=1.0, problem=f"the layers stay where they are: {type(error).__name__}: {error}")
+                move = StageMove(bounds=self.bounds, gain=1.0, problem=f"the layers stay where they are: {type(error).__name__}: {error}")
             told = json.dumps([move and asdict(move), width and asdict(width)]).encode()
         told = self._ranks.broadcast_bytes(told)
         self.due = not told
         move, width = json.loads(told) if told else (None, None)
-        return move and Move(**_tuple_of(move, "bounds")), width and Width(**_tuple_of(width, "parts"))
+        return move and StageMove(**_tuple_of(move, "bounds")), width and Width(**_tuple_of(width, "parts"))
 
     def check(self, bounds: Sequence[int]) -> None:
         """Raise ValueError or RuntimeError, on every rank, where the stages can't get these bounds now; nothing is changed."""
@@ -158,7 +158,7 @@ class Rebalancer(Pipeline):
             activation_bytes=known.kept_bytes or 0,
         )
 
-    def _choose(self, costs: Sequence[LayerCost]) -> Move | None:
+    def _choose(self, costs: Sequence[LayerCost]) -> StageMove | None:
         """On rank 0."""
         now, first = self.bounds, self._backend.first_entry
         active = self._backend.computed[0]
@@ -180,10 +180,10 @@ class Rebalancer(Pipeline):
             )
             gain = self._seconds(costs, now) / max(self._seconds(costs, best), 1e-12)
         except DoesNotFit as error:
-            return Move(bounds=now, gain=1.0, problem=f"smartfrz.pipeline.{error}: the layers stay where they are")
+            return StageMove(bounds=now, gain=1.0, problem=f"smartfrz.pipeline.{error}: the layers stay where they are")
         if tuple(best) == now or gain < self._settings.min_gain:
             return None
-        return Move(bounds=tuple(best), gain=gain)
+        return StageMove(bounds=tuple(best), gain=gain)
 
     def _wider(self, costs: Sequence[LayerCost], bounds: Sequence[int], bandwidths: Bandwidths) -> Width | None:
         """On rank 0: fewer stages with more replicas, where that is worth it. Links are as fast as the exchanges that were measured."""
