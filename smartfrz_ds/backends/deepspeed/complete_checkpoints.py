@@ -1,6 +1,6 @@
-"""What DeepSpeed's checkpoints need to be told about frozen layers.
+"""Makes DeepSpeed's checkpoints complete although layers are frozen.
 
-Touched in DeepSpeed 0.19.8:
+Private attributes of DeepSpeed 0.19.8 used here:
   runtime/engine.py   _load_checkpoint, _load_zero_checkpoint (bf16 without ZeRO), _common_checkpoint_state (stage 1 leaves frozen
                       parameters out of the file), _get_zero_param_shapes, param_names, module_state_dict, load_module_state_dict,
                       FreezingMixin's super() calls (integrations/deepspeed.py)
@@ -19,18 +19,23 @@ from smartfrz_ds.backends.deepspeed.flat.backend import PLACEHOLDER
 
 
 class CompleteCheckpoints:
-    """Mixed into a freezing engine: what DeepSpeed writes holds every weight, so that zero_to_fp32.py finds the whole model.
+    """The part of a freezing engine that saves every weight, so that zero_to_fp32.py finds the whole model.
 
-    With `exclude_frozen_parameters` (the Trainer's choice for PEFT models) what the user froze is left out, what this package froze is not.
+    With `exclude_frozen_parameters` (which the Trainer sets for PEFT models), parameters that the user froze are left out; those that this
+    package froze are not.
     """
 
-    _left_out: Collection[str] = ()  # names, for the time of a save
+    _left_out: Collection[str] = ()  # names, during a save
 
     @contextmanager
     def _leaving_out(self, wanted: bool) -> Iterator[bool]:
-        """For the time of a save; gives what DeepSpeed is to be told instead of `exclude_frozen_parameters`."""
+        """Prepare a save, which is the block.
+
+        Yields:
+            The value of `exclude_frozen_parameters` for DeepSpeed.
+        """
         ours: Collection[Parameter] = self.smartfrz.backend.frozen  # type: ignore[attr-defined]
-        trainable = [p for p in ours if p.requires_grad]  # after `release`; DeepSpeed goes by the flag
+        trainable = [p for p in ours if p.requires_grad]  # after `detach`; DeepSpeed reads the flag
         if wanted and ours:
             named = self.module.named_parameters()  # type: ignore[attr-defined]
             self._left_out = {n for n, p in named if not p.requires_grad and p not in ours}
@@ -44,6 +49,7 @@ class CompleteCheckpoints:
                 param.requires_grad_(True)
 
     def module_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Call DeepSpeedEngine.module_state_dict, without the parameters that are left out."""
         state = super().module_state_dict(*args, **kwargs)  # type: ignore[misc]
         for name in self._left_out:
             state.pop(name, None)
@@ -56,8 +62,9 @@ class CompleteCheckpoints:
         return found
 
     def load_module_state_dict(self, checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call DeepSpeedEngine.load_module_state_dict. Parameters that were left out of the checkpoint keep their values."""
         fragments = checkpoint.get("frozen_param_fragments")
-        if fragments is not None:  # of what was left out, what is there now: DeepSpeed looks for all
+        if fragments is not None:  # the current values of parameters that were left out: DeepSpeed looks for all
             for param, name in self.param_names.items():  # type: ignore[attr-defined]
                 if not param.requires_grad and name not in fragments:
                     fragments[name] = self._get_param_fragment_func(param)  # type: ignore[attr-defined]
@@ -72,8 +79,10 @@ class CompleteCheckpoints:
         return super()._common_checkpoint_state(module_state_dict, zero_optimizer_state, save_frozen_param)  # type: ignore[misc]
 
     def _load_checkpoint(self, load_dir: str, tag: str, *args: Any, **kwargs: Any) -> Any:
-        """With bf16 and without ZeRO a pipeline has a BF16_Optimizer: DeepSpeed 0.19.8 writes its partitions as ZeRO's, and then hands it
-        the model file's copy, which it can't take (KeyError: 0). Its own files are loaded here, as for ZeRO-1."""
+        """Load a BF16_Optimizer without ZeRO (a pipeline in bf16) from its own files, as for ZeRO-1.
+
+        DeepSpeed 0.19.8 writes its partitions as ZeRO's, and then passes it the copy in the model file, which it cannot load (KeyError: 0).
+        """
         engine: Any = self
         if not isinstance(engine.optimizer, BF16_Optimizer) or engine.zero_optimization():
             return super()._load_checkpoint(load_dir, tag, *args, **kwargs)  # type: ignore[misc]

@@ -1,7 +1,7 @@
-"""ZeRO-3 leaf modules: which classes are in effect, who made them leaves, and the switch that helps.
+"""ZeRO-3 leaf modules: which classes are in effect, what made them leaves, and the setting that turns them off.
 
-A leaf module's weights are gathered together, and one hook on the module reduces the gradients of all of them (deepspeed
-runtime/zero/stage3.py). The ZeRO-3 backend does not know that hook yet.
+The weights of a leaf module are gathered together, and one hook on the module reduces all their gradients (deepspeed
+runtime/zero/stage3.py). The ZeRO-3 backend does not support that hook yet.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ _ROUTED = (
 
 
 def describe_leaf_modules(model: nn.Module, leaves: Sequence[nn.Module], zero: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What is refused of these leaf modules, as pairs of text and remedy, one for each that made leaves.
+    """Describe leaf modules for a refusal.
 
     Args:
-        model: the whole model.
-        leaves: its leaf modules.
-        zero: the section zero_optimization of the config.
+        model: The whole model.
+        leaves: Its leaf modules.
+        zero: The section zero_optimization of the config.
+
+    Returns:
+        Pairs of text and remedy, one for each cause of leaf modules.
     """
     names = {id(module): name for name, module in model.named_modules()}
     by_maker: dict[str, list[nn.Module]] = {}
@@ -39,7 +42,7 @@ def describe_leaf_modules(model: nn.Module, leaves: Sequence[nn.Module], zero: M
         remedy = _ROUTED if routed else _EXACT
         if maker == _SCRIPT:
             classes_text = ", ".join(classes)
-            remedy = f"do not call it, or call unset_z3_leaf_modules(model, [{classes_text}]) before the engine is made; and {remedy}"
+            remedy = f"do not call it, or call unset_z3_leaf_modules(model, [{classes_text}]) before the engine is created; and {remedy}"
         found.append((f"ZeRO-3 leaf modules ({counts}), turned on by {maker}", remedy))
     return found
 
@@ -48,7 +51,10 @@ _SCRIPT = "a call of set_z3_leaf_modules, in the script or in a library"
 
 
 def _maker(module: nn.Module, name: str, zero: Mapping[str, Any]) -> str:
-    """Who made this module a leaf (deepspeed/utils/z3_leaf_module.py, apply_zero_leaf_module_config)."""
+    """Return the cause that made this module a leaf.
+
+    Source: deepspeed/utils/z3_leaf_module.py, apply_zero_leaf_module_config.
+    """
     section = zero.get("leaf_module")
     section = section if isinstance(section, Mapping) else {}
     kind = type(module)
@@ -68,7 +74,7 @@ def _maker(module: nn.Module, name: str, zero: Mapping[str, Any]) -> str:
 
 
 def default_classes() -> Sequence[str]:
-    """The classes that DeepSpeed makes leaves of where the config names none."""
+    """Return the classes that DeepSpeed turns into leaves if the config names none."""
     from deepspeed.runtime.zero.leaf_module_config import DEFAULT_LEAF_MODULE_CLASSES
 
     return list(DEFAULT_LEAF_MODULE_CLASSES)
@@ -80,7 +86,7 @@ def _entries(section: Mapping[str, Any], key: str) -> list[str]:
 
 
 def leaves_by_config(model: nn.Module, zero: Mapping[str, Any]) -> list[nn.Module]:
-    """The modules that DeepSpeed would make leaves of by this config, and those that are marked already. Nothing is left changed."""
+    """Return the modules that DeepSpeed would turn into leaves with this config, and those that are leaves already. Changes nothing."""
     from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
     from deepspeed.utils.z3_leaf_module import apply_zero_leaf_module_config, set_z3_leaf_module, z3_leaf_module
 
@@ -88,7 +94,7 @@ def leaves_by_config(model: nn.Module, zero: Mapping[str, Any]) -> list[nn.Modul
     section = zero.get("leaf_module")
     config = DeepSpeedZeroLeafModuleConfig(**(section if isinstance(section, Mapping) else {}))
     wanted = [*config.classes, *config.names, *config.name_suffixes]
-    made = apply_zero_leaf_module_config(model, config) if wanted else []  # it warns where nothing is wanted
+    made = apply_zero_leaf_module_config(model, config) if wanted else []  # it warns if nothing is wanted
     known = {id(m) for m in before}
     for module in made:
         if id(module) not in known:

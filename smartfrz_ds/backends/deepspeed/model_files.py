@@ -1,4 +1,4 @@
-"""DeepSpeed's model files of a checkpoint."""
+"""Reads DeepSpeed's model files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,16 +11,24 @@ _MODEL_STATES = "*mp_rank_00_model_states.pt"  # DeepSpeed's file with the clien
 
 
 def read_model_states(folder: Path, pattern: str = _MODEL_STATES) -> list[dict[str, Any]]:
-    """DeepSpeed's model files of a tag, in the order of their ranks, mapped into memory rather than read where their format allows.
+    """Load DeepSpeed's model files of a tag, mapped into memory if their format allows.
 
-    Raises ValueError for one that can't be read.
+    Args:
+        folder: The tag's folder.
+        pattern: Glob pattern of the file names.
+
+    Returns:
+        The contents, in the order of the ranks.
+
+    Raises:
+        ValueError: A file cannot be read.
     """
     states = []
     for path in sorted(folder.glob(pattern), key=lambda p: [int(x) for x in p.name.split("_") if x.isdigit()]):
         try:
             try:
                 states.append(torch.load(path, map_location="cpu", weights_only=False, mmap=True))
-            except RuntimeError:  # DeepSpeed's checkpoint_serialization: false writes torch's old format, which can't be mapped
+            except RuntimeError:  # DeepSpeed's checkpoint_serialization: false writes torch's old format, which cannot be mapped
                 states.append(torch.load(path, map_location="cpu", weights_only=False))
         except Exception as error:
             raise ValueError(f"{path} can't be read: {type(error).__name__}: {error}") from error

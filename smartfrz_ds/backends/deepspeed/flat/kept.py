@@ -1,4 +1,4 @@
-"""Optimizer state that a flat wrapper's frozen parameters left behind on the host, for a thaw."""
+"""Released optimizer state of frozen parameters in flat partitions, kept on the host for a thaw."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from .step_counts import step_from_json, step_to_json
 
 
 class Kept:
-    """Released state of some parameters on the host of the ranks that owned it."""
+    """Released state of some parameters, on the host of the ranks that owned it.
+
+    Args:
+        layout: Position of the parameters' elements in the tensors.
+    """
 
     def __init__(self, layout: PackedLayout) -> None:
         self.layout = layout
@@ -22,7 +26,12 @@ class Kept:
         self.tensors: dict[str, Tensor] = {}
 
     def part(self, params: Sequence[Parameter], rank: int) -> Kept:
-        """The same of these parameters only, packed anew. rank: whose tensors these are."""
+        """Return the part of these parameters, packed again.
+
+        Args:
+            params: The parameters.
+            rank: The rank that holds these tensors.
+        """
         part = Kept(PackedLayout.of(self.layout, params))
         mine = [s for p in params for s in self.layout.segments(p) if s.rank == rank]
         part.step = {p: self.step[p] for p in params if p in self.step}
@@ -31,14 +40,20 @@ class Kept:
         return part
 
     def about(self, params: Sequence[Parameter], names: Mapping[Parameter, str]) -> dict[str, Any]:
-        """All but the tensors, JSON-able. params: of which it is told."""
+        """Return everything but the tensors for these parameters, JSON-serializable."""
         pieces = {names[p]: [[s.start, s.numel, s.rank, s.offset] for s in self.layout.segments(p)] for p in params}
         steps = {names[p]: step_to_json(self.step[p]) for p in params if self.step.get(p) is not None}
         return {"pieces": pieces, "sizes": list(self.layout.sizes), "steps": steps}
 
     @classmethod
     def of(cls, about: Mapping[str, Any], tensors: dict[str, Tensor], params: Mapping[str, Parameter]) -> Kept:
-        """The inverse. params: the model's, by name."""
+        """Rebuild from the output of `about` and the tensors.
+
+        Args:
+            about: Output of `about`.
+            tensors: The tensors.
+            params: The model's parameters, by name.
+        """
         pieces = {params[name]: [Segment(*s) for s in segments] for name, segments in about["pieces"].items()}
         kept = cls(PackedLayout(pieces, tuple(about["sizes"])))
         kept.tensors = tensors

@@ -1,10 +1,10 @@
-"""Step counts of parameters that came back later than the rest of their group.
+"""Step counts of parameters that returned later than the rest of their group.
 
-Adam's bias correction depends on the count of steps: under its group's count a fresh moment would make a parameter's first updates
-several times too large, and a kept one would skip the steps that it slept through. Two kinds of optimizer have one count for many
-parameters: the flat partitions of ZeRO, and FusedAdam, which takes the last tensor's count for all of a group
-(ops/adam/fused_adam.py). Both are stepped here, for the length of a step, as several groups with a count each. Element for element
-this is the same arithmetic.
+Adam's bias correction depends on the step count: with the count of its group, a parameter with fresh moments would get first updates that
+are several times too large, and one with kept moments would skip the steps during which it was frozen. Two kinds of optimizer have one
+count for many parameters: the flat partitions of ZeRO, and FusedAdam, which uses the last tensor's count for its whole group
+(ops/adam/fused_adam.py). For the duration of a step, both are stepped here as several groups, each with its own count. The arithmetic per
+element is the same.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Group = dict[str, Any]
 
 
 class _SplitSteps(ABC):
-    """Public step hooks of a torch optimizer that replace its groups for the length of a step."""
+    """Replaces the groups of a torch optimizer for the duration of a step, with its public step hooks."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
@@ -34,10 +34,10 @@ class _SplitSteps(ABC):
         self._groups: list[Group] | None = None
 
     def hook(self) -> None:
-        """Begin; a second call changes nothing."""
+        """Register the hooks. A second call changes nothing."""
         if self._hooked:
             return
-        # A weak reference: the hooks live as long as the optimizer, this object need not.
+        # A weak reference: the hooks exist as long as the optimizer, this object may not.
         this = weakref.ref(self)
 
         def before(*_: Any) -> None:
@@ -57,17 +57,19 @@ class _SplitSteps(ABC):
 
     @abstractmethod
     def split(self, group: Group) -> Iterable[Group]:
-        """What is stepped instead of `group`."""
+        """Return the groups that are stepped instead of a group."""
 
     @abstractmethod
     def join(self) -> None:
-        """Take over the counts after the step."""
+        """Update the counts after the step."""
 
 
 class OwnSteps(_SplitSteps):
-    """Of flat partitions: views of them (same memory, same state memory) are stepped under counts of their own.
+    """Own step counts in flat partitions: views of them, with the same memory for state, are stepped with their own counts.
 
-    partitions: gives the partitions of now, one a group.
+    Args:
+        optimizer: The torch optimizer.
+        partitions: Returns the current partitions, one per group.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, partitions: Callable[[], list[Partition]]) -> None:
@@ -77,12 +79,12 @@ class OwnSteps(_SplitSteps):
         self._stepped: list[tuple[Partition, list[Tensor]]] = []
 
     def set(self, param: Parameter, step: Any) -> None:
-        """Let `param` count from `step` on (a number or a scalar tensor, as the optimizer keeps it)."""
+        """Give a parameter its own count, starting at `step` (a number or a scalar tensor, as the optimizer stores it)."""
         self.count[param] = step
         self.hook()
 
     def drop(self, param: Parameter) -> Any:
-        """Forget the own count of `param`; returns it, None where there was none."""
+        """Remove and return a parameter's own count, None where there was none."""
         return self.count.pop(param, None)
 
     def split(self, group: Group) -> list[Group]:
@@ -108,8 +110,8 @@ class OwnSteps(_SplitSteps):
 
     def join(self) -> None:
         for (master, layout, _), views in self._stepped:
-            # The group's own count advances also where this rank holds nothing else of the group, and so does that of a parameter
-            # of which this rank holds no piece: all ranks count alike.
+            # The group's count advances even if this rank holds nothing else of the group, and so does that of a parameter of which this
+            # rank holds no piece: all ranks count the same.
             self.optimizer.state[master]["step"] = self.optimizer.state[master]["step"] + 1
             for param in layout.params:
                 if param in self.count:
@@ -119,7 +121,7 @@ class OwnSteps(_SplitSteps):
         self._stepped.clear()
 
     def _runs(self, layout: FlatLayout, rank: int) -> list[tuple[int, int, Parameter | None]]:
-        """The local partition cut at the parameters with a count of their own: (begin, end, that parameter or None)."""
+        """Cut the local partition at parameters with their own count: (begin, end, that parameter or None)."""
         runs: list[tuple[int, int, Parameter | None]] = []
         position = 0
         for param, s in layout.local_segments(rank):
@@ -134,14 +136,18 @@ class OwnSteps(_SplitSteps):
 
 
 class GroupCounts(_SplitSteps):
-    """Of FusedAdam over single parameters: each distinct count of a group is stepped as a group of its own."""
+    """Own step counts in FusedAdam over single parameters: each distinct count of a group is stepped as a separate group.
+
+    Args:
+        optimizer: The torch optimizer.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(optimizer)
         self._stepped: list[list[Tensor]] = []
 
     def level(self) -> None:
-        """Write a group's count, which FusedAdam advances in the last parameter's state alone, to all of the group; before a change."""
+        """Copy each group's count, which FusedAdam advances only in the last parameter's state, to the whole group, before a change."""
         if not self._hooked:
             self._level()
         self.hook()
@@ -152,7 +158,11 @@ class GroupCounts(_SplitSteps):
         return self._hooked
 
     def loaded(self, *, levelled: bool) -> None:
-        """The optimizer's state was replaced by another one; levelled: whether each parameter has its own count in it."""
+        """Follow a load of the optimizer's state.
+
+        Args:
+            levelled: Whether each parameter has its own count in it.
+        """
         if levelled:
             self.hook()
         elif self._hooked:
@@ -180,25 +190,25 @@ class GroupCounts(_SplitSteps):
 
 
 def copy_step(step: Any) -> Any:
-    """A count that does not change with the original."""
+    """Copy a count, so that it does not change with the original."""
     return step.clone() if isinstance(step, Tensor) else step
 
 
 def step_to_json(step: Any) -> dict[str, Any]:
-    """A count as JSON: torch's optimizers count in a scalar tensor, DeepSpeed's in a number."""
+    """Return a count as JSON data. torch's optimizers count in a scalar tensor, DeepSpeed's in a number."""
     if isinstance(step, Tensor):
         return {"value": step.item(), "dtype": str(step.dtype).removeprefix("torch."), "device": step.device.type}
     return {"value": step}
 
 
 def step_from_json(saved: Mapping[str, Any]) -> Any:
-    """The inverse of `step_to_json`."""
+    """Rebuild a count from the output of `step_to_json`."""
     if "dtype" not in saved:
         return saved["value"]
-    # A count beside the weights (fused, capturable) goes to this rank's own device.
+    # A count on the device of the weights (fused, capturable) goes to this rank's device.
     return torch.tensor(saved["value"], dtype=getattr(torch, saved["dtype"]), device=saved["device"])
 
 
 def zero_step(like: Any) -> Any:
-    """A count of 0 in the form of `like`."""
+    """Return a count of 0 of the same type as `like`."""
     return torch.zeros_like(like) if isinstance(like, Tensor) else type(like)(0)
