@@ -224,7 +224,7 @@ def find(load_dir: str | Path, tag: str | None, *, universal: bool = False) -> F
             if not others:
                 raise ValueError(f"nothing to resume from: {problem}, and no other tag of {root} is complete")
             tag = others[0]
-            warning = f"{problem}; loading {root / tag} instead, the newest complete checkpoint"
+            warning = f"{problem}; loading instead {root / tag}, the newest complete checkpoint"
     elif problem := _problem(root / tag, universal):
         raise ValueError(f"{problem}; complete here: {complete_tags(root) or 'none'}")
     return Found(tag=tag, state=_read_state(root, tag, universal), warning=warning)
