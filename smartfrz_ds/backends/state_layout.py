@@ -111,7 +111,8 @@ def pack_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tens
     """Split one parameter's kept state into JSON data and tensors.
 
     Returns:
-        None, with a warning, if the state has a tensor subclass, which cannot be stored in a file here.
+        The JSON data and the state's own tensors, of which some may share a storage; None, with a warning, if the state has a tensor
+        subclass, which cannot be stored in a file here.
     """
     tensors: dict[str, Tensor] = {}
     about: dict[str, Any] = {"numbers": {}, "pieces": {}, "nested": {}}
@@ -132,7 +133,7 @@ def pack_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tens
             about["numbers"][key] = value
         else:
             about["nested"][key] = _encoded(value, key, tensors)
-    return about, {key: t.clone() for key, t in tensors.items()}  # a file cannot hold one storage twice, such as a shared table
+    return about, tensors
 
 
 def unpack_state(about: Mapping[str, Any], tensors: Mapping[str, Tensor], param: Parameter) -> dict[str, Any]:

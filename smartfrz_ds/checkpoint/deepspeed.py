@@ -30,11 +30,10 @@ from .files import (
     find,
     kept_file,
     pack,
-    pack_tensors,
-    read_kept,
     write_atomically,
     write_complete,
 )
+from .tensor_file import read_kept, write_tensors
 
 
 def find_together(ranks: Collectives, load_dir: str | Path, tag: str | None, *, universal: bool) -> Found | None:
@@ -123,17 +122,14 @@ class Checkpoints:
 
     def _write_state(self, folder: Path, tag: str) -> str:
         kept = self.backend.kept_state()
-        writes = kept is not None and (self.ranks.rank == 0 or self.backend.sharded)
-        data = pack_tensors(*kept) if kept is not None and writes else b""
 
-        def write_kept() -> None:
+        def write_kept() -> str:
             if self.ranks.rank == 0:
                 (folder / COMPLETE_FILE).unlink(missing_ok=True)  # a tag that is overwritten is incomplete from now on
-            if writes:
-                write_atomically(folder / kept_file(self.ranks.rank), data)
+            writes = kept is not None and (self.ranks.rank == 0 or self.backend.sharded)
+            return write_tensors(folder / kept_file(self.ranks.rank), *kept) if kept is not None and writes else "-" * 64
 
-        self.ranks.run_on_all_ranks(write_kept)
-        digests = [d.decode() for d in self.ranks.gather_bytes((digest_of(data) if writes else "-" * 64).encode())]
+        digests = [d.decode() for d in self.ranks.gather_bytes(self.ranks.run_on_all_ranks(write_kept).encode())]
         told = b""
         private = self.backend.state_extras()
         privates = self.ranks.gather_objects(private) if self.backend.is_pipeline else None

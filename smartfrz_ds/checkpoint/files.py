@@ -15,16 +15,16 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from smartfrz_ds.backends.deepspeed.model_files import _MODEL_STATES, read_model_states
+from smartfrz_ds.backends.deepspeed.model_files import _MODEL_STATES, read_client_state
 
 FORMAT = 1
 MARKER = "smartfrz_ds"
@@ -52,52 +52,33 @@ def kept_file(rank: int) -> str:
     return f"smartfrz_kept_{rank}.safetensors"
 
 
-def read_kept(folder: Path, digests: Mapping[str, str], rank: int) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Read the optimizer state that a rank had kept for a thaw.
-
-    Args:
-        folder: The tag's folder.
-        digests: Digests by rank, from the freeze state ("kept").
-        rank: The rank that wrote the file.
-
-    Returns:
-        As `unpack_tensors`; None where the rank had kept nothing.
-
-    Raises:
-        ValueError: The file is missing, or is not the one that was saved with this freeze state.
-    """
-    if str(rank) not in digests:
-        return None
-    path = folder / kept_file(rank)
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
-    data = path.read_bytes()
-    if digest_of(data) != digests[str(rank)]:
-        raise ValueError(f"{path} is damaged: its digest is not the one in {SIDE_FILE}")
-    return unpack_tensors(data)
-
-
 # --- files --------------------------------------------------------------------------------------------------------------------
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that, after a crash at any moment, it has either its old content or all of `data`.
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that, after a crash at any moment, has either its old content or all that was written.
 
     Args:
         path: The file. Missing folders are created.
-        data: The new content.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with scratch.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` as `atomic_file` does."""
+    with atomic_file(path) as file:
+        file.write(data)
 
 
 def digest_of(data: bytes) -> str:
@@ -130,13 +111,8 @@ def unpack(data: bytes) -> dict[str, Any]:
     return state
 
 
-def pack_tensors(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
-    """Serialize JSON data and tensors as a safetensors file."""
-    return save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, {"smartfrz": json.dumps(about), "format": str(FORMAT)})
-
-
 def unpack_tensors(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Restore JSON data and tensors from the output of `pack_tensors`.
+    """Restore JSON data and tensors from the bytes of a safetensors file.
 
     Raises:
         ValueError: The bytes are not such a file, or have a later format.
@@ -244,7 +220,7 @@ def _problem(folder: Path, universal: bool) -> str:
 
 def _read_state(root: Path, tag: str, universal: bool) -> dict[str, Any] | None:
     folder = root / tag
-    marker = read_model_states(folder)[0].get(MARKER)
+    marker = read_client_state(folder).get(MARKER)
     if marker is None:
         return None
     places = [folder / SIDE_FILE]

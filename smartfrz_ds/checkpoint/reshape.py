@@ -25,9 +25,10 @@ from smartfrz_ds.planner.costs import LayerCost
 from smartfrz_ds.planner.cut import best_cut
 from smartfrz_ds.planner.simulate import are_bounds
 
-from .files import MARKER, SIDE_FILE, digest_of, kept_file, pack, pack_tensors, write_atomically, write_complete
+from .files import MARKER, SIDE_FILE, digest_of, kept_file, pack, write_atomically, write_complete
 from .reshape_source import PipelineCheckpoint
 from .reshape_states import FlatTarget, entry_of, kept_states, new_stages, whole_states
+from .tensor_file import write_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,9 +179,7 @@ class _Target:
         sources = [self.source.kept(s) for s in self.from_[stage]]
         found = kept_states(sources, lambda name: first <= entry_of(name) < end, self.replicas, replica)
         if found is not None:
-            data = pack_tensors(*found)
-            path.write_bytes(data)
-            self._digests[str(stage * self.replicas + replica)] = digest_of(data)
+            self._digests[str(stage * self.replicas + replica)] = write_tensors(path, *found)
 
     def _write_side(self, path: Path) -> None:
         source = self.source

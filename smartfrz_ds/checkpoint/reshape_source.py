@@ -29,6 +29,7 @@ from smartfrz_ds.backends.deepspeed.compat import TESTED_DEEPSPEED
 
 from .files import MARKER, SIDE_FILE, complete_tags, digest_of, kept_file, missing_files, unpack
 from .reshape_states import FlatSource, KeptSource, Params, Stage, entry_of
+from .tensor_file import file_digest
 
 _LAYER_FILE = re.compile(r"layer_(\d+)-model_states\.pt")
 # DeepSpeed's own types in these files, besides tensors and plain containers.
@@ -210,7 +211,7 @@ class _Mapped(Mapping[str, Tensor]):
 
 
 def _read_kept(path: Path, digest: str) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
-    if digest_of(path.read_bytes()) != digest:
+    if file_digest(path) != digest:
         raise ValueError(f"{path} is damaged: its digest is not the one in {SIDE_FILE}")
     file = safe_open(path, framework="pt")
     return json.loads(file.metadata()["smartfrz"]), _Mapped(file)

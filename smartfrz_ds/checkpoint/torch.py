@@ -15,7 +15,8 @@ from typing import Any
 from smartfrz_ds.backends.torch.base import TorchBackend
 from smartfrz_ds.runtime.controller import Controller
 
-from .files import SIDE_FILE, digest_of, kept_file, pack, pack_tensors, read_kept, unpack, write_atomically
+from .files import SIDE_FILE, kept_file, pack, unpack, write_atomically
+from .tensor_file import read_kept, write_tensors
 
 
 def save_beside(controller: Controller, backend: TorchBackend, folder: str | Path) -> None:
@@ -32,15 +33,12 @@ def save_beside(controller: Controller, backend: TorchBackend, folder: str | Pat
     folder, ranks = Path(folder), controller.ranks
     controller.freeze_state.sync()
     kept = backend.kept_state()
-    writes = kept is not None and (ranks.rank == 0 or backend.sharded)
-    data = pack_tensors(*kept) if kept is not None and writes else b""
 
-    def write_kept() -> None:
-        if writes:
-            write_atomically(folder / kept_file(ranks.rank), data)
+    def write_kept() -> str:
+        writes = kept is not None and (ranks.rank == 0 or backend.sharded)
+        return write_tensors(folder / kept_file(ranks.rank), *kept) if kept is not None and writes else "-" * 64
 
-    ranks.run_on_all_ranks(write_kept)
-    digests = [d.decode() for d in ranks.gather_bytes((digest_of(data) if writes else "-" * 64).encode())]
+    digests = [d.decode() for d in ranks.gather_bytes(ranks.run_on_all_ranks(write_kept).encode())]
 
     def write_side() -> None:
         if ranks.rank == 0:

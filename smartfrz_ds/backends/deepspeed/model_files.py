@@ -23,13 +23,27 @@ def read_model_states(folder: Path, pattern: str = _MODEL_STATES) -> list[dict[s
     Raises:
         ValueError: A file cannot be read.
     """
-    states = []
-    for path in sorted(folder.glob(pattern), key=lambda p: [int(x) for x in p.name.split("_") if x.isdigit()]):
+    return [_read(path) for path in _paths(folder, pattern)]
+
+
+def read_client_state(folder: Path) -> dict[str, Any]:
+    """Read the first rank's model file: every rank's has the client_state, and under ZeRO-3 there is one of each rank.
+
+    Raises:
+        ValueError: It can't be read.
+    """
+    return _read(_paths(folder, _MODEL_STATES)[0])
+
+
+def _paths(folder: Path, pattern: str) -> list[Path]:
+    return sorted(folder.glob(pattern), key=lambda p: [int(x) for x in p.name.split("_") if x.isdigit()])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
         try:
-            try:
-                states.append(torch.load(path, map_location="cpu", weights_only=False, mmap=True))
-            except RuntimeError:  # DeepSpeed's checkpoint_serialization: false writes torch's old format, which cannot be mapped
-                states.append(torch.load(path, map_location="cpu", weights_only=False))
-        except Exception as error:
-            raise ValueError(f"{path} can't be read: {type(error).__name__}: {error}") from error
-    return states
+            return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+        except RuntimeError:  # DeepSpeed's checkpoint_serialization: false writes torch's old format, which cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:
+        raise ValueError(f"{path} can't be read: {type(error).__name__}: {error}") from error
