@@ -121,6 +121,9 @@ class Backend(ABC):
     #: what this engine can't give a policy (gradients, activations, lr_scale) -> the words for it
     missing: Mapping[Need, str] = {}
 
+    #: whether a change may put weights elsewhere in memory
+    moves_weights = True
+
     #: whether the data-parallel ranks are not alike: each process holds a part of the model (a pipeline's stage)
     is_pipeline = False
 

@@ -142,7 +142,14 @@ def file_digest(path: Path) -> str:
 
 
 def _read_header(file: BufferedReader, size: int, found: Any) -> tuple[dict[str, Any], list[tuple[str, torch.dtype, list[int]]], int]:
-    """Read the header: the JSON, the tensors in their order, and the format. ValueError where it does not describe a file of this size."""
+    """Read the header.
+
+    Returns:
+        The JSON data, name, dtype and shape of each tensor in the order of the file, and the format.
+
+    Raises:
+        ValueError: It does not describe a file of this size.
+    """
     start = file.read(8)
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > size - 8:
@@ -173,7 +180,7 @@ def _parts(header: bytes, tensors: list[Tensor]) -> Iterator[bytes | memoryview]
 
 
 def _bytes_of(tensor: Tensor) -> Iterator[memoryview]:
-    """The bytes of a tensor in the order of its elements: views of its memory where it has them in that order, else of small copies."""
+    """Yield the bytes of a tensor in the order of its elements: views of its memory if it has that order, else of small copies."""
     limit = BUFFER_BYTES // 2  # the caller still holds the last part while the next one is made
     if tensor.is_contiguous():
         flat = tensor.view(-1).view(torch.uint8)

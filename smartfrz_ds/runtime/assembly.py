@@ -30,6 +30,7 @@ from smartfrz_ds.runtime.observers.adapters import (
 from smartfrz_ds.runtime.observers.guard import GuardedRun, TakeBack
 from smartfrz_ds.runtime.observers.kept_frozen import KeptFrozen
 from smartfrz_ds.runtime.observers.protocol import StepObserver
+from smartfrz_ds.runtime.observers.readers import Readers
 from smartfrz_ds.runtime.rules.kept_active import find_kept_active
 from smartfrz_ds.runtime.rules.user_frozen import UserFrozen
 from smartfrz_ds.signals.history import History
@@ -61,6 +62,7 @@ class Parts:
         recording: Takes snapshots.
         guard: Undoes mistaken freezes, None where not configured.
         moves: Moves layers between pipeline stages, None without a pipeline.
+        readers: Waits for other readers of the engine's memory; has the user's callbacks.
         observers: All observers, in the order of their work.
     """
 
@@ -75,6 +77,7 @@ class Parts:
     recording: Recording
     guard: GuardedRun | None
     moves: StageMoves | None
+    readers: Readers
     observers: Sequence[StepObserver]
 
 
@@ -145,6 +148,7 @@ def assemble(
     freezer = Freezer(run, users, pauses, observers, kept.restore_flags)
     pipeline = backend.pipeline(run.ranks, config.pipeline, config.tied)
     moves = None if pipeline is None else StageMoves(run, pipeline, freezer, pauses)
+    readers = Readers(run)
 
     # The order of the work before and after a step, in a change of the layout and at the end of freezing.
     ordered: list[StepObserver | None] = [
@@ -161,6 +165,7 @@ def assemble(
         KeptState(run),  # after a step: drops released state that is too old
         recording,  # after a step: the snapshot, which the freezing stage that follows sees
         moves,  # layout: the stages are looked at again, after the freezing stage
+        readers,  # before a change: other code that reads what it touches; after it: the user's callbacks, last of all
     ]
     observers.extend(observer for observer in ordered if observer is not None)
     run.state.lr = current_lr(backend.base_optimizer())
@@ -176,5 +181,6 @@ def assemble(
         recording=recording,
         guard=guard,
         moves=moves,
+        readers=readers,
         observers=observers,
     )

@@ -6,10 +6,11 @@ count, on settings whose digest was compared at the start, and on what rank 0 br
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from smartfrz_ds.backends.base import Backend
 from smartfrz_ds.backends.cost import PausePrediction
@@ -24,12 +25,14 @@ from smartfrz_ds.telemetry.events import FreezeEvent
 from smartfrz_ds.telemetry.speaking import scheduler_name
 
 from .assembly import assemble
+from .former_names import FormerNames
 from .freeze_state import FreezeState
 from .guarded_attributes import GuardedAttributes
 from .run_report import Report as Report
+from .run_report import report_of
 
 
-class Controller(GuardedAttributes):
+class Controller(GuardedAttributes, FormerNames):
     """Freezes the layers of one engine while it trains. `engine.smartfrz` is one.
 
     It has a `PolicyStage` that decides, a `Freezer` that changes the layout, a `RunState` that a checkpoint keeps, and a list of
@@ -70,7 +73,7 @@ class Controller(GuardedAttributes):
         run = self._run = parts.run
         self._policy_stage, self._freezer, self._observers = parts.policy, parts.freezer, parts.observers
         self._freeze_state, self._recording = parts.freeze_state, parts.recording
-        self._guard, self._moves = parts.guard, parts.moves
+        self._guard, self._moves, self._readers = parts.guard, parts.moves, parts.readers
         self._users, self._kept_active, self._kept, self._tally = parts.users, parts.kept_active, parts.kept, parts.tally
 
         for text in backend.warnings:
@@ -177,6 +180,20 @@ class Controller(GuardedAttributes):
         """
         self.backend.drop_gradients()
 
+    def on_layout_change(self, fn: Callable[[tuple[str, ...]], object]) -> RemovableHandle:
+        """Call `fn` on this rank after each change of the layout: freeze, thaw, load, move of layers between pipeline stages.
+
+        Weights may lie elsewhere in memory then (`data_ptr()`): record CUDA graphs again, send shared weights again. Without a callback
+        these are refused. An error in `fn` leaves the change in force; RuntimeError follows on every rank, after all callbacks.
+
+        Args:
+            fn: Takes the names of the frozen layers, in order.
+
+        Returns:
+            A handle; its `remove()` ends the calls.
+        """
+        return self._readers.add(fn)
+
     def predict_pause(self, names: Iterable[str], *, action: Literal["freeze", "thaw"] = "freeze") -> PausePrediction:
         """Predict what freezing or thawing these layers now would cost. Changes nothing.
 
@@ -220,10 +237,6 @@ class Controller(GuardedAttributes):
         policy.warn_if_never()
         self._run.journal.speaker.start()
 
-    def learn(self, *, scheduler: Any = None, total_steps: int | None = None, told_by: str = "learn()") -> None:
-        """Call `set_schedule`. Deprecated: the former name."""
-        self.set_schedule(scheduler=scheduler, total_steps=total_steps, told_by=told_by)
-
     def detach(self) -> None:
         """Make every layer trainable and remove all hooks; once. The engine must not be trained any further, but it can be saved."""
         if self.released:
@@ -232,10 +245,6 @@ class Controller(GuardedAttributes):
         for observer in self._observers:
             observer.remove()
         self._freezer.restore_trainable()
-
-    def release(self) -> None:
-        """Call `detach`. Deprecated: the former name."""
-        self.detach()
 
     def observe(self, **metrics: float) -> None:
         """Report metrics of the run (`observe(loss=0.3)`). The newest value of each goes into the log."""
@@ -251,22 +260,13 @@ class Controller(GuardedAttributes):
 
     def report(self) -> Report:
         """Return where the run stands, as this rank sees it."""
-        log, time = self._run.journal.log, self._run.time
-        return Report(
-            step=self.step,
-            layers=self.layers,
-            frozen=self.frozen,
-            events=tuple(log.events),
-            optimizer_bytes=self.backend.optimizer_bytes(),
-            plugin_seconds=time.seconds,
-            freeze_seconds=time.freeze_seconds,
-            saved_flops_fraction=self._tally.saved_fraction,
-            predicted_pause=self._freezer.predicted,
+        return report_of(
+            self._run,
+            saved=self._tally.saved_fraction,
+            predicted=self._freezer.predicted,
             policy_note=self._policy_stage.note,
             width_note="" if self._moves is None else self._moves.note,
             user_frozen=self._users.names,
-            log_path="" if log.path is None else str(log.path),
-            outcome=self._run.journal.speaker.outcome(),
         )
 
     # --- for the package: engines, checkpoints, integrations ------------------------------------------------------------------

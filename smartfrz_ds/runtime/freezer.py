@@ -118,15 +118,10 @@ class Freezer:
             own = [p for layer in run.layers for p in (*layer.params, *layer.copies)]
             thaw = tuple(p for p in own if p in run.backend.frozen and p not in leaving)
             run.backend.check(freeze, thaw)
-            return LayoutChange(
-                kind=kind,
-                frozen=frozenset(frozen),
-                gone=frozenset(frozen - before),
-                back=frozenset(before - frozen),
-                freeze=freeze,
-                thaw=thaw,
-                adopted=adopted,
-            )
+            gone, back = frozenset(frozen - before), frozenset(before - frozen)
+            change = LayoutChange(kind=kind, frozen=frozenset(frozen), gone=gone, back=back, freeze=freeze, thaw=thaw, adopted=adopted)
+            self.await_others(change)
+            return change
 
         change = run.ranks.run_on_all_ranks(plan)
         if kind != "restore":
@@ -233,6 +228,17 @@ class Freezer:
                 **about,
             )
             run.journal.record(event)
+        self.complete(change)
+
+    def await_others(self, change: LayoutChange) -> None:
+        """Let the observers wait for what this change would disturb, or refuse it. Not collective. Raises RuntimeError."""
+        for observer in self._observers:
+            observer.before_change(change)
+
+    def complete(self, change: LayoutChange) -> None:
+        """Let the observers act on a change that is recorded. Collective. Raises RuntimeError, on every rank."""
+        for observer in self._observers:
+            observer.after_change(change)
 
     def tell(self, change: LayoutChange) -> None:
         """Tell the observers of a layout that the engine has already."""
@@ -256,10 +262,11 @@ class Freezer:
         return leaving_params([x for x in run.layers if x.name in frozen], run.layers, run.config.tied)
 
     def can_cut(self, frozen: set[str]) -> bool:
-        """Whether the optimizer's state lets these layers be the frozen ones. Collective; warns once where it doesn't."""
+        """Whether the optimizer's state, and other readers, let these layers be the frozen ones. Collective; warns once where not."""
         run = self._run
         leaving = [p for p in self.leaving(frozen) if p not in run.backend.frozen]
-        why = next((text for text in run.ranks.gather_objects(run.backend.uncuttable(leaving)) if text), "")
+        own = next((text for text in (run.backend.uncuttable(leaving), *(x.refusal() for x in self._observers)) if text), "")
+        why = next((text for text in run.ranks.gather_objects(own) if text), "")
         if why and not self._warned_uncuttable:
             self._warned_uncuttable = True
             run.journal.warn(f"the policy's freezes are left out, and training goes on: {why}")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from smartfrz_ds.backends.cost import PausePrediction
 from smartfrz_ds.telemetry.events import FreezeEvent
 
+from .run_context import RunContext
+
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
@@ -45,3 +47,26 @@ class Report:
     user_frozen: tuple[str, ...] = ()
     log_path: str = ""
     outcome: str = ""
+
+
+def report_of(
+    run: RunContext, *, saved: float, predicted: PausePrediction | None, policy_note: str, width_note: str, user_frozen: tuple[str, ...]
+) -> Report:
+    """Return where `run` stands, as this rank sees it. The arguments are fields of `Report` that other parts of the run know."""
+    log = run.journal.log
+    return Report(
+        step=run.step,
+        layers=run.names,
+        frozen=run.frozen,
+        events=tuple(log.events),
+        optimizer_bytes=run.backend.optimizer_bytes(),
+        plugin_seconds=run.time.seconds,
+        freeze_seconds=run.time.freeze_seconds,
+        saved_flops_fraction=saved,
+        predicted_pause=predicted,
+        policy_note=policy_note,
+        width_note=width_note,
+        user_frozen=user_frozen,
+        log_path="" if log.path is None else str(log.path),
+        outcome=run.journal.speaker.outcome(),
+    )

@@ -40,7 +40,7 @@ class StageMoves(StepObserver):
         if bounds is None:
             self._look(moves=True)
         elif tuple(bounds) != rebalancer.bounds:
-            rebalancer.check(bounds)
+            self._check(bounds)
             self._move(bounds, rebalancer.gain(bounds))
         return rebalancer.bounds
 
@@ -52,7 +52,7 @@ class StageMoves(StepObserver):
         """
         wanted = self.rebalancer.first_bounds if bounds is None else tuple(bounds)
         if wanted != self.rebalancer.bounds:
-            self.rebalancer.check(wanted)
+            self._check(wanted)
             self._move(wanted)
 
     def if_due(self) -> None:
@@ -70,15 +70,23 @@ class StageMoves(StepObserver):
             run.journal.warn(move.problem)
         elif move is not None:
             try:
-                self.rebalancer.check(move.bounds)
+                self._check(move.bounds)
             except Exception as error:  # a layer's constructor, for example: the run continues unchanged
                 run.journal.warn(f"the layers stay where they are: {error}")
             else:
                 with suppress(ChangeUndone):  # the log says so, and the run goes on
                     self._move(move.bounds, move.gain)
 
+    def _check(self, bounds: Sequence[int]) -> None:
+        """Raise ValueError or RuntimeError, on every rank, where layers can't move to these bounds now. Collective."""
+        self.rebalancer.check(bounds)
+        self._run.ranks.run_on_all_ranks(lambda: self._freezer.await_others(self._change()))
+
+    def _change(self) -> LayoutChange:
+        return LayoutChange(kind="move", frozen=frozenset(self._run.state.frozen))
+
     def _move(self, bounds: Sequence[int], gain: float | None = None) -> None:
-        """Move layers to these bounds, after `Pipeline.check`.
+        """Move layers to these bounds, after `_check`.
 
         gain: predicted speed-up of a step; None: the move is part of loading a checkpoint, and is not recorded as an event.
         """
@@ -86,22 +94,22 @@ class StageMoves(StepObserver):
         start, old = time.perf_counter(), rebalancer.bounds
         sent = self._freezer.transact("rebalance", lambda tx: self._carry_out(bounds, tx))
         moved = run.ranks.sum(sent)
-        self._freezer.tell(LayoutChange(kind="move", frozen=frozenset(run.state.frozen)))
+        self._freezer.tell(self._change())
         seconds = time.perf_counter() - start
         run.time.add_change(seconds)
-        if gain is None:
-            return
-        event = FreezeEvent(
-            kind="rebalance",
-            step=run.state.step,
-            frozen=run.state.frozen_in_order,
-            seconds=seconds,
-            moved_bytes=moved,
-            bounds=rebalancer.bounds,
-            gain=gain,
-            message=f"stages {list(old)} became {list(rebalancer.bounds)}",
-        )
-        run.journal.record(event)
+        if gain is not None:
+            event = FreezeEvent(
+                kind="rebalance",
+                step=run.state.step,
+                frozen=run.state.frozen_in_order,
+                seconds=seconds,
+                moved_bytes=moved,
+                bounds=rebalancer.bounds,
+                gain=gain,
+                message=f"stages {list(old)} became {list(rebalancer.bounds)}",
+            )
+            run.journal.record(event)
+        self._freezer.complete(self._change())
 
     def _carry_out(self, bounds: Sequence[int], tx: Transaction) -> int:
         """Move layers within a transaction. Returns the bytes that this rank sent."""

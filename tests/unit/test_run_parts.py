@@ -55,7 +55,7 @@ def test_the_order_of_the_observers() -> None:
     controller = smartfrz_ds.attach_torch(model, torch.optim.SGD(model.parameters(), lr=0.01), section)
     assert [type(observer).__name__ for observer in controller._observers] == [
         *("StatusLines", "Journal", "OrderWatch", "RecomputeWatch", "FlagWatch", "EngineLayout", "FlopCount"),
-        *("GradientWatch", "PolicyStage", "GuardedRun", "KeptState", "Recording"),
+        *("GradientWatch", "PolicyStage", "GuardedRun", "KeptState", "Recording", "Readers"),
     ]
     controller.detach()
 
@@ -77,7 +77,7 @@ def test_every_event_of_a_run_reaches_the_observers(run: tuple[Any, Any, Any]) -
     controller.step_skipped()
     assert heard() == ["step_skipped"]
     controller.freeze(["blocks.0"])
-    assert heard() == ["on_layout_change"]
+    assert heard() == ["before_change", "on_layout_change", "after_change"]
     controller.freeze_state.sync()
     state = controller.state_dict()
     assert heard() == ["sync_for_checkpoint", "state_dict"]

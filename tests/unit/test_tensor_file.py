@@ -176,8 +176,10 @@ print(saved, loaded)
 
 
 def test_host_memory_of_a_save_and_a_load(tmp_path: Path) -> None:
-    """192 MiB of kept state: a save takes the buffer (16 MiB, of a tensor that isn't contiguous), a load nothing beyond the state (and 8 MiB for
-    Python and the allocator)."""
+    """192 MiB of kept state: a save takes the buffer (16 MiB, of a tensor that isn't contiguous), a load nothing beyond the state.
+
+    8 MiB are for Python and the allocator.
+    """
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("measured by Linux's /proc")
     done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path / "kept")], capture_output=True, text=True, check=True, timeout=120)

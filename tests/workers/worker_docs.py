@@ -94,7 +94,7 @@ def readme() -> None:
 
 
 def adding_to_a_script() -> None:
-    initialize, attach, explicit, yours = python_blocks("docs/adding-to-a-script.md")
+    initialize, attach, explicit, callback, yours = python_blocks("docs/adding-to-a-script.md")
     model = Net()
     names: dict[str, Any] = {
         "model": model,
@@ -110,6 +110,7 @@ def adding_to_a_script() -> None:
     attach.run(names)
     step(names["engine"])
     explicit.run(names)
+    callback.run(names)
     assert names["controller"].frozen == ("embeddings",)
     assert [event.kind for event in names["controller"].report().events] == ["freeze", "thaw"]
     assert stays(names["engine"], "embeddings") and not stays(names["engine"], "encoder.layer.0")

@@ -49,6 +49,10 @@ class Zero0Backend(DeepSpeedBackend, EntryBackend):
     def base_optimizer(self) -> torch.optim.Optimizer:
         return self._optimizer
 
+    @property
+    def moves_weights(self) -> bool:  # type: ignore[override] # as `detach_from_training` does
+        return any(p.data.untyped_storage().nbytes() != p.data.nbytes for group in self.groups for p in group)
+
     def masters(self) -> list[Tensor]:
         return list(self._master.values())
 

@@ -34,6 +34,7 @@ class TorchBackend(EntryBackend):
     """
 
     name = "torch"
+    moves_weights = False
 
     def __init__(self, wrapped: nn.Module, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(wrapped, [group["params"] for group in optimizer.param_groups])

@@ -70,8 +70,26 @@ class StepObserver:
     def step_ended(self) -> None:
         """Act at the end of the work after a step. Called in the reverse order of the list."""
 
+    def refusal(self) -> str:
+        """Return why the layout can't change now; "" where it can. Not collective."""
+        return ""
+
+    def before_change(self, change: LayoutChange) -> None:
+        """Wait until the engine can change, before anything is changed. Not collective.
+
+        Raises:
+            RuntimeError: it can't; the change is refused on every rank.
+        """
+
     def on_layout_change(self, change: LayoutChange) -> None:
         """Follow a change that the engine has already made."""
+
+    def after_change(self, change: LayoutChange) -> None:
+        """Act on a change of the engine that is complete and recorded. Collective.
+
+        Raises:
+            RuntimeError: on every rank; the change stays in force.
+        """
 
     def on_layers_changed(self) -> None:
         """Follow parameters that have joined layers, or have left them again, before the frozen set changes.
