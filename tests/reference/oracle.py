@@ -117,8 +117,14 @@ class Outcome:
     lr: float
 
 
-def reference(cell: Cell, *, world: int = 2, freezes: bool = True, noise: Noisy = no_noise) -> Outcome:
-    """Train `cell` in this process. freezes=False is the negative control: the same run with nothing frozen. noise: of gradients."""
+def reference(cell: Cell, *, world: int = 2, freezes: bool = True, noise: Noisy = no_noise, backwards: bool = False) -> Outcome:
+    """Train `cell` in this process.
+
+    Args:
+        freezes: False is the negative control: the same run with nothing frozen.
+        noise: Of gradients.
+        backwards: Whether the ranks' gradients are added from the last rank to the first.
+    """
     torch.set_num_threads(THREADS)
     model: nn.Module = cell.net()
     if cell.dtype == "bf16":
@@ -138,7 +144,7 @@ def reference(cell: Cell, *, world: int = 2, freezes: bool = True, noise: Noisy 
                 if layer_of(name) in event[1]:
                     _freeze_or_thaw(event[0], p, master[p], optimizer, kept if cell.keep_state else None)
         live = [p for p in params if p.requires_grad]
-        for p, gradient in _gradients(model, live, cell, step, world).items():
+        for p, gradient in _gradients(model, live, cell, step, range(world)[:: -1 if backwards else 1]).items():
             master[p].grad = noise(step, gradient.float())
         if cell.clip:
             norm = torch.stack([master[p].grad.norm() for p in live]).norm()
@@ -186,21 +192,22 @@ def _freeze_or_thaw(action: str, p: nn.Parameter, m: Tensor, optimizer: Any, kep
         m.data.copy_(p.data)  # the master was released: it comes back rounded
 
 
-def _gradients(model: nn.Module, live: list[Any], cell: Cell, step: int, world: int) -> dict[Any, Tensor]:
-    per_micro = cell.stage >= 2
+def _gradients(model: nn.Module, live: list[Any], cell: Cell, step: int, ranks: range) -> dict[Any, Tensor]:
+    """The mean over the ranks, added in their order."""
+    per_micro, world = cell.stage >= 2, len(ranks)
     total = {p: torch.zeros_like(p) for p in live}
     local = [{p: torch.zeros_like(p) for p in live} for _ in range(world)]
     for micro in range(cell.accumulation):
-        for rank in range(world):
+        for rank in ranks:
             loss = loss_of(model, *data(step, micro, rank), cell.dtype) / cell.accumulation
             for p, g in zip(live, torch.autograd.grad(loss, live), strict=True):
                 local[rank][p] += g
         if per_micro or micro == cell.accumulation - 1:
             for p in live:
-                average = local[0][p] / world
-                for rank in range(1, world):
+                average = local[ranks[0]][p] / world
+                for rank in ranks[1:]:
                     average = average + local[rank][p] / world
                 total[p] += average
-                for rank in range(world):
+                for rank in ranks:
                     local[rank][p].zero_()
     return total
