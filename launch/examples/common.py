@@ -16,7 +16,7 @@ def whole(least: int) -> Callable[[str], int]:
     """Return the type of an option that takes an integer >= `least`."""
 
     def number(text: str) -> int:
-        if not text.lstrip("-").isdigit() or int(text) < least:
+        if int(text) < least:
             raise argparse.ArgumentTypeError(f"got {text}; allowed: a whole number of at least {least}")
         return int(text)
 
@@ -25,43 +25,42 @@ def whole(least: int) -> Callable[[str], int]:
 
 def positive(text: str) -> float:
     """Convert an option that takes a positive number."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
+    if not 0 < float(text) < float("inf"):
         raise argparse.ArgumentTypeError(f"got {text}; allowed: a positive number")
-    return number
+    return float(text)
 
 
-def deepspeed_parser(doc: str | None, *, config: Path | None = None, out: Path | None) -> argparse.ArgumentParser:
-    """Create a parser with the options that the scripts with a DeepSpeed engine share.
+def parser_of(doc: str | None, *, out: Path | None, config: Path | None = None, deepspeed: bool = True) -> argparse.ArgumentParser:
+    """Create a parser with the options that the scripts share.
 
     Args:
         doc: The script's description.
-        config: Default of `--deepspeed_config`; None: the option is required.
         out: Default of `--out`.
+        config: Default of `--deepspeed_config`; None: the option is required.
+        deepspeed: Whether the script has a DeepSpeed engine, with its settings in a JSON file.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    text = "DeepSpeed JSON with a 'smartfrz' section" + (f" (default: configs/{config.name})" if config else "")
-    parser.add_argument("--deepspeed_config", type=Path, default=config, required=config is None, help=text)
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
-    parser.add_argument("--policy", help="a policy of smartfrz_ds, or 'none' for a run without freezing (default: as in the JSON)")
-    parser.add_argument("--steps", type=whole(1), help="optimizer steps (default: the scheduler's total_num_steps in the JSON)")
-    parser.add_argument("--lr", type=positive, help="highest learning rate (default: as in the JSON)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=out, help=f"output folder (default: {out or 'nothing is written'})")
+    add = parser.add_argument
+    if deepspeed:
+        add("--deepspeed_config", type=Path, default=config, required=config is None, help="JSON with a 'smartfrz' section")
+        add("--local_rank", type=int, default=-1, help="set by the launcher")
+    default = "default: %(default)s" + "; None: as in the JSON" * deepspeed
+    add("--policy", help=f"a policy of smartfrz_ds, or 'none' for a run without freezing ({default})")
+    add("--steps", type=whole(1), help=f"optimizer steps ({default})")
+    add("--lr", type=positive, help=f"highest learning rate ({default})")
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=out, help="output folder (default: %(default)s; None: nothing is written)")
     return parser
 
 
-def gpt_options(parser: argparse.ArgumentParser, *, blocks: int, width: int) -> None:
-    """Add the options of a script that pre-trains model.py's GPT on data.py's text, with these defaults."""
+def gpt_parser(doc: str | None, *, blocks: int, width: int, **more: Any) -> argparse.ArgumentParser:
+    """Create the same for a script that pre-trains model.py's GPT on data.py's text; `blocks` and `width` are defaults."""
+    parser = parser_of(doc, **more)
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of text files, UTF-8 (default: Python's documentation)")
-    parser.add_argument("--length", type=whole(1), default=64, help="tokens per sequence (default: 64)")
-    parser.add_argument("--blocks", type=whole(1), default=blocks, help=f"default: {blocks}")
-    parser.add_argument("--width", type=whole(1), default=width, help=f"default: {width}")
-    parser.add_argument("--heads", type=whole(1), default=4, help="heads of attention, a divisor of the width (default: 4)")
+    for name, size in {"--length": 64, "--blocks": blocks, "--width": width, "--heads": 4}.items():
+        parser.add_argument(name, type=whole(1), default=size, help="of the model (default: %(default)s)")
     parser.add_argument("--stop-after", type=whole(1), metavar="STEP", help="save a checkpoint at this step and end")
+    return parser
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
@@ -73,13 +72,13 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
 
 
 def read_config(args: argparse.Namespace, *, stages: tuple[int, ...]) -> dict[str, Any]:
-    """The DeepSpeed JSON of `--deepspeed_config` with what the command line overrides (`--steps`, `--lr`, `--policy`).
+    """Read the DeepSpeed JSON of `--deepspeed_config` and apply `--steps`, `--lr` and `--policy`; sets `args.steps`.
 
     Args:
-        stages: the ZeRO stages that the script works with.
+        stages: The ZeRO stages that the script works with.
 
     Raises:
-        ValueError: the file can't be read, or lacks something that the script needs.
+        ValueError: The file cannot be read, or lacks something that the script needs.
     """
     where = f"--deepspeed_config {args.deepspeed_config}"
     try:
@@ -94,16 +93,15 @@ def read_config(args: argparse.Namespace, *, stages: tuple[int, ...]) -> dict[st
     if stage not in stages:
         raise ValueError(f"{where}: zero_optimization.stage: got {stage}; allowed in this script: {', '.join(map(str, stages))}")
     if args.steps is not None:
-        steps, warmup = args.steps, min(warmup, max(1, args.steps // 10))
-    schedule |= {"total_num_steps": steps, "warmup_num_steps": warmup}
+        schedule |= {"total_num_steps": args.steps, "warmup_num_steps": min(warmup, max(1, args.steps // 10))}
+    args.steps = args.steps or steps
     if args.lr is not None:
         optimizer["lr"] = schedule["warmup_max_lr"] = args.lr
     config.pop("train_batch_size", None)
     section = config.pop("smartfrz", {})
     if args.policy != "none":
-        policy = {} if args.policy is None else {"policy": args.policy}
         log = {} if args.out is None else {"log_path": str(args.out / "events.jsonl")}
-        config["smartfrz"] = log | section | policy
+        config["smartfrz"] = log | section | ({} if args.policy is None else {"policy": args.policy})
     return config
 
 

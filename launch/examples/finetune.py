@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +22,26 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import deepspeed
 import torch
 import torch.distributed as dist
-from common import bar, deepspeed_parser, one_line_errors, read_config, whole
-from data import Corpus, batches, bbc_news, package_dir, read_csv, split
+from common import bar, one_line_errors, parser_of, read_config, whole
+from data import bbc_news, package_dir, read_csv
+from sklearn.model_selection import train_test_split
 from table import StepLog, optimizer_bytes, table
-from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 from transformers.utils import logging as hf_logging
 
 import smartfrz_ds
 from smartfrz_ds.bench.wire import CollectiveBytes
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = deepspeed_parser(__doc__, out=Path("runs/demo"))
+def arguments() -> argparse.Namespace:
+    parser = parser_of(__doc__, out=Path("runs/demo"))
     parser.add_argument("--model", type=Path, help="directory of a Hugging Face model with its tokenizer (default: MiniLM-L6)")
     parser.add_argument("--train", type=Path, help="CSV file with the columns text,label (default: BBC News)")
     parser.add_argument("--batch-size", type=whole(1), help="texts per rank and micro-batch (default: as in the JSON)")
-    parser.add_argument("--max-length", type=whole(1), default=64, help="tokens of a text that are read")
-    return parser.parse_args(argv)
+    parser.add_argument("--max-length", type=whole(1), default=64, help="tokens of a text that are read (default: 64)")
+    return parser.parse_args()
 
 
 def read_model(directory: Path, classes: list[str], seed: int) -> tuple[torch.nn.Module, Any]:
@@ -47,38 +50,33 @@ def read_model(directory: Path, classes: list[str], seed: int) -> tuple[torch.nn
         raise ValueError(f"--model {directory}: no config.json there; a directory written by save_pretrained is needed")
     hf_logging.disable_progress_bar()
     torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=len(classes), use_safetensors=True)
-    model.config.id2label, model.config.label2id = dict(enumerate(classes)), {name: i for i, name in enumerate(classes)}
+    names = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+    model = AutoModelForSequenceClassification.from_pretrained(directory, **names, use_safetensors=True)
     return model, AutoTokenizer.from_pretrained(directory)
 
 
-def batches_of(corpus: Corpus, tokenizer: Any, *, max_length: int, device: torch.device) -> Callable[[list[int]], dict[str, Tensor]]:
-    """Return the function from positions to a batch: {"input_ids", "attention_mask", …: (batch, longest), "labels": (batch,)}, int64."""
-    encoded = tokenizer(corpus.texts, truncation=True, max_length=max_length)
-
-    def batch(rows: list[int]) -> dict[str, Tensor]:
-        padded = tokenizer.pad({key: [values[i] for i in rows] for key, values in encoded.items()}, return_tensors="pt")
-        return {key: value.to(device) for key, value in (padded | {"labels": torch.tensor([corpus.labels[i] for i in rows])}).items()}
-
-    return batch
+def endless(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Yield its batches without end, each epoch in a new order."""
+    for epoch in count():
+        loader.sampler.set_epoch(epoch)
+        yield from loader
 
 
 @torch.no_grad()
-def accuracy(engine: Any, batch_of: Callable[[list[int]], dict[str, Tensor]], rows: list[int]) -> float:
-    """Return the fraction of these texts that the model classifies correctly; every rank reads its part. Collective."""
+def accuracy(engine: Any, loader: Iterable[Any], texts: int) -> float:
+    """Return the fraction of the held-out texts that the model classifies correctly; every rank reads its part. Collective."""
     engine.eval()
     right = torch.zeros((), dtype=torch.int64, device=engine.device)
-    mine = rows[dist.get_rank() :: dist.get_world_size()]
-    for start in range(0, len(mine), 32):
-        batch = batch_of(mine[start : start + 32])
-        labels = batch.pop("labels")
-        right += (engine(**batch).logits.argmax(-1) == labels).sum()
+    for batch in loader:
+        batch = batch.to(engine.device)
+        right += (engine(**batch).logits.argmax(-1) == batch["labels"]).sum()
     engine.train()
     dist.all_reduce(right)
-    return int(right) / len(rows)
+    return int(right) / texts
 
 
-def run(args: argparse.Namespace, counted: CollectiveBytes) -> None:
+def main() -> None:
+    args, counted = arguments(), CollectiveBytes()  # before init_distributed: DeepSpeed's backend keeps the functions that it finds then
     config = read_config(args, stages=(0, 1, 2))  # which keep whole weights on every rank, as save_pretrained needs them
     if args.batch_size is not None:
         config["train_micro_batch_size_per_gpu"] = args.batch_size
@@ -87,42 +85,45 @@ def run(args: argparse.Namespace, counted: CollectiveBytes) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     deepspeed.init_distributed(verbose=False)
     rank, world = dist.get_rank(), dist.get_world_size()
+    encoded = tokenizer(corpus.texts, truncation=True, max_length=args.max_length)
+    rows = [{key: values[i] for key, values in encoded.items()} | {"labels": label} for i, label in enumerate(corpus.labels)]
+    train, test = train_test_split(rows, test_size=0.2, stratify=corpus.labels, random_state=args.seed)
     if rank == 0:
         (args.out / "events.jsonl").unlink(missing_ok=True)  # of an earlier run into the same directory
-    train_rows, test_rows = split(corpus.labels, seed=args.seed)
+        counts = f"{len(train)} texts to train on, {len(test)} held out, {len(corpus.classes)} classes"
+        print(f"{counts}, {world} ranks, {args.steps} steps", flush=True)
 
     # With freezing or without: this line is the whole difference.
     initialize = deepspeed.initialize if args.policy == "none" else smartfrz_ds.initialize
     engine, *_ = initialize(model=model, model_parameters=[p for p in model.parameters() if p.requires_grad], config=config)
 
-    steps, accumulation = config["scheduler"]["params"]["total_num_steps"], engine.gradient_accumulation_steps()
-    stream = batches(len(train_rows), batch_size=engine.train_micro_batch_size_per_gpu(), rank=rank, world=world, seed=args.seed)
-    batch_of = batches_of(corpus, tokenizer, max_length=args.max_length, device=engine.device)
-    if rank == 0:
-        counts = f"{len(train_rows)} texts to train on, {len(test_rows)} held out, {len(corpus.classes)} classes"
-        print(f"{counts}, {world} ranks, {steps} steps", flush=True)
+    size, pad = engine.train_micro_batch_size_per_gpu(), DataCollatorWithPadding(tokenizer)
+    sampler = DistributedSampler(train, world, rank, seed=args.seed, drop_last=True)  # type: ignore[var-annotated]
+    loader = DataLoader(train, size, sampler=sampler, collate_fn=pad, drop_last=True)
+    if not len(loader):
+        raise ValueError(f"{len(train)} texts don't fill one batch of {size} on each of {world} ranks: use a smaller --batch-size")
+    stream = endless(loader)
     torch.manual_seed(args.seed + 1 + rank)  # every rank drops out on its own
     engine.train()
-    log, shown = StepLog(counted), bar(steps, rank=rank)
-    for step in range(steps):
-        with log.step():
-            total = 0.0
-            for micro in range(accumulation):
-                loss = engine(**batch_of([train_rows[i] for i in next(stream)])).loss
-                engine.backward(loss)
-                if micro == accumulation - 1:
+    log, held = StepLog(counted), []
+    with bar(args.steps, rank=rank) as shown:
+        for _ in range(args.steps):
+            losses = []
+            with log.step():
+                for _ in range(engine.gradient_accumulation_steps()):
+                    loss = engine(**next(stream).to(engine.device)).loss
+                    engine.backward(loss)
                     log.backward_done()
-                engine.step()
-                total += loss.item() / accumulation
-        log.series["loss"].append(total)
-        if step == 0:
-            held = optimizer_bytes(engine)
-        shown.set_postfix({"loss": f"{total:.3f}"}, refresh=False)
-        shown.update()
-    shown.close()
+                    engine.step()
+                    losses.append(loss.item())
+            log.series["loss"].append(sum(losses) / len(losses))
+            held = held or [optimizer_bytes(engine)]
+            shown.set_postfix({"loss": f"{losses[-1]:.3f}"}, refresh=False)
+            shown.update()
 
-    result = log.result(getattr(engine, "smartfrz", None), optimizer_bytes=(held, optimizer_bytes(engine)), scores={})
-    result.scores.update({"accuracy on held-out texts": accuracy(engine, batch_of, test_rows), "held-out texts": len(test_rows)})
+    held_out = DataLoader(test[rank::world], 32, collate_fn=pad)
+    scores = {"accuracy on held-out texts": accuracy(engine, held_out, len(test)), "held-out texts": len(test)}
+    result = log.result(getattr(engine, "smartfrz", None), optimizer_bytes=(*held, optimizer_bytes(engine)), scores=scores)
     if rank == 0:
         engine.module.save_pretrained(args.out / "model")
         tokenizer.save_pretrained(args.out / "model")
@@ -133,7 +134,5 @@ def run(args: argparse.Namespace, counted: CollectiveBytes) -> None:
 
 
 if __name__ == "__main__":
-    options = arguments()
-    collectives = CollectiveBytes()  # before init_distributed: DeepSpeed's backend keeps the functions that it finds then
     with one_line_errors():
-        run(options, collectives)
+        main()

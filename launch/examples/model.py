@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,15 +38,21 @@ class Tokens(nn.Embedding):
         nn.init.normal_(self.weight, std=0.02)
 
 
-class Positions(nn.Module):
+class Positions(Tokens):
     """Adds a learned vector for each position: (batch, length, width) to the same."""
-
-    def __init__(self, length: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(nn.init.normal_(torch.empty(length, width), std=0.02))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.weight[: x.shape[1]]
+
+
+class Head(nn.Linear):
+    """Logits: (batch, length, width) to (batch, length, vocabulary)."""
+
+    def __init__(self, vocabulary: int, width: int) -> None:
+        super().__init__(width, vocabulary, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
 
 
 class Block(nn.Module):
@@ -74,15 +79,11 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
-class Head(nn.Module):
-    """Logits: (batch, length, width) to (batch, length, vocabulary)."""
-
-    def __init__(self, vocabulary: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(nn.init.normal_(torch.empty(vocabulary, width), std=0.02))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+def entries(shape: Shape) -> list[tuple[type[nn.Module], tuple[int, ...]]]:
+    """Return class and arguments of each of the blocks + 4 modules, in the order of the forward pass."""
+    size, block = (shape.vocabulary, shape.width), (shape.width, shape.heads, shape.blocks)
+    first = [(Tokens, size), (Positions, (shape.length, shape.width))]
+    return [*first, *[(Block, block)] * shape.blocks, (nn.LayerNorm, (shape.width,)), (Head, size)]
 
 
 class Gpt(nn.Module):
@@ -91,8 +92,8 @@ class Gpt(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
-        self.embeddings, *blocks, norm, head = (build() for build in _parts(shape))
-        self.blocks, self.norm, self.head = nn.ModuleList(blocks), norm, head
+        tokens, positions, *blocks, norm, head = (kind(*args) for kind, args in entries(shape))
+        self.embeddings, self.blocks, self.norm, self.head = nn.Sequential(tokens, positions), nn.ModuleList(blocks), norm, head
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embeddings(x)
@@ -107,44 +108,27 @@ class Gpt(nn.Module):
         For a model built on the meta device, after `fully_shard` and `to_empty`. Each rank builds one part at a time and keeps its shard
         of it; nothing is communicated.
         """
-        parts = [self.embeddings, *self.blocks, self.norm, self.head]
-        for index, (part, build) in enumerate(zip(parts, _parts(self.shape), strict=True)):
+        parts = [*self.embeddings, *self.blocks, self.norm, self.head]
+        for index, (part, (kind, args)) in enumerate(zip(parts, entries(self.shape), strict=True)):
             torch.manual_seed(seed * 1000 + index)
-            for param, whole in zip(part.parameters(), build().parameters(), strict=True):
+            for param, whole in zip(part.parameters(), kind(*args).parameters(), strict=True):
                 value = whole.to(param.device)
                 if isinstance(param, DTensor):
                     value = distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
                 param.copy_(value)
 
 
-def _parts(shape: Shape) -> list[Callable[[], nn.Module]]:
-    """Return the functions that build the embeddings, each block, the last norm and the head."""
-    size = (shape.vocabulary, shape.width)
-    return [
-        lambda: nn.Sequential(Tokens(*size), Positions(shape.length, shape.width)),
-        *[partial(Block, shape.width, shape.heads, shape.blocks)] * shape.blocks,
-        partial(nn.LayerNorm, shape.width),
-        partial(Head, *size),
-    ]
+def pipeline_layers(shape: Shape, *, tied: bool) -> list[Any]:
+    """The same network as a list of blocks + 4 entries for DeepSpeed's PipelineModule. tied: the head uses the token embedding's weight."""
+    from deepspeed.pipe import LayerSpec, TiedLayerSpec
+
+    specs = [LayerSpec(kind, *args) for kind, args in entries(shape)]
+    if tied:
+        one = partial(TiedLayerSpec, "tokens", Tokens, shape.vocabulary, shape.width, tied_weight_attr="weight")
+        specs[0], specs[-1] = one(), one(forward_fn=lambda tokens, x: F.linear(x, tokens.weight))
+    return specs
 
 
 def loss_of(output: Tensor, y: Tensor) -> Tensor:
     """Mean loss of the next token; output: (batch, length, vocabulary), y: (batch, length) int64."""
     return F.cross_entropy(output.flatten(0, 1).float(), y.flatten())
-
-
-def pipeline_layers(shape: Shape, *, tied: bool) -> list[Any]:
-    """The same network as a list of blocks + 4 entries for DeepSpeed's PipelineModule. tied: the head uses the token embedding's weight."""
-    from deepspeed.pipe import LayerSpec, TiedLayerSpec
-
-    size = (shape.vocabulary, shape.width)
-    first, last = LayerSpec(Tokens, *size), LayerSpec(Head, *size)
-    if tied:
-        first = TiedLayerSpec("tokens", Tokens, *size, tied_weight_attr="weight")
-        last = TiedLayerSpec("tokens", Tokens, *size, forward_fn=_tied_logits, tied_weight_attr="weight")
-    middle = [LayerSpec(Block, shape.width, shape.heads, shape.blocks) for _ in range(shape.blocks)]
-    return [first, LayerSpec(Positions, shape.length, shape.width), *middle, LayerSpec(nn.LayerNorm, shape.width), last]
-
-
-def _tied_logits(tokens: Tokens, x: Tensor) -> Tensor:
-    return F.linear(x, tokens.weight)

@@ -9,13 +9,12 @@ compared with a copy.
 
 from __future__ import annotations
 
-import argparse
 from itertools import product
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from data import as_bytes, as_tokens, python_docs, windows
+from data import as_tokens, read_texts, windows
 from model import Gpt, Shape, loss_of
 from table import optimizer_bytes
 
@@ -45,45 +44,35 @@ def line(stage: int, dtype: str, way: str, counted: CollectiveBytes) -> str:
     frozen = [p for name in FROZEN for p in net.get_submodule(name).parameters()]
     start = smartfrz_ds.initialize if way == "smartfrz_ds" else deepspeed.initialize
     engine, *_ = start(model=net, model_parameters=list(net.parameters()), config=config)
-    tokens, done = as_tokens(python_docs().train, as_bytes), 0
+    tokens = as_tokens(read_texts(None).train)
 
-    def step() -> tuple[int, int]:
-        nonlocal done
-        done += 1
-        x, y = windows(tokens, rows=8, length=SHAPE.length, draw=(done, dist.get_rank()))
-        counted.take()
-        engine.backward(loss_of(engine(x.to(engine.device)), y.to(engine.device)))
-        reduced = sum(counted.take().values())
-        engine.step()
-        return reduced, sum(size for name, size in counted.take().items() if name.startswith("all_gather"))
+    def train(steps: range) -> tuple[int, int, int]:
+        """Return the bytes of the optimizer, and the bytes that the last step reduced and gathered."""
+        for step in steps:
+            x, y = windows(tokens, rows=8, length=SHAPE.length, draw=(step, dist.get_rank()))
+            counted.take()
+            engine.backward(loss_of(engine(x.to(engine.device)), y.to(engine.device)))
+            reduced = sum(counted.take().values())
+            engine.step()
+            gathered = sum(size for name, size in counted.take().items() if name.startswith("all_gather"))
+        return optimizer_bytes(engine), reduced, gathered
 
-    for _ in range(STEPS // 2):
-        reduced, gathered = step()
-    held = optimizer_bytes(engine)
+    before = train(range(1, STEPS // 2 + 1))
     if way == "smartfrz_ds":
         engine.smartfrz.freeze(FROZEN)
     else:
         for parameter in frozen:
             parameter.requires_grad_(False)
     kept = [parameter.detach().clone() for parameter in frozen]
-    for _ in range(STEPS // 2):
-        reduced_after, gathered_after = step()
+    after = train(range(STEPS // 2 + 1, STEPS + 1))
     moved = max(float((now.detach() - then).abs().max()) for now, then in zip(frozen, kept, strict=True))
-    held_after = optimizer_bytes(engine)
     engine.destroy()
-    cells = [str(stage), dtype, f"`{way}`", f"**{moved:.1e}**" if moved else "0"]
-    cells.append(f"{in_mb(held, held_after)} ({1 - held_after / held:.0%} freed)")
-    return f"| {' | '.join([*cells, in_mb(reduced, reduced_after), in_mb(gathered, gathered_after)])} |"
+    optimizer, *sent = (f"{a / 1e6:.2f} → {b / 1e6:.2f}" if a or b else "none" for a, b in zip(before, after, strict=True))
+    cells = [str(stage), dtype, f"`{way}`", f"**{moved:.1e}**" if moved else "0", f"{optimizer} ({1 - after[0] / before[0]:.0%} freed)"]
+    return f"| {' | '.join([*cells, *sent])} |"
 
 
-def in_mb(before: int, after: int) -> str:
-    return f"{before / 1e6:.2f} → {after / 1e6:.2f}" if before or after else "none"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
-    parser.parse_args()
+if __name__ == "__main__":
     counted = CollectiveBytes()  # before init_distributed: DeepSpeed's backend keeps the functions that it finds then
     deepspeed.init_distributed(verbose=False)
     cells = product((0, 1, 2), ("fp32", "bf16"), ("requires_grad_(False)", "smartfrz_ds"))
@@ -92,7 +81,3 @@ def main() -> None:
         print("\n".join([HEADER, *lines]), flush=True)
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

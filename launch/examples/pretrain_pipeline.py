@@ -18,9 +18,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from common import bar, deepspeed_parser, gpt_options, one_line_errors, parse, read_config, whole
+from common import bar, gpt_parser, one_line_errors, parse, read_config, whole
 
-# The rest is imported where it is used: --help and a wrong option don't wait for it.
+# DeepSpeed and torch are imported where they are used: --help and a wrong option don't wait for them.
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "pipeline.json"
@@ -28,8 +28,7 @@ VALIDATION_BATCHES = 4  # of as many micro-batches as a step has
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = deepspeed_parser(__doc__, config=CONFIG, out=Path("runs/pipeline"))
-    gpt_options(parser, blocks=8, width=96)
+    parser = gpt_parser(__doc__, blocks=8, width=96, config=CONFIG, out=Path("runs/pipeline"))
     add = parser.add_argument
     add("--tokenizer", choices=("byte", "bpe"), default="byte", help="bpe learns its vocabulary from the text first")
     add("--vocabulary", type=whole(257), default=1024, help="tokens of bpe, at most; more than 256 (default: 1024)")
@@ -56,26 +55,25 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     if args.micro_batches is not None:
         config["gradient_accumulation_steps"] = args.micro_batches
     # The default, reentrant checkpointing, does not work in a pipeline whose first layer is an embedding.
-    pipeline = config.setdefault("pipeline", {})
-    pipeline["use_reentrant"] = False
+    config["pipeline"] = config.get("pipeline", {}) | {"use_reentrant": False}
     if args.recompute:
-        pipeline["activation_checkpoint_interval"] = args.recompute
+        config["pipeline"]["activation_checkpoint_interval"] = args.recompute
     if args.policy != "none" and args.rebalance is not None:
         config["smartfrz"].setdefault("pipeline", {})["rebalance"] = args.rebalance
     return config
 
 
-def tokens_of(texts: Any, args: argparse.Namespace) -> tuple[Any, Any, int]:
+def tokens_of(texts: Any, args: argparse.Namespace, rank: int) -> tuple[Any, Any, int]:
     """Tokens to train on and held out, (n,) int32, and the vocabulary's size. Collective: with bpe, rank 0 learns it, once a run."""
-    import torch.distributed as dist
     from data import BYTES, as_bytes, as_tokens, load_bpe, train_bpe
+    from torch.distributed import barrier
 
     encode, vocabulary = as_bytes, BYTES
     if args.tokenizer == "bpe":
         file = args.out / "tokenizer.json"
-        if dist.get_rank() == 0 and not (args.resume is not None and file.exists()):
+        if rank == 0 and not (args.resume is not None and file.exists()):
             train_bpe(texts.train, args.vocabulary, file)
-        dist.barrier()
+        barrier()
         encode, vocabulary = load_bpe(file)
     train, held_out = as_tokens(texts.train, encode), as_tokens(texts.held_out, encode)
     if min(len(train), len(held_out)) <= args.length:
@@ -84,17 +82,15 @@ def tokens_of(texts: Any, args: argparse.Namespace) -> tuple[Any, Any, int]:
     return train, held_out, vocabulary
 
 
-def build(args: argparse.Namespace, config: dict[str, Any], vocabulary: int) -> Any:
+def build(args: argparse.Namespace, config: dict[str, Any], vocabulary: int, world: int) -> Any:
     """The engine. Collective."""
     import deepspeed
     import torch
-    import torch.distributed as dist
     from deepspeed.pipe import PipelineModule
     from model import Shape, loss_of, pipeline_layers
 
     import smartfrz_ds
 
-    world = dist.get_world_size()
     stages = args.stages or world
     if world % stages:
         fitting = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
@@ -117,106 +113,98 @@ def build(args: argparse.Namespace, config: dict[str, Any], vocabulary: int) -> 
     return initialize(model=module, model_parameters=[p for p in module.parameters() if p.requires_grad], config=config)[0]
 
 
-def resume(engine: Any, folder: Path, identity: dict[str, Any]) -> int:
-    """Load the last complete checkpoint in a folder.
-
-    Returns:
-        Its step.
-
-    Raises:
-        ValueError: There is none, or it belongs to another run.
-    """
+def resume(engine: Any, folder: Path, identity: dict[str, Any]) -> None:
+    """Load the last complete checkpoint in a folder; ValueError if there is none, or if it belongs to another run."""
     path, client = engine.load_checkpoint(str(folder))
     if path is None:
         raise ValueError(f"--resume: no complete checkpoint in {folder}")
-    was = client.get("pretraining")
-    other = [key for key, value in identity.items() if was is None or was.get(key) != value]
+    was = client.get("pretraining", {})
+    other = [key for key, value in identity.items() if was.get(key) != value]
     if other:
         raise ValueError(f"--resume: the checkpoint in {folder} is of a run with another {', '.join(other)}")
-    return int(engine.global_steps)
+
+
+def held_by(engine: Any) -> dict[str, Any]:
+    """Describe this rank: its stage, the stage's entries of the pipeline's list, how many of them are frozen, its optimizer's bytes."""
+    layers = [list(layer.parameters()) for layer in engine.module.forward_funcs if hasattr(layer, "parameters")]
+    return {
+        "stage": engine.stage_id,
+        "entries": [int(bound) for bound in engine.module.parts[engine.stage_id : engine.stage_id + 2]],
+        "frozen": sum(bool(params) and not any(p.requires_grad for p in params) for params in layers),
+        "bytes": engine.smartfrz.report().optimizer_bytes if hasattr(engine, "smartfrz") else 0,
+    }
 
 
 def run(args: argparse.Namespace, config: dict[str, Any]) -> None:
     import deepspeed
-    import torch
     import torch.distributed as dist
-    from data import python_docs, read_folder, windows
+    from data import read_texts, windows
     from table import StepLog, sizes, table
     from tqdm import tqdm
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # third parties' notes to their own developers
-    texts = python_docs() if args.data is None else read_folder(args.data)
+    texts = read_texts(args.data)
     deepspeed.init_distributed(verbose=False)
-    rank, checkpoints = dist.get_rank(), args.out / "checkpoints"
+    rank, world, checkpoints = dist.get_rank(), dist.get_world_size(), args.out / "checkpoints"
     args.out.mkdir(parents=True, exist_ok=True)
-    log = config.get("smartfrz", {}).get("log_path")  # of an earlier run; none with --policy none
-    if rank == 0 and args.resume is None and log is not None:
-        Path(log).unlink(missing_ok=True)
-    train, held_out, vocabulary = tokens_of(texts, args)
-    engine = build(args, config, vocabulary)
+    if rank == 0 and args.resume is None and "smartfrz" in config:
+        Path(config["smartfrz"]["log_path"]).unlink(missing_ok=True)  # of an earlier run
+    train, held_out, vocabulary = tokens_of(texts, args, rank)
+    engine = build(args, config, vocabulary, world)
     controller = getattr(engine, "smartfrz", None)
-    steps, micro_batches = int(config["scheduler"]["params"]["total_num_steps"]), engine.gradient_accumulation_steps()
-    rows, replica, stages = engine.train_micro_batch_size_per_gpu(), engine.grid.get_data_parallel_id(), len(engine.module.parts) - 1
     # The settings and data that a resumed run must share.
     identity = {"data": texts.digest, **{key: getattr(args, key) for key in ("tokenizer", "length", "seed")}}
-    start = 0 if args.resume is None else resume(engine, args.resume if args.resume.name else checkpoints, identity)
-    last = min(steps, args.stop_after or steps)
-    validate_every, save_every = args.validate_every or max(1, steps // 10), args.save_every or max(1, steps // 4)
-    tokens = micro_batches * rows * args.length * dist.get_world_size() // stages
+    if args.resume is not None:
+        resume(engine, args.resume if args.resume.name else checkpoints, identity)
+    start, last = int(engine.global_steps), min(args.steps, args.stop_after or args.steps)
+    validate_every, save_every = args.validate_every or max(1, args.steps // 10), args.save_every or max(1, args.steps // 4)
+    micro_batches, rows = engine.gradient_accumulation_steps(), engine.train_micro_batch_size_per_gpu()
     if rank == 0:
         left_out = f" ({texts.skipped} files are no UTF-8 text and were left out)" if texts.skipped else ""
         print(
             f"{len(train):,} tokens to train on, {len(held_out):,} held out{left_out}\n"
-            f"{len(engine.module._layer_specs)} layers on {stages} stages: {sizes(engine.module.parts)}\n"
-            f"steps {start + 1} to {steps}, each of {micro_batches} micro-batches of {rows} × {args.length} tokens",
+            f"{len(engine.module._layer_specs)} layers on {engine.num_stages} stages: {sizes(engine.module.parts)}\n"
+            f"steps {start + 1} to {args.steps}, each of {micro_batches} micro-batches of {rows} × {args.length} tokens",
             flush=True,
         )
 
-    def batch(what: Any, *draw: int) -> Any:
+    def batch(tokens: Any, *draw: int) -> Any:
         """The micro-batches of one step of this replica; the same for the same `draw`, on every stage."""
-        return iter([windows(what, rows=rows, length=args.length, draw=(args.seed, *draw, replica, m)) for m in range(micro_batches)])
+        draws = [(args.seed, *draw, engine.grid.get_data_parallel_id(), micro) for micro in range(micro_batches)]
+        return iter([windows(tokens, rows=rows, length=args.length, draw=draw) for draw in draws])
 
-    def state() -> dict[str, Any]:
-        """This rank's stage: its entries of the pipeline's list, how many of them are frozen, and the bytes of its optimizer."""
-        layers = [[*layer.parameters()] for layer in engine.module.forward_funcs if isinstance(layer, torch.nn.Module)]
-        return {
-            "entries": [int(bound) for bound in engine.module.parts[engine.stage_id : engine.stage_id + 2]],
-            "frozen": sum(bool(params) and not any(p.requires_grad for p in params) for params in layers),
-            "bytes": 0 if controller is None else controller.report().optimizer_bytes,
-        }
+    log, first = StepLog(first_step=start + 1), held_by(engine)
+    with bar(args.steps, done=start, rank=rank) as shown:
+        for step in range(start + 1, last + 1):
+            with log.step():
+                loss = float(engine.train_batch(batch(train, 1, step)))
+            log.series["loss"].append(loss)
+            if step == start + 1:
+                first["bytes"] = held_by(engine)["bytes"]  # moments are made in the first step
+            if step % validate_every == 0 or step == last:
+                found = fmean(float(engine.eval_batch(batch(held_out, 0, i))) for i in range(VALIDATION_BATCHES))
+                log.series["validation_steps"].append(step)
+                log.series["validation"].append(found)
+                if rank == 0:
+                    tqdm.write(f"step {step}: loss {fmean(log.series['loss'][-20:]):.3f}, on held-out text {found:.3f}")
+            if step % save_every == 0 or step == last:
+                engine.save_checkpoint(str(checkpoints), client_state={"pretraining": identity})
+                if rank == 0:
+                    tqdm.write(f"step {step}: checkpoint saved in {checkpoints}")
+            frozen = "off" if controller is None else f"{len(controller.frozen)}/{len(controller.layers)}"
+            shown.set_postfix({"loss": f"{loss:.3f}", "frozen": frozen}, refresh=False)
+            shown.update()
 
-    log, shown, validation = StepLog(first_step=start + 1, settling=1), bar(steps, done=start, rank=rank), list[tuple[int, float]]()
-    first = state()
-    for step in range(start + 1, last + 1):
-        with log.step():
-            loss = float(engine.train_batch(batch(train, 1, step)))
-        log.series["loss"].append(loss)
-        if step == start + 1:
-            first["bytes"] = state()["bytes"]  # moments are made in the first step
-        if step % validate_every == 0 or step == last:
-            found = fmean(float(engine.eval_batch(batch(held_out, 0, i))) for i in range(VALIDATION_BATCHES))
-            validation.append((step, found))
-            if rank == 0:
-                tqdm.write(f"step {step}: loss {fmean(log.series['loss'][-20:]):.3f}, on held-out text {found:.3f}")
-        if step % save_every == 0 or step == last:
-            engine.save_checkpoint(str(checkpoints), client_state={"pretraining": identity})
-            if rank == 0:
-                tqdm.write(f"step {step}: checkpoint saved in {checkpoints}")
-        frozen = "off" if controller is None else f"{len(controller.frozen)}/{len(controller.layers)}"
-        shown.set_postfix({"loss": f"{loss:.3f}", "frozen": frozen}, refresh=False)
-        shown.update()
-    shown.close()
-
-    now, every = state(), [None] * dist.get_world_size()
-    dist.all_gather_object(every, (first, now))
+    now, every = held_by(engine), [None] * world
+    change = {"start": first["entries"], "end": now["entries"], "bytes": [first["bytes"], now["bytes"]]}
+    dist.all_gather_object(every, {"stage": now["stage"], "frozen": now["frozen"], **change})
     result = log.result(
         controller,
-        optimizer_bytes=(first["bytes"], now["bytes"]),
-        scores={"loss on held-out text": validation[-1][1]},
-        tokens=tokens,
-        stages=stages_of(every, stages),
+        optimizer_bytes=change["bytes"],
+        scores={"loss on held-out text": log.series["validation"][-1]},
+        tokens=micro_batches * rows * args.length * engine.dp_world_size,
+        stages=every,
     )
-    result.series["validation_steps"], result.series["validation"] = ([*column] for column in zip(*validation, strict=True))
     if rank == 0:
         result.save(args.out / "results.json")
         print(f"\n{table([result])}")
@@ -225,21 +213,6 @@ def run(args: argparse.Namespace, config: dict[str, Any]) -> None:
         print(f"\nresults, events and checkpoints: {args.out}")
     dist.barrier()
     dist.destroy_process_group()
-
-
-def stages_of(ranks: list[Any], count: int) -> list[dict[str, Any]]:
-    """Describe each stage for the table, from each rank's state at the start and at the end. The ranks of a stage are consecutive."""
-    width = len(ranks) // count
-    return [
-        {
-            "start": of_stage[0][0]["entries"],
-            "end": of_stage[0][1]["entries"],
-            "frozen": of_stage[0][1]["frozen"],
-            "bytes_before": [first["bytes"] for first, _ in of_stage],
-            "bytes_after": [last["bytes"] for _, last in of_stage],
-        }
-        for of_stage in (ranks[i : i + width] for i in range(0, len(ranks), width))
-    ]
 
 
 if __name__ == "__main__":

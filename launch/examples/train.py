@@ -9,38 +9,19 @@ weights, the same under every launcher with the same number of ranks. docs/launc
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 from datetime import timedelta
-from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from common import deepspeed_parser, one_line_errors, read_config, whole
-from data import as_bytes, as_tokens, python_docs, windows
+from common import one_line_errors, parser_of, read_config, whole
+from data import as_tokens, read_texts, windows
 from model import Gpt, Shape, loss_of
 from torch import nn
 
 import smartfrz_ds
-
-
-def arguments() -> argparse.Namespace:
-    parser = deepspeed_parser(__doc__, out=None)
-    parser.set_defaults(steps=60, lr=1e-3)  # the JSON's are made for fine-tuning
-    parser.add_argument("--width", type=whole(1), default=64, help="of the model, a multiple of 4 (default: 64)")
-    parser.add_argument("--blocks", type=whole(1), default=6, help="default: 6")
-    parser.add_argument("--save-every", type=whole(1), default=20, help="steps from one checkpoint to the next (default: 20)")
-    parser.add_argument("--timeout", type=float, default=600, help="seconds after which a rank that waits for another one gives up (600)")
-    return parser.parse_args()
-
-
-def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The DeepSpeed JSON, with intervals that suit the length of this run."""
-    config = read_config(args, stages=(0, 1, 2, 3))
-    intervals = {"warmup_steps": args.steps // 10, "snapshot_interval": 1, "freeze_interval": max(1, args.steps // 12)}
-    return config | {"smartfrz": config.get("smartfrz", {"policy": "manual"}) | intervals}
 
 
 def digest(model: nn.Module) -> str:
@@ -56,21 +37,27 @@ def digest(model: nn.Module) -> str:
 
 
 def main() -> None:
-    args = arguments()
+    parser = parser_of(__doc__, out=None)
+    parser.set_defaults(steps=60, lr=1e-3)  # the JSON's are made for fine-tuning
+    parser.add_argument("--save-every", type=whole(1), default=20, help="steps from one checkpoint to the next (default: 20)")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds after which a rank that waits for another one gives up (600)")
+    args = parser.parse_args()
+    config = read_config(args, stages=(0, 1, 2, 3))
+    intervals = {"warmup_steps": args.steps // 10, "snapshot_interval": 1, "freeze_interval": max(1, args.steps // 12)}
+    config["smartfrz"] = config.get("smartfrz", {"policy": "manual"}) | intervals  # that suit the length of this run
     # Finds rank and address in the environment that torchrun or the deepspeed launcher made, or else asks MPI for them.
     port = int(os.environ.get("MASTER_PORT", 29500))  # under plain mpirun, which sets none, two jobs on a host need two
     deepspeed.init_distributed(timeout=timedelta(seconds=args.timeout), distributed_port=port, verbose=False)
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(args.seed)
-    shape = Shape(blocks=args.blocks, width=args.width, length=32)
-    model = Gpt(shape)
-    engine, *_ = smartfrz_ds.initialize(model=model, model_parameters=list(model.parameters()), config=settings(args))
+    model = Gpt(Shape(length=32))
+    engine, *_ = smartfrz_ds.initialize(model=model, model_parameters=list(model.parameters()), config=config)
     if args.out is not None:
         engine.load_checkpoint(str(args.out))
-    tokens, rows = as_tokens(python_docs().train, as_bytes), engine.train_micro_batch_size_per_gpu()
+    tokens, rows = as_tokens(read_texts(None).train), engine.train_micro_batch_size_per_gpu()
     controller, first, loss = engine.smartfrz, engine.smartfrz.step, float("nan")
     for step in range(first, args.steps):
-        x, y = windows(tokens, rows=rows, length=shape.length, draw=(step, rank))  # a resumed run reads what it would have read
+        x, y = windows(tokens, rows=rows, length=32, draw=(step, rank))  # a resumed run reads what it would have read
         out = loss_of(engine(x.to(engine.device)), y.to(engine.device))
         engine.backward(out)
         engine.step()

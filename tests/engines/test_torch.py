@@ -330,10 +330,10 @@ def test_pretrain_script_stops_and_resumes(tmp_path: Path, way: str) -> None:
     resumed = pretrain(tmp_path / "halted", *more, "--resume")
     assert 0 < len(halted["frozen"]) < len(straight["frozen"])
     assert resumed["scores"] == straight["scores"] != halted["scores"]
-    assert resumed["frozen"] == straight["frozen"] and resumed["steps"] == 40
-    sent = straight["series"]["gradient_bytes"]
-    assert 0 < sent[-1] < 0.7 * sent[0]
-    assert resumed["series"]["gradient_bytes"] == sent[20:]
+    assert resumed["frozen"] == straight["frozen"] and resumed["first_step"] == 21
+    assert resumed["series"]["loss"] == straight["series"]["loss"][20:] and len(straight["series"]["loss"]) == 40
+    before, after = straight["optimizer_bytes"]
+    assert 0 < after < 0.7 * before and resumed["optimizer_bytes"][1] == after
 
 
 def kill_a_rank(out: Path) -> None:

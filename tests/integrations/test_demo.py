@@ -7,8 +7,8 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,32 +17,25 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "launch" / "examples"))  # the scripts there import each other in this way too
 
-from data import batches, bbc_news, package_dir, read_csv, split  # noqa: E402
-from table import Measured, Result, before_and_after, sizes, table  # noqa: E402
+from data import bbc_news, package_dir, read_csv  # noqa: E402
+from table import Result, sizes, table  # noqa: E402
 
 from smartfrz_ds.bench.wire import CollectiveBytes  # noqa: E402
 
+FROZEN: dict[str, Any] = {"changed": [40], "frozen": [["embeddings", 40], ["layer.0", 40]], "pause_seconds": 0.125}
+SERIES = {"seconds": [0.5] * 40 + [0.25] * 60, "loss": [0.25] * 100, "gradient_bytes": [4e6] * 40 + [3e6] * 60}
 
-def result(**changes: object) -> Result:
-    """A run of 100 steps in which two of eight layers froze."""
-    fields: dict[str, object] = {
-        "policy": "attention",
-        "steps": 100,
-        "layers": 8,
+
+def result(policy: str = "attention", **changes: Any) -> Result:
+    """A run of 100 steps and eight layers."""
+    fields: dict[str, Any] = {
         "scores": {"accuracy on held-out texts": 0.95, "held-out texts": 100.0},
-        "final_loss": 0.25,
-        "train_seconds": 50.0,
-        "step_seconds": Measured(before=0.5, after=0.25),
-        "timed_steps": Measured(before=37, after=59),
-        "optimizer_bytes": Measured(before=2e6, after=1e6),
-        "gradient_bytes": Measured(before=4e6, after=3e6),
-        "weight_bytes": Measured(before=4e6, after=3e6),
-        "frozen": [("embeddings", 40), ("layer.0", 40)],
-        "plugin_seconds": 0.5,
-        "pause_seconds": 0.125,
-        "saved_flops_fraction": 0.125,
+        "series": SERIES,
+        "optimizer_bytes": [2e6, 1e6],
+        "plugin_seconds": 0.35,
+        "layers": 8,
     }
-    return Result(**{**fields, **changes})  # type: ignore[arg-type]
+    return Result(policy=policy, **{**fields, **changes})
 
 
 def test_bbc_news_is_whole_sorted_and_has_no_text_twice() -> None:
@@ -89,64 +82,56 @@ def test_missing_files_and_packages_are_named(tmp_path: Path) -> None:
         package_dir("no_such_package_here")
 
 
-def test_split_is_the_same_each_time_and_has_all_classes_on_both_sides() -> None:
-    labels = [0] * 50 + [1] * 20 + [2] * 2
-    train, test = split(labels, held_out=0.2, seed=3)
-    assert (train, test) == split(labels, held_out=0.2, seed=3)
-    assert test != split(labels, held_out=0.2, seed=4)[1]
-    assert sorted(train + test) == list(range(len(labels)))
-    assert Counter(labels[i] for i in test) == {0: 10, 1: 4, 2: 1}
-    with pytest.raises(ValueError, match="class number 3 has a single text"):
-        split([*labels, 3])
-
-
-def test_batches_give_each_text_once_an_epoch_to_one_rank() -> None:
-    ranks = [list(islice(batches(26, batch_size=4, rank=rank, world=2, seed=5), 6)) for rank in range(2)]
-    assert ranks[0] == list(islice(batches(26, batch_size=4, rank=0, world=2, seed=5), 6))
-    epochs = [[i for rank in ranks for batch in rank[3 * n : 3 * n + 3] for i in batch] for n in range(2)]
-    for epoch in epochs:
-        assert len(epoch) == len(set(epoch)) == 24  # three full batches on two ranks; two texts wait
-    assert epochs[0] != epochs[1]
-    with pytest.raises(ValueError, match="smaller --batch-size"):
-        batches(7, batch_size=4, rank=0, world=2, seed=0)
-
-
-def test_before_and_after_leaves_out_what_is_not_a_usual_step() -> None:
-    values = [9.0, 1.0, 1.0, 8.0, 2.0, 7.0, 3.0, 3.0]  # freezes at the end of steps 4 and 6
-    median, behind = before_and_after(values, 4, 6, skip=1, leave_out={4, 6})
-    assert median == Measured(before=1.0, after=3.0)
-    assert behind == Measured(before=2, after=2)
-    whole, behind = before_and_after(values, None, None, skip=0, leave_out=set())
-    assert whole == Measured(before=3.0, after=None)
-    assert behind == Measured(before=8, after=None)
-    last, _ = before_and_after(values, 4, 8, skip=0, leave_out=set())
-    assert last.after is None  # no step came after the last freeze
+def test_usual_leaves_out_what_is_not_a_usual_step() -> None:
+    values = [
+        9.0,
+        9.0,
+        9.0,
+        1.0,
+        1.0,
+        8.0,
+        8.0,
+        2.0,
+        7.0,
+        7.0,
+        3.0,
+        3.0,
+        3.0,
+    ]  # from step 5 on; layers change at the end of steps 10 and 13
+    assert result(first_step=5, series={"seconds": values}, changed=[10, 13]).usual("seconds") == [[1.0, 1.0], [3.0, 3.0, 3.0]]
+    assert result(first_step=5, series={"seconds": values}, changed=[2]).usual("seconds") == [[], values[3:]]  # all that is after a resume
+    assert result(first_step=5, series={"seconds": values}).usual("seconds") == [values[3:], []]
+    assert result(first_step=5, series={"seconds": values}, changed=[17]).usual("seconds") == [values[3:-1], []]
+    assert result(series={"seconds": [5.0, 4.0, 4.0]}).usual("seconds") == [[5.0, 4.0, 4.0], []]  # a short run has no usual steps
 
 
 def test_table_shows_each_run_in_a_column_and_says_what_froze() -> None:
-    nothing = {"frozen": [], "step_seconds": Measured(before=0.5), "gradient_bytes": Measured(before=4e6), "pause_seconds": 0.0}
-    text = table([result(policy="none", layers=0, **nothing), result(), result(policy="linear", **nothing)])
+    steady: dict[str, Any] = {"series": SERIES | {"seconds": [0.35] * 100, "gradient_bytes": [4e6] * 100}}
+    text = table([result("none", layers=0, **steady), result(**FROZEN, saved_flops_fraction=0.125), result("linear", **steady)])
     cells = {line[:30].strip(): line[30:].split("  ") for line in text.split("\n\n")[0].splitlines()}
     columns = {name: [cell.strip() for cell in row if cell.strip()] for name, row in cells.items()}
     assert columns["policy"] == ["none", "attention", "linear"]
     assert columns["accuracy on held-out texts"] == ["0.95"] * 3
     assert columns["frozen"] == ["freezing is off", "2 of 8 layers", "nothing"]
-    assert columns["time per step, median"] == ["500 ms", "500 ms -> 250 ms", "500 ms"]
+    assert columns["time per step, median"] == ["350 ms", "500 ms -> 250 ms", "350 ms"]
+    assert columns["steps behind that median"] == ["97", "36 -> 59", "97"]
+    assert columns["optimizer memory, this rank"] == ["2.00 MB", "2.00 MB -> 1.00 MB", "2.00 MB"]
     assert columns["gradients reduced per step"] == ["4.00 MB", "4.00 MB -> 3.00 MB", "4.00 MB"]
     assert columns["plugin's share of the time"] == ["-", "1.00%", "1.00%"]
+    assert columns["arithmetic saved, whole run"] == ["-", "12.5%", "-"]
     assert "step    40: embeddings, layer.0" in text
     assert "linear: froze nothing in 100 steps" in text
     assert all(line == line.rstrip() for line in text.splitlines())
-    assert "tokens per second" not in columns
+    assert "tokens per second" not in columns and "weights gathered per step" not in columns
 
 
 def test_the_table_of_a_pipeline_says_what_moved_and_what_each_stage_holds() -> None:
     stages = [
-        {"start": [0, 4], "end": [0, 5], "frozen": 4, "bytes_before": [2_000_000], "bytes_after": [0]},
-        {"start": [4, 7], "end": [5, 7], "frozen": 0, "bytes_before": [1_000_000], "bytes_after": [1_500_000]},
+        {"stage": 0, "start": [0, 4], "end": [0, 5], "frozen": 4, "bytes": [2_000_000, 0]},
+        {"stage": 1, "start": [4, 7], "end": [5, 7], "frozen": 0, "bytes": [1_000_000, 1_500_000]},
     ]
-    frozen = [("embeddings", 20), ("layers.2", 20), ("layers.3", 60)]
-    text = table([result(policy="linear", layers=5, frozen=frozen, moves=[(60, [0, 5, 7], 1.5)], stages=stages, tokens=1000)])
+    changes: dict[str, Any] = {"changed": [20, 60], "frozen": [["embeddings", 20], ["layers.2", 20], ["layers.3", 60]]}
+    text = table([result("linear", layers=5, **changes, moves=[[60, [0, 5, 7], 1.5]], stages=stages, tokens=1000)])
     lines = [" ".join(line.split()) for line in text.splitlines()]
     for line in (
         "tokens per second 2,000 -> 4,000",
@@ -162,8 +147,8 @@ def test_the_table_of_a_pipeline_says_what_moved_and_what_each_stage_holds() -> 
 
 def test_results_survive_the_disk_and_a_broken_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    result().save(path)
-    assert Result.load(path) == result()
+    result(**FROZEN).save(path)
+    assert Result.load(path) == result(**FROZEN)
     path.write_text(path.read_text()[:-40])
     with pytest.raises(ValueError, match=r"results\.json: not the results"):
         Result.load(path)
@@ -214,7 +199,7 @@ def test_the_demo_runs_on_real_text_and_leaves_a_model_that_loads(tmp_path: Path
     found = Result.load(tmp_path / "results.json")
     assert found.steps == 3
     assert found.scores["held-out texts"] > 400
-    assert found.gradient_bytes.before > 80e6  # MiniLM: 22.7 million weights, 4 bytes each
+    assert found.series["gradient_bytes"][0] > 80e6  # MiniLM: 22.7 million weights, 4 bytes each
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
@@ -253,11 +238,8 @@ def test_compare_on_own_model_and_data_frees_what_it_freezes(tmp_path: Path) -> 
     none, linear = (Result.load(tmp_path / "out" / policy / "results.json") for policy in ("none", "linear"))
     assert none.frozen == []
     assert linear.frozen, out[-4000:]
-    for what in (linear.optimizer_bytes, linear.gradient_bytes, linear.weight_bytes):
-        assert what.after is not None
-        assert what.after < what.before
-    assert linear.gradient_bytes.before == none.gradient_bytes.before
+    for name in ("gradient_bytes", "weight_bytes"):
+        assert linear.series[name][-1] < linear.series[name][0] == none.series[name][0]
     # The embedding is most of this model's weights: with it gone, most of the memory is.
-    assert linear.optimizer_bytes.after is not None
-    assert linear.optimizer_bytes.after < 0.1 * linear.optimizer_bytes.before
+    assert linear.optimizer_bytes[1] < 0.1 * linear.optimizer_bytes[0]
     assert (tmp_path / "out" / "linear" / "events.jsonl").is_file()

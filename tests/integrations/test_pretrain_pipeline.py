@@ -16,7 +16,7 @@ from reference.bounds import rounding
 
 sys.path.insert(0, str(ROOT / "launch" / "examples"))  # the scripts there import each other in this way too
 
-from data import as_bytes, as_tokens, load_bpe, python_docs, read_folder, train_bpe, windows
+from data import as_bytes, as_tokens, load_bpe, read_texts, train_bpe, windows
 from model import Gpt, Shape, loss_of, pipeline_layers
 from pretrain_pipeline import arguments, settings
 
@@ -37,23 +37,23 @@ def folder_of_texts(folder: Path) -> Path:
 
 
 def test_a_folder_is_read_in_order_and_the_end_of_each_text_held_out(tmp_path: Path) -> None:
-    texts = read_folder(folder_of_texts(tmp_path / "texts"))
+    texts = read_texts(folder_of_texts(tmp_path / "texts"))
     assert [t[:7] for t in texts.train] == ["the cat", "what th"] and texts.skipped == 1
     assert [len(h) / (len(t) + len(h)) for t, h in zip(texts.train, texts.held_out, strict=True)] == [pytest.approx(0.1, abs=0.01)] * 2
-    again = read_folder(tmp_path / "texts").digest
+    again = read_texts(tmp_path / "texts").digest
     (tmp_path / "texts" / "b.txt").write_text("another text")
-    assert again == texts.digest != read_folder(tmp_path / "texts").digest
+    assert again == texts.digest != read_texts(tmp_path / "texts").digest
 
 
 def test_a_folder_without_text_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--data .*nowhere: no such folder"):
-        read_folder(tmp_path / "nowhere")
+        read_texts(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"--data .*: no text file in it"):
-        read_folder(tmp_path)
+        read_texts(tmp_path)
 
 
 def test_bytes_and_bpe_give_the_text_back(tmp_path: Path) -> None:
-    texts = read_folder(folder_of_texts(tmp_path / "texts")).train
+    texts = read_texts(folder_of_texts(tmp_path / "texts")).train
     assert bytes(as_bytes(texts[1])).decode() == texts[1]
     train_bpe(texts, 300, tmp_path / "tokenizer.json")
     encode, vocabulary = load_bpe(tmp_path / "tokenizer.json")
@@ -64,7 +64,7 @@ def test_bytes_and_bpe_give_the_text_back(tmp_path: Path) -> None:
 
 
 def test_windows_are_drawn_alike_for_the_same_step_and_show_the_next_token() -> None:
-    tokens = as_tokens(python_docs().held_out, as_bytes)
+    tokens = as_tokens(read_texts(None).held_out)
     x, y = windows(tokens, rows=5, length=12, draw=(0, 1, 7))
     assert x.shape == y.shape == (5, 12) and x.dtype == torch.int64 and torch.equal(x[:, 1:], y[:, :-1])
     assert torch.equal(x, windows(tokens, rows=5, length=12, draw=(0, 1, 7))[0])
@@ -159,7 +159,8 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def bounds(got: dict[str, Any], when: str) -> list[int]:
-    return [got["stages"][0][when][0], *(stage[when][1] for stage in got["stages"])]
+    ends = {rank["stage"]: rank[when][1] for rank in got["stages"]}
+    return [0, *(ends[stage] for stage in sorted(ends))]
 
 
 @pytest.mark.distributed(2)
@@ -172,7 +173,7 @@ def test_two_stages_train_freeze_and_tell(tmp_path: Path) -> None:
     got = read(out)
     assert [name for name, _ in got["frozen"]] == ["embeddings", *(f"layers.{i}" for i in range(2, 7))] and got["layers"] == 8
     assert bounds(got, "start") == [0, 5, 10] and bounds(got, "end") == (got["moves"][-1][1] if got["moves"] else [0, 5, 10])
-    held = [sum(size for stage in got["stages"] for size in stage[when]) for when in ("bytes_before", "bytes_after")]
+    held = [sum(stage["bytes"][when] for stage in got["stages"]) for when in (0, 1)]
     assert held[1] < 0.6 * held[0]
     assert 0.2 < got["saved_flops_fraction"] < 0.6
     losses = got["series"]["validation"]
