@@ -156,6 +156,9 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             RuntimeError: The engine or the Trainer was created without this callback.
         """
         self._undo()
+        if self._trainer is not None and self._trainer.state is not state:
+            # One Trainer after the other has this callback. `state` must not take a save of this one for the start of a training.
+            self._trainer = _trainer_of(self, state)
         if AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
             engine = engine_of(model)
             if engine is None:
@@ -225,12 +228,12 @@ def _has(trainer: Any, callback: FreezeCallback) -> bool:
     return any(c is callback for c in getattr(getattr(trainer, "callback_handler", None), "callbacks", ()))
 
 
-def _trainer_of(callback: FreezeCallback) -> Any:
-    """Return the Trainer that has this callback (the one that is training, if there are several), or None. A callback is never told."""
+def _trainer_of(callback: FreezeCallback, state: Any = None) -> Any:
+    """Return the Trainer that has this callback and, if there are several, this state or is training; or None. A callback is never told."""
     # By type only: isinstance on every object would load lazy ones.
     trainers = [x for x in gc.get_objects() if issubclass(type(x), Trainer)]
     having = [x for x in trainers if _has(x, callback)]
-    return max(having, key=lambda x: getattr(x, "is_in_train", False), default=None)
+    return max(having, key=lambda x: (state is not None and x.state is state, getattr(x, "is_in_train", False)), default=None)
 
 
 def _before_load(trainer: Any) -> None:
