@@ -235,6 +235,23 @@ def test_one_process_goes_on_from_a_checkpoint_that_was_just_saved(tmp_path: Pat
         worker_hf.reset()
 
 
+def test_a_callback_goes_from_one_trainer_to_the_next(tmp_path: Path) -> None:
+    """A save asks the callback for its state on rank 0 alone. The first Trainer, which still has the callback, must not make that look like
+    the start of a training: the controller was detached, and with more ranks the next step hung."""
+    case: dict[str, Any] = {"name": "one", "model": "llama", "how": "alone"}
+    try:
+        first = worker_hf.trainer_for(case, tmp_path)
+        first.train()
+        first.accelerator.free_memory()
+        second = worker_hf.trainer_for({**case, "name": "two"}, tmp_path, callback=first.freezer)
+        second.train()
+        facts, before = worker_hf.facts_of(second), worker_hf.facts_of(first)
+        assert list(facts["frozen"]) == ["embeddings", "model.layers.0", "model.layers.1"]
+        assert facts["events"] == before["events"] and facts["step"] == worker_hf.STEPS
+    finally:
+        worker_hf.reset()
+
+
 def script_arguments(folder: Path, *more: str) -> list[str]:
     given = {"output_dir": folder / "out", "max_steps": 12, "per_device_train_batch_size": 2, "logging_steps": 1, "save_steps": 6}
     flat = [text for key, value in given.items() for text in (f"--{key}", str(value))]
