@@ -30,7 +30,9 @@ def positive(text: str) -> float:
     return float(text)
 
 
-def parser_of(doc: str | None, *, out: Path | None, config: Path | None = None, deepspeed: bool = True) -> argparse.ArgumentParser:
+def parser_of(
+    doc: str | None, *, out: Path | None, config: Path | None = None, deepspeed: bool = True, **defaults: Any
+) -> argparse.ArgumentParser:
     """Create a parser with the options that the scripts share.
 
     Args:
@@ -38,18 +40,23 @@ def parser_of(doc: str | None, *, out: Path | None, config: Path | None = None, 
         out: Default of `--out`.
         config: Default of `--deepspeed_config`; None: the option is required.
         deepspeed: Whether the script has a DeepSpeed engine, with its settings in a JSON file.
+        defaults: Of `policy`, `steps` and `lr`.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     if deepspeed:
         add("--deepspeed_config", type=Path, default=config, required=config is None, help="JSON with a 'smartfrz' section")
         add("--local_rank", type=int, default=-1, help="set by the launcher")
-    default = "default: %(default)s" + "; None: as in the JSON" * deepspeed
-    add("--policy", help=f"a policy of smartfrz_ds, or 'none' for a run without freezing ({default})")
-    add("--steps", type=whole(1), help=f"optimizer steps ({default})")
-    add("--lr", type=positive, help=f"highest learning rate ({default})")
-    add("--seed", type=int, default=0)
-    add("--out", type=Path, default=out, help="output folder (default: %(default)s; None: nothing is written)")
+    settings = {
+        "--policy": (str, "a policy of smartfrz_ds, or 'none' for a run without freezing"),
+        "--steps": (whole(1), "optimizer steps"),
+        "--lr": (positive, "highest learning rate"),
+    }
+    for name, (kind, text) in settings.items():
+        default = defaults.get(name[2:])
+        add(name, type=kind, default=default, help=f"{text} (default: {default or 'as in the JSON'})")
+    add("--seed", type=int, default=0, help="default: 0")
+    add("--out", type=Path, default=out, help=f"output folder (default: {out or 'nothing is written'})")
     return parser
 
 

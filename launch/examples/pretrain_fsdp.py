@@ -32,8 +32,8 @@ import smartfrz_ds
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = gpt_parser(__doc__, blocks=6, width=64, out=Path("runs/fsdp"), deepspeed=False)
-    parser.set_defaults(policy="attention", steps=600, lr=3e-3)
+    defaults = {"policy": "attention", "steps": 600, "lr": 3e-3}
+    parser = gpt_parser(__doc__, blocks=6, width=64, out=Path("runs/fsdp"), deepspeed=False, **defaults)
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--ddp", action="store_true", help="DistributedDataParallel instead of FSDP2")
     way.add_argument("--fsdp1", action="store_true", help="FullyShardedDataParallel instead of FSDP2")

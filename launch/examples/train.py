@@ -37,8 +37,7 @@ def digest(model: nn.Module) -> str:
 
 
 def main() -> None:
-    parser = parser_of(__doc__, out=None)
-    parser.set_defaults(steps=60, lr=1e-3)  # the JSON's are made for fine-tuning
+    parser = parser_of(__doc__, out=None, steps=60, lr=1e-3)  # the JSON's are made for fine-tuning
     parser.add_argument("--save-every", type=whole(1), default=20, help="steps from one checkpoint to the next (default: 20)")
     parser.add_argument("--timeout", type=float, default=600, help="seconds after which a rank that waits for another one gives up (600)")
     args = parser.parse_args()
