@@ -22,40 +22,64 @@ KEPT = {"keep_state": 100}
 CHANGES = ("freeze", "thaw", "freeze while evaluating", "thaw while evaluating", "restore")
 
 
+def zero(**options: Any) -> dict[str, Any]:
+    return {"config": {"zero_optimization": options}}
+
+
+def frozen_weights(where: str) -> dict[str, Any]:
+    return {"config": {"zero_optimization": {"stage3_param_persistence_threshold": 0}, "smartfrz": {"zero3": {"frozen": where}}}}
+
+
 @dataclasses.dataclass(frozen=True)
 class Undo:
     """kind: "deepspeed", "plain" (one process), "ddp", "fsdp1" or "fsdp2". cell: the engine. more: options of the wrapper, settings.
 
-    lines: whether errors are raised at each line. at_least: points of each change.
+    lines: whether errors are raised at each line. stride: every point is tried, or every n-th. at_least: points of each change.
     """
 
     kind: str
     cell: dict[str, Any] = dataclasses.field(default_factory=dict)
     more: dict[str, Any] = dataclasses.field(default_factory=dict)
     lines: bool = False
+    stride: int = 1
     at_least: int = 15
 
     def item(self, name: str) -> dict[str, Any]:
         cell = dataclasses.asdict(Cell(name, **self.cell))
-        return {"name": name, "kind": self.kind, "cell": cell, "more": self.more, "lines": self.lines}
+        return {"name": name, "kind": self.kind, "cell": cell, "more": self.more, "lines": self.lines, "stride": self.stride}
 
 
+BF16_OPTIMIZER = {"data_types": {"grad_accum_dtype": "fp32"}}  # stage 1 with this builds BF16_Optimizer
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 USERS = {"users": True}
 FP16 = {"dtype": "fp16", "config": {"fp16": {"enabled": True}}}
 UNDO = {
     "z0": Undo("deepspeed", {"groups": 2}),
     "z0-bf16-kept": Undo("deepspeed", KEPT | {"dtype": "bf16"}, USERS),
     "z0-fp16": Undo("deepspeed", FP16),
+    "z1-kept": Undo("deepspeed", KEPT | {"stage": 1, "groups": 3}, USERS, stride=9),
+    "z3": Undo("deepspeed", {"stage": 3} | zero(sub_group_size=1200), USERS, stride=11),
+    "z0-fp16optimizer-all": Undo("deepspeed", FP16 | {"optimizer": "fused"}),
+    "z1-kept-all": Undo("deepspeed", KEPT | {"stage": 1, "groups": 3}, USERS),
+    "z1-bf16optimizer-all": Undo("deepspeed", {"stage": 1, "dtype": "bf16", "groups": 2, "config": BF16_OPTIMIZER}),
+    "z2-bf16-all": Undo("deepspeed", {"stage": 2, "dtype": "bf16", "groups": 2}),
+    "z2-offload-all": Undo("deepspeed", KEPT | {"stage": 2} | zero(**OFFLOAD)),
+    "z3-all": Undo("deepspeed", {"stage": 3} | zero(sub_group_size=300), USERS),
+    "z3-replicated-all": Undo("deepspeed", {"stage": 3} | frozen_weights("replicated")),
+    "z3-offload-all": Undo("deepspeed", KEPT | {"stage": 3} | zero(**OFFLOAD, offload_param={"device": "cpu"})),
     "ddp-kept": Undo("ddp", KEPT | {"groups": 3}, USERS),
     "fsdp1-kept": Undo("fsdp1", KEPT),
     "fsdp2-kept": Undo("fsdp2", KEPT, USERS | {"settings": {"fsdp": {"frozen": "unsharded"}}}),
     "z0-kept-lines": Undo("deepspeed", KEPT | {"groups": 2}, lines=True),
+    "z1-lines": Undo("deepspeed", {"stage": 1, "groups": 2}, lines=True),
+    "z2-bf16-kept-lines": Undo("deepspeed", KEPT | {"stage": 2, "dtype": "bf16"}, lines=True),
+    "z3-lines": Undo("deepspeed", {"stage": 3} | zero(sub_group_size=300), lines=True),
     "z0-fp16-lines": Undo("deepspeed", FP16, USERS, lines=True),
     "ddp-lines": Undo("ddp", lines=True),
     "fsdp1-lines": Undo("fsdp1", lines=True),
     "fsdp2-lines": Undo("fsdp2", lines=True),
 }
-SLOW = {name for name, undo in UNDO.items() if undo.lines}
+SLOW = {name for name, undo in UNDO.items() if undo.lines or name.endswith("-all")}
 NAMES = [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in UNDO]
 
 
@@ -65,9 +89,10 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     folders: dict[frozenset[str], Path] = {}
 
     def of(name: str) -> Path:
-        together = frozenset([name]) if name in SLOW else frozenset(UNDO) - SLOW
+        flat = UNDO[name].stride > 1
+        together = frozenset([name] if name in SLOW else [n for n in UNDO if n not in SLOW and (UNDO[n].stride > 1) == flat])
         if together not in folders:
-            job = {"stuck": name not in SLOW, "cells": [UNDO[n].item(n) for n in UNDO if n in together]}
+            job = {"stuck": name not in SLOW and not flat, "cells": [UNDO[n].item(n) for n in UNDO if n in together]}
             folders[together] = run_worker("undo", job, tmp_path_factory.mktemp("undo"), timeout=400)
         return folders[together]
 

@@ -26,8 +26,24 @@ _OWN = (
     "torch.optim",
     "torch.distributed.fsdp._fully_shard",
 )
-# The way back to the whole engine; clocks; what is looked up once, when it is first needed.
-_SKIPPED = {"engine", "module", "wrapped", "timers", "_handles", "_whole_of"}
+# The way back to the whole engine; clocks; what is looked up once, when it is first needed; a hook that stays once it is there.
+_SKIPPED = {
+    "engine",
+    "module",
+    "wrapped",
+    "timers",
+    "_handles",
+    "_whole_of",
+    "_hooked",
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+}
+# Where BF16_Optimizer gathers gradients: all zero between two steps. What stands for an emptied group is made once and then kept.
+_SKIPPED |= {"non_expert_gradients", "fp32_groups_gradient_dict", "fp32_groups_gradients", "fp32_groups_gradients_flat"}
+_SKIPPED |= {"fp32_groups_actual_gradients_flat", "fp32_groups_gradient_flat_partition", "placeholders", "param_names"}
+# What the next step makes anew: a mask, staging areas, the order of modules that ZeRO-3 records.
+_SKIPPED |= {"flatten_grad_norm_mask_list", "has_executed_step", "param_buffer_of_bit16_for_cpu_offload_groups", "offload_gradient_dict"}
+_SKIPPED |= {"param_coordinator", "grad_partitions_flat_buffer", "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"}
 
 
 def picture(**roots: Any) -> dict[str, str]:
@@ -64,7 +80,7 @@ class _Walk:
         if thing is None or isinstance(thing, bool | int | float | str | bytes | torch.dtype | torch.device | torch.Size):
             yield path, repr(thing)
             return
-        if id(thing) in self._first:
+        if id(thing) in self._first and not isinstance(thing, list):
             yield path, f"is {self._first[id(thing)]}"
             return
         self._first[id(thing)] = path
@@ -74,6 +90,7 @@ class _Walk:
         elif isinstance(thing, Tensor):
             yield from self._tensor(thing, path)
         elif isinstance(thing, Mapping):
+            thing = {key: value for key, value in thing.items() if value is not None}
             yield path, f"{type(thing).__name__} of {len(thing)}"
             if any(isinstance(key, Tensor) and id(key) not in self._first for key in thing):
                 self._late.append((path, thing))
@@ -105,8 +122,13 @@ class _Walk:
 
     @torch.no_grad()
     def _tensor(self, tensor: Tensor, path: str) -> Iterator[tuple[str, str]]:
-        flags = f"{type(tensor).__name__} trains {tensor.requires_grad}, gradient {tensor.grad is not None}"
+        flags = type(tensor).__name__
+        if path.startswith("model"):
+            flags += f" trains {tensor.requires_grad}, gradient {tensor.grad is not None}"
         inside = getattr(tensor, "_local_tensor", None)
+        if tensor.is_meta:
+            yield path, f"{flags}, meta {tuple(tensor.shape)} {tensor.dtype}"
+            return
         if isinstance(inside, Tensor):
             yield path, f"{flags}, {tensor.placements}"  # type: ignore[attr-defined]
             yield from self.of(inside, f"{path}.local")
@@ -122,8 +144,8 @@ class _Walk:
             data = own.reshape(-1).view(torch.uint8).numpy().tobytes()
             bits = hashlib.sha1(data, usedforsecurity=False).hexdigest()[:12]
         yield path, f"{flags}, {tensor.dtype} {tuple(tensor.shape)} {bits}{place}"
-        for name in ("ds_tensor", "_hp_mapping", "_hp_grad", "grad_accum", "ds_status"):  # what DeepSpeed hangs on a parameter
-            if hasattr(tensor, name):
+        for name in ("ds_tensor", "_hp_mapping", "grad_accum", "ds_status"):  # what DeepSpeed hangs on a parameter
+            if getattr(tensor, name, None) is not None:
                 yield from self.of(getattr(tensor, name), f"{path}.{name}")
 
     def _name(self, key: Any) -> str:

@@ -70,7 +70,7 @@ def test_a_change_that_is_undone(run: tuple[Any, Any], monkeypatch: pytest.Monke
     step(optimizer)
     told = Told()
     controller._observers.append(told)
-    with monkeypatch.context() as patch, pytest.raises(ChangeUndone, match="rank 0: MemoryError: no room. The layout is the previous one"):
+    with monkeypatch.context() as patch, pytest.raises(ChangeUndone, match=r"rank 0: MemoryError: no room. The layout is the previous one"):
         patch.setattr(controller.backend, "verify", fail(MemoryError("no room")))
         controller.freeze(["blocks.0", "embeddings"])
     assert controller.frozen == () and told.kinds == []
@@ -122,6 +122,6 @@ def test_a_policy_whose_freeze_is_undone_tries_again(
     events = [(e.kind, e.step, e.layers) for e in smartfrz_ds.read_events(log) if e.kind != "decision"]
     undone = [e for e in events if e[0] == "undone"]
     assert [step for _, step, _ in undone] == [2, 4, 6]
-    assert [e for e in events if e[0] == "freeze"][0][:2] == ("freeze", 8)
+    assert next(e for e in events if e[0] == "freeze")[:2] == ("freeze", 8)
     assert controller.report().events[-1].frozen[0] == "embeddings"
     assert len([r for r in caplog.records if "failed and was undone" in r.getMessage()]) == len(undone)

@@ -108,11 +108,11 @@ def users_hook(*_: Any) -> None:
 class Trial:
     """One engine that trains ten steps, with four changes on the way.
 
-    tries: whether each change is first tried with an error at each of its points.
+    tries: whether each change is first tried with an error at each of its points, or at each n-th: stride.
     """
 
-    def __init__(self, engine: Engine, injector: Injector, *, tries: bool) -> None:
-        self.engine, self.injector, self.tries = engine, injector, tries
+    def __init__(self, engine: Engine, injector: Injector, *, tries: bool, stride: int) -> None:
+        self.engine, self.injector, self.tries, self.stride = engine, injector, tries, stride
         self.points: dict[str, list[str]] = {}
         self.wrong: list[str] = []
 
@@ -153,7 +153,7 @@ class Trial:
             before = self.picture()
             # on one rank after the other, then on all of them
             world = self.engine.controller.ranks.count
-            struck = number % (world + 1)
+            struck = number // self.stride % (world + 1)
             mine = struck in (self.engine.controller.ranks.rank, world)
             self.injector.arm(number if mine else None)
             events = len(self.engine.controller.report().events)
@@ -161,7 +161,7 @@ class Trial:
                 action()
             except ChangeUndone as error:
                 self.check(f"{name}, point {number}", str(error), before, events, struck % world)
-                number += 1
+                number += self.stride
             else:
                 break
         if not self.tries:
@@ -183,14 +183,14 @@ class Trial:
         return picture(**engine.roots, state=engine.controller._run.state)
 
 
-def run(name: str, kind: str, cell: oracle.Cell, more: Mapping[str, Any], *, lines: bool) -> dict[str, Any]:
+def run(name: str, kind: str, cell: oracle.Cell, more: Mapping[str, Any], *, lines: bool, stride: int) -> dict[str, Any]:
     """Train with and without errors."""
     make = of_deepspeed if kind == "deepspeed" else of_torch
     ends, trials = [], []
     for tries in (True, False):
         injector = Injector(lines=lines and tries)
         engine = make(kind, cell, more)
-        trial = Trial(engine, injector, tries=tries)
+        trial = Trial(engine, injector, tries=tries, stride=stride)
         with warnings.catch_warnings(), injector.installed():
             warnings.simplefilter("error", RuntimeWarning)  # of this package
             ends.append(trial.train())
@@ -233,7 +233,9 @@ def main() -> None:
             ranks.write(folder, "stuck", stuck())
         for item in job["cells"]:
             with ranks.case(item["name"]):
-                found = run(item["name"], item["kind"], oracle.Cell(**item["cell"]), item["more"], lines=item["lines"])
+                found = run(
+                    item["name"], item["kind"], oracle.Cell(**item["cell"]), item["more"], lines=item["lines"], stride=item["stride"]
+                )
                 ranks.write(folder, item["name"], found)
 
 

@@ -219,8 +219,18 @@ class Rearrangement:
         self._permutation.undo()
         for holder, data in self._old.items():
             holder.data = data  # a view of the place that the permutation has filled again, or a storage of its own
+        self._clear_free()
         for holder in self._cloned:
             holder.data.copy_(self._clones[holder])
+
+    def _clear_free(self) -> None:
+        """Write zeros where no parameter is: padding that DeepSpeed sees is among it."""
+        held = [(begin, h.numel()) for h in self._old if (begin := self._weights.offset(h)) is not None]
+        position = 0
+        for begin, numel in sorted(held):
+            self._old_buffer[position:begin].zero_()
+            position = begin + numel
+        self._old_buffer[position:].zero_()
 
 
 def piece_elements(buffer: Tensor) -> int:
