@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from smartfrz_ds.telemetry.events import FreezeEvent, read_events
     from smartfrz_ds.telemetry.report import write_report
 
-    from .errors import ChangeUndone, FreezeError, MissingGradients, RanksDisagree
+    from .errors import ChangeUndone, FreezeError, MissingGradients, NotEnoughMemory, RanksDisagree
 
 _HOMES = {
     "initialize": "integrations.deepspeed",
@@ -43,6 +43,7 @@ _HOMES = {
     "FreezeError": "errors",
     "FreezeEvent": "telemetry.events",
     "MissingGradients": "errors",
+    "NotEnoughMemory": "errors",
     "RanksDisagree": "errors",
     "read_events": "telemetry.events",
     "write_report": "telemetry.report",
@@ -66,6 +67,7 @@ __all__ = [
     "FreezeError",
     "FreezeEvent",
     "MissingGradients",
+    "NotEnoughMemory",
     "RanksDisagree",
     "Report",
     "TorchController",

@@ -11,6 +11,10 @@ class ChangeUndone(RuntimeError):
     """A freeze or thaw failed on some rank, and every rank was brought back to the previous layout: training can go on."""
 
 
+class NotEnoughMemory(ValueError):
+    """A freeze or thaw needs more memory than is free on some rank. Raised on all of them; nothing was changed."""
+
+
 class RanksDisagree(RuntimeError):
     """Ranks that must do the same would do different things. Raised on all of them."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,9 @@ from smartfrz_ds.errors import FreezeError
 from smartfrz_ds.model.layers import Layer, find_layers
 from smartfrz_ds.model.view import Need
 
+from .memory import MemoryNeed
+from .sampler import Sampler as Sampler
+from .sampler import SampleRequest as SampleRequest
 from .state_layout import state_tensors
 
 if TYPE_CHECKING:
@@ -27,40 +30,6 @@ if TYPE_CHECKING:
 
     from .cost import Cost
     from .transaction import Transaction
-
-
-@dataclass(frozen=True)
-class SampleRequest:
-    """Which weights of one parameter go where in the snapshot.
-
-    param: the parameter.
-    elements: (n,) int64, indices into the flattened parameter.
-    slots: (n,) int64, positions in the flattened snapshot [layers, sample_size].
-    """
-
-    param: Parameter
-    elements: Tensor
-    slots: Tensor
-
-
-@dataclass
-class Sampler:
-    """Requests compiled against one layout: for each local buffer, which of its elements fill which slots."""
-
-    numel: int
-    parts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # (buffer, its elements, slots)
-
-    @torch.no_grad()
-    def read(self, device: torch.device) -> Tensor:
-        """A (numel,) fp32 tensor with this rank's samples in their slots and zeros elsewhere."""
-        out = torch.zeros(self.numel, dtype=torch.float32, device=device)
-        for buffer, elements, slots in self.parts:
-            data = buffer.detach()
-            # not contiguous: channels_last, or a view of somebody's
-            flat = data.is_contiguous()
-            values = data.view(-1).index_select(0, elements) if flat else data[torch.unravel_index(elements, data.shape)]
-            out.index_copy_(0, slots.to(device), values.to(device=device, dtype=torch.float32))
-        return out
 
 
 @dataclass(frozen=True)
@@ -323,6 +292,10 @@ class Backend(ABC):
         """Why the optimizer's state can't follow these parameters out of the optimizer, or back; "" where it can. Not collective."""
         return ""
 
+    def memory_need(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool) -> MemoryNeed:
+        """Return what `change` holds at most above the level before it, on this rank. Not collective. Where unknown, nothing is refused."""
+        return MemoryNeed()
+
     @abstractmethod
     def change(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool, tx: Transaction) -> Released:
         """Take `freeze` out of the optimizer and put `thaw` back in. Collective, within a transaction that the caller ends.
@@ -379,8 +352,7 @@ class Backend(ABC):
                 raise FreezeError(f"a frozen parameter of shape {tuple(param.shape)} is still in the optimizer")
 
     def step_count(self) -> int:
-        """Steps that the optimizer has taken, from its own counter where it has one, else 0."""
-        # a layer that was thawed has begun to count anew
+        """Steps that the optimizer has taken, from its own counter where it has one, else 0. A thawed layer has begun to count anew."""
         return max((int(state["step"]) for state in self.base_optimizer().state.values() if "step" in state), default=0)
 
 

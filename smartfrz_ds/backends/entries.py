@@ -10,10 +10,13 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.nn import Parameter
 
 from .base import Backend, insert_in_order
 from .cost import Cost
+from .memory import MemoryNeed
+from .state_layout import tensors_in
 
 
 class EntryBackend(Backend):
@@ -70,6 +73,29 @@ class EntryBackend(Backend):
         whole = sum(p.nbytes for p in freeze if p.untyped_storage().nbytes() != p.nbytes)
         return whole + 2 * sum(p.nbytes for p in thaw)  # two moments, as large as the weights
 
+    @abstractmethod
+    def _held(self, params: Sequence[Parameter]) -> list[Any]:
+        """Return what the optimizer holds for each of these active parameters: its state, and its master weight where there is one."""
+
+    def memory_need(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool) -> MemoryNeed:
+        """As every backend's, with what the next step makes anew. What leaves is held until the last vote: it makes no room before."""
+        need = MemoryNeed()
+        for param, held in zip(freeze, self._held(freeze), strict=True):
+            need += MemoryNeed.at(param.device, self._copied_bytes([param], ()))
+            need += MemoryNeed(host=sum(t.nbytes for t in tensors_in(held) if t.device.type != "cpu") if keep else 0)
+        active = self.trained()
+        each = next((_bytes_each(p, held) for p, held in zip(active, self._held(active), strict=True) if _bytes_each(p, held)), 0.0)
+        for param in thaw:
+            home = _here(param)
+            need += MemoryNeed.at(home.device, self._returning_bytes(param, home, round(each * home.numel())))
+        return need
+
+    def _returning_bytes(self, param: Parameter, home: Tensor, new: int) -> int:
+        """Bytes that the return of a parameter allocates where it lives. home: this rank's part of it. new: bytes of fresh state."""
+        if param not in self._kept:
+            return new
+        return sum(t.nbytes for t in tensors_in(self._kept[param]) if t.device != home.device)
+
     def given_group(self, param: Parameter) -> int | None:
         if param in self._added:
             return None
@@ -90,3 +116,15 @@ class EntryBackend(Backend):
         for listed in self._order:
             listed[:] = [p for p in listed if p not in gone]
         self._regroup(self.frozen)
+
+
+def _here(param: Parameter) -> Tensor:
+    """This rank's part of a parameter."""
+    inside = getattr(param, "_local_tensor", None)  # torch/distributed/tensor/_api.py: DTensor
+    return inside if isinstance(inside, Tensor) else param
+
+
+def _bytes_each(param: Parameter, held: Any) -> float:
+    """Bytes of state for each element of a parameter; 0 where there is none yet."""
+    count = _here(param).numel()
+    return sum(t.nbytes for t in tensors_in(held) if t.ndim > 0) / count if count else 0.0

@@ -88,6 +88,24 @@ def empty_cache(device: torch.device) -> None:
         release()
 
 
+def free_device_memory(device: torch.device) -> int | None:
+    """Return the bytes that this process can still allocate on a device; None where neither torch nor DeepSpeed knows.
+
+    That is what the device has left, and what torch's allocator holds back for this process without using it.
+    """
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    try:
+        if kind is not None and kind.type == device.type:
+            left, _ = torch.accelerator.get_memory_info(device)
+            return left + torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+        if (own := _deepspeed_accelerator()) is not None and own.device_name() == device.type:
+            held = (own.memory_reserved(device.index) or 0) - own.memory_allocated(device.index)
+            return int(own.available_memory(device.index) + max(0, held))
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):  # not every kind of device can say
+        return None
+    return None
+
+
 @contextmanager
 def own_random_numbers(device: torch.device) -> Iterator[None]:
     """Restore the random state of the CPU and of `device` at the end of the block. No other device is used.

@@ -367,8 +367,8 @@ class Controller(GuardedAttributes, FormerNames):
         decision = self._policy_stage.judge(frozenset() if self._guard is None else self._guard.guard.waiting)
         about: dict[str, Any] = {"probabilities": decision.probabilities, "reasons": decision.reasons}
         frozen, dry_run = run.state.frozen | decision.chosen, self.config.dry_run
-        if decision.chosen and not dry_run and self._freezer.can_cut(frozen):
-            self._freezer.try_change(frozen, kind="freeze", about=about, began=run.time.began)
+        begins = decision.chosen and not dry_run and self._freezer.can_cut(frozen)
+        if begins and self._freezer.try_change(frozen, kind="freeze", about=about, began=run.time.began):
             run.state.cooldown = self.config.cooldown
         elif decision.chosen or decision.probabilities:
             layers = run.state.in_order(decision.chosen)

@@ -18,14 +18,16 @@ from torch.nn import Parameter
 
 from smartfrz_ds.backends.base import Released
 from smartfrz_ds.backends.cost import PausePrediction
+from smartfrz_ds.backends.memory import MemoryNeed
 from smartfrz_ds.backends.transaction import Transaction
-from smartfrz_ds.errors import ChangeUndone, FreezeError
+from smartfrz_ds.errors import ChangeUndone, FreezeError, NotEnoughMemory
 from smartfrz_ds.model.freeze_modules import check_tied, freeze_modules, leaving_params, remember_modules, thaw_modules
 from smartfrz_ds.runtime.observers.protocol import LayoutChange, StepObserver
 from smartfrz_ds.runtime.rules.eligibility import check_order
 from smartfrz_ds.runtime.rules.user_frozen import Restored, UserFrozen
 from smartfrz_ds.telemetry.events import FreezeEvent
 
+from .memory_check import check_memory
 from .pauses import Pauses
 from .run_context import RunContext
 
@@ -52,7 +54,7 @@ class Freezer:
         self._run, self._users, self._pauses, self._observers = run, users, pauses, observers
         self._restore_flags = restore_flags
         self._before_load: set[str] | None = None
-        self._warned_uncuttable = False
+        self._warned_uncuttable = self._warned_memory = False
         self.predicted: PausePrediction | None = None
 
     # --- the transaction ------------------------------------------------------------------------------------------------------
@@ -97,10 +99,20 @@ class Freezer:
         self.notify(change, released, released_by_all, about or {}, began)
         return change
 
-    def try_change(self, frozen: set[str], *, kind: Kind, about: Mapping[str, Any], began: float | None = None) -> None:
-        """As `change`, for a decision that the user did not make: where it is undone, which the log says, the run goes on."""
-        with suppress(ChangeUndone):
-            self.change(frozen, kind=kind, about=about, began=began)
+    def try_change(self, frozen: set[str], *, kind: Kind, about: Mapping[str, Any], began: float | None = None) -> bool:
+        """As `change`, for a decision that the user did not make: where it is undone, which the log says, the run goes on.
+
+        Returns whether it was begun. Where memory is short it is not, with one warning.
+        """
+        try:
+            with suppress(ChangeUndone):
+                self.change(frozen, kind=kind, about=about, began=began)
+        except NotEnoughMemory as error:
+            if not self._warned_memory:
+                self._run.journal.warn(f"a {kind} is left out, and training goes on: {error}")
+            self._warned_memory = True
+            return False
+        return True
 
     def prepare(self, frozen: set[str], kind: Kind, adopted: tuple[str, ...] = ()) -> LayoutChange:
         """Run every check that can refuse this frozen set, on all ranks. Collective; changes nothing.
@@ -111,8 +123,9 @@ class Freezer:
         run, before = self._run, self._run.state.frozen
         self._restore_flags()
         leaving = dict.fromkeys(self.leaving(frozen))
+        keep = run.keep_steps > 0 and kind != "restore"
 
-        def plan() -> LayoutChange:
+        def plan() -> tuple[LayoutChange, MemoryNeed]:
             self._check_set(frozen, kind)
             freeze = tuple(p for p in leaving if p not in run.backend.frozen)
             own = [p for layer in run.layers for p in (*layer.params, *layer.copies)]
@@ -121,9 +134,10 @@ class Freezer:
             gone, back = frozenset(frozen - before), frozenset(before - frozen)
             change = LayoutChange(kind=kind, frozen=frozenset(frozen), gone=gone, back=back, freeze=freeze, thaw=thaw, adopted=adopted)
             self.await_others(change)
-            return change
+            return change, run.backend.memory_need(freeze, thaw, keep=keep)
 
-        change = run.ranks.run_on_all_ranks(plan)
+        change, need = run.ranks.run_on_all_ranks(plan)
+        check_memory(run, need, f"{kind} {', '.join(run.state.in_order(change.gone | change.back))}", keep=keep)
         if kind != "restore":
             self.predicted = self._pauses.predict(self.leaving(frozen))
         return change
@@ -160,8 +174,7 @@ class Freezer:
             with tx.step("forget what was kept", undo=lambda: run.backend.set_kept_entries(kept)):
                 run.backend.forget([p for layer in run.layers for p in (*layer.params, *layer.copies)])
         released = run.backend.change(change.freeze, change.thaw, keep=run.keep_steps > 0 and not restoring, tx=tx)
-        switched = change.gone | change.back
-        modules = [module for layer in run.layers if layer.name in switched for module in layer.modules]
+        modules = [module for layer in run.layers if layer.name in change.gone | change.back for module in layer.modules]
         with tx.step("switch the modules", undo=remember_modules(modules)):
             for layer in run.layers:
                 if layer.name in change.gone:

@@ -115,6 +115,10 @@ def outcome(
     wished = list(dict.fromkeys(name for e in events if e.kind == "decision" and e.dry_run for name in e.layers))
     if dry_run and wished:
         return f"a dry run: nothing was frozen; the policy {policy} would have frozen {layer_names(wished, layers)}"
+    undone = [e for e in events if e.kind == "undone" and e.message.startswith("freeze")]
+    if undone:
+        last, were = undone[-1], "was" if len(undone) == 1 else "were"
+        return f"nothing was frozen: {some(len(undone), 'freeze')} failed and {were} undone; step {last.step:,}: {last.message}"
     return "nothing was frozen: " + _why(step, policy, stages, threshold, first_stage, total_steps)
 
 

@@ -93,6 +93,9 @@ def summary(run: RecordedRun) -> list[str]:
     guarded = [e for e in changes if e.kind == "thaw" and any(r.startswith("guard:") for r in e.reasons.values())]
     if guarded:
         lines.append(f"The guard undid {some(len(guarded), 'freeze')} because the metric had become worse (see the table).")
+    undone = sum(e.kind == "undone" for e in run.events)
+    if undone:
+        lines.append(f"{some(undone, 'change')} failed and {'was' if undone == 1 else 'were'} undone; training went on (see the table).")
     return lines
 
 
@@ -216,7 +219,7 @@ def _row(event: FreezeEvent, order: Sequence[str]) -> str:
     why = [f"<b>{_text(layer_names(names, order))}</b>: {_text(r)}" if several else _text(r) for r, names in reasons.items()]
     if not why:
         why = [_text(event.message) or "manual, or no reason given"]
-    what = {"decision": "would freeze", "rebalance": "stages moved"}.get(event.kind, event.kind)
+    what = {"decision": "would freeze" if event.dry_run else "left out", "rebalance": "stages moved"}.get(event.kind, event.kind)
     if event.bounds:
         why = [f"stages begin at {', '.join(map(str, event.bounds[:-1]))}; predicted {event.gain:.2f} × faster"]
     if event.kind == "load":

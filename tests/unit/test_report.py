@@ -202,6 +202,23 @@ def test_table_of_events(page: Path) -> None:
     assert "1 more decision of the policy did not freeze anything" in source
 
 
+def test_a_change_that_was_undone(tmp_path: Path) -> None:
+    """It is a row of the table with its reason, and a sentence at the top; no chart takes its layers for frozen."""
+    why = "freeze failed and was undone on every rank: rank 1: OutOfMemoryError: <no room>"
+    failed = FreezeEvent(kind="undone", step=40, layers=FRONT, message=why)
+    left_out = FreezeEvent(kind="decision", step=50, layers=FRONT, probabilities={"blocks.0": 0.95})
+    log_of(tmp_path, [start(), status(20), failed, status(45), left_out, status(60)])
+    run = load_run(tmp_path / "freezing.jsonl")
+    assert "1 change failed and was undone; training went on (see the table)." in summary(run)
+    assert any(f"nothing was frozen: 1 freeze failed and was undone; step 40: {why}" in line for line in summary(run))
+    assert not run.changes() and all(not spans for spans in run.frozen_spans().values())
+    source = write_report(tmp_path).read_text(encoding="utf-8")
+    row = source[source.index("<tbody>") :].split("</tr>")[0]
+    cells = [re.sub("<[^>]+>", "", cell) for cell in re.findall(r"<td.*?>(.*?)</td>", row)]
+    assert cells == ["40", "undone", "embeddings, blocks.0", "", "", why.replace("<", "&lt;").replace(">", "&gt;")]
+    assert '<span class="tag undone">' in row and '<span class="tag decision">left out</span>' in source
+
+
 def test_spans_in_which_layers_are_frozen(tmp_path: Path) -> None:
     spans = load_run(log_of(tmp_path, RUN)).frozen_spans()
     assert spans == {"embeddings": [(40, 100)], "blocks.0": [(40, 100)], "blocks.1": [(70, 90)], "blocks.2": [], "blocks.3": [], "head": []}

@@ -284,6 +284,14 @@ def test_stages_at_which_nothing_could_be_judged() -> None:
     assert sentence(Stages(), first_stage=100, total_steps=100).endswith("at step 100, its last, at which nothing is decided")
 
 
+def test_freezes_that_were_undone_are_told() -> None:
+    why = "freeze failed and was undone on every rank: rank 1: MemoryError: no room"
+    undone = FreezeEvent(kind="undone", step=10, layers=("a",), message=why)
+    assert sentence(Stages(), undone) == f"nothing was frozen: 1 freeze failed and was undone; step 10: {why}"
+    later = FreezeEvent(kind="freeze", step=12, layers=("a",), frozen=("a",))
+    assert sentence(Stages(), undone, later, frozen=("a",)) == "froze a at step 12; 1 of 4 layers frozen now: a"
+
+
 def test_a_freeze_that_was_taken_back_is_told() -> None:
     freeze = FreezeEvent(kind="freeze", step=10, layers=("a",), frozen=("a",))
     thaw = FreezeEvent(kind="thaw", step=14, layers=("a",), reasons={"a": "guard: the smoothed metric is 2"})

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 import smartfrz_ds
+from smartfrz_ds.backends import memory
 from smartfrz_ds.errors import ChangeUndone, FreezeError
 
 FIRST, BACK, NEXT, SAVED = ["embeddings", "blocks.0", "blocks.1"], ["blocks.1"], ["blocks.2"], ["blocks.1"]
@@ -225,11 +226,31 @@ def stuck() -> str:
     return ""
 
 
+def no_room() -> dict[str, Any]:
+    """Thaws with free host memory for one rank's share, and for both. What each said, and what is frozen at the end."""
+    engine = of_torch("ddp", oracle.Cell("no room"), {})
+    controller = engine.controller
+    engine.step(0)
+    controller.freeze(FIRST)
+    params = [p for p in engine.model.parameters() if not p.requires_grad]
+    need = controller.backend.memory_need((), params, keep=False).host
+    said = []
+    for free in (2 * need - 1, 2 * need):
+        memory.free_host_memory = lambda: free if dist.get_rank() else None  # noqa: B023
+        try:
+            controller.thaw(FIRST)
+        except ValueError as error:
+            said.append(f"{type(error).__name__}: {error}")
+    engine.step(1)
+    return {"need": need, "bytes": sum(p.nbytes for p in params), "said": said, "frozen": controller.frozen}
+
+
 def main() -> None:
     from workers import ranks
 
     with ranks.job() as (job, folder):
-        if job["stuck"]:
+        if job["cases"]:
+            ranks.write(folder, "no room", no_room())
             ranks.write(folder, "stuck", stuck())
         for item in job["cells"]:
             with ranks.case(item["name"]):

@@ -81,6 +81,16 @@ class Zero0Backend(DeepSpeedBackend, EntryBackend):
             self._regroup((self.frozen | set(freeze)) - set(thaw))
         return Released(before - self.optimizer_bytes(), 0)
 
+    def _held(self, params: Sequence[Parameter]) -> list[Any]:
+        masters = [self._master.get(p) for p in params]
+        return [(m, self._optimizer.state.get(p if m is None else m, {})) for p, m in zip(params, masters, strict=True)]
+
+    def _returning_bytes(self, param: Parameter, home: Tensor, new: int) -> int:
+        kept = self._kept.get(param)
+        if self.wrapper is None or kept is None:
+            return super()._returning_bytes(param, home, new)
+        return super()._returning_bytes(param, home, new) + (4 * home.numel() if home.device.type == "cpu" else 0)
+
     def _drop_new_masters(self, thaw: Sequence[Parameter]) -> None:
         """Drop the state of masters that `_restore` made."""
         for param in thaw:

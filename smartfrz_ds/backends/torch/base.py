@@ -129,7 +129,7 @@ class TorchBackend(EntryBackend):
 
     def change(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool, tx: Transaction) -> Released:
         before = self.optimizer_bytes()
-        owners = {p: owner for owner, order in zip(self._owners, self._order, strict=True) for p in order}
+        owners = self._owner_of()
         # Undone last: a wrapper reads the flags of the parameters.
         with tx.step("rewire", undo=lambda: self.rewire(thaw, freeze)):
             pass
@@ -149,6 +149,14 @@ class TorchBackend(EntryBackend):
         with tx.step("rewire"):
             self.rewire(freeze, thaw)
         return Released(before - self.optimizer_bytes(), 0)
+
+    def _held(self, params: Sequence[Parameter]) -> list[Any]:
+        owners = self._owner_of()
+        return [owners[p].state.get(p, {}) for p in params]
+
+    def _owner_of(self) -> dict[Parameter, torch.optim.Optimizer]:
+        """The optimizer of each parameter, frozen ones included."""
+        return {p: owner for owner, order in zip(self._owners, self._order, strict=True) for p in order}
 
     def _restore(self, param: Parameter, owner: torch.optim.Optimizer) -> None:
         """Give a parameter back to the optimizer, with what was kept of its state."""

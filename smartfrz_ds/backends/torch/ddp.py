@@ -19,6 +19,7 @@ from torch.distributed.optim.apply_optimizer_in_backward import _get_in_backward
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
+from smartfrz_ds.backends.memory import MemoryNeed
 from smartfrz_ds.errors import FreezeError
 
 from .base import TorchBackend
@@ -56,6 +57,11 @@ class DdpBackend(TorchBackend):
         self.wrapped._check_reducer_finalized()
         if refused := _unsupported(self.wrapped):  # something that was set after attach
             raise ValueError(f"smartfrz_ds does not work yet with: {'; '.join(refused)}")
+
+    def memory_need(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool) -> MemoryNeed:
+        """As every entry engine's, and the buckets: the old ones go first, and the new ones are as large as the gradients."""
+        larger = sum(p.nbytes for p in thaw) - sum(p.nbytes for p in freeze)
+        return super().memory_need(freeze, thaw, keep=keep) + MemoryNeed.at(self.device, max(0, larger))
 
     def rewire(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter]) -> None:
         ddp = self.wrapped

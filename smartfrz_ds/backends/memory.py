@@ -1,0 +1,100 @@
+"""How much memory a change of the layout needs, and how much is free where it would need it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from smartfrz_ds.distributed.devices import free_device_memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryNeed:
+    """Bytes that a change holds at most above the level before it, on one rank.
+
+    Attributes:
+        device: On the device where the engine's parameters live; 0 where that is the host.
+        host: On the host.
+    """
+
+    device: int = 0
+    host: int = 0
+
+    @classmethod
+    def at(cls, device: torch.device, count: int) -> MemoryNeed:
+        """So many bytes on this device."""
+        return cls(host=count) if device.type == "cpu" else cls(device=count)
+
+    def __add__(self, other: MemoryNeed) -> MemoryNeed:
+        return MemoryNeed(device=self.device + other.device, host=self.host + other.host)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeMemory:
+    """Bytes that this process can still allocate; None where that can't be read.
+
+    Attributes:
+        device: On its own device: what the device has left, and what torch's allocator holds back there without using it.
+        host: On the host; all processes of the host share it.
+    """
+
+    device: int | None = None
+    host: int | None = None
+
+
+def free_memory(device: torch.device) -> FreeMemory:
+    """Return what is free for this process. device: where its weights live."""
+    return FreeMemory(device=None if device.type == "cpu" else free_device_memory(device), host=free_host_memory())
+
+
+def free_host_memory(root: Path = Path("/")) -> int | None:
+    """Return the bytes that are left on this host, and in the control groups of this process.
+
+    Args:
+        root: The folder with `proc` and `sys`.
+    """
+    known = [*_available(root / "proc/meminfo"), *_left_in_groups(root)]
+    return max(0, min(known)) if known else None
+
+
+def _available(file: Path) -> Iterator[int]:
+    """MemAvailable: with what the kernel would take back from its caches."""
+    for line in _lines(file):
+        if line.startswith("MemAvailable:"):
+            yield int(line.split()[1]) * 1024
+
+
+def _left_in_groups(root: Path) -> Iterator[int]:
+    """The limits of this process's control groups, and of those around them, minus what counts against them."""
+    mounts = root / "sys/fs/cgroup"
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2; on hosts with both versions it is mounted apart
+            for top in (mounts, mounts / "unified"):
+                yield from _left(top, path, limit="memory.max", used="memory.current", cache="inactive_file")
+        elif "memory" in controllers.split(","):
+            yield from _left(
+                mounts / "memory", path, limit="memory.limit_in_bytes", used="memory.usage_in_bytes", cache="total_inactive_file"
+            )
+
+
+def _left(top: Path, path: str, *, limit: str, used: str, cache: str) -> Iterator[int]:
+    """What is left in a group and in all groups around it. In a container the path may be the host's, of which only `top` is there."""
+    folder = top if ".." in path else top / path.strip("/")
+    for group in (folder, *folder.parents):
+        if group == top.parent:
+            return
+        with suppress(OSError, ValueError):  # no such file at the top; "max": no limit
+            inactive = next((int(line.split()[1]) for line in _lines(group / "memory.stat") if line.split()[0] == cache), 0)
+            yield int((group / limit).read_text()) - int((group / used).read_text()) + inactive
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return [line for line in file.read_text().splitlines() if line.strip()]
+    except OSError:
+        return []

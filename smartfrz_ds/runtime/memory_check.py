@@ -1,0 +1,85 @@
+"""Whether there is room for a change of the layout, asked before it begins."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from smartfrz_ds.backends import memory
+from smartfrz_ds.backends.memory import MemoryNeed
+from smartfrz_ds.errors import NotEnoughMemory
+from smartfrz_ds.telemetry.words import size
+
+from .run_context import RunContext
+
+
+@dataclass(frozen=True)
+class Place:
+    """One rank: where it is, what it needs, and what is free there (bytes; None: not known)."""
+
+    machine: str
+    host: str
+    device: str
+    need: MemoryNeed
+    free: memory.FreeMemory
+
+
+def check_memory(run: RunContext, need: MemoryNeed, what: str, *, keep: bool) -> None:
+    """See that every rank, and every host with all of its ranks, has the memory that a change needs. Collective, one gather.
+
+    Args:
+        run: The run.
+        need: What the change needs on this rank.
+        what: The change, for the message: "freeze blocks.0".
+        keep: Whether released state is kept on the host.
+
+    Raises:
+        NotEnoughMemory: on every rank, with everything that is short. Nothing is raised where free memory can't be read.
+    """
+    device, host = run.backend.device, socket.gethostname()
+    here = Place(f"{host} {_boot_id()}", host, str(device), need, memory.free_memory(device))
+    places: list[Place] = run.ranks.gather_objects(here)
+    short = [*short_devices(places), *short_hosts(places)]
+    if not short:
+        return
+    ways = ["freeze or thaw fewer layers at once", "give the run more memory"]
+    if keep:
+        ways.insert(0, "set smartfrz.keep_state to 0 (released optimizer state is then not kept on the host)")
+    raise NotEnoughMemory(f"not enough memory to {what}: {'; '.join(short)}. Nothing was changed. What helps: {', or '.join(ways)}")
+
+
+def short_devices(places: Sequence[Place]) -> list[str]:
+    """Return, as text, the ranks whose own device is too full. places: all ranks."""
+    return [
+        f"rank {rank} ({place.device} of {place.host}) needs {_bytes(place.need.device)}, free are {_bytes(place.free.device)}"
+        for rank, place in enumerate(places)
+        if place.free.device is not None and place.need.device > place.free.device
+    ]
+
+
+def short_hosts(places: Sequence[Place]) -> list[str]:
+    """Return, as text, the hosts that are too full for their ranks together. places: all ranks."""
+    short = []
+    for machine in dict.fromkeys(place.machine for place in places):
+        ranks = [rank for rank, place in enumerate(places) if place.machine == machine]
+        needed = sum(places[rank].need.host for rank in ranks)
+        known = [free for rank in ranks if (free := places[rank].free.host) is not None]
+        if needed and known and needed > min(known):
+            who = f"rank {ranks[0]}" if len(ranks) == 1 else f"its {len(ranks)} ranks, {ranks[0]} to {ranks[-1]},"
+            verb = "needs" if len(ranks) == 1 else "need"
+            short.append(f"on host {places[ranks[0]].host} {who} {verb} {_bytes(needed)} of host memory, free are {_bytes(min(known))}")
+    return short
+
+
+def _bytes(count: int) -> str:
+    return f"{size(count)} ({count:,} bytes)" if count >= 1000 else f"{count} bytes"
+
+
+def _boot_id() -> str:
+    """Tells hosts of one name apart."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
