@@ -26,7 +26,7 @@ class Injector:
     """Numbers the points that a rank passes in a change, and raises at one of them.
 
     Of each step: when it begins, and when its work is done. Of each exchange: before its first vote, within it (as its local errors must
-    be told: `fail_later`), and after its second vote. And before the last vote.
+    be told: `fail_later`), in each copy for it, and after its second vote. And before the last vote.
 
     Args:
         lines: Whether each line that runs within a step, of this package, is a point too: in its first and its second run.
@@ -71,7 +71,8 @@ class Injector:
             with own_exchange(tx, name, undo):
                 if self._is_here(f"{name}: within"):
                     tx.fail_later(Injected(f"{name}: within"))
-                yield
+                with self._copies(name):
+                    yield
             self._pass(f"{name}: exchanged")
 
         def finish(tx: Transaction) -> None:
@@ -83,6 +84,26 @@ class Injector:
             yield
         finally:
             Transaction.step, Transaction.exchange, Transaction.finish = own_step, own_exchange, own_finish  # type: ignore[method-assign]
+
+    @contextlib.contextmanager
+    def _copies(self, name: str) -> Iterator[None]:
+        """Within it, each copy that this rank makes for an exchange of flat partitions is a point."""
+        if "deepspeed" not in sys.modules:
+            yield
+            return
+        from smartfrz_ds.backends.deepspeed.flat.state_moves import HostLink
+
+        own_copy = HostLink.copy
+
+        def copy(link: HostLink, target: Any, source: Any) -> None:
+            self._pass(f"{name}: copy")
+            own_copy(link, target, source)
+
+        HostLink.copy = copy  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            HostLink.copy = own_copy  # type: ignore[method-assign]
 
     @contextlib.contextmanager
     def _traced(self, name: str) -> Iterator[None]:

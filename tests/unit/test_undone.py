@@ -70,14 +70,10 @@ def test_a_change_that_is_undone(run: tuple[Any, Any], monkeypatch: pytest.Monke
     step(optimizer)
     told = Told()
     controller._observers.append(told)
-<<<<<<< HEAD
-    with monkeypatch.context() as patch, pytest.raises(ChangeUndone, match=r"rank 0: MemoryError: no room. The layout is the previous one"):
-=======
     with (
         monkeypatch.context() as patch,
         pytest.raises(ChangeUndone, match=r"rank 0: MemoryError: no room\. The layout is the previous one"),
     ):
->>>>>>> 4bd295f (Memory is checked before a change begins, on devices and hosts; undone events on the report page; docs)
         patch.setattr(controller.backend, "verify", fail(MemoryError("no room")))
         controller.freeze(["blocks.0", "embeddings"])
     assert controller.frozen == () and told.kinds == []
