@@ -223,7 +223,7 @@ class FlatTarget:
         self._old, self._new, self._replicas = old, new, replicas
         numel = {name: size for source in old for group in source.shapes for name, size in group.items()}
         self._sizes = [{name: numel[name] for name in new.active(i)} for i in range(len(new.groups))]
-        self._layouts = [layout_of(sizes, replicas, params) for sizes in self._sizes]
+        self.layouts = [layout_of(sizes, replicas, params) for sizes in self._sizes]
         self._first = [self._source_of(next(iter(sizes)), i) if sizes else old[0] for i, sizes in enumerate(self._sizes)]
         for index, sizes in enumerate(self._sizes):
             for name in sizes:
@@ -242,7 +242,7 @@ class FlatTarget:
         base, is_zero = template[BASE_OPTIMIZER_STATE], ZERO_STAGE in template
         state, masters, paddings, alignments, mappings = {}, [], [], [], []
         for index, group in enumerate(base["param_groups"]):
-            layout = self._layouts[index]
+            layout = self.layouts[index]
             flat = self._flat(index, replica)
             master = flat.pop(MASTER)
             rest = self._scalars(index)
@@ -265,7 +265,7 @@ class FlatTarget:
         return template | made | ({PARAM_ALIGNMENT_PADDINGS: alignments} if is_zero else {})
 
     def _flat(self, index: int, replica: int) -> dict[str, Tensor]:
-        layout = self._layouts[index]
+        layout = self.layouts[index]
         size = _ALIGNMENT if layout is None else layout.partition_size  # a placeholder: zeros
         made: dict[str, Tensor] = {}
         for source in self._old:

@@ -120,7 +120,7 @@ class Zero3Backend(FlatBackend):
     def sampler(self, requests: Sequence[SampleRequest], numel: int) -> Sampler:
         sampler = Sampler(numel)
         rank = dist.get_rank()
-        where = {p: (i, layout.offsets[p]) for i, layout in enumerate(self._layouts) for p in layout.params}
+        where = {p: (i, layout.offsets[p]) for i, layout in enumerate(self.layouts) for p in layout.params}
         for r in requests:
             param: ZeroParam = r.param
             index, offset = where[param]
@@ -201,11 +201,11 @@ class Zero3Backend(FlatBackend):
 
     def after_change(self) -> None:
         zero = self.wrapper
-        live = [i for i, layout in enumerate(self._layouts) if layout.params]
-        groups: list[list[ZeroParam]] = [list(self._layouts[i].params) for i in live]
+        live = [i for i, layout in enumerate(self.layouts) if layout.params]
+        groups: list[list[ZeroParam]] = [list(self.layouts[i].params) for i in live]
         zero.fp16_groups = groups
         zero.fp16_partitioned_groups = [[p.ds_tensor for p in group] for group in groups]
-        zero.fp16_partitioned_groups_flat_numel = [self._layouts[i].numel for i in live]
+        zero.fp16_partitioned_groups_flat_numel = [self.layouts[i].numel for i in live]
         zero.fp16_partitioned_groups_flat_id = [[p.ds_id for p in group] for group in groups]
         zero.sub_group_to_group_id = {k: self._group_ids[i] for k, i in enumerate(live)}
         zero.sub_group_process_groups = [self._process_groups[i] for i in live]
@@ -235,14 +235,14 @@ class Zero3Backend(FlatBackend):
         """Give DeepSpeed its views of the front of the buffers, sub-group by sub-group."""
         zero, fronts, flats = self.wrapper, [], {}
         for members in self._members():
-            numel = sum(self._layouts[i].numel for i in members)
+            numel = sum(self.layouts[i].numel for i in members)
             if not numel:
                 continue
             front, begin = self.weights[members[0]].front(numel), 0
             fronts.append(front)
             for i in members:
-                flats[i] = front.narrow(0, begin, self._layouts[i].numel)
-                begin += self._layouts[i].numel
+                flats[i] = front.narrow(0, begin, self.layouts[i].numel)
+                begin += self.layouts[i].numel
         if zero.offload_param:
             zero.param_groups_fp16_flat_cpu_memory = fronts
         else:
@@ -381,12 +381,12 @@ class Zero3Backend(FlatBackend):
 
     def verify_weights(self) -> None:
         param: ZeroParam
-        for i, layout in enumerate(self._layouts):
+        for i, layout in enumerate(self.layouts):
             for param in layout.params:
                 if param.ds_tensor.numel() != param.partition_numel():
                     raise FreezeError(f"sub-group {i}: a shard has {param.ds_tensor.numel()} elements, not {param.partition_numel()}")
         for members in self._members():
-            arrangement = self._shared_arrangement(members, self._layouts)
+            arrangement = self._shared_arrangement(members, self.layouts)
             weights = self.weights[members[0]]
             if any(weights.offset(place.holder) != place.offset for place in arrangement.active):
                 raise FreezeError("an active shard is not at its place in the buffer of the shards")

@@ -20,6 +20,7 @@ from smartfrz_ds.backends.base import Released, Sampler, SampleRequest
 from smartfrz_ds.backends.cost import Cost
 from smartfrz_ds.backends.deepspeed.base import DeepSpeedBackend
 from smartfrz_ds.backends.deepspeed.weight_state import FlatWeightState, WeightState
+from smartfrz_ds.backends.memory import MemoryNeed
 from smartfrz_ds.backends.state_layout import why_uncuttable, will_be_uncuttable
 from smartfrz_ds.backends.transaction import Transaction
 from smartfrz_ds.distributed.devices import empty_cache, synchronize
@@ -29,6 +30,7 @@ from .buffers import flatten
 from .cost import flat_change_cost
 from .group_state import move_group_state, tensors_of
 from .kept import Kept
+from .memory import flat_memory_need
 from .partition import FlatLayout, PackedLayout
 from .state_moves import HostLink
 from .step_counts import OwnSteps, Partition, copy_step, step_from_json, step_to_json
@@ -50,7 +52,7 @@ class FlatBackend(DeepSpeedBackend):
         self.wrapper = engine.optimizer
         self._groups = [list(group) for group in self.low_precision_groups()]
         self.placeholders: dict[int, Parameter] = {}
-        self._layouts = [self.layout(i, group) for i, group in enumerate(self._groups)]
+        self.layouts = [self.layout(i, group) for i, group in enumerate(self._groups)]
         self.own_steps = OwnSteps(self.base_optimizer(), self._partitions)
         self.link = HostLink()
         self.room = 0  # bytes that the current change has freed on the device so far
@@ -136,7 +138,7 @@ class FlatBackend(DeepSpeedBackend):
 
     @property
     def sharded(self) -> bool:
-        return any(layout.world > 1 for layout in self._layouts)
+        return any(layout.world > 1 for layout in self.layouts)
 
     def uncuttable(self, changed: Collection[Parameter]) -> str:
         wanted = set(changed)
@@ -160,21 +162,21 @@ class FlatBackend(DeepSpeedBackend):
         return [self.master(i) for i in range(len(self.groups))]
 
     def _partitions(self) -> list[Partition]:
-        return [(self.master(i), self._layouts[i], self.group_rank(i)) for i in range(len(self.groups))]
+        return [(self.master(i), self.layouts[i], self.group_rank(i)) for i in range(len(self.groups))]
 
     def group_rank(self, index: int) -> int:
         """This process's partition of group `index`."""
-        return dist.get_rank(self.process_group(index)) if self._layouts[index].world > 1 else 0
+        return dist.get_rank(self.process_group(index)) if self.layouts[index].world > 1 else 0
 
     def sampler(self, requests: Sequence[SampleRequest], numel: int) -> Sampler:
         sampler = Sampler(numel)
-        where = {p: i for i in range(len(self.groups)) for p in self._layouts[i].params}
+        where = {p: i for i in range(len(self.groups)) for p in self.layouts[i].params}
         wanted: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for r in requests:
             index = where[r.param]
-            if self._layouts[index].world == 1 and not self.is_sampling_rank:
+            if self.layouts[index].world == 1 and not self.is_sampling_rank:
                 continue  # every rank holds everything; one is enough
-            for s in self._layouts[index].segments(r.param):
+            for s in self.layouts[index].segments(r.param):
                 if s.rank == self.group_rank(index):
                     mine = (r.elements >= s.start) & (r.elements < s.start + s.numel)
                     wanted.setdefault(index, []).append((r.elements[mine] - s.start + s.offset, r.slots[mine]))
@@ -187,10 +189,10 @@ class FlatBackend(DeepSpeedBackend):
         return flat_change_cost(self, out, keep=keep)
 
     def change(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool, tx: Transaction) -> Released:
-        before, old = self.optimizer_bytes(), self._layouts
+        before, old = self.optimizer_bytes(), self.layouts
         self.room = 0
         after = (self.frozen | set(freeze)) - set(thaw)
-        new = [self._new_layout(i, after) for i in range(len(self.groups))]
+        new = [self.new_layout(i, after) for i in range(len(self.groups))]
         changed = [i for i in range(len(self.groups)) if not _same(old[i].params, new[i].params)]
         plans = self.weight_plans(changed, new)
         with tx.step("rebuild the wrapper", undo=lambda: self._rebuild(old, changed)):
@@ -218,7 +220,7 @@ class FlatBackend(DeepSpeedBackend):
                 self._kept.pop(param, None)
                 param.requires_grad_(True)
         with tx.step("install the buffers"):
-            self._layouts = new
+            self.layouts = new
             for i in changed:
                 self.install(i, new[i])
             self.after_change()
@@ -230,7 +232,7 @@ class FlatBackend(DeepSpeedBackend):
     def _rebuild(self, layouts: list[FlatLayout], changed: Sequence[int]) -> None:
         """Let the wrapper have these layouts; weights and state are in their places already."""
         self.before_change()
-        self._layouts = layouts
+        self.layouts = layouts
         for i in changed:
             self.install(i, layouts[i])
         self.after_change()
@@ -265,10 +267,13 @@ class FlatBackend(DeepSpeedBackend):
 
     def trim(self) -> None:
         """Give back what is free in the buffers of the weights after parameters have left the model's stage. Local; copies the rest."""
-        plans = self.weight_plans(range(len(self.groups)), self._layouts)
+        plans = self.weight_plans(range(len(self.groups)), self.layouts)
         trimmed = [weights.trim(arrangement) for weights, arrangement in plans]
         if any(trimmed):
-            self._rebuild(self._layouts, range(len(self.groups)))
+            self._rebuild(self.layouts, range(len(self.groups)))
+
+    def memory_need(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool) -> MemoryNeed:
+        return flat_memory_need(self, freeze, thaw)
 
     def beyond_the_optimizer(self, tx: Transaction) -> None:
         """Carry out what a change entails besides, within its transaction."""
@@ -280,7 +285,7 @@ class FlatBackend(DeepSpeedBackend):
 
     def verify(self) -> None:
         super().verify()
-        for i, layout in enumerate(self._layouts):
+        for i, layout in enumerate(self.layouts):
             master = self.master(i)
             if master.numel() != layout.partition_size:
                 raise FreezeError(f"group {i}: the master partition has {master.numel()} elements, the layout {layout.partition_size}")
@@ -291,7 +296,7 @@ class FlatBackend(DeepSpeedBackend):
 
     def verify_weights(self) -> None:
         """The part of `verify` that concerns the weights' own buffers."""
-        for i, layout in enumerate(self._layouts):
+        for i, layout in enumerate(self.layouts):
             stepped = self.base_optimizer().param_groups[i]["params"]
             if len(stepped) != 1 or stepped[0] is not self.master(i):
                 raise FreezeError(f"group {i}: the optimizer does not step the master partition")
@@ -362,13 +367,14 @@ class FlatBackend(DeepSpeedBackend):
             kept = Kept.of(item, mine, params)
             self._kept.update(dict.fromkeys(kept.layout.pieces, kept))
 
-    def _new_layout(self, index: int, frozen: Collection[Parameter]) -> FlatLayout:
+    def new_layout(self, index: int, frozen: Collection[Parameter]) -> FlatLayout:
+        """Return the layout of group `index` with these parameters frozen."""
         params = [p for p in self.groups[index] if p not in frozen]
         if not params and self.needs_placeholder:
             # A group that the user made never disappears: schedulers and checkpoints count groups, and the wrappers read the
             # first parameter of each. The placeholder is zeros, gets no gradient, and so stays zeros.
             if index not in self.placeholders:
-                first, world = self.groups[index][0], self._layouts[index].world
+                first, world = self.groups[index][0], self.layouts[index].world
                 self.placeholders[index] = Parameter(torch.zeros(2 * world, dtype=first.dtype, device=first.device))
                 if hasattr(self.wrapper, "param_names"):
                     self.wrapper.param_names[self.placeholders[index]] = f"{PLACEHOLDER}{index}"

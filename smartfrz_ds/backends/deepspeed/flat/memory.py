@@ -1,0 +1,83 @@
+"""What a change of flat partitions holds above the level before it, at each of its moments: the formula that `change` follows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch.nn import Parameter
+
+from smartfrz_ds.backends.memory import MemoryNeed
+
+from .group_state import tensors_of
+from .partition import STAGING_BYTES, PackedLayout
+from .permute import PIECE_BYTES
+
+if TYPE_CHECKING:
+    from .backend import FlatBackend
+
+
+@dataclass(frozen=True)
+class TensorBytes:
+    """One tensor of a group on this rank, in bytes: before the change, afterwards, and what of it leaves and waits on the host."""
+
+    old: int
+    new: int
+    waiting: int
+
+
+def peak(tensors: Sequence[TensorBytes], weights: int, *, on_host: bool) -> MemoryNeed:
+    """Return what is held at most above the level before, without the staging buffers.
+
+    The tensors move one after the other. On a device, the new one is made beside the old one where what was freed so far pays for it;
+    otherwise the old one waits on the host meanwhile. On the host the two are always side by side.
+
+    Args:
+        tensors: In the order in which they move.
+        weights: Bytes that rearranging the weights holds, which comes after them.
+        on_host: Whether the tensors are on the host.
+    """
+    device = host = most_device = most_host = 0
+    for t in tensors:
+        if on_host:
+            most_host = max(most_host, host + t.waiting + t.new)
+            host += t.waiting + t.new - t.old
+        else:
+            host += t.waiting
+            by_host = t.new > -device
+            most_host = max(most_host, host + (t.old if by_host else 0))
+            most_device = max(most_device, device + t.new - (t.old if by_host else 0))
+            device += t.new - t.old
+    most_host, most_device = max(most_host, host), max(most_device, device)
+    if on_host:
+        return MemoryNeed(host=max(most_host, host + weights))
+    return MemoryNeed(device=max(most_device, device + weights), host=most_host)
+
+
+def flat_memory_need(backend: FlatBackend, freeze: Sequence[Parameter], thaw: Sequence[Parameter]) -> MemoryNeed:
+    """As `Backend.memory_need`, staging included."""
+    tensors, changed, layouts, grown = [], [], [], 0
+    after = (backend.frozen | set(freeze)) - set(thaw)
+    for index, old in enumerate(backend.layouts):
+        new = backend.new_layout(index, after)
+        layouts.append(new)
+        held = [p for p in backend.groups[index] if p not in after]
+        if held == backend.active(index):
+            continue
+        changed.append(index)
+        grown += 4 * max(0, new.numel - old.numel) if backend.makes_gradient_buffer else 0  # the old one goes first
+        gone = [p for p in freeze if p in old.offsets]
+        waiting = PackedLayout.of(old, gone).sizes[backend.group_rank(index)]
+        for tensor in tensors_of(backend.master(index), backend.base_optimizer()).values():
+            size = tensor.element_size()
+            tensors.append(TensorBytes(tensor.numel() * size, new.partition_size * size, waiting * size))
+    plans = backend.weight_plans(changed, layouts)
+    weights = sum(plan.extra * buffer.element_size for buffer, plan in plans)
+    on_host = not backend.masters() or backend.masters()[0].device.type == "cpu"
+    need = peak(tensors, weights + grown, on_host=on_host)
+    # Buffers of an exchange, and of a rearrangement, are never there together; off the host one page-locked buffer besides.
+    largest = max((t.old for t in tensors), default=0)
+    staging = min(2 * max(STAGING_BYTES, PIECE_BYTES), 2 * largest + weights)
+    link = 0 if on_host else STAGING_BYTES
+    return need + MemoryNeed.at(backend.device, staging) + MemoryNeed(host=link)
