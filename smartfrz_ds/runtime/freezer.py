@@ -30,6 +30,7 @@ from smartfrz_ds.telemetry.events import FreezeEvent
 from .memory_check import check_memory
 from .pauses import Pauses
 from .run_context import RunContext
+from .transact import transact
 
 Kind = Literal["freeze", "thaw", "restore"]
 T = TypeVar("T")
@@ -152,7 +153,7 @@ class Freezer:
             ChangeUndone: it failed on some rank; every rank is back at the previous layout.
             FreezeError: it failed and could not be undone; the engine state is inconsistent.
         """
-        released = self.transact(change.kind, lambda tx: self._carry_out(change, tx), layers=change.gone | change.back)
+        released = transact(self._run, change.kind, lambda tx: self._carry_out(change, tx), layers=change.gone | change.back)
         released_by_all = self._run.ranks.sum(released.bytes)
         state = self._run.state
         state.frozen = set(change.frozen)
@@ -187,38 +188,6 @@ class Freezer:
         with tx.step("verify"):
             run.backend.verify()
         return released
-
-    def transact(self, what: str, action: Callable[[Transaction], T], *, layers: Collection[str] = ()) -> T:
-        """Run `action` on every rank, or bring every rank back to where it was. Collective.
-
-        Args:
-            what: What it does, for messages: "freeze", "rebalance".
-            action: Changes the engine within the transaction that it is given.
-            layers: Names of the layers concerned, for the record.
-
-        Returns:
-            What `action` returned.
-
-        Raises:
-            ChangeUndone: it failed on some rank and was undone on all; recorded as an event.
-            FreezeError: it failed and could not be undone; the engine state is inconsistent.
-        """
-        run, tx = self._run, Transaction(self._run.ranks)
-        try:
-            done = action(tx)
-            tx.finish()
-            return done
-        except Exception as error:
-            try:
-                why = tx.roll_back(error)
-            except Exception as stuck:
-                raise self.failed(what, stuck) from error
-            text = f"{what} failed and was undone on every rank: {why}"
-            names, frozen = run.state.in_order(layers), run.state.frozen_in_order
-            run.journal.record(FreezeEvent(kind="undone", step=run.state.step, layers=names, frozen=frozen, message=text))
-            raise ChangeUndone(f"{text}. The layout is the previous one, and training can go on") from error
-        except BaseException as error:  # an interrupt: the other ranks can't be told in time
-            raise self.failed(what, error) from error
 
     def notify(self, change: LayoutChange, released: Released, released_by_all: int, about: Mapping[str, Any], began: float) -> None:
         """Tell the observers, and record the event. Collective."""
@@ -288,12 +257,6 @@ class Freezer:
     def predict(self, frozen: Collection[str]) -> PausePrediction:
         """Predict the pause of a change to this frozen set. Collective; changes nothing."""
         return self._pauses.predict(self.leaving(frozen))
-
-    def failed(self, what: str, error: BaseException) -> FreezeError:
-        """Return the error for a change that failed after it had started."""
-        last, step = self._run.last_checkpoint, self._run.state.step
-        way = f"Resume from the last complete checkpoint, {last}" if last else "No checkpoint was saved yet"
-        return FreezeError(f"{what} failed at step {step} after it had started; the engine state is inconsistent. {way}: {error}")
 
     # --- layers that the user froze -------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from smartfrz_ds.telemetry.events import FreezeEvent
 from .freezer import Freezer
 from .pauses import Pauses
 from .run_context import RunContext
+from .transact import transact
 
 
 class StageMoves(StepObserver):
@@ -92,7 +93,7 @@ class StageMoves(StepObserver):
         """
         run, rebalancer = self._run, self.rebalancer
         start, old = time.perf_counter(), rebalancer.bounds
-        sent = self._freezer.transact("rebalance", lambda tx: self._carry_out(bounds, tx))
+        sent = transact(self._run, "rebalance", lambda tx: self._carry_out(bounds, tx))
         moved = run.ranks.sum(sent)
         self._freezer.tell(self._change())
         seconds = time.perf_counter() - start
