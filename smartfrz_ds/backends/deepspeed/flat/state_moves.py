@@ -20,6 +20,9 @@ from smartfrz_ds.backends.transaction import Transaction
 
 from .partition import STAGING_BYTES, Exchange, FlatLayout, PackedLayout, SliceMove, bytes_sent, plan_moves, reversed_moves
 
+HOST = "cpu"
+"""The kind of device where what leaves can wait."""
+
 
 class HostLink:
     """Copies between host and device through one page-locked buffer, which is made when it is first needed and then reused."""
@@ -97,7 +100,7 @@ class TensorMove:
         self._source: Tensor | None = tensor.detach()
         self._storage_bytes = tensor.untyped_storage().nbytes()
         new_bytes = moves.new.partition_size * tensor.element_size()
-        self._by_host = self._device.type != "cpu" and new_bytes > room
+        self._by_host = self._device.type != HOST and new_bytes > room
         self._host: Tensor | None = None
         self.waiting = torch.empty(0, dtype=self._dtype)
         self.target = torch.empty(0, dtype=self._dtype)
@@ -151,7 +154,7 @@ class TensorMove:
         self._source = self._host = None
         self._exchanges.clear()
         grown = self.target.nbytes - self._storage_bytes
-        return -grown if self._device.type != "cpu" else 0
+        return -grown if self._device.type != HOST else 0
 
     def prepare_back(self) -> None:
         """Allocate what `take_back` needs: `target` waits on the host where it was on a device. Local."""
@@ -159,7 +162,7 @@ class TensorMove:
             return
         self._source = self._host = None
         moves, source = self._moves, self.target
-        if self._device.type != "cpu":
+        if self._device.type != HOST:
             host = torch.empty(source.numel(), dtype=self._dtype)
             self._link.copy(host, source)
             source.untyped_storage().resize_(0)
