@@ -92,7 +92,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         flat = UNDO[name].stride > 1
         together = frozenset([name] if name in SLOW else [n for n in UNDO if n not in SLOW and (UNDO[n].stride > 1) == flat])
         if together not in folders:
-            job = {"stuck": name not in SLOW and not flat, "cells": [UNDO[n].item(n) for n in UNDO if n in together]}
+            job = {"cases": name not in SLOW and not flat, "cells": [UNDO[n].item(n) for n in UNDO if n in together]}
             folders[together] = run_worker("undo", job, tmp_path_factory.mktemp("undo"), timeout=400)
         return folders[together]
 
