@@ -139,7 +139,9 @@ class _Walk:
             owner = self._storages.setdefault(storage.data_ptr(), path)
             place = f" in {storage.nbytes()} bytes of {owner} at {tensor.storage_offset()} by {tensor.stride()}"
         bits = "freed"
-        if storage.nbytes() >= tensor.nbytes:
+        if tensor.is_meta:
+            bits = "meta"
+        elif storage.nbytes() >= tensor.nbytes:
             own = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)  # numpy() forbids its tensor to be resized
             data = own.reshape(-1).view(torch.uint8).numpy().tobytes()
             bits = hashlib.sha1(data, usedforsecurity=False).hexdigest()[:12]
