@@ -21,6 +21,7 @@ from smartfrz_ds.backends.pipeline import parcels
 from smartfrz_ds.errors import ChangeUndone
 
 LAST = "the last vote"
+DERIVED = ("._hp_grad", ".grad_accum")
 
 
 class StageInjector(Injector):
@@ -113,13 +114,14 @@ class Trial:
         seen = picture(
             model=engine.module,
             base=engine.basic_optimizer,
-            wrapper=engine.optimizer,
             backend=self.controller.backend,
             state=self.controller._run.state,
             wiring=wiring(engine),
         )
-        # what the clock has seen is not part of the layout: after a change it looks once more at what entries keep
-        return {path: there for path, there in seen.items() if not path.startswith("backend.clock")}
+        # Not part of the layout: what the clock has seen, and what the wrapper derives from weights and masters and makes anew in each
+        # change (the steps that follow show that it is right).
+        derived = ("backend.clock", "backend.wrapper")
+        return {p: there for p, there in seen.items() if not p.startswith(derived) and not p.endswith(DERIVED) and "._hp_mapping" not in p}
 
 
 @contextmanager
