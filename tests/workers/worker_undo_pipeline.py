@@ -118,9 +118,9 @@ class Trial:
             state=self.controller._run.state,
             wiring=wiring(engine),
         )
-        # Not part of the layout: what the clock has seen, and what the wrapper derives from weights and masters and makes anew in each
-        # change (the steps that follow show that it is right).
-        derived = ("backend.clock", "backend.wrapper")
+        # Not part of the layout: what the clock has seen; what the wrapper derives from weights and masters and makes anew in each change
+        # (the steps that follow show that it is right); what is made when it is first needed, and stays.
+        derived = ("backend.clock", "backend.wrapper", "backend.placeholders", "backend.own_steps._hooked", "base._optimizer_step_")
         return {p: there for p, there in seen.items() if not p.startswith(derived) and not p.endswith(DERIVED) and "._hp_mapping" not in p}
 
 
@@ -144,7 +144,7 @@ def wiring(engine: Any) -> dict[str, str]:
         "functions": [(id(f), type(f).__name__) for f in pipe.forward_funcs],
         "modules": list(pipe._modules),
         "map": pipe.fwd_map,
-        "names": list(engine.param_names.values()),
+        "names": [name for name in engine.param_names.values() if not name.startswith("smartfrz_")],
         "shapes told": not engine.first_output_send,
         "replicated": [(name, p.ds_pipe_replicated) for name, p in pipe.named_parameters()],
     }
