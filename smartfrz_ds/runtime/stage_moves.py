@@ -16,6 +16,7 @@ from smartfrz_ds.runtime.observers.protocol import LayoutChange, StepObserver
 from smartfrz_ds.telemetry.events import FreezeEvent
 
 from .freezer import Freezer
+from .memory_check import check_memory
 from .pauses import Pauses
 from .run_context import RunContext
 from .transact import transact
@@ -79,7 +80,12 @@ class StageMoves(StepObserver):
                     self._move(move.bounds, move.gain)
 
     def _check(self, bounds: Sequence[int]) -> None:
-        """Raise ValueError or RuntimeError, on every rank, where layers can't move to these bounds now. Collective."""
+        """Check everything that can refuse these bounds, memory first: then the layers that arrive are built. Collective.
+
+        Raises:
+            ValueError, RuntimeError: they can't be, on every rank; nothing was changed.
+        """
+        check_memory(self._run, self.rebalancer.memory_need(bounds), f"move layers to the bounds {list(bounds)}", keep=False)
         self.rebalancer.check(bounds)
         self._run.ranks.run_on_all_ranks(lambda: self._freezer.await_others(self._change()))
 

@@ -17,8 +17,9 @@ from reference.picture import differences, picture
 from torch import Tensor
 from workers import ranks, worker_pipeline, worker_tied
 
+from smartfrz_ds.backends import memory
 from smartfrz_ds.backends.pipeline import parcels
-from smartfrz_ds.errors import ChangeUndone
+from smartfrz_ds.errors import ChangeUndone, NotEnoughMemory
 
 LAST = "the last vote"
 DERIVED = ("._hp_grad", ".grad_accum")
@@ -93,6 +94,24 @@ class Trial:
                     self.fail(
                         f"{name}, a copy that fails within the exchange on rank {struck}", action, struck=struck, error="ValueError: zip"
                     )
+
+            self.crowd(name, action)
+
+    def crowd(self, name: str, action: Callable[[], Any]) -> None:
+        """Let the change be refused because one host has no room."""
+        before, own = self.picture(), memory.free_host_memory
+        memory.free_host_memory = lambda: 1000 if dist.get_rank() else None
+        try:
+            action()
+        except NotEnoughMemory as error:
+            said = str(error)
+        else:
+            raise AssertionError(f"{name}: not refused")
+        finally:
+            memory.free_host_memory = own
+        self.wrong += [f"{name}, without room: {text}" for text in differences(before, self.picture())]
+        if not said.startswith("not enough memory to move layers to the bounds [0, "):
+            self.wrong.append(said)
 
     def fail(self, where: str, action: Callable[[], Any], *, struck: int, error: str = "Injected: ") -> None:
         before, events = self.picture(), len(self.controller.report().events)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,32 @@ import torch.distributed as dist
 from torch import Tensor
 
 from smartfrz_ds.backends.deepspeed.flat.partition import STAGING_BYTES
+from smartfrz_ds.backends.memory import MemoryNeed
+
+
+@dataclass(frozen=True)
+class EntryBytes:
+    """What moves with one entry of the list. weights: bytes of its weights and buffers. state: bytes of its optimizer state on a rank."""
+
+    weights: int
+    state: int
+
+
+def memory_of_move(
+    leaving: Mapping[int, Sequence[EntryBytes]], arriving: Mapping[int, Sequence[EntryBytes]], device: torch.device
+) -> MemoryNeed:
+    """Return what a move holds at most above the level before it, on one rank.
+
+    Args:
+        leaving: The entries that leave, by the stage that gets them. They stay until the move is over, the weights maybe as copies; their
+            state is copied to the host, and packed there.
+        arriving: The entries that arrive, by the stage that they come from. Their state comes to the host first.
+        device: Where the weights live.
+    """
+    gone, come = ([entry for entries in way.values() for entry in entries] for way in (leaving, arriving))
+    staged = sum(min(STAGING_BYTES, sum(e.weights + e.state for e in entries)) for way in (leaving, arriving) for entries in way.values())
+    need = MemoryNeed.at(device, sum(e.weights for e in gone) + sum(e.weights + e.state for e in come))
+    return need + MemoryNeed.at(device, staged) + MemoryNeed(host=2 * sum(e.state for e in gone) + sum(e.state for e in come))
 
 
 class Shipment:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from smartfrz_ds.backends.cost import Bandwidths
+from smartfrz_ds.backends.memory import MemoryNeed
 from smartfrz_ds.backends.transaction import Transaction
 from smartfrz_ds.planner.width import Width
 
@@ -61,6 +62,10 @@ class Pipeline(Protocol):
             ValueError: The bounds are not possible. Raised on every rank.
             RuntimeError: Not at this time. Raised on every rank.
         """
+        ...
+
+    def memory_need(self, bounds: Sequence[int]) -> MemoryNeed:
+        """Return what a move to these bounds holds at most above the level before it, on this rank; nothing is changed."""
         ...
 
     def move(self, bounds: Sequence[int], tx: Transaction) -> int:

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from smartfrz_ds.backends.cost import Bandwidths
+from smartfrz_ds.backends.memory import MemoryNeed
 from smartfrz_ds.backends.transaction import Transaction
 from smartfrz_ds.config.sections import PipelineSettings
 from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.planner import Cluster, DoesNotFit, LayerCost, Link, best_cut, simulate
+from smartfrz_ds.planner.simulate import are_bounds
 from smartfrz_ds.planner.width import Width, better_width
 
+from .parcels import EntryBytes
 from .protocol import Pipeline, StageMove
 from .timing import EntryTimes
 
@@ -85,6 +88,15 @@ class Rebalancer(Pipeline):
             return self._backend.prepare(bounds, structures)
 
         self._built = self._ranks.run_on_all_ranks(prepare)
+
+    def memory_need(self, bounds: Sequence[int]) -> MemoryNeed:
+        """Return what a move to these bounds holds at most above the level before it, on this rank. Collective; nothing is changed."""
+        told = self._ranks.gather_objects(self._backend.moving())
+        each = max(rate for _, rate in told)
+        moving = {i: EntryBytes(weights, round(each * elements)) for entries, _ in told for i, (weights, elements) in entries.items()}
+        if not are_bounds(bounds, len(self.bounds) - 1, self.bounds[-1]):
+            return MemoryNeed()  # `check` refuses them
+        return self._backend.memory_of_move(bounds, moving)
 
     def move(self, bounds: Sequence[int], tx: Transaction) -> int:
         """Move layers so that these are the bounds, after `check`, within a transaction. Returns the bytes that this rank sent."""

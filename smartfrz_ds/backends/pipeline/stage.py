@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from smartfrz_ds.backends.deepspeed.base import DeepSpeedBackend
+from smartfrz_ds.backends.memory import MemoryNeed
 from smartfrz_ds.backends.transaction import Transaction
 from smartfrz_ds.config.sections import PipelineSettings
 from smartfrz_ds.distributed.collectives import Collectives
@@ -32,7 +33,8 @@ from smartfrz_ds.model.layers import Layer
 from smartfrz_ds.model.view import Need
 
 from .layers import PipelineLayer, held_modules, pipeline_layers, tied_uses, user_frozen_entries
-from .move_layers import build, check_bounds, rebalance, structure_of
+from .move_layers import build, check_bounds, owner, rebalance, structure_of
+from .parcels import EntryBytes, memory_of_move
 from .protocol import Pipeline
 from .rebalancer import Rebalancer
 from .schedule import (
@@ -185,6 +187,33 @@ class PipelineStage(_Base):
             held = [*module.parameters(), *module.buffers()]
             out[index] = sum(p.numel() for p in module.parameters() if p in known), sum(t.nbytes for t in held)
         return out
+
+    def moving(self) -> tuple[dict[int, tuple[int, int]], float]:
+        """What would move with each entry that this rank holds and that has a module.
+
+        Returns:
+            Of each entry the bytes of its weights and buffers, and the elements whose optimizer state would go along; and the bytes of that
+            state for one element, 0 where this stage trains nothing.
+        """
+        trained = self.trained()
+        with_state = {*trained, *self.kept_entries()}
+        entries = {}
+        for index, module in held_modules(self.engine.module).items():
+            weights = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+            entries[index] = weights, sum(p.numel() for p in module.parameters() if p in with_state)
+        return entries, self.optimizer_bytes() / sum(p.numel() for p in trained) if trained else 0.0
+
+    def memory_of_move(self, bounds: Sequence[int], moving: Mapping[int, EntryBytes]) -> MemoryNeed:
+        """Return what a move to these borders holds at most above the level before it. moving: of the entries of all stages."""
+        me, old = self.engine.stage_id, self.engine.module.parts
+        leaving: dict[int, list[EntryBytes]] = {}
+        arriving: dict[int, list[EntryBytes]] = {}
+        for index, entry in moving.items():
+            source, target = owner(old, index), owner(bounds, index)
+            if source != target and me in (source, target):
+                way, other = (leaving, target) if me == source else (arriving, source)
+                way.setdefault(other, []).append(entry)
+        return memory_of_move(leaving, arriving, self.device)
 
     def gradient_bytes(self) -> int:
         """Of the gradients that this stage holds before a step, in the dtype of its weights."""
