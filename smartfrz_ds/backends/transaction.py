@@ -45,6 +45,7 @@ class Transaction:
         self._undo: list[_Undo] = []
         self._on_commit: list[Callable[[], None]] = []
         self._heard = False  # whether a vote has told all ranks of the failure already
+        self._committed = False
         self.broken = False
 
     @contextmanager
@@ -120,6 +121,7 @@ class Transaction:
             ChangeFailed: another rank can't go on; the change is still to be rolled back.
         """
         self.vote()
+        self._committed = True
         self._undo.clear()
         for action in self._on_commit:
             action()
@@ -139,6 +141,8 @@ class Transaction:
         """
         if self.broken:
             raise FreezeError(f"a collective failed half-way: {error}") from error
+        if self._committed:
+            raise FreezeError(f"after the last vote: {error}") from error
         if not self._heard:
             self._failed_somewhere(failed=True)
         self._on_commit.clear()

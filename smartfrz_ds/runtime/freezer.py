@@ -321,8 +321,8 @@ class Freezer:
         Raises:
             RuntimeError: not at a step boundary, where the set is another one than now.
         """
-        self._note_layout()
-        self.change(set(frozen), kind="restore")
+        with self._noting_layout():
+            self.change(set(frozen), kind="restore")
 
     def restore_of(self, state: Mapping[str, Any], *, by_position: bool = False) -> Restored:
         """`restore` for a freeze state, whoever froze a layer: the user then and not now, or the other way round. Collective.
@@ -336,7 +336,6 @@ class Freezer:
         if users is None:  # of a version that left such layers alone
             self.restore(state["frozen"])
             return Restored()
-        self._note_layout()
         left, run = set(users["left"]), self._run
         ours = tuple(name for name in run.state.layers if name in left and name not in self._users.names)
 
@@ -344,19 +343,27 @@ class Freezer:
             if by_position and (ours or adopted):
                 run.ranks.run_on_all_ranks(lambda: self._users.check_positions(users, ours))
 
-        change = self.change(
-            {*state["frozen"], *ours},
-            kind="restore",
-            adopt=set(self._users.names) - left,
-            groups=self._users.groups_in(users),
-            check_adopted=check_positions,
-        )
+        with self._noting_layout():
+            change = self.change(
+                {*state["frozen"], *ours},
+                kind="restore",
+                adopt=set(self._users.names) - left,
+                groups=self._users.groups_in(users),
+                check_adopted=check_positions,
+            )
         return Restored(() if change is None else change.adopted, ours)
 
-    def _note_layout(self) -> None:
-        """Remember what is frozen, for the record of the load that follows."""
-        if self._before_load is None:
+    @contextmanager
+    def _noting_layout(self) -> Iterator[None]:
+        """Remember what is frozen before the block, for the record of the load that follows where it succeeds."""
+        noted = self._before_load
+        if noted is None:
             self._before_load = set(self._run.state.frozen)
+        try:
+            yield
+        except Exception:
+            self._before_load = noted
+            raise
 
     def layout_before_load(self) -> set[str]:
         """Return the frozen set before the load that is being recorded, and forget it."""

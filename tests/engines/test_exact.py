@@ -197,6 +197,16 @@ def test_optimizer_bytes_follow_the_active_share(outcomes: Outcomes, name: str) 
             assert abs(count - expected) <= 0.01 * expected
 
 
+@pytest.mark.distributed(1)
+def test_one_rank_equals_plain_torch(tmp_path: Path) -> None:
+    """On a single rank ZeRO-3's gathered parameters are views of their shards, which a freeze moves within their buffer."""
+    cells = [Cell(f"one-z{stage}", stage, plan=PREFIX, keep_state=100) for stage in (1, 2, 3)]
+    run_worker("exact", [dataclasses.asdict(c) for c in cells], tmp_path, ranks=1)
+    for cell in cells:
+        got = load_file(tmp_path / f"{cell.name}.0.safetensors")["weights"]
+        assert torch.equal(got, reference(cell, world=1).weights), cell.name
+
+
 COMPILED = {
     cell.name: cell
     for cell in [

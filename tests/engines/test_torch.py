@@ -246,7 +246,7 @@ def test_what_is_refused(folder: Path) -> None:
     words = {
         "shared unit": "share one FSDP unit",
         "no orig params": "use_orig_params=False",
-        "made before": "make it after the model is wrapped",
+        "made before": "create it over model.parameters() after the model has been wrapped",
         "static and no_sync": "static_graph=True) under no_sync",
         "join": "DistributedDataParallel.join()",
         "builtin hook": "built-in communication hook",

@@ -9,8 +9,7 @@ buffers. Touched in DeepSpeed 0.19.8, all in runtime/zero/stage3.py unless named
                __param_id_to_grad_partition, averaged_gradients, norm_for_param_grads, Parameter.ds_tensor
   numbering    param_dict, params_already_reduced, grad_position
   hooks        _grad_acc_hooks (made here: DeepSpeed's own way gathers every parameter to do it)
-  coordinator  runtime/zero/partitioned_param_coordinator.py: _invalidate_trace and the cache of __params_to_release;
-               runtime/zero/parameter_offload.py: partition_all_parameters, persistent_parameters
+  coordinator  see trace.py; runtime/zero/parameter_offload.py: partition_all_parameters, persistent_parameters
   parameters   runtime/zero/partition_parameters.py: ds_status, ds_persist, ds_active_sub_modules, ds_numel, partition, all_gather
 """
 
@@ -25,7 +24,6 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.utils import count_used_parameters_in_backward
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils.torch import register_grad_hook
 from torch import Tensor
 
@@ -41,6 +39,7 @@ from smartfrz_ds.errors import FreezeError
 
 from .base import ZeroParam
 from .replicas import Replicas
+from .trace import renew_trace
 
 _GRAD_PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 FrozenStorage = Literal["sharded", "replicated", "auto"]
@@ -222,7 +221,8 @@ class Zero3Backend(FlatBackend):
         self._number_params(groups)
         self._make_gradient_buffers(groups)
         self._make_hooks(groups)
-        self._renew_trace()
+        renew_trace(zero._get_param_coordinator())
+        self._follow_shards()
 
     def beyond_the_optimizer(self, tx: Transaction) -> None:
         before = set(self._replicas.params)
@@ -248,6 +248,17 @@ class Zero3Backend(FlatBackend):
         else:
             (zero.lp_param_buffer,) = fronts
         zero.fp16_partitioned_groups_flat = [flats[i] for i in live]
+
+    def _follow_shards(self) -> None:
+        """On a single rank a gathered parameter is a view of its shard, which may be somewhere else now."""
+        if dist.get_world_size() > 1:
+            return
+        param: ZeroParam
+        for param in (p for group in self.groups for p in group):
+            shard = param.ds_tensor.data
+            # partition_parameters.py, NoGatherHandle: `.to(device)` copies nothing where the shard is there already
+            if param.ds_status == ZeroParamStatus.AVAILABLE and param.data.device == shard.device:
+                param.data = shard.view(-1)[: param.ds_numel].view(param.ds_shape)
 
     def _number_params(self, groups: list[list[ZeroParam]]) -> None:
         zero = self.wrapper
@@ -295,20 +306,6 @@ class Zero3Backend(FlatBackend):
 
         zero._grad_acc_hooks = [register_grad_hook(p, hook_of(p)) for p in params]
         zero._remaining_grad_acc_hooks = 0
-
-    def _renew_trace(self) -> None:
-        """Let the coordinator record the order of modules anew.
-
-        A frozen prefix only shortens the trace, so DeepSpeed never sees a mismatch and goes on prefetching for a backward that no longer
-        happens; and what it once computed to be releasable is cached by step.
-        """
-        coordinator = self.wrapper._get_param_coordinator()
-        if not coordinator.is_invalid_trace():
-            coordinator._invalidate_trace()
-        cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
-        for cell in getattr(cached, "__closure__", None) or ():  # instrument_w_nvtx hides the lru_cache in its closure
-            if hasattr(cell.cell_contents, "cache_clear"):
-                cell.cell_contents.cache_clear()
 
     def _optimizer_bytes_of(self, param: ZeroParam) -> int:
         """Optimizer bytes that freezing `param` released on this rank: its master and moments, gradients not counted."""

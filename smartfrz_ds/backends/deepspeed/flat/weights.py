@@ -150,7 +150,7 @@ class FlatWeights:
         return tuple(operations)
 
     def trim(self, arrangement: Arrangement) -> bool:
-        """Move the weights to a storage without unused elements, where there are some.
+        """Move the weights to a storage without unused elements, where there are some and memory allows it.
 
         Args:
             arrangement: The order that the buffer has.
@@ -163,7 +163,11 @@ class FlatWeights:
             return False
         if needed:
             frozen = _to_the_end([place.holder for place in arrangement.frozen], needed)
-            Rearrangement(self, dataclasses.replace(arrangement, operations=(), capacity=needed, frozen=frozen)).run()
+            try:
+                move = Rearrangement(self, dataclasses.replace(arrangement, operations=(), capacity=needed, frozen=frozen))
+            except (MemoryError, RuntimeError):  # no room for a second copy: the unused elements stay
+                return False
+            move.run()
         else:
             self._buffer = self._buffer.new_empty(0)
         return True
