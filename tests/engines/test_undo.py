@@ -123,6 +123,17 @@ def test_an_undo_that_fails_on_one_rank_ends_the_run_on_all(launched: Callable[[
         )
 
 
+@pytest.mark.distributed(2)
+def test_a_change_for_which_a_host_has_no_room_is_refused_on_all_ranks(launched: Callable[[str], Path]) -> None:
+    """Both ranks are on one host: what they need adds up, and the smaller answer counts. DDP's buckets and the moments of a thaw."""
+    for rank in (0, 1):
+        found = json.loads((launched("z0") / f"no room.{rank}.json").read_text())
+        assert found["need"] == 3 * found["bytes"] and found["frozen"] == []
+        (said,) = found["said"]
+        assert said.startswith("NotEnoughMemory: not enough memory to thaw embeddings, blocks.0, blocks.1: on host "), said
+        assert f"its 2 ranks, 0 to 1, need {6 * found['bytes'] / 1000:.3g} kB ({6 * found['bytes']:,} bytes) of host memory" in said
+
+
 @pytest.mark.parametrize("settings", [{}, KEPT], ids=["fresh", "kept"])
 def test_an_error_at_any_line_is_undone_in_one_process(settings: dict[str, Any]) -> None:
     cell = Undo("plain", settings, USERS, lines=True, at_least=100)
