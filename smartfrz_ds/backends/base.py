@@ -118,6 +118,10 @@ class Backend(ABC):
     #: whether a parameter's post-accumulate-grad hooks run when it gets a gradient
     runs_grad_hooks = True
 
+    def stored(self, param: Parameter) -> Tensor:
+        """Return what this rank stores of a parameter of the model between two steps."""
+        return param.data
+
     def takes_part(self, param: Parameter) -> bool:
         """Whether a frozen parameter would get, or holds, a gradient."""
         return param.requires_grad or param.grad is not None

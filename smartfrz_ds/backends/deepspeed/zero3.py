@@ -87,6 +87,10 @@ class Zero3Backend(FlatBackend):
             groups[index] += params
         return groups
 
+    def stored(self, param: ZeroParam) -> Tensor:
+        # the parameter itself is empty; a model may hold others, which ZeRO-3 does not shard
+        return getattr(param, "ds_tensor", param.data)
+
     def layout(self, index: int, params: Sequence[ZeroParam]) -> FlatLayout:
         return FlatLayout(tuple(params), 1, sizes=tuple(p.partition_numel() for p in params))
 

@@ -80,8 +80,7 @@ class Readers(StepObserver):
 
     def _live(self) -> Iterator[Tensor]:
         run = self._run
-        # under ZeRO-3 a parameter is empty; DeepSpeed keeps this rank's part of it (runtime/zero/partition_parameters.py)
-        yield from chain((getattr(p, "ds_tensor", p.data) for p in run.model.parameters()), run.model.buffers())
+        yield from chain((run.backend.stored(p) for p in run.model.parameters()), run.model.buffers())
         yield from chain(run.backend.masters(), state_tensors(run.backend.base_optimizer().state))
 
     def after_change(self, change: LayoutChange) -> None:
