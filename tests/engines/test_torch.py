@@ -599,6 +599,7 @@ def test_groups_added_after_attach_are_refused() -> None:
     assert [len(group["params"]) for group in optimizer.param_groups] == [len(list(model.parameters())), 1]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # where this is the first test to import torch's optimizers
 def test_parameters_of_another_optimizer_are_named() -> None:
     model = Cell("").net()
     with pytest.warns(RuntimeWarning, match=r"does not hold all trainable parameters: inp\.bias, "):
