@@ -1,4 +1,4 @@
-"""What every backend offers the controller, and the parts that they share. Torch alone: nothing of an engine is imported here."""
+"""The interface between the controller and a backend, and the parts that backends share. Imports torch, but no engine."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class Released:
 
 
 class Backend(ABC):
-    """All that knows the inside of one kind of engine.
+    """The code that depends on the internals of one kind of engine.
 
-    Made once, at attach, when the optimizer has its full layout. `change` is collective and is called at a step boundary only.
+    Created once, at attach, when the optimizer has its full layout. `change` is collective and is called at a step boundary only.
     """
 
-    #: what a report calls this engine
+    #: the name of this engine in reports
     name: str
 
     def __init__(self, engine: Any) -> None:
@@ -66,13 +66,14 @@ class Backend(ABC):
 
     @property
     def is_sampling_rank(self) -> bool:
-        """Whether this process reads samples of what every data-parallel rank holds alike."""
+        """Whether this process reads the samples of tensors that are identical on all data-parallel ranks."""
         return self.rank == 0
 
     def find_layers(self, model: nn.Module, patterns: str | Sequence[str]) -> tuple[Layer, ...]:
-        """The layers with only those parameters that the optimizer holds: the others are the user's.
+        """Return the layers, with only those parameters that the optimizer holds: the others are the user's.
 
-        Raises ValueError as layers.find_layers.
+        Raises:
+            ValueError: As layers.find_layers.
         """
         held = {p for group in self.groups for p in group}
 
@@ -87,7 +88,7 @@ class Backend(ABC):
 
         return tuple(held_part(layer) for layer in find_layers(model, patterns))
 
-    #: what this engine can't give a policy (gradients, activations, lr_scale) -> the words for it
+    #: inputs that this engine can't give a policy (gradients, activations, lr_scale) -> their names in messages
     missing: Mapping[Need, str] = {}
 
     #: whether a change may put weights elsewhere in memory
@@ -97,18 +98,21 @@ class Backend(ABC):
     is_pipeline = False
 
     def partition(self) -> list[int] | None:
-        """Where the stages of a pipeline begin and end in its list of layers, (stages + 1,); None where there are none."""
+        """Bounds of a pipeline's stages in its list of layers, (stages + 1,); None if the engine is not a pipeline."""
         return None
 
     def pipeline(self, ranks: Collectives, settings: PipelineSettings, tied: TiedMode) -> Pipeline | None:
-        """What the controller asks of a pipeline beyond a backend's verbs; None where this engine is not one. Called once, at attach.
+        """Return the interface to the pipeline's stages; None if this engine is not a pipeline. Called once, at attach.
 
-        tied: the setting `smartfrz.tied`.
+        Args:
+            ranks: The collectives of this run.
+            settings: The settings of pipelines.
+            tied: The setting `smartfrz.tied`.
         """
         return None
 
     def forward_module(self, model: nn.Module) -> nn.Module:
-        """What to call for a forward of `model`, all ranks together."""
+        """Return the module to call for a forward of `model` on all ranks together."""
         return model
 
     def gradients_now(self) -> Iterable[Parameter]:
@@ -127,12 +131,17 @@ class Backend(ABC):
         return param.requires_grad or param.grad is not None
 
     def take_out(self, param: Parameter) -> None:
-        """Switch a frozen parameter off again that other code has switched on."""
+        """Freeze a frozen parameter again after other code has set `requires_grad`."""
         param.grad = None
         param.requires_grad_(False)
 
     def on_layout_changed(self, layers: Sequence[Layer], frozen: Collection[str]) -> None:  # noqa: B027 (most engines have nothing to do)
-        """Called after every change of the layout, and at the start: what the engine does beyond its optimizer. frozen: names."""
+        """Adapt the parts of the engine outside of its optimizer, after every change of the layout and at the start.
+
+        Args:
+            layers: All layers.
+            frozen: Names of the frozen ones.
+        """
 
     def equalize_copies(self, layers: Sequence[Layer], back: Collection[str], tx: Transaction) -> None:  # noqa: B027 (pipelines only)
         """Give weights of the layers `back`, which train again, the optimizer state of their copies on other ranks. Collective."""
@@ -154,15 +163,15 @@ class Backend(ABC):
 
     @abstractmethod
     def loss_scale(self) -> float:
-        """What losses are multiplied by now before backward (fp16), else 1."""
+        """Return the current factor of losses before backward (fp16), else 1."""
 
     @property
     def device(self) -> torch.device:
-        """Where this engine's parameters live."""
+        """The device of this engine's parameters."""
         return next(p for group in self.groups for p in group).device
 
     def active(self, index: int) -> list[Parameter]:
-        """The parameters of group `index` that are not frozen, in their order."""
+        """Return the parameters of group `index` that are not frozen, in their order."""
         return [p for p in self.groups[index] if p not in self.frozen]
 
     def trained(self) -> list[Parameter]:
@@ -170,7 +179,7 @@ class Backend(ABC):
         return [p for index in range(len(self.groups)) for p in self.active(index)]
 
     def group_options(self) -> list[dict[str, str]]:
-        """The settings of each parameter group of the torch optimizer, as text."""
+        """Return the settings of each parameter group of the torch optimizer, as text."""
         return [{k: repr(v) for k, v in g.items() if k != "params"} for g in self.base_optimizer().param_groups]
 
     #: layers of a pipeline that aren't among its layers, because the user froze all of them before the start
@@ -180,11 +189,19 @@ class Backend(ABC):
     takes_none: str = ""
 
     def given_group(self, param: Parameter) -> int | None:
-        """The index in `groups` of the group in which the optimizer was given this parameter, which it does not step; None: unknown."""
+        """Return the index in `groups` of the group in which the optimizer got this parameter, which it does not step; None: unknown."""
         return None
 
     def check_adopt(self, params: Mapping[Parameter, int], names: Mapping[Parameter, str]) -> None:
-        """Raise ValueError, by name, for parameters that can't train in these groups. To be called before `adopt`."""
+        """Check, before `adopt`, that these parameters can train in these groups.
+
+        Args:
+            params: Each with the index of its group in `groups`.
+            names: Names of the parameters.
+
+        Raises:
+            ValueError: Some cannot; names them.
+        """
         for param in params:
             if not param.is_floating_point():
                 raise ValueError(
@@ -195,15 +212,17 @@ class Backend(ABC):
     def adopt(self, params: Mapping[Parameter, int], order: Mapping[Parameter, int]) -> None:
         """Count parameters that required no gradient at attach as frozen ones, so that `change` can thaw them. Only bookkeeping.
 
-        params: each with the index of its group in `groups`. order: every parameter's place in the model. In its group a parameter stands
-        in front of the first one that comes behind it in the model: the order in which an optimizer over all of them would have it.
+        Args:
+            params: Each with the index of its group in `groups`. It is inserted in front of the first parameter of the group that follows
+                it in the model, which is the order of an optimizer over all of them.
+            order: Position of every parameter in the model.
         """
         for param, index in params.items():
             insert_in_order(self.groups[index], param, order)
         self.frozen.update(params)
 
     def disown(self, params: Collection[Parameter]) -> None:
-        """The inverse of `adopt`, for parameters that are frozen."""
+        """Undo `adopt`, for parameters that are frozen."""
         for group in self.groups:
             group[:] = [p for p in group if p not in params]
         self.frozen.difference_update(params)
@@ -211,14 +230,14 @@ class Backend(ABC):
 
     @abstractmethod
     def is_boundary(self) -> bool:
-        """Whether no gradient is pending: the optimizer may be changed now."""
+        """Whether no gradient is pending, so that the optimizer may be changed."""
 
     def gradients_pending(self) -> bool:
         """Whether the wrapper holds gradients, besides the parameters' own, that no step has used yet."""
         return False
 
     def pending_params(self) -> list[Parameter]:
-        """The active parameters that have, or may have, a gradient that no step has used."""
+        """Return the active parameters that have, or may have, a gradient that no step has used."""
         return [p for p in self.trained() if p.grad is not None]
 
     def drop_gradients(self) -> None:
@@ -226,11 +245,11 @@ class Backend(ABC):
         for param in self.trained():
             param.grad = None
 
-    #: the moment in the engine's own words
+    #: the step boundary in the engine's own terms
     boundary_words: str
 
     def not_a_boundary(self) -> str:
-        """The error's text where `is_boundary` is False: which gradients are pending, and what to do."""
+        """Return the error's text for `is_boundary` False: the pending gradients, and the remedy."""
         module = self.engine.module if hasattr(self.engine, "module") else self.engine
         names = {p: name.removeprefix("module.") for name, p in module.named_parameters()}
         held = [names.get(p, f"one of shape {tuple(p.shape)}") for p in self.pending_params()]
@@ -247,39 +266,39 @@ class Backend(ABC):
 
     @abstractmethod
     def masters(self) -> list[Tensor]:
-        """This rank's fp32 master tensors where they are separate from the model's weights, else nothing."""
+        """Return this rank's fp32 master tensors if they are separate from the model's weights, else nothing."""
 
     @abstractmethod
     def base_optimizer(self) -> torch.optim.Optimizer:
-        """The torch optimizer that holds the state."""
+        """Return the torch optimizer that holds the state."""
 
     def optimizer_bytes(self) -> int:
-        """Bytes of optimizer state and separate master weights on this rank, counted over the live storages."""
+        """Return the bytes of optimizer state and separate master weights on this rank, counted over the live storages."""
         return storage_bytes([*self.masters(), *state_tensors(self.base_optimizer().state)])
 
     @abstractmethod
     def reduced_bytes(self) -> int | None:
-        """Bytes of gradients that this rank hands to reductions in a step, without padding; 0 where no other rank shares them; None: not
-        known."""
+        """Return the bytes of gradients in a step's reductions, without padding; 0 if no other rank shares them; None if unknown."""
 
     @abstractmethod
     def sampler(self, requests: Sequence[SampleRequest], numel: int) -> Sampler:
-        """Compile requests against the layout of now. A sampler is dead after the next `change`."""
+        """Compile requests for a snapshot of `numel` elements against the current layout. The next `change` invalidates the sampler."""
 
     @abstractmethod
     def change_cost(self, out: Collection[Parameter], *, keep: bool) -> Cost:
-        """The bytes of a change after which exactly the parameters `out` are out of the optimizer: what its pause is predicted from.
+        """Return the bytes of a change, from which its pause is predicted. Changes and communicates nothing; the same on every rank.
 
-        Changes nothing, communicates nothing; the same on every rank.
-        keep: as `change`.
+        Args:
+            out: All parameters that are outside of the optimizer afterwards.
+            keep: As in `change`.
         """
 
     def check(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter]) -> None:
-        """Raise before anything is changed if this change can't be done.
+        """Check that this change is possible. Changes nothing.
 
         Raises:
-            RuntimeError: not at a step boundary.
-            ValueError: parameters that this optimizer does not hold, state that can't follow them, or nothing would be left to train.
+            RuntimeError: This is not a step boundary.
+            ValueError: The optimizer does not hold a parameter, its state cannot follow, or nothing would be left to train.
         """
         if not self.is_boundary():
             raise RuntimeError(self.not_a_boundary())
@@ -293,24 +312,24 @@ class Backend(ABC):
             raise ValueError(why)
 
     def uncuttable(self, changed: Collection[Parameter]) -> str:
-        """Why the optimizer's state can't follow these parameters out of the optimizer, or back; "" where it can. Not collective."""
+        """Return why the optimizer's state cannot follow these parameters out of the optimizer or back; "" if it can. Not collective."""
         return ""
 
     def memory_need(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool) -> MemoryNeed:
-        """Return what `change` holds at most above the level before it, on this rank. Not collective. Where unknown, nothing is refused."""
+        """Return the peak memory of `change` above the level before it, on this rank. Not collective. 0 bytes refuse nothing."""
         return MemoryNeed()
 
     @abstractmethod
     def change(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool, tx: Transaction) -> Released:
         """Take `freeze` out of the optimizer and put `thaw` back in. Collective, within a transaction that the caller ends.
 
-        Afterwards the active parameters' weights, masters, moments and step counts are bit-identical to before.
+        The weights, masters, moments and step counts of parameters that stay active keep their values bit for bit.
 
         Args:
             freeze: Parameters that leave.
             thaw: Parameters that return.
             keep: Whether the released state is kept on the host, so that a thaw can bring it back exactly.
-            tx: Takes the change back where it fails on any rank.
+            tx: Takes the change back if it fails on any rank.
         """
 
     def forget(self, params: Iterable[Parameter]) -> None:
@@ -323,30 +342,30 @@ class Backend(ABC):
         self._kept.update(entries)
 
     def kept_entries(self) -> dict[Parameter, Any]:
-        """Return what is kept of each parameter, for `set_kept_entries`."""
+        """Return the kept state of each parameter, for `set_kept_entries`."""
         return dict(self._kept)
 
     def set_kept_entries(self, entries: Mapping[Parameter, Any]) -> None:
-        """Bring back what `kept_entries` returned."""
+        """Restore the output of `kept_entries`."""
         self._kept.clear()
         self._kept.update(entries)
 
     @abstractmethod
     def kept_state(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """What this rank holds back for a thaw, as JSON and tensors (its own part); None where there is nothing."""
+        """Return this rank's part of the state that is kept for a thaw, as JSON data and tensors; None if there is nothing."""
 
     @abstractmethod
     def load_kept_state(self, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """The inverse, on the same number of ranks. The layout has the checkpoint's frozen set already."""
+        """Restore the output of `kept_state`, on the same number of ranks. The layout has the checkpoint's frozen set already."""
 
     def leave(self) -> None:  # noqa: B027 # most backends have nothing
-        """Take back, when freezing ends, what would outlive the engine on the model's parameters; no collective calls."""
+        """Remove, when freezing ends, everything that would outlive the engine on the model's parameters; no collective calls."""
 
     def verify(self) -> None:
-        """Check, after a change, what the contract promises and a glance can see; collective calls are not allowed here.
+        """Check, after a change, the parts of the contract that are cheap to check; collective calls are not allowed here.
 
         Raises:
-            FreezeError: names what is wrong.
+            FreezeError: The contract is broken; names where.
         """
         held = {id(p) for p in self.trained()}
         for param in self.frozen:
@@ -356,19 +375,19 @@ class Backend(ABC):
                 raise FreezeError(f"a frozen parameter of shape {tuple(param.shape)} is still in the optimizer")
 
     def step_count(self) -> int:
-        """Steps that the optimizer has taken, from its own counter where it has one, else 0. A thawed layer has begun to count anew."""
+        """Return the steps that the optimizer has taken, from its own counter if it has one, else 0. A thawed layer counts anew."""
         return max((int(state["step"]) for state in self.base_optimizer().state.values() if "step" in state), default=0)
 
 
 def insert_in_order(group: list[Parameter], param: Parameter, order: Mapping[Parameter, int]) -> None:
-    """Put `param` in front of the first parameter of `group` that comes behind it in the model. order: places in the model."""
+    """Insert `param` in front of the first parameter of `group` that follows it in the model. order: positions in the model."""
     place = order[param]
     at = next((k for k, other in enumerate(group) if order.get(other, -1) > place), len(group))
     group.insert(at, param)
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind `tensors`: a view that pins a large buffer counts in full."""
+    """Return the bytes of the distinct storages behind `tensors`: a view that pins a large buffer counts in full."""
     storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors) if s.nbytes()}
     return sum(storages.values())
 

@@ -1,6 +1,6 @@
-"""Optimizers with one state entry a parameter: what ZeRO-0's bare optimizer and every run without DeepSpeed have in common.
+"""Optimizers with one state entry per parameter: the common part of ZeRO-0's bare optimizer and of every run without DeepSpeed.
 
-Such an optimizer may hold parameters that the user froze before the start. They stay where the user put them, and say where they belong
+Such an optimizer may hold parameters that the user froze before the start. They stay in the group that the user chose, and return to it
 when the user thaws them.
 """
 
@@ -23,7 +23,12 @@ class EntryBackend(Backend):
     """A subclass fills a parameter group anew in `_regroup`."""
 
     def __init__(self, engine: Any, lists: Sequence[Sequence[Parameter]]) -> None:
-        """lists: the optimizer's parameters group by group, those that the user froze too."""
+        """Initialize.
+
+        Args:
+            engine: The engine.
+            lists: The optimizer's parameters group by group, including those that the user froze.
+        """
         super().__init__(engine)
         self._groups = [[p for p in params if p.requires_grad] for params in lists]
         self._order = [list(params) for params in lists]
@@ -69,16 +74,16 @@ class EntryBackend(Backend):
         return Cost(copied_bytes=self._copied_bytes(out - self.frozen, self.frozen - out))
 
     def _copied_bytes(self, freeze: Iterable[Parameter], thaw: Iterable[Parameter]) -> int:
-        """Bytes that a change copies on this rank; nothing is communicated for it."""
+        """Return the bytes that a change copies on this rank; it communicates nothing."""
         whole = sum(p.nbytes for p in freeze if p.untyped_storage().nbytes() != p.nbytes)
         return whole + 2 * sum(p.nbytes for p in thaw)  # two moments, as large as the weights
 
     @abstractmethod
     def _held(self, params: Sequence[Parameter]) -> list[Any]:
-        """Return what the optimizer holds for each of these active parameters: its state, and its master weight where there is one."""
+        """Return the optimizer's data for each of these active parameters: its state, and its master weight if there is one."""
 
     def memory_need(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool) -> MemoryNeed:
-        """As every backend's, with what the next step makes anew. What leaves is held until the last vote: it makes no room before."""
+        """Return the need, including state that the next step creates. Released state is held until the last vote, so it frees nothing."""
         need = MemoryNeed()
         for param, held in zip(freeze, self._held(freeze), strict=True):
             need += MemoryNeed.at(param.device, self._copied_bytes([param], ()))
@@ -91,7 +96,13 @@ class EntryBackend(Backend):
         return need
 
     def _returning_bytes(self, param: Parameter, home: Tensor, new: int) -> int:
-        """Bytes that the return of a parameter allocates where it lives. home: this rank's part of it. new: bytes of fresh state."""
+        """Return the bytes that the return of a parameter allocates on its device.
+
+        Args:
+            param: The parameter.
+            home: This rank's part of it.
+            new: Bytes of fresh state.
+        """
         if param not in self._kept:
             return new
         return sum(t.nbytes for t in tensors_in(self._kept[param]) if t.device != home.device)
@@ -119,12 +130,12 @@ class EntryBackend(Backend):
 
 
 def _here(param: Parameter) -> Tensor:
-    """This rank's part of a parameter."""
+    """Return this rank's part of a parameter."""
     inside = getattr(param, "_local_tensor", None)  # torch/distributed/tensor/_api.py: DTensor
     return inside if isinstance(inside, Tensor) else param
 
 
 def _bytes_each(param: Parameter, held: Any) -> float:
-    """Bytes of state for each element of a parameter; 0 where there is none yet."""
+    """Return the bytes of state for each element of a parameter; 0 if there is none yet."""
     count = _here(param).numel()
     return sum(t.nbytes for t in tensors_in(held) if t.ndim > 0) / count if count else 0.0

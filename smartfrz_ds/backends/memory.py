@@ -1,4 +1,4 @@
-"""How much memory a change of the layout needs, and how much is free where it would need it."""
+"""The memory that a change of the layout needs, and the memory that is free for it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class MemoryNeed:
 
     @classmethod
     def at(cls, device: torch.device, count: int) -> MemoryNeed:
-        """So many bytes on this device."""
+        """Return a need of `count` bytes on this device."""
         return cls(host=count) if device.type == "cpu" else cls(device=count)
 
     def __add__(self, other: MemoryNeed) -> MemoryNeed:
@@ -38,7 +38,7 @@ class FreeMemory:
     """Bytes that this process can still allocate; None where that can't be read.
 
     Attributes:
-        device: On its own device: what the device has left, and what torch's allocator holds back there without using it.
+        device: On its own device: free memory of the device, and unused memory that torch's allocator has reserved there.
         host: On the host; all processes of the host share it.
     """
 
@@ -47,7 +47,7 @@ class FreeMemory:
 
 
 def free_memory(device: torch.device) -> FreeMemory:
-    """Return what is free for this process. device: where its weights live."""
+    """Return the memory that is free for this process. device: the device of its weights."""
     return FreeMemory(device=None if device.type == "cpu" else free_device_memory(device), host=free_host_memory())
 
 
@@ -62,14 +62,14 @@ def free_host_memory(root: Path = Path("/")) -> int | None:
 
 
 def _available(file: Path) -> Iterator[int]:
-    """MemAvailable: with what the kernel would take back from its caches."""
+    """Yield MemAvailable, in bytes, which includes caches that the kernel would reclaim."""
     for line in _lines(file):
         if line.startswith("MemAvailable:"):
             yield int(line.split()[1]) * 1024
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:
-    """The limits of this process's control groups, and of those around them, minus what counts against them."""
+    """Yield the bytes left below the limits of this process's control groups and of their parents."""
     mounts = root / "sys/fs/cgroup"
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
@@ -83,7 +83,7 @@ def _left_in_groups(root: Path) -> Iterator[int]:
 
 
 def _left(top: Path, path: str, *, limit: str, used: str, cache: str) -> Iterator[int]:
-    """What is left in a group and in all groups around it. In a container the path may be the host's, of which only `top` is there."""
+    """Yield the bytes left in a group and in its parents. In a container the path may be the host's, of which only `top` exists."""
     folder = top if ".." in path else top / path.strip("/")
     for group in (folder, *folder.parents):
         if group == top.parent:

@@ -1,4 +1,4 @@
-"""Asking an engine's inside whether a feature is on, so that an attribute that a release renamed is noticed: nothing has a default."""
+"""Queries of an engine's attributes for features that are on. Nothing has a default, so that a renamed attribute is noticed."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Any
 
 
 class CannotTell(Exception):
-    """An attribute that says whether a feature is on is missing, or is of another kind. The message goes on from "DeepSpeed N"."""
+    """An attribute that shows whether a feature is on is missing, or has an unexpected type. The message continues "DeepSpeed N"."""
 
 
 def ask(root: Any, path: str) -> Any:
-    """The value at a path such as "checkpoint_engine.is_decoupled()".
+    """Return the value at a path such as "checkpoint_engine.is_decoupled()".
 
     Args:
-        root: an object or a module.
-        path: attributes by dots; one with "()" is called without arguments.
+        root: An object or a module.
+        path: Attributes, separated by dots; one with "()" is called without arguments.
 
     Raises:
-        CannotTell: an attribute of the path is missing. DeepSpeedEngine hands unknown names on to the user's model (__getattr__): one of
-            the model's does not count.
+        CannotTell: An attribute of the path is missing. DeepSpeedEngine passes unknown names on to the user's model (__getattr__):
+            attributes of the model do not count.
     """
     found = root
     for part in path.split("."):
@@ -34,10 +34,10 @@ def ask(root: Any, path: str) -> Any:
 
 
 def ask_switch(root: Any, path: str) -> bool:
-    """As `ask`, of something that is on or off; None is off.
+    """Return a switch as `ask` does; None is off.
 
     Raises:
-        CannotTell: also where the value is neither, as a method would be that was an attribute.
+        CannotTell: As `ask`, or if the value is not a switch, such as a method that was an attribute.
     """
     value = ask(root, path)
     if value is not None and not isinstance(value, bool | int):
@@ -46,10 +46,10 @@ def ask_switch(root: Any, path: str) -> bool:
 
 
 def ask_count(root: Any, path: str) -> int:
-    """As `ask`, of a number; an enumeration of numbers is one.
+    """Return a number as `ask` does; an enumeration of numbers counts as one.
 
     Raises:
-        CannotTell: also where the value is not a number.
+        CannotTell: As `ask`, or if the value is not a number.
     """
     value = ask(root, path)
     if not isinstance(value, int):
@@ -61,7 +61,7 @@ def ask_late(function: Any, name: str) -> None:
     """Check that a function still uses this attribute, which its objects get only later, so that `ask` can't find it yet.
 
     Raises:
-        CannotTell: it doesn't.
+        CannotTell: The function does not use it.
     """
     whole = inspect.unwrap(function)
     if name not in whole.__code__.co_names:

@@ -11,11 +11,12 @@ from torch.nn import Parameter
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Which weights of one parameter go where in the snapshot.
+    """The sampled weights of one parameter, and their positions in the snapshot.
 
-    param: the parameter.
-    elements: (n,) int64, indices into the flattened parameter.
-    slots: (n,) int64, positions in the flattened snapshot [layers, sample_size].
+    Attributes:
+        param: The parameter.
+        elements: (n,) int64, indices into the flattened parameter.
+        slots: (n,) int64, positions in the flattened snapshot [layers, sample_size].
     """
 
     param: Parameter
@@ -32,11 +33,11 @@ class Sampler:
 
     @torch.no_grad()
     def read(self, device: torch.device) -> Tensor:
-        """A (numel,) fp32 tensor with this rank's samples in their slots and zeros elsewhere."""
+        """Return a (numel,) fp32 tensor with this rank's samples in their slots and zeros elsewhere."""
         out = torch.zeros(self.numel, dtype=torch.float32, device=device)
         for buffer, elements, slots in self.parts:
             data = buffer.detach()
-            # not contiguous: channels_last, or a view of somebody's
+            # not contiguous: channels_last, or a view of the user's
             flat = data.is_contiguous()
             values = data.view(-1).index_select(0, elements) if flat else data[torch.unravel_index(elements, data.shape)]
             out.index_copy_(0, slots.to(device), values.to(device=device, dtype=torch.float32))

@@ -1,7 +1,7 @@
 """A change of an engine's layout that all ranks either carry out or take back.
 
 The code of a change reads straight down. Each part that changes something is a `step` with the action that undoes it; before and after each
-collective all ranks vote; what the change releases is let go after the last vote:
+collective all ranks vote; memory that the change no longer needs is released after the last vote:
 
     with tx.step("unlink", undo=self.relink):
         ...                                   # local: an error here brings every rank back
@@ -23,7 +23,7 @@ from smartfrz_ds.errors import FreezeError
 
 
 class ChangeFailed(Exception):
-    """A vote failed: some rank can't go on. Raised on every rank, and caught by whoever runs the transaction."""
+    """A vote failed: some rank can't go on. Raised on every rank, and caught by the code that runs the transaction."""
 
 
 @dataclass(frozen=True)
@@ -101,24 +101,24 @@ class Transaction:
         self._error = self._error or error
 
     def on_commit(self, action: Callable[[], None]) -> None:
-        """Run `action` after the last vote: it lets go of what only a rollback would need. It must not fail."""
+        """Run `action` after the last vote: it releases everything that only a rollback would need. It must not fail."""
         self._on_commit.append(action)
 
     def vote(self) -> None:
         """Tell all ranks that this one can go on. Collective.
 
         Raises:
-            ChangeFailed: another rank can't.
+            ChangeFailed: Another rank cannot.
         """
         if self._failed_somewhere(failed=False):
             self._heard = True
             raise ChangeFailed("another rank could not go on")
 
     def finish(self) -> None:
-        """Hold the last vote, then let go of what the change released. Collective.
+        """Hold the last vote, then run the actions of `on_commit`. Collective.
 
         Raises:
-            ChangeFailed: another rank can't go on; the change is still to be rolled back.
+            ChangeFailed: Another rank can't go on; the change is still to be rolled back.
         """
         self.vote()
         self._committed = True
@@ -128,16 +128,16 @@ class Transaction:
         self._on_commit.clear()
 
     def roll_back(self, error: Exception) -> str:
-        """Bring every rank back to the layout before. Collective, on every rank, after any error.
+        """Bring every rank back to the previous layout. Collective, on every rank, after any error.
 
         Args:
-            error: What this rank raised: its own error, or the `ChangeFailed` of a vote.
+            error: The error of this rank: its own, or the `ChangeFailed` of a vote.
 
         Returns:
-            Why the change failed: the errors of the ranks that had one, as text; the same on every rank.
+            The reason: the errors of the ranks that had one, as text; the same on every rank.
 
         Raises:
-            FreezeError: a rank could not undo its part, or a collective has failed; on every rank that can still be reached.
+            FreezeError: A rank could not undo its part, or a collective has failed; on every rank that can still be reached.
         """
         if self.broken:
             raise FreezeError(f"a collective failed half-way: {error}") from error

@@ -1,4 +1,4 @@
-"""What the backends of all DeepSpeed engines have in common.
+"""The common part of the backends of all DeepSpeed engines.
 
 Touched in DeepSpeed 0.19.8:
   runtime/engine.py   _get_optimizer_loss_scale, managed_gradient_accumulation, micro_steps, gradient_accumulation_steps, optimizer,
@@ -56,7 +56,7 @@ class DeepSpeedBackend(Backend):
         self.engine.optimizer.zero_grad()
 
     def reduced_bytes(self) -> int | None:
-        """The active parameters in `communication_data_type`, under ZeRO-2 and 3 once for each micro-batch."""
+        """Return the bytes of the active parameters in `communication_data_type`, under ZeRO-2 and 3 once for each micro-batch."""
         engine = self.engine
         if engine.seq_dp_world_size <= 1:
             return 0
@@ -65,26 +65,26 @@ class DeepSpeedBackend(Backend):
         return reductions * elements * int(engine.communication_data_type.itemsize)
 
     def names(self) -> dict[Parameter, str]:
-        """The names of the model's parameters."""
+        """Return the names of the model's parameters."""
         return {p: n for n, p in self.engine.module.named_parameters()}
 
     #: whether the wrapper can't do with an empty group
     needs_placeholder = False
 
     def group_lists(self) -> list[list[list[Parameter]]]:
-        """The lists in which this backend notes what belongs to each parameter group; the last one has the optimizer's order."""
+        """Return the lists in which this backend notes the members of each parameter group; the last one has the optimizer's order."""
         return [self.groups]
 
     def uncuttable_later(self) -> str:
-        """Why no layer will freeze once the optimizer has stepped, known at the start already; "" where nothing says so."""
+        """Return why no layer can freeze once the optimizer has stepped, as far as the start can tell; "" if nothing prevents it."""
         return ""
 
     @abstractmethod
     def weight_state(self, weight: Parameter) -> WeightState:
-        """The optimizer's state of one active weight, whole."""
+        """Return the optimizer's state of one active weight, whole."""
 
     def before_optimizer(self) -> None:  # most wrappers need nothing
-        """Called right before the optimizer's step in a pipeline, of which a stage may be left without any gradient."""
+        """Prepare the optimizer's step in a pipeline, of which a stage may be left without any gradient."""
 
     # --- checkpoints ------------------------------------------------------------------------------------------------------------
 
@@ -94,11 +94,11 @@ class DeepSpeedBackend(Backend):
     model_files = "mp_rank_00_model_states.pt"
 
     def saving(self) -> AbstractContextManager[None]:
-        """For the time of DeepSpeed's save: this package's own things look like DeepSpeed's."""
+        """Make the engine look like DeepSpeed's own for the duration of a save, which is the block."""
         return nullcontext()
 
     def loading(self) -> AbstractContextManager[None]:
-        """For the time of DeepSpeed's load. Collective."""
+        """Prepare a load by DeepSpeed, which is the block. Collective."""
         return nullcontext()
 
     @property
@@ -107,25 +107,34 @@ class DeepSpeedBackend(Backend):
         return False
 
     def state_extras(self) -> dict[str, Any]:
-        """What DeepSpeed's files don't hold of the optimizer, JSON-able; the same on all ranks, but in a pipeline."""
+        """Return the optimizer data that DeepSpeed's files lack, JSON-serializable; the same on all ranks except in a pipeline."""
         return {}
 
     @abstractmethod
     def load_state_extras(self, saved: Mapping[str, Any], *, universal: bool) -> None:
-        """The inverse, after DeepSpeed has loaded. universal: it has loaded a checkpoint of maybe another number of ranks."""
+        """Restore the output of `state_extras` after DeepSpeed has loaded.
+
+        Args:
+            saved: The output of `state_extras`.
+            universal: Whether a universal checkpoint was loaded, which may come from another number of ranks.
+        """
 
     def check_groups(self, saved: Mapping[str, Any]) -> None:  # a pipeline's stages have something to check
-        """Raise ValueError where this rank's optimizer holds other parameters, or in another order, than the checkpoint's.
+        """Check that this rank's optimizer holds the checkpoint's parameters, in the same order.
 
-        saved: `state_extras` of this rank, of a pipeline.
+        Args:
+            saved: `state_extras` of this rank of a pipeline.
+
+        Raises:
+            ValueError: It does not.
         """
 
     @abstractmethod
     def kept_state(self, only: Collection[Parameter] | None = None) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """As of every backend. only: of these parameters, where given."""
+        """Return the kept state as Backend.kept_state does. only: of these parameters, if given."""
 
     def emptied_groups(self, frozen: Sequence[Parameter]) -> list[int]:
-        """Parameter groups of which nothing is active with these parameters frozen and which DeepSpeed still steps (the placeholder)."""
+        """Return the parameter groups that these frozen parameters leave without an active one but that DeepSpeed still steps."""
         gone = set(frozen)
         return [i for i, group in enumerate(self.groups) if gone.issuperset(group)]
 
@@ -145,7 +154,7 @@ class DeepSpeedBackend(Backend):
                 self.load_frozen_weight(param, name, states)
 
     def load_frozen_weight(self, param: Parameter, name: str, states: Sequence[Mapping[str, Any]]) -> None:
-        """One frozen weight, from the model files (of all ranks, where `weights_are_cut`)."""
+        """Load one frozen weight from the model files (of all ranks, if `weights_are_cut`)."""
         param.copy_(states[0]["module"][name])
 
 

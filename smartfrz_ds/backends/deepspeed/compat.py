@@ -1,4 +1,4 @@
-"""What this package was tested with, and what it refuses at start rather than get wrong later."""
+"""The tested DeepSpeed versions, and the features that are refused at the start."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ TESTED_DEEPSPEED = SpecifierSet("==0.19.8")
 
 
 def check_version(*, allow_untested: bool) -> str | None:
-    """Refuse a DeepSpeed that was not tested, or return a warning when the user insists.
+    """Refuse an untested DeepSpeed, or return a warning if the user allows it.
 
     Raises:
-        ValueError: names the installed and the tested versions and the setting that overrides it.
+        ValueError: Names the installed and the tested versions and the setting that overrides the check.
     """
     if TESTED_DEEPSPEED.contains(deepspeed.__version__, prereleases=True):
         return None
@@ -36,11 +36,11 @@ def check_version(*, allow_untested: bool) -> str | None:
 
 
 def check_engine(engine: DeepSpeedEngine) -> None:
-    """Refuse an engine that uses what freezing does not work with yet.
+    """Refuse an engine with a feature that freezing does not support yet.
 
     Raises:
-        ValueError: names each feature, the key that turned it on and who set it, and what to do instead; or the attribute without which
-            it can't be told whether a feature is on.
+        ValueError: Names each feature, the key that turned it on, where that was set, and the remedy; or the missing attribute that
+            would show whether a feature is on.
     """
     raw = config_of(engine)
     refused, unknown = [], []
@@ -71,7 +71,7 @@ def check_engine(engine: DeepSpeedEngine) -> None:
 
 
 def config_of(engine: DeepSpeedEngine) -> dict[str, Any]:
-    """The config that DeepSpeed has read (runtime/config.py), to say who turned a feature on; empty where it can't be found."""
+    """Return the config that DeepSpeed has read (runtime/config.py), for messages; empty if it can't be found."""
     found = getattr(getattr(engine, "_config", None), "_param_dict", None)
     return dict(found) if isinstance(found, dict) else {}
 
@@ -94,7 +94,7 @@ def _stage(engine: DeepSpeedEngine) -> int:
 
 
 def _offload(engine: DeepSpeedEngine, which: str, option: str) -> Any:
-    """An option of an offload section (runtime/zero/offload_config.py); None where the section is missing."""
+    """Return an option of an offload section (runtime/zero/offload_config.py); None if the section is missing."""
     found = ask(engine, f"_config.zero_config.{which}")
     return None if found is None else ask(found, option)
 
@@ -125,7 +125,7 @@ def _tensor_parallel(engine: DeepSpeedEngine) -> bool:
 
 
 def _mpu_tensor_size(mpu: Any) -> int:
-    """Ranks of one tensor-parallel group, as the mpu names it (utils/bwc.py); 1 where it knows of none."""
+    """Return the ranks of one tensor-parallel group, under the names of the mpu (utils/bwc.py); 1 if it has none."""
     if hasattr(mpu, "initialize_sequence_parallel"):  # utils/groups.py: Ulysses' mpu, whose "model parallel" group is the sequence's
         return 1
     for name in ("get_tensor_model_parallel_world_size", "get_slice_parallel_world_size", "get_model_parallel_world_size"):
@@ -140,7 +140,7 @@ def _sequence_parallel(engine: DeepSpeedEngine) -> bool:
 
 
 def _other_mpu(engine: DeepSpeedEngine) -> bool:
-    """An mpu that is neither AutoTP's nor Ulysses': those have names of their own."""
+    """Whether there is an mpu that is neither AutoTP's nor Ulysses': those have names of their own."""
     if _pipeline(engine) or ask(engine, "mpu") is None:
         return False
     return not _tensor_parallel(engine) and not _sequence_parallel(engine)
@@ -200,7 +200,7 @@ _USES: dict[str, Callable[[DeepSpeedEngine], bool]] = {
 
 
 def _leaf_modules(engine: DeepSpeedEngine, raw: dict[str, Any]) -> list[str]:
-    """Leaf modules matter to ZeRO-3 alone; DeepSpeed marks them at every stage (runtime/engine.py, _configure_distributed_model)."""
+    """Describe leaf modules under ZeRO-3; DeepSpeed marks them at every stage (runtime/engine.py, _configure_distributed_model)."""
     if _stage(engine) != 3 or ask(engine, "basic_optimizer") is None:
         return []
     is_leaf = ask(deepspeed.utils, "z3_leaf_module")
@@ -213,7 +213,7 @@ def _leaf_modules(engine: DeepSpeedEngine, raw: dict[str, Any]) -> list[str]:
 
 
 def _waiting_gradients(engine: DeepSpeedEngine, raw: dict[str, Any]) -> list[str]:
-    """Backend.is_boundary looks for gradients of another dtype, which stage_1_and_2.py puts into `grad_accum` where it keeps them apart."""
+    """Check `grad_accum`, where Backend.is_boundary finds the separate gradients of another dtype of stage_1_and_2.py."""
     # BF16_Optimizer, which serves stage 1 with fp32 accumulation (engine.py), has no such attribute: its own are looked at in wrapped16.py.
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer) and ask_switch(engine, "optimizer.use_separate_grad_accum"):
         for group in ask(engine, "optimizer.bit16_groups"):
@@ -223,7 +223,7 @@ def _waiting_gradients(engine: DeepSpeedEngine, raw: dict[str, Any]) -> list[str
 
 
 def _tied_gradients(engine: DeepSpeedEngine, raw: dict[str, Any]) -> list[str]:
-    """TiedWeights.reduce looks for a gradient in `_hp_grad`, which BF16_Optimizer hangs on a parameter in its first backward."""
+    """Check `_hp_grad`, which BF16_Optimizer sets on a parameter in its first backward and TiedWeights.reduce reads."""
     if _pipeline(engine) and ask_switch(engine, "using_bf16_optimizer"):
         for path in ("optimizer._update_hp_grad", "_exec_reduce_tied_grads"):  # where it is written, and where DeepSpeed reads it
             ask_late(ask(engine, path), "_hp_grad")

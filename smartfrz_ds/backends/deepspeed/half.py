@@ -50,8 +50,8 @@ class Bf16Backend(FlatBackend):
         return any(seen for group in self.wrapper.fp32_groups_has_gradients for seen in group)
 
     def before_optimizer(self) -> None:
-        # The norm (runtime/utils.py, get_global_norm_of_tensors) can't do with no gradient at all; on a frozen stage the placeholder's,
-        # zeros, stand in.
+        # The norm (runtime/utils.py, get_global_norm_of_tensors) needs at least one gradient; a frozen stage passes the placeholder's,
+        # which is zeros.
         for index in range(len(self.groups)):
             if not self.active(index):
                 self.wrapper.fp32_groups_has_gradients[index] = [True]
@@ -61,7 +61,7 @@ class Bf16Backend(FlatBackend):
         try:
             yield
         finally:
-            # After a load DeepSpeed's accessors still show the optimizer state of before, and keep it alive.
+            # After a load DeepSpeed's accessors still show the previous optimizer state, and keep it alive.
             link(self.wrapper, self.masters())
 
     def before_change(self) -> None:

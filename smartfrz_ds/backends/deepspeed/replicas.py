@@ -21,8 +21,8 @@ from .base import ZeroParam
 class Replicas:
     """The parameters that are kept whole. The shard stays too: checkpoints read it.
 
-    frozen: "sharded", "replicated" or "auto". In every mode a small parameter that DeepSpeed keeps gathered between steps
-    (stage3_param_persistence_threshold) stays so without being gathered again after each step.
+    In every mode a small parameter that DeepSpeed keeps gathered between steps (stage3_param_persistence_threshold) stays gathered, and
+    is not gathered again after each step. `frozen` is "sharded", "replicated" or "auto".
     """
 
     def __init__(self, zero: Any, frozen: Literal["sharded", "replicated", "auto"]) -> None:
@@ -35,7 +35,7 @@ class Replicas:
         zero.parameter_offload.partition_all_parameters = self._partition_all_but_replicas
 
     def gathered_by(self, frozen: set[ZeroParam], released: Mapping[ZeroParam, int]) -> int:
-        """Bytes, whole, that `update` would gather between two steps, where nothing but small parameters is whole."""
+        """Return the bytes of whole parameters that `update` would gather between two steps, when only small ones are gathered."""
         new = [p for p in self._choose(frozen, released) if p not in self.params]
         return sum(_whole_bytes(p) for p in new if p.ds_status == ZeroParamStatus.NOT_AVAILABLE)
 
@@ -44,9 +44,14 @@ class Replicas:
         self._make(dict.fromkeys(sorted(before, key=lambda p: p.ds_id)))
 
     def update(self, frozen: set[ZeroParam], released: Mapping[ZeroParam, int]) -> int:
-        """Decide anew for this frozen set and carry it out. Collective where something must be gathered; returns the bytes of that, whole.
+        """Decide which parameters of this frozen set are kept whole, and gather or release them. Collective if any must be gathered.
 
-        released: optimizer bytes that the freeze of each parameter let go on this rank; the same on all ranks.
+        Args:
+            frozen: All frozen parameters.
+            released: Optimizer bytes that freezing each of them released on this rank; the same on all ranks.
+
+        Returns:
+            Bytes of the gathered parameters, whole.
         """
         return self._make(self._choose(frozen, released))
 
@@ -68,7 +73,7 @@ class Replicas:
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
-        """For the time of a save: what stays gathered is written as its shards only, like all others; without communication."""
+        """Hide the replicas during a save, which is the block: only their shards are written. Without communication."""
         whole: dict[ZeroParam, Tensor] = {p: p.data for p in self.params if p.ds_status == ZeroParamStatus.AVAILABLE}
         for param in whole:
             param.data = torch.empty(0, dtype=param.dtype, device=param.device)  # as free_param does
@@ -80,7 +85,7 @@ class Replicas:
                 param.data, param.ds_status = data, ZeroParamStatus.AVAILABLE
 
     def leave(self) -> None:
-        """Every parameter is DeepSpeed's again: another engine may take the model."""
+        """Return every parameter to DeepSpeed's control, so that another engine may take the model."""
         for param in list(self.params):
             self._let_go(param)
         self.zero.persistent_parameters[:] = self._persistent
@@ -103,9 +108,9 @@ class Replicas:
             param.partition()
 
     def _partition(self, param: ZeroParam, param_list: Any = None, has_been_updated: bool = False, **kwargs: Any) -> None:
-        """Stands in for `param.partition`: a replica stays whole, unless somebody has changed it (GatheredParameters).
+        """Replace `param.partition`: a replica stays whole, unless the user has changed it (GatheredParameters).
 
-        Called through another parameter of a list, DeepSpeed's own partition frees a replica; its next use gathers it once more.
+        If DeepSpeed's own partition is called through another parameter of a list, it frees a replica; its next use gathers it again.
         """
         _, original = self.params[param]
         if has_been_updated:

@@ -1,4 +1,4 @@
-"""The optimizer's state of one weight, whole: to be given to another copy of it (tied weights on two stages of a pipeline)."""
+"""The whole optimizer state of one weight, to be copied to its other copy (tied weights on two stages of a pipeline)."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class WeightState(Protocol):
     """Tensors by name, and numbers such as the step count."""
 
     def about(self) -> dict[str, Any]:
-        """tensors: {name: (shape, dtype)}. numbers: {name: value}."""
+        """Return "tensors", {name: (shape, dtype)}, and "numbers", {name: value}."""
         ...
 
     def read(self, name: str) -> Tensor:
-        """A tensor, whole. Collective over the ranks that share the state."""
+        """Return a tensor, whole. Collective over the ranks that share the state."""
         ...
 
     def write(self, name: str, value: Tensor) -> None:
-        """Replace a tensor. value: whole."""
+        """Replace a tensor by a whole one."""
         ...
 
     def set_numbers(self, numbers: dict[str, Any]) -> None:
@@ -41,7 +41,7 @@ class WeightState(Protocol):
 
 
 class EntryState:
-    """Of an optimizer with one entry a parameter."""
+    """The state in an optimizer with one entry per parameter."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, weight: Parameter) -> None:
         self._state, self._weight = optimizer.state, weight
@@ -64,7 +64,7 @@ class EntryState:
 
 
 class FlatWeightState:
-    """Of a flat partition, in which the weight is one stretch among others; with its master weight."""
+    """The state in a flat partition, of which the weight is one stretch; with its master weight."""
 
     def __init__(self, backend: FlatBackend, weight: Parameter) -> None:
         self._backend, self._weight = backend, weight

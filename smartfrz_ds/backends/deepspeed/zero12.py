@@ -36,7 +36,7 @@ from smartfrz_ds.backends.deepspeed.flat.partition import FlatLayout
 
 
 class Zero12Backend(FlatBackend):
-    """Partitions stay balanced: the kept elements are dealt out anew, and only what changes its owner is sent."""
+    """Keeps partitions balanced: the remaining elements are redistributed, and only those that change their owner are sent."""
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
@@ -95,7 +95,7 @@ class Zero12Backend(FlatBackend):
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """An emptied group is written, and compared, as one without elements: zero_to_fp32.py would report a weight too many."""
+        """Save and compare an emptied group as one without elements: zero_to_fp32.py would report a weight too many."""
         zero = self.wrapper
         emptied = [i for i in range(len(self.groups)) if not self.active(i)]
         old = [(zero.groups_padding[i], zero.round_robin_bit16_padding[i], zero._param_slice_mappings[i]) for i in emptied]
@@ -114,7 +114,7 @@ class Zero12Backend(FlatBackend):
             with self.saving():
                 yield
         finally:
-            # After a load DeepSpeed's accessors still show the optimizer state of before, and keep it alive.
+            # After a load DeepSpeed's accessors still show the previous optimizer state, and keep it alive.
             link(self.wrapper, self.masters())
 
     def before_change(self) -> None:

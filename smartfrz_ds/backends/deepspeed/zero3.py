@@ -141,7 +141,7 @@ class Zero3Backend(FlatBackend):
         return zero.param_groups_fp16_flat_cpu_memory[list(dict.fromkeys(self._group_ids)).index(self._group_ids[index])]
 
     def weight_buffers(self) -> dict[int, FlatWeights]:
-        """Sub-groups share them: one for the whole model, or one for each parameter group."""
+        """Return the buffers, which sub-groups share: one for the whole model, or one for each parameter group."""
         made: dict[int, FlatWeights] = {}
         for i in range(len(self.groups)):
             first = next(k for k in range(len(self.groups)) if self._buffer_of(k) == self._buffer_of(i))
@@ -152,7 +152,7 @@ class Zero3Backend(FlatBackend):
         return self._group_ids[index] if self.wrapper.offload_param else 0
 
     def _members(self) -> list[list[int]]:
-        """The sub-groups that share a buffer, buffer by buffer."""
+        """Return the sub-groups that share a buffer, buffer by buffer."""
         members: dict[int, list[int]] = {}
         for i in range(len(self.groups)):
             members.setdefault(self._buffer_of(i), []).append(i)
@@ -254,7 +254,7 @@ class Zero3Backend(FlatBackend):
         zero.fp16_partitioned_groups_flat = [flats[i] for i in live]
 
     def _follow_shards(self) -> None:
-        """On a single rank a gathered parameter is a view of its shard, which may be somewhere else now."""
+        """Point gathered parameters at their shards again: on a single rank they are views of shards that may have moved."""
         if dist.get_world_size() > 1:
             return
         param: ZeroParam
@@ -294,7 +294,7 @@ class Zero3Backend(FlatBackend):
                 master.grad = gradient.to(zero.subgroup_to_device[k])
 
     def _make_hooks(self, groups: list[list[ZeroParam]]) -> None:
-        """What create_reduce_and_remove_grad_hooks does, without gathering each parameter: the hook needs no data."""
+        """Create the hooks of create_reduce_and_remove_grad_hooks without gathering each parameter: the hook needs no data."""
         zero = self.wrapper
         params = [p for group in groups for p in group]
 
@@ -312,7 +312,7 @@ class Zero3Backend(FlatBackend):
         zero._remaining_grad_acc_hooks = 0
 
     def _optimizer_bytes_of(self, param: ZeroParam) -> int:
-        """Optimizer bytes that freezing `param` released on this rank: its master and moments, gradients not counted."""
+        """Return the optimizer bytes that freezing `param` released on this rank: master and moments, without gradients."""
         return int(param.partition_numel()) * 4 * 3
 
     # --- checkpoints ------------------------------------------------------------------------------------------------------------
@@ -333,7 +333,7 @@ class Zero3Backend(FlatBackend):
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Replicas are let go and gathered anew, with the loaded values."""
+        """Release the replicas for a load, which is the block, and gather them again with the loaded values."""
         self._replicas.update(set(), {})
         try:
             yield
@@ -341,11 +341,11 @@ class Zero3Backend(FlatBackend):
             self._replicas.update(self.frozen, self._released_by(self.frozen))
 
     def _sleeping(self) -> list[tuple[int, Tensor]]:
-        """The sub-groups that are frozen whole, and their masters."""
+        """Return the sub-groups that are entirely frozen, and their masters."""
         return [(i, self.master(i)) for i in range(len(self.groups)) if not self.active(i)]
 
     def state_extras(self) -> dict[str, Any]:
-        """And the entries of sub-groups that are frozen whole, and the counts of all where they differ."""
+        """Add the entries of entirely frozen sub-groups, and all step counts if they differ."""
         saved, names, state = super().state_extras(), self.names(), self.base_optimizer().state
         for i, master in self._sleeping():
             entries = state.get(master, {})

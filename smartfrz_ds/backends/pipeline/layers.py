@@ -1,4 +1,4 @@
-"""The layers of a PipelineModule: the same on every rank, although each rank holds only the modules and weights of its own stage.
+"""The layers of a PipelineModule: the same on every rank, although each rank holds only the modules and weights of its stage.
 
 Private attributes of DeepSpeed 0.19.8 used here:
   runtime/pipe/module.py   forward_funcs, _local_start, _local_stop, _layer_specs, tied_modules, tied_weight_attrs, _recursive_getattr

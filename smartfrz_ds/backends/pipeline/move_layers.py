@@ -35,7 +35,7 @@ from .wiring import remember_wiring, rewire
 
 
 def check_bounds(pipe: PipelineModule, bounds: Sequence[int], pinned: Collection[int]) -> None:
-    """Raise ValueError where these can't be the stages' bounds. pinned: entries that stay on their stage."""
+    """Raise ValueError if the stages can't have these bounds. pinned: entries that stay on their stage."""
     entries, stages = len(pipe._layer_specs), pipe.num_stages
     if not all(isinstance(b, int) for b in bounds) or not are_bounds(bounds, stages, entries):
         raise ValueError(
@@ -48,12 +48,20 @@ def check_bounds(pipe: PipelineModule, bounds: Sequence[int], pinned: Collection
 
 
 def owner(bounds: Sequence[int], entry: int) -> int:
-    """The stage that holds an entry of the list."""
+    """Return the stage that holds an entry of the list."""
     return next(stage for stage, (a, b) in enumerate(pairwise(bounds)) if a <= entry < b)
 
 
 def build(engine: Any, bounds: Sequence[int]) -> dict[int, nn.Module]:
-    """The modules of the entries that come to this stage, with whatever weights. The user's code runs here, so before anything changes."""
+    """Build the modules of the entries that come to this stage; their weights do not matter. Runs the user's constructors.
+
+    Args:
+        engine: The stage's PipelineEngine.
+        bounds: The new bounds of all stages.
+
+    Returns:
+        The modules, by their place in the list.
+    """
     pipe, me = engine.module, engine.stage_id
     built: dict[int, nn.Module] = {}
     for index in range(bounds[me], bounds[me + 1]):
@@ -74,10 +82,10 @@ def rebalance(backend: DeepSpeedBackend, bounds: Sequence[int], built: Mapping[i
     """Bring the pipeline to these bounds, checked before. Collective, at a step boundary, within a transaction that the caller ends.
 
     Args:
-        backend: Of this stage.
+        backend: The backend of this stage.
         bounds: The new bounds of all stages.
         built: The modules that arrive, from `build`.
-        tx: Takes the move back where it fails on any rank.
+        tx: Takes the move back if it fails on any rank.
 
     Returns:
         The bytes that this rank sent.
@@ -87,7 +95,7 @@ def rebalance(backend: DeepSpeedBackend, bounds: Sequence[int], built: Mapping[i
 
 @dataclass
 class _Outgoing:
-    """What this stage hands over. told: what the others must know of it. tensors: by the stage that gets them."""
+    """The data that leaves this stage. told: its description for the others. tensors: by the stage that gets them."""
 
     told: _Told
     tensors: dict[int, list[Tensor]]
@@ -95,7 +103,7 @@ class _Outgoing:
 
 @dataclass
 class _Told:
-    """What a stage tells of the layers that leave it. entries: (new stage, description). kept: of the state, by new stage."""
+    """The description of the layers that leave a stage. entries: (new stage, description). kept: of the state, by new stage."""
 
     entries: list[tuple[int, dict[str, Any]]]
     kept: dict[int, tuple[dict[str, Any], list[tuple[str, tuple[int, ...], torch.dtype]]]]
@@ -103,7 +111,7 @@ class _Told:
 
 @dataclass
 class _Incoming:
-    """Room for what arrives. entries: (description, tensors). kept: (description, tensors by name) of state. by_stage: all of them."""
+    """Buffers for data that arrives. entries: (description, tensors). kept: (description, tensors by name) of state. by_stage: all."""
 
     entries: list[tuple[dict[str, Any], list[Tensor]]] = field(default_factory=list)
     kept: list[tuple[dict[str, Any], dict[str, Tensor]]] = field(default_factory=list)
@@ -121,7 +129,7 @@ class _Moving:
         self._trained = [p for p in self._going_params() if p in known]
 
     def carry_out(self, tx: Transaction) -> int:
-        """Return the bytes that this rank sent."""
+        """Carry out the move, and return the bytes that this rank sent."""
         # Out of the optimizer, as in a freeze. What is frozen already and still has kept state takes that along.
         self._backend.change(self._trained, [], keep=True, tx=tx)
         with tx.step("pack what leaves"):
@@ -170,8 +178,14 @@ class _Moving:
         return _Outgoing(_Told(entries, kept), tensors)
 
     def _describe(self, index: int, module: nn.Module, where: Mapping[Parameter, int], besides: Mapping[Parameter, int]) -> dict[str, Any]:
-        """What the new stage must know of an entry. where: the group of each parameter that a freeze knows; besides: of each that the
-        optimizer holds, where it may hold others too."""
+        """Return the description of an entry for its new stage.
+
+        Args:
+            index: Its place in the list.
+            module: Its module.
+            where: The group of each parameter that freezing knows.
+            besides: The group of each parameter that the optimizer holds, if it may hold others too.
+        """
         trained = set(self._trained)
         return {
             "entry": index,
@@ -183,7 +197,7 @@ class _Moving:
         }
 
     def _exchange(self, outgoing: _Outgoing, tx: Transaction) -> tuple[_Incoming, int]:
-        """Everyone hears what comes: entry by entry, then what optimizers held back, then the bytes."""
+        """Exchange descriptions of the entries and of their kept state among all ranks, then the tensors."""
         grid = self._engine.grid
         group, ranks = grid.get_pipe_parallel_group(), grid.pp_group
         everybodys: list[Any] = [None] * len(ranks)
@@ -217,7 +231,7 @@ class _Moving:
         return room
 
     def _let_go(self) -> None:
-        """Strike what has left off the backend's lists; its tensors stay."""
+        """Remove the parameters that have left from the backend's lists; their tensors stay."""
         backend, params = self._backend, set(self._going_params())
         backend.forget(params)
         backend.frozen -= params
@@ -226,10 +240,10 @@ class _Moving:
                 group[:] = [p for p in group if p not in params]
 
     def _take_in(self, about: Mapping[str, Any], tensors: Sequence[Tensor]) -> list[Parameter]:
-        """Give an entry's new module what has arrived, and enter its parameters as frozen ones of their groups.
+        """Give an entry's new module the tensors that have arrived, and register its parameters as frozen ones of their groups.
 
         Returns:
-            Those that go on training.
+            The parameters that continue to train.
         """
         backend, module, returning = self._backend, self._built[about["entry"]], []
         for target, tensor in zip((*module.parameters(), *module.buffers()), tensors, strict=True):
@@ -261,7 +275,7 @@ class _Moving:
         rewire(self._engine, self._bounds, functions)
 
     def _sort_groups(self) -> None:
-        """Each group in the module's own order: so a checkpoint does not depend on the way that its bounds came about."""
+        """Sort each group in the module's own order, so that a checkpoint does not depend on earlier bounds."""
         rank = {p: k for k, p in enumerate(self._pipe.parameters())}
         for groups in self._backend.group_lists():
             for group in groups:
@@ -269,7 +283,7 @@ class _Moving:
                     group.sort(key=rank.__getitem__)
 
     def _release(self) -> None:
-        """After the last vote: give back the memory of what has left, and let the stages tell the shapes of activations anew."""
+        """Release, after the last vote, the memory of entries that have left, and let the stages exchange activation shapes again."""
         for module in self._going.values():
             thaw_module(module, self._pipe.training)
             # An nn.Module in the user's list stays there: without its memory.
@@ -285,7 +299,7 @@ class _Moving:
 
 
 def structure_of(module: nn.Module) -> list[Any]:
-    """Names and shapes of a module's parameters and buffers."""
+    """Return the names and shapes of a module's parameters and buffers."""
     return [[name, list(t.shape)] for name, t in (*module.named_parameters(), *module.named_buffers())]
 
 
@@ -297,7 +311,7 @@ def _bring_back(views: Iterable[tuple[Parameter, Tensor]]) -> None:
 
 
 def _remember_lists(backend: DeepSpeedBackend) -> Callable[[], None]:
-    """Return the action that brings back what the backend notes of its parameters: groups, what is frozen, what is kept."""
+    """Return the action that restores the backend's lists of its parameters: groups, frozen ones, kept state."""
     frozen, kept = set(backend.frozen), backend.kept_entries()
     groups = [(group, list(group)) for groups in backend.group_lists() for group in groups]
 
@@ -311,7 +325,7 @@ def _remember_lists(backend: DeepSpeedBackend) -> Callable[[], None]:
 
 
 def _remember_arrivals(modules: Iterable[nn.Module]) -> Callable[[], None]:
-    """Return the action that brings back these modules with their tensors: a module of the user's list is there whether it moves or not."""
+    """Return the action that restores these modules and their tensors: a module of the user's list exists before the move."""
     listed = list(modules)
     flags_back = remember_modules(listed)
     tensors = [(t, t.data, t.grad, t.requires_grad, dict(vars(t))) for m in listed for t in (*m.parameters(), *m.buffers())]

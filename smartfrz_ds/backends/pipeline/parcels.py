@@ -1,4 +1,4 @@
-"""What crosses between the stages when layers move: weights, buffers and optimizer state, in batches of bounded size."""
+"""Exchanges weights, buffers and optimizer state between stages when layers move, in batches of bounded size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from smartfrz_ds.backends.memory import MemoryNeed
 
 @dataclass(frozen=True)
 class EntryBytes:
-    """What moves with one entry of the list. weights: bytes of its weights and buffers. state: bytes of its optimizer state on a rank."""
+    """The bytes that move with one entry of the list. weights: its weights and buffers. state: its optimizer state on a rank."""
 
     weights: int
     state: int
@@ -43,10 +43,10 @@ class Shipment:
     """Tensors that one rank sends to others and receives from them. All memory that it needs is allocated when it is created.
 
     Args:
-        outgoing: By global rank. Both ends name the same shapes and dtypes in the same order.
-        incoming: By global rank; contiguous, filled by `deliver`.
-        group: Holds all of these ranks.
-        device: Of the tensors.
+        outgoing: Tensors by global rank. Both ends list the same shapes and dtypes in the same order.
+        incoming: Tensors by global rank; contiguous, filled by `deliver`.
+        group: A process group of all of these ranks.
+        device: Device of the tensors.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Shipment:
         """Exchange everything, in rounds of at most `STAGING_BYTES` a pair of ranks, each one batch. Collective.
 
         Args:
-            fail_later: Gets local errors; the exchange goes on, with contents that are of no use.
+            fail_later: Gets local errors; the exchange continues, with meaningless contents.
 
         Returns:
             The bytes that this rank sent.
@@ -94,7 +94,7 @@ class Shipment:
         return sent
 
     def _staged(self, way: str, rank: int, pieces: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The buffer for one round, whole, and cut as these pieces are."""
+        """Return the buffer for one round, whole and cut like these pieces."""
         whole = self._buffers[way, rank][: _bytes(pieces)]
         return whole, list(whole.split([piece.numel() for piece in pieces]))
 
@@ -112,7 +112,7 @@ def _bytes(pieces: Sequence[Tensor]) -> int:
 
 
 def _rounds(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Views of the tensors' bytes, cut into rounds of at most `STAGING_BYTES`."""
+    """Return views of the tensors' bytes, cut into rounds of at most `STAGING_BYTES`."""
     rounds: list[list[Tensor]] = []
     room = 0
     for tensor in tensors:

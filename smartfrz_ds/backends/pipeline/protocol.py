@@ -65,7 +65,7 @@ class Pipeline(Protocol):
         ...
 
     def memory_need(self, bounds: Sequence[int]) -> MemoryNeed:
-        """Return what a move to these bounds holds at most above the level before it, on this rank; nothing is changed."""
+        """Return the peak memory of a move to these bounds above the level before it, on this rank. Changes nothing."""
         ...
 
     def move(self, bounds: Sequence[int], tx: Transaction) -> int:

@@ -1,6 +1,6 @@
-"""Whether layers should move to other pipeline stages after a freeze, and to which: measured costs, one simulated step, the best cut.
+"""Decides which layers move to other pipeline stages after a freeze: measured costs, one simulated step, the best cut.
 
-Rank 0 decides with what all ranks have measured in training; the bounds are broadcast.
+Rank 0 decides, based on the measurements of all ranks in training; the bounds are broadcast.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 
 
 class Rebalancer(Pipeline):
-    """Of one pipeline. Collective throughout, in the same order on every rank.
+    """The rebalancer of one pipeline. All methods are collective, in the same order on every rank.
 
-    due: whether the layout has changed since the stages were last looked at.
+    Attributes:
+        due: Whether the layout has changed since the last `decide`.
     """
 
     def __init__(self, backend: PipelineStage, ranks: Collectives, settings: PipelineSettings) -> None:
@@ -48,17 +49,24 @@ class Rebalancer(Pipeline):
 
     @property
     def bounds(self) -> tuple[int, ...]:
-        """Of the stages, now."""
+        """Current bounds of the stages, (stages + 1,)."""
         return tuple(self._backend.partition() or ())
 
     def remove(self) -> None:
-        """Take all hooks away."""
+        """Remove all hooks."""
         if self._backend.clock is not None:
             self._backend.clock.remove()
 
     def decide(self, bandwidths: Bandwidths, *, moves: bool) -> tuple[StageMove | None, Width | None]:
-        """The move that is worth it (if any may be), and the width that would be worth more: None where none is, or where some costs are
-        not measured yet (then it stays due)."""
+        """Decide whether moving layers is worth it. If some costs are not measured yet, the decision stays due.
+
+        Args:
+            bandwidths: Measured bandwidths.
+            moves: Whether layers may move.
+
+        Returns:
+            The best move, and a number of stages and replicas that would be faster still; None where there is none.
+        """
         costs = self.costs()
         told = b""
         if self._ranks.rank == 0 and costs is not None:
@@ -76,7 +84,12 @@ class Rebalancer(Pipeline):
         return move and StageMove(**_tuple_of(move, "bounds")), width and Width(**_tuple_of(width, "parts"))
 
     def check(self, bounds: Sequence[int]) -> None:
-        """Raise ValueError or RuntimeError, on every rank, where the stages can't get these bounds now; nothing is changed."""
+        """Check that the stages can get these bounds now. Changes nothing.
+
+        Raises:
+            ValueError: The bounds are not possible. Raised on every rank.
+            RuntimeError: Not at this time. Raised on every rank.
+        """
         options = self._ranks.gather_objects(self._backend.group_options())
         structures = {int(i): told for part in self._ranks.gather_objects(self._backend.structure()) for i, told in part.items()}
 
@@ -90,7 +103,7 @@ class Rebalancer(Pipeline):
         self._built = self._ranks.run_on_all_ranks(prepare)
 
     def memory_need(self, bounds: Sequence[int]) -> MemoryNeed:
-        """Return what a move to these bounds holds at most above the level before it, on this rank. Collective; nothing is changed."""
+        """Return the peak memory of a move to these bounds above the level before it, on this rank. Collective; changes nothing."""
         told = self._ranks.gather_objects(self._backend.moving())
         each = max(rate for _, rate in told)
         moving = {i: EntryBytes(weights, round(each * elements)) for entries, _ in told for i, (weights, elements) in entries.items()}
@@ -99,21 +112,25 @@ class Rebalancer(Pipeline):
         return self._backend.memory_of_move(bounds, moving)
 
     def move(self, bounds: Sequence[int], tx: Transaction) -> int:
-        """Move layers so that these are the bounds, after `check`, within a transaction. Returns the bytes that this rank sent."""
+        """Move layers to these bounds, after `check`, within a transaction.
+
+        Returns:
+            The bytes that this rank sent.
+        """
         built, self._built = self._built, {}
         return self._backend.rebalance(bounds, built, tx)
 
     def gain(self, bounds: Sequence[int]) -> float:
-        """How many times faster a step is predicted to be with these bounds than now; 1 where costs are not known."""
+        """Return the predicted speed-up of a step with these bounds; 1 if costs are unknown."""
         costs = self.costs()
         if costs is None:
             return 1.0
         return self._seconds(costs, self.bounds) / max(self._seconds(costs, bounds), 1e-12)
 
     def costs(self) -> list[LayerCost] | None:
-        """Of each entry of the pipeline's list, seconds and bytes as measured, the same on every rank; None: not enough was measured.
+        """Return the measured seconds and bytes of each entry of the list, the same on every rank; None: not enough was measured.
 
-        A backward that was never seen counts as twice the forward.
+        A backward that was never measured counts as twice the forward.
         """
         backend = self._backend
         clock, pipe = backend.clock, backend.engine.module
@@ -139,7 +156,7 @@ class Rebalancer(Pipeline):
         return [self._cost(index) for index in range(len(pipe._layer_specs))]
 
     def _merge(self, index: int, seen: Sequence[EntryTimes]) -> None:
-        """Take up what the replicas of one entry have seen; what none has seen stays what it was."""
+        """Merge the measurements of the replicas of one entry; values that none has measured stay as they were."""
         known = self._known.setdefault(index, EntryTimes())
         if forwards := [t.forward for t in seen if t.forward is not None]:
             known.forward = fmean(forwards)
@@ -171,7 +188,7 @@ class Rebalancer(Pipeline):
         )
 
     def _choose(self, costs: Sequence[LayerCost]) -> StageMove | None:
-        """On rank 0."""
+        """Return the best move, on rank 0; None if there is none."""
         now, first = self.bounds, self._backend.first_entry
         active = self._backend.computed[0]
         memory = [self._weights.get(i, (0, 0))[1] + (c.weights * self._rates[1] if i in active else 0.0) for i, c in enumerate(costs)]
@@ -198,7 +215,7 @@ class Rebalancer(Pipeline):
         return StageMove(bounds=tuple(best), gain=gain)
 
     def _wider(self, costs: Sequence[LayerCost], bounds: Sequence[int], bandwidths: Bandwidths) -> Width | None:
-        """On rank 0: fewer stages with more replicas, where that is worth it. Links are as fast as the exchanges that were measured."""
+        """Return, on rank 0, fewer stages with more replicas, if that is worth it. Links are as fast as the measured exchanges."""
         engine, first = self._backend.engine, self._backend.first_entry
         width = next((p.element_size() for p in engine.module.parameters()), 4)
         link = Link(latency=bandwidths.latency, bandwidth=bandwidths.network)
@@ -228,7 +245,7 @@ class Rebalancer(Pipeline):
         return simulate(self._thinned(costs), bounds, backend.engine.micro_batches, backend.first_entry).makespan
 
     def _thinned(self, costs: Sequence[LayerCost]) -> list[LayerCost]:
-        """As the simulator wants them: a frozen entry behind the first active one has no gradients of weights."""
+        """Return the costs for the simulator: a frozen entry behind the first active one has no gradients of weights."""
         active, first = self._backend.computed[0], self._backend.first_entry
         none = {"backward_weight": 0.0, "optimizer": 0.0, "weights": 0, "activation_bytes": 0}
         return [c if i in active or i < first else LayerCost(**(asdict(c) | none)) for i, c in enumerate(costs)]

@@ -1,4 +1,4 @@
-"""Pipelines (PipelineEngine): each stage's optimizer is changed by the backend of its wrapper; here is what the stages add together.
+"""Pipelines (PipelineEngine): the backend of its wrapper changes each stage's optimizer; this module adds what the stages do together.
 
 Touched in DeepSpeed 0.19.8:
   runtime/pipe/engine.py   stage_id, num_stages, micro_batches, grid, pipe_buffers, num_pipe_buffers, _INSTRUCTION_MAP, _train_schedule,
@@ -132,8 +132,9 @@ class PrunedPipeline:
 class PipelineStage(_Base):
     """Mixed in before the backend of the stage's optimizer wrapper.
 
-    first_active: the stage that holds the first active layer; all in front of it are wholly frozen. first_entry: where in the pipeline's
-        list that layer begins.
+    Attributes:
+        first_active: The stage that holds the first active layer; all in front of it are entirely frozen.
+        first_entry: Position of that layer's first entry in the pipeline's list.
     """
 
     first_active = 0
@@ -150,7 +151,7 @@ class PipelineStage(_Base):
     #: the setting `smartfrz.tied`
     tied_mode: TiedMode = "train"
     clock: StageClock | None = None
-    #: what a backward of this stage computes: the entries with weights that train, and whether the gradient of its input is wanted
+    #: results of a backward of this stage: the entries with weights that train, and whether the gradient of its input is computed
     computed: tuple[frozenset[int], bool] = (frozenset(), True)
 
     @cached_property
@@ -158,7 +159,15 @@ class PipelineStage(_Base):
         return TiedWeights(self, self.tied_mode)
 
     def find_layers(self, model: nn.Module, patterns: str | Sequence[str]) -> tuple[Layer, ...]:
-        """Collective; the same on every rank. Raises ValueError for patterns: a pipeline's layers are its list's entries."""
+        """Find the layers. Collective; the same on every rank.
+
+        Args:
+            model: The PipelineModule.
+            patterns: "auto": the layers are the entries of the list.
+
+        Raises:
+            ValueError: `patterns` is not "auto".
+        """
         if patterns != "auto":
             raise ValueError(f"smartfrz.layers: got {list(patterns)}; allowed: 'auto' in a pipeline, whose layers are those of its list")
         self.user_frozen_entries = user_frozen_entries(model)
@@ -176,12 +185,12 @@ class PipelineStage(_Base):
         return torch.device(self.engine.device)  # a stage can be left without any parameter
 
     def time_entries(self) -> None:
-        """Begin to time what each entry of the list costs (`clock`)."""
+        """Start measuring the cost of each entry of the list (`clock`)."""
         if self.clock is None:
             self.clock = StageClock(self.engine.module, self.base_optimizer(), self.device)
 
     def entry_weights(self) -> dict[int, tuple[int, int]]:
-        """Of each entry that this rank holds and that has a module: its weights that the optimizer knows, and the bytes of all of it."""
+        """Return, for each module entry that this rank holds, the number of its weights in the optimizer, and all of its bytes."""
         known, out = {p for group in self.groups for p in group}, {}
         for index, module in held_modules(self.engine.module).items():
             held = [*module.parameters(), *module.buffers()]
@@ -189,11 +198,11 @@ class PipelineStage(_Base):
         return out
 
     def moving(self) -> tuple[dict[int, tuple[int, int]], float]:
-        """What would move with each entry that this rank holds and that has a module.
+        """Return the size of the data that would move with each module entry that this rank holds.
 
         Returns:
-            Of each entry the bytes of its weights and buffers, and the elements whose optimizer state would go along; and the bytes of that
-            state for one element, 0 where this stage trains nothing.
+            For each entry the bytes of its weights and buffers, and the number of elements whose optimizer state would move with it; and
+            the bytes of that state per element, 0 if this stage trains nothing.
         """
         trained = self.trained()
         with_state = {*trained, *self.kept_entries()}
@@ -204,7 +213,7 @@ class PipelineStage(_Base):
         return entries, self.optimizer_bytes() / sum(p.numel() for p in trained) if trained else 0.0
 
     def memory_of_move(self, bounds: Sequence[int], moving: Mapping[int, EntryBytes]) -> MemoryNeed:
-        """Return what a move to these borders holds at most above the level before it. moving: of the entries of all stages."""
+        """Return the peak memory of a move to these bounds above the level before it. moving: bytes of the entries of all stages."""
         me, old = self.engine.stage_id, self.engine.module.parts
         leaving: dict[int, list[EntryBytes]] = {}
         arriving: dict[int, list[EntryBytes]] = {}
@@ -216,11 +225,11 @@ class PipelineStage(_Base):
         return memory_of_move(leaving, arriving, self.device)
 
     def gradient_bytes(self) -> int:
-        """Of the gradients that this stage holds before a step, in the dtype of its weights."""
+        """Return the bytes of the gradients that this stage holds before a step, in the dtype of its weights."""
         return sum(p.nbytes for p in self.trained())
 
     def check_bounds(self, bounds: Sequence[int]) -> None:
-        """Raise ValueError where the stages can't get these borders, RuntimeError where nothing can be moved now."""
+        """Raise ValueError if the stages can't get these bounds, RuntimeError if nothing can be moved now."""
         check_bounds(self.engine.module, bounds, pinned_entries(self.engine.module))
         if not self.is_boundary():
             raise RuntimeError("layers move only at a step boundary: not within train_batch")
@@ -228,19 +237,19 @@ class PipelineStage(_Base):
             raise RuntimeError("layers of a compiled pipeline (engine.compile) can't move: the new stage would run them uncompiled")
 
     def prepare(self, bounds: Sequence[int], structures: Mapping[int, Sequence[Any]]) -> dict[int, nn.Module]:
-        """Check, and build what comes to this stage: what can go wrong on one rank goes wrong here.
+        """Check the move, and build the modules that come to this stage, so that local errors are raised before anything changes.
 
         Args:
-            bounds: The new borders.
-            structures: Of each entry, as `structure` gives it on the rank that holds it.
+            bounds: The new bounds.
+            structures: The structure of each entry, as `structure` returns it on the rank that holds it.
 
         Returns:
             The new modules, by their place in the list, for `rebalance`.
 
         Raises:
-            ValueError: As `check_bounds`; also where an entry has become another than its place in the list builds.
+            ValueError: As `check_bounds`, or if the structure of an entry differs from the one that its specification builds.
             RuntimeError: As `check_bounds`.
-            Exception: Whatever a layer's constructor raises.
+            Exception: Any error of a layer's constructor.
         """
         self.check_bounds(bounds)
         if why := self.uncuttable([p for group in self.groups for p in group]):
@@ -257,7 +266,7 @@ class PipelineStage(_Base):
         return built
 
     def structure(self) -> dict[int, list[Any]]:
-        """Of each module entry that this rank holds: names and shapes of its parameters and buffers."""
+        """Return the names and shapes of the parameters and buffers of each module entry that this rank holds."""
         return {index: structure_of(module) for index, module in held_modules(self.engine.module).items()}
 
     @property
@@ -276,12 +285,12 @@ class PipelineStage(_Base):
         return not (pinned_entries(engine.module) or odd or plain16)
 
     def rebalance(self, bounds: Sequence[int], built: Mapping[int, nn.Module], tx: Transaction) -> int:
-        """Move layers to these borders. Collective, within a transaction.
+        """Move layers to these bounds. Collective, within a transaction.
 
         Args:
-            bounds: The new borders.
-            built: From `prepare` for them.
-            tx: Takes the move back where it fails on any rank.
+            bounds: The new bounds.
+            built: The output of `prepare` for them.
+            tx: Takes the move back if it fails on any rank.
 
         Returns:
             The bytes that this rank sent.
@@ -303,14 +312,19 @@ class PipelineStage(_Base):
         return bool(self.engine.grid.get_data_parallel_id() == 0)
 
     def check(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter]) -> None:
-        """As every backend, but this stage may be left with nothing to train."""
+        """Check as Backend.check does, but allow a stage without anything to train."""
         if not self.is_boundary():
             raise RuntimeError("freeze and thaw only at a step boundary: not within train_batch")
         if why := self.uncuttable((*freeze, *thaw)):
             raise ValueError(why)
 
     def on_layout_changed(self, layers: Sequence[Layer], frozen: Collection[str]) -> None:
-        """Leave out of the schedule what the frozen front no longer needs. layers: of `pipeline_layers`."""
+        """Remove from the schedule everything that the frozen front no longer needs.
+
+        Args:
+            layers: The output of `pipeline_layers`.
+            frozen: Names of the frozen ones.
+        """
         engine = self.engine
         first = next(x.first for x in layers if isinstance(x, PipelineLayer) and (x.numel or x.borrows) and x.name not in frozen)
         self.first_entry, self.first_active = first, bisect_right(engine.module.parts, first) - 1
@@ -326,10 +340,11 @@ class PipelineStage(_Base):
     # --- checkpoints ------------------------------------------------------------------------------------------------------------
 
     def state_extras(self) -> dict[str, Any]:
-        """And whose stage it is.
+        """Add the stage's own data to the wrapper's.
 
-        place: [stage, replica]. options: the settings of each parameter group. groups: names of each parameter group in the optimizer's
-        order, frozen ones too; frozen: those. shared_count: `shares_counts`.
+        Returns:
+            The wrapper's, and: "place", [stage, replica]; "options", the settings of each parameter group; "groups", the names in each
+            group in the optimizer's order, frozen ones included; "frozen", those; "shared_count", `shares_counts`.
         """
         grid, names = self.engine.grid, self.names()
         return super().state_extras() | {
@@ -345,7 +360,7 @@ class PipelineStage(_Base):
         return [[names.get(p, "?") for p in group] for group in self.group_lists()[-1]]
 
     def check_groups(self, saved: Mapping[str, Any]) -> None:
-        """DeepSpeed goes by position."""
+        """Check the groups as DeepSpeedBackend.check_groups does: DeepSpeed identifies parameters by position."""
         own, theirs = self._group_names(), saved.get("groups")
         if theirs is not None and own != theirs:
             index = next((i for i, (a, b) in enumerate(zip(own, theirs, strict=False)) if a != b), min(len(own), len(theirs)))
@@ -356,11 +371,11 @@ class PipelineStage(_Base):
             )
 
     def schedule(self) -> schedule.TrainSchedule:
-        """The next train_batch's."""
+        """Return the schedule of the next train_batch."""
         engine, reduces = self.engine, self.needs_placeholder
         return PrunedTrainSchedule(engine.micro_batches, engine.num_stages, engine.stage_id, self.first_active, reduces=reduces)
 
 
 def of_a_stage(inner: type[DeepSpeedBackend]) -> type[DeepSpeedBackend]:
-    """The backend of a pipeline's stage whose optimizer `inner` knows."""
+    """Return the backend class of a pipeline stage whose optimizer wrapper has the backend `inner`."""
     return type(f"Pipeline{inner.__name__}", (PipelineStage, inner), {})

@@ -36,7 +36,7 @@ from .layers import PipelineLayer, module_at, shared_weights, tied_uses
 
 
 def pinned_entries(pipe: PipelineModule) -> set[int]:
-    """The entries of the list that may not move to another stage: the tied ones, whose groups of ranks are made once."""
+    """Return the entries that may not move to another stage: the tied ones, whose groups of ranks are created once."""
     return {i for i, spec in enumerate(pipe._layer_specs) if isinstance(spec, TiedLayerSpec)}
 
 
@@ -52,14 +52,14 @@ class _WithoutGraph:
 
 
 class TiedWeights:
-    """Of one stage. mode: the setting `smartfrz.tied`. cut: the keys whose front layer is frozen now."""
+    """The tied weights of one stage. mode: the setting `smartfrz.tied`. cut: the keys whose front layer is frozen at present."""
 
     def __init__(self, backend: DeepSpeedBackend, mode: TiedMode) -> None:
         self._backend, self.mode = backend, mode
         self.cut: frozenset[str] = frozenset()
 
     def on_layout_changed(self, layers: Sequence[Layer], frozen: Collection[str]) -> None:
-        """After a change of the layout."""
+        """Follow a change of the layout."""
         pipe = self._backend.engine.module
         self.cut = self._keys_of(layers, frozen)
         for key, uses in tied_uses(pipe).items():
@@ -72,7 +72,7 @@ class TiedWeights:
                     weight.ds_pipe_replicated = key not in self.cut  # type: ignore[attr-defined]
 
     def _keys_of(self, layers: Sequence[Layer], names: Collection[str]) -> frozenset[str]:
-        """The keys whose front layer is among these."""
+        """Return the keys whose front layer is among these."""
         fronts = {i: x.name for x in layers if isinstance(x, PipelineLayer) for i in range(x.first, x.last + 1)}
         uses = tied_uses(self._backend.engine.module)
         return frozenset(key for key, (front, _) in uses.items() if fronts[front] in names)
@@ -91,7 +91,7 @@ class TiedWeights:
         """Add the gradients of the two copies of each weight that trains in both.
 
         Raises:
-            RuntimeError: a weight has a gradient on one stage and none on another, on the ranks of both: DeepSpeed would wait for ever.
+            RuntimeError: A weight has a gradient on one stage but not on another, on the ranks of both; DeepSpeed would wait indefinitely.
         """
         engine = self._backend.engine
         pipe, comms = engine.module, engine.module.tied_comms
@@ -106,7 +106,7 @@ class TiedWeights:
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Give the front what the rear stage has made of the weight."""
+        """Broadcast the weight of the rear stage to the front."""
         pipe = self._backend.engine.module
         for key in sorted(self.cut & pipe.tied_comms.keys()) if self.mode == "train" else ():
             for weight in shared_weights(pipe, key):
@@ -135,7 +135,7 @@ class TiedWeights:
     def equalize(self, layers: Sequence[Layer], back: Collection[str], tx: Transaction) -> None:
         """Give front copies that train again, and are in their optimizer, the master weight, moments and step count of the rear ones.
 
-        Collective, within a transaction. What is written is gone once the thaw is taken back; the low-precision weights were equal already
+        Collective, within a transaction. A rollback of the thaw discards the written values; the low-precision weights were equal already
         (`after_step`).
         """
         pipe, device = self._backend.engine.module, self._backend.device

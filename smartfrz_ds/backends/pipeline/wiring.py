@@ -1,4 +1,4 @@
-"""Which entries of the list a stage holds: what its PipelineModule and its engine know of them.
+"""The attributes of a PipelineModule and its engine that depend on the entries that a stage holds.
 
 Touched in DeepSpeed 0.19.8:
   runtime/pipe/module.py   parts, _set_bounds, _local_start, _local_stop, _layer_specs, forward_funcs, fwd_map, _modules,
@@ -20,7 +20,7 @@ _REPLACED = ("parts", "_local_start", "_local_stop", "fwd_map", "is_checkpointab
 
 
 def remember_wiring(engine: Any) -> Callable[[], None]:
-    """Return the action that takes back `rewire`: the module holds again what it holds now."""
+    """Return the action that undoes a following `rewire`: it restores the entries that the module holds at present."""
     pipe = engine.module
     attributes = {name: getattr(pipe, name) for name in _REPLACED}
     functions, entries = pipe.forward_funcs, list(pipe.forward_funcs)

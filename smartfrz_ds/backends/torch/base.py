@@ -1,4 +1,4 @@
-"""Plain torch in one process, and what every run without DeepSpeed has in common: one state entry a parameter in a torch optimizer.
+"""Plain torch in one process, and the common part of every run without DeepSpeed: one state entry per parameter.
 
 DDP, FSDP2 and FSDP1 build on it (ddp.py, fsdp2.py, fsdp1.py). Nothing private of torch is touched here.
 """
@@ -29,8 +29,10 @@ from .several import single
 class TorchBackend(EntryBackend):
     """One process with plain torch (or several that each hold all weights).
 
-    wrapped: the model as the user calls it. module: the model inside of the wrapper, whose structure has the layers.
-    optimizer: the torch optimizer.
+    Args:
+        wrapped: The model as the user calls it.
+        module: The model inside of the wrapper, whose structure has the layers.
+        optimizer: The torch optimizer.
     """
 
     name = "torch"
@@ -40,7 +42,7 @@ class TorchBackend(EntryBackend):
         super().__init__(wrapped, [group["params"] for group in optimizer.param_groups])
         self.wrapped, self.module, self._optimizer = wrapped, module, optimizer
         self.scaler: Any = None
-        self.on_skipped: Callable[[], None] | None = None  # called where a step of before turns out to have been skipped
+        self.on_skipped: Callable[[], None] | None = None  # called when an earlier step turns out to have been skipped
         self._scale = 0.0  # the scaler's, in the last forward
         self._names = {p: name for name, p in module.named_parameters()}
         self._owners = [x for x in single(optimizer) for _ in x.param_groups]  # of each group
@@ -49,7 +51,7 @@ class TorchBackend(EntryBackend):
         self._handles: list[Any] = []
 
     def listen(self) -> None:
-        """Hook the model: from now on this backend knows when a forward begins."""
+        """Register hooks on the model that notice when a forward begins."""
         modules = dict.fromkeys((self.wrapped, self.module))
         self._handles += [m.register_forward_pre_hook(ModuleHook(self._note_forward)) for m in modules]
 
@@ -65,11 +67,11 @@ class TorchBackend(EntryBackend):
         self._forwarded = True
 
     def stepped(self) -> None:
-        """The optimizer has just used the gradients: what is left of them waits for zero_grad only."""
+        """Note that the optimizer has used the gradients: any that are left only wait for zero_grad."""
         self._forwarded = False
 
     def remove(self) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -87,7 +89,7 @@ class TorchBackend(EntryBackend):
     knows_reductions = False
 
     def reduced_bytes(self) -> int | None:
-        """One reduction a step, under FSDP2 in its `reduce_dtype`."""
+        """Return the bytes of one reduction per step, under FSDP2 in its `reduce_dtype`."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return 0
         if not self.knows_reductions:
@@ -95,7 +97,7 @@ class TorchBackend(EntryBackend):
         return sum(prod(shape_of(p)) * self.gradient_itemsize(p) for p in self.trained())
 
     def gradient_itemsize(self, param: Parameter) -> int:
-        """Bytes an element of this parameter's gradient takes in its reduction."""
+        """Return the bytes of one element of this parameter's gradient in its reduction."""
         return param.element_size()
 
     def optimizer_bytes(self) -> int:
@@ -155,26 +157,26 @@ class TorchBackend(EntryBackend):
         return [owners[p].state.get(p, {}) for p in params]
 
     def _owner_of(self) -> dict[Parameter, torch.optim.Optimizer]:
-        """The optimizer of each parameter, frozen ones included."""
+        """Return the optimizer of each parameter, frozen ones included."""
         return {p: owner for owner, order in zip(self._owners, self._order, strict=True) for p in order}
 
     def _restore(self, param: Parameter, owner: torch.optim.Optimizer) -> None:
-        """Give a parameter back to the optimizer, with what was kept of its state."""
+        """Return a parameter to the optimizer, with its kept state."""
         param.requires_grad_(True)
-        if pattern := self._pattern(owner):  # what the next step would make: a checkpoint of before that step must have it
+        if pattern := self._pattern(owner):  # as the next step would create it: a checkpoint saved before that step must contain it
             owner.state[param] = {k: _zeros(v, param) for k, v in pattern.items()}
         if state := self._kept.pop(param, {}):
             owner.state[param] = to_device(state, param, scalars_beside=scalars_beside(owner))
 
     @staticmethod
     def _pattern(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """A state by which another parameter's first one can be made; {} where that is not known."""
+        """Return a state from which another parameter's first state can be derived; {} if that is not possible."""
         if type(optimizer) not in _BEGIN_AT_ZERO:
             return {}
         return next((state for state in optimizer.state.values() if "step" in state), {})
 
     def give_back(self) -> None:
-        """Let everything train again, for a run that goes on without us; collective. State of what was frozen is gone."""
+        """Let everything train again, for a run that continues without freezing. Collective. The state of frozen parameters is lost."""
         thaw = [p for group in self._groups for p in group if p in self.frozen]
         self._kept.clear()
         for param in thaw:
@@ -193,7 +195,7 @@ class TorchBackend(EntryBackend):
             overrides.after()
 
     def rewire(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter]) -> None:
-        """What the wrapper must do after the optimizer has changed."""
+        """Adapt the wrapper after the optimizer has changed."""
 
     def verify(self) -> None:
         super().verify()
@@ -228,7 +230,7 @@ _BEGIN_AT_ZERO = (torch.optim.Adam, torch.optim.AdamW)
 
 
 def _zeros(value: Any, param: Parameter) -> Any:
-    """The first state of `param` at an entry where another parameter's state has `value`."""
+    """Return the first state of `param` for an entry in which another parameter's state has `value`."""
     if not isinstance(value, Tensor) or value.ndim == 0:
         return torch.zeros_like(value) if isinstance(value, Tensor) else value
     return torch.zeros_like(param, dtype=value.dtype, memory_format=torch.preserve_format)
@@ -239,7 +241,7 @@ FSDP_MISSING: Mapping[Need, str] = {"gradients": "gradients, which FSDP brings t
 
 
 class Unwrapped(TorchBackend):
-    """Several processes that each hold all weights, and no wrapper that says how their gradients meet."""
+    """Several processes that each hold all weights, without a wrapper that defines how their gradients are reduced."""
 
     name = "torch, no wrapper"
 
@@ -251,6 +253,6 @@ class Unwrapped(TorchBackend):
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor: of a DTensor its shard, else the tensor itself."""
+    """Return this rank's part of a tensor: the shard of a DTensor, else the tensor itself."""
     inside = getattr(tensor, "_local_tensor", None)  # torch/distributed/tensor/_api.py: DTensor; to_local() would record a gradient
     return inside if isinstance(inside, Tensor) else tensor

@@ -1,4 +1,4 @@
-"""DistributedDataParallel: its reducer is built once, over what required gradients then. Here it is built anew after each change.
+"""DistributedDataParallel: torch builds its reducer once, over the parameters that require gradients. Here each change rebuilds it.
 
 Touched in torch 2.13:
   torch/nn/parallel/distributed.py   reducer, logger, _comm_hooks, _build_params_for_reducer, _build_debug_param_to_name_mapping,
@@ -59,7 +59,7 @@ class DdpBackend(TorchBackend):
             raise ValueError(f"smartfrz_ds does not work yet with: {'; '.join(refused)}")
 
     def memory_need(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool) -> MemoryNeed:
-        """As every entry engine's, and the buckets: the old ones go first, and the new ones are as large as the gradients."""
+        """Return EntryBackend's need and the buckets: the old ones are freed first, and the new ones are as large as the gradients."""
         larger = sum(p.nbytes for p in thaw) - sum(p.nbytes for p in freeze)
         return super().memory_need(freeze, thaw, keep=keep) + MemoryNeed.at(self.device, max(0, larger))
 
@@ -94,7 +94,7 @@ class DdpBackend(TorchBackend):
 
 
 def _unsupported(ddp: DistributedDataParallel) -> list[str]:
-    """What this wrapper uses that its reducer can't be built anew with, by name."""
+    """Return the names of the wrapper's features with which its reducer cannot be rebuilt."""
     builtin = not ddp._comm_hooks and str(ddp._get_ddp_logging_data().get("comm_hook", "")) not in ("", "None")
     powers = [state for _, state in ddp._comm_hooks if type(state).__name__ == "PowerSGDState"]
     uses = {

@@ -1,7 +1,7 @@
 """FSDP2 (fully_shard): each parameter is a DTensor, cut along its first dimension; a unit is gathered and reduced as a whole.
 
 FSDP2 reads `requires_grad` off the shard each time it gathers a unit, so a frozen unit's gradients are neither computed nor reduced. What
-is left to do: the optimizer, the gather that back-propagation would prefetch and nobody needs, and what a unit learns only once.
+is left to do: the optimizer, the useless gather that back-propagation would prefetch, and the attributes that a unit sets only once.
 
 Touched in torch 2.13, torch/distributed/fsdp/_fully_shard/:
   _fully_shard.py        FSDPModule._get_fsdp_state
@@ -37,7 +37,7 @@ FrozenUnits = Literal["sharded", "unsharded"]
 
 
 class ShardSampler(Sampler):
-    """Reads local shards. They are looked up anew each time: FSDP may replace the tensors behind a DTensor (a load does)."""
+    """Reads local shards. They are looked up at each read: FSDP may replace the tensors behind a DTensor (a load does)."""
 
     @torch.no_grad()
     def read(self, device: torch.device) -> Tensor:
@@ -49,7 +49,7 @@ class ShardSampler(Sampler):
 
 
 class Fsdp2Backend(TorchBackend):
-    """frozen: whether units of which everything is frozen stay sharded (gathered for each forward) or whole on every rank."""
+    """FSDP2. frozen: whether entirely frozen units stay sharded (gathered for each forward) or whole on every rank."""
 
     name = "FSDP2"
     knows_reductions = True
@@ -74,7 +74,7 @@ class Fsdp2Backend(TorchBackend):
                 self._units[unit] = groups
         self._prefetch: dict[FSDPModule, list[Any]] = {}  # the user's own lists, of the units whose list is another now
         self._whole_of: dict[Parameter, Any] = {}  # shard -> its FSDPParam
-        self._whole: dict[FSDPModule, list[tuple[Any, Any]]] = {}  # units that stay gathered -> their flags of before
+        self._whole: dict[FSDPModule, list[tuple[Any, Any]]] = {}  # units that stay gathered -> their previous flags
 
     @property
     def device(self) -> torch.device:
@@ -103,7 +103,7 @@ class Fsdp2Backend(TorchBackend):
         return sampler
 
     def gradients_pending(self) -> bool:
-        """Without synchronisation gradients wait whole, outside of the parameters (set_requires_gradient_sync(False))."""
+        """Whether unsynchronized gradients wait whole, outside of the parameters (set_requires_gradient_sync(False))."""
         for group in (g for groups in self._units.values() for g in groups):
             if group._partial_reduce_output is not None:
                 return True
@@ -126,7 +126,7 @@ class Fsdp2Backend(TorchBackend):
             whole.requires_grad_(False)
 
     def _gathered(self, param: Parameter) -> Tensor | None:
-        """What FSDP uses in place of a shard while, and after, its unit was gathered; it is one object through the run."""
+        """Return the parameter that FSDP uses instead of a shard once its unit was gathered; the same object for the whole run."""
         if param not in self._whole_of:
             self._whole_of = {p.sharded_param: p for groups in self._units.values() for g in groups for p in g.fsdp_params}
         return getattr(self._whole_of.get(param), "_unsharded_param", None)
@@ -151,7 +151,7 @@ class Fsdp2Backend(TorchBackend):
         self._keep_whole()
 
     def _skip_prefetch(self, layers: Sequence[Layer], frozen: Collection[str]) -> None:
-        """Back-propagation ends at the first active layer. The unit there would still have its predecessor gathered ahead."""
+        """Skip the prefetch of the unit in front of the first active layer, at which back-propagation ends."""
         for unit, states in self._prefetch.items():
             unit._get_fsdp_state()._states_to_backward_prefetch = states
         self._prefetch.clear()
@@ -174,7 +174,7 @@ class Fsdp2Backend(TorchBackend):
                 state._states_to_backward_prefetch = left or [state]
 
     def _keep_whole(self) -> None:
-        """With `frozen: unsharded`: units that are frozen whole stay gathered after the next forward, others are as they were."""
+        """Keep entirely frozen units gathered after the next forward, with `frozen: unsharded`; others are unchanged."""
         if self._frozen_units == "sharded":
             return
         for unit, groups in self._units.items():
@@ -202,9 +202,14 @@ class Fsdp2Backend(TorchBackend):
 
 
 def shard_elements(param: DTensor, elements: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of these elements of the whole parameter this rank reads: their places in `elements` and in its own flattened shard.
+    """Return the elements of a parameter that this rank reads. Only the first of several replicas reads.
 
-    elements: (n,) int64, indices into the flattened parameter. Of replicas only the first one reads.
+    Args:
+        param: The parameter.
+        elements: (n,) int64, indices into the flattened parameter.
+
+    Returns:
+        (m,) int64 positions in `elements`, and (m,) int64 positions in this rank's flattened shard.
     """
     none = torch.arange(0)
     coordinate = param.device_mesh.get_coordinate()
@@ -234,10 +239,10 @@ def _params(groups: Sequence[Any]) -> set[Parameter]:
 
 
 def check_late_attributes() -> None:
-    """Whether this torch has the attributes that a unit gets only in its first gather, which are read with a default before it.
+    """Check that this torch has the attributes that a unit gets only in its first gather; before it they are read with a default.
 
     Raises:
-        ValueError: names the missing one; gradients that wait for a step could not be seen without it.
+        ValueError: Names the missing one, without which pending gradients cannot be seen.
     """
     for kind, name in ((FSDPParam, "_unsharded_param"), (FSDPParamGroup, "_orig_dtype")):
         if name not in kind.__annotations__:
@@ -248,7 +253,7 @@ def check_late_attributes() -> None:
 
 
 def _unsupported(module: nn.Module) -> list[str]:
-    """What this model uses that freezing does not work with yet, by name."""
+    """Return the names of the model's features that freezing does not support yet."""
     sharded = [p for p in module.parameters() if isinstance(p, DTensor)]
     uses = {
         "tensor parallelism (DTensors cut along more than one dimension of the mesh): leave parallelize_module out": any(

@@ -1,4 +1,4 @@
-"""Wrappers that keep a parameter group in one flat buffer: what ZeRO-1/2, BF16_Optimizer and FP16_Optimizer have in common.
+"""Wrappers that keep a parameter group in one flat buffer: the common part of ZeRO-1/2, BF16_Optimizer and FP16_Optimizer.
 
 A change of the layout goes group by group: state tensor by state tensor (state_moves.py), then the low-precision weights, which are
 rearranged in place (weights.py), then whatever the wrapper derives from both. The torch optimizer, its parameter groups and the master
@@ -45,7 +45,7 @@ ALLOWED_WHOLE = (
 
 
 class FlatBackend(DeepSpeedBackend):
-    """The common part; a subclass says where its wrapper keeps things."""
+    """The common part; a subclass defines where its wrapper keeps each tensor."""
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
@@ -62,30 +62,30 @@ class FlatBackend(DeepSpeedBackend):
 
     @abstractmethod
     def low_precision_groups(self) -> list[list[Parameter]]:
-        """The wrapper's own lists of model parameters, one a group."""
+        """Return the wrapper's own lists of model parameters, one per group."""
 
     @abstractmethod
     def layout(self, index: int, params: Sequence[Parameter]) -> FlatLayout:
-        """The layout that the wrapper gives group `index` when it holds `params`."""
+        """Return the layout that the wrapper gives group `index` when it holds `params`."""
 
     @abstractmethod
     def master(self, index: int) -> Tensor:
-        """This rank's fp32 partition of group `index`: the tensor that the torch optimizer steps."""
+        """Return this rank's fp32 partition of group `index`: the tensor that the torch optimizer steps."""
 
     @abstractmethod
     def process_group(self, index: int) -> dist.ProcessGroup | None:
-        """The ranks that share group `index`; None where every rank holds all of it."""
+        """Return the ranks that share group `index`; None if every rank holds all of it."""
 
     @abstractmethod
     def before_change(self) -> None:
-        """Let go of what hangs on the old layout (hooks, links, gradient buffers): a view of an old tensor would keep it alive."""
+        """Remove everything that refers to the old layout (hooks, links, gradient buffers): a view would keep an old tensor alive."""
 
     @abstractmethod
     def flat_weights(self, index: int) -> Tensor:
-        """The wrapper's low-precision buffer of group `index`."""
+        """Return the wrapper's low-precision buffer of group `index`."""
 
     def weight_buffers(self) -> dict[int, FlatWeights]:
-        """The buffers of the weights, by group. Called once, when the optimizer has its full layout."""
+        """Return the buffers of the weights, by group. Called once, when the optimizer has its full layout."""
         return {i: FlatWeights(self.flat_weights(i)) for i in range(len(self._groups))}
 
     @abstractmethod
@@ -94,7 +94,7 @@ class FlatBackend(DeepSpeedBackend):
 
     @abstractmethod
     def after_change(self) -> None:
-        """Rebuild what the wrapper derives from all groups together (numbering, hooks, links)."""
+        """Rebuild everything that the wrapper derives from all groups together (numbering, hooks, links)."""
 
     def detach(self, param: Parameter) -> None:
         """Make a parameter that has left the optimizer a plain constant of the model, at the end of the same buffer."""
@@ -106,7 +106,7 @@ class FlatBackend(DeepSpeedBackend):
                 delattr(param, name)
 
     def low_precision(self, param: Parameter, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of what this rank holds of the weights themselves, flat."""
+        """Return elements [start, start + numel) of this rank's part of the low-precision weight, flat."""
         return param.data.view(-1)[start : start + numel]
 
     needs_placeholder = True
@@ -165,7 +165,7 @@ class FlatBackend(DeepSpeedBackend):
         return [(self.master(i), self.layouts[i], self.group_rank(i)) for i in range(len(self.groups))]
 
     def group_rank(self, index: int) -> int:
-        """This process's partition of group `index`."""
+        """Return the number of this process's partition of group `index`."""
         return dist.get_rank(self.process_group(index)) if self.layouts[index].world > 1 else 0
 
     def sampler(self, requests: Sequence[SampleRequest], numel: int) -> Sampler:
@@ -230,7 +230,7 @@ class FlatBackend(DeepSpeedBackend):
         return Released(before - self.optimizer_bytes(), moved)
 
     def _rebuild(self, layouts: list[FlatLayout], changed: Sequence[int]) -> None:
-        """Let the wrapper have these layouts; weights and state are in their places already."""
+        """Give the wrapper these layouts; weights and state are in their places already."""
         self.before_change()
         self.layouts = layouts
         for i in changed:
@@ -249,7 +249,7 @@ class FlatBackend(DeepSpeedBackend):
         return undo
 
     def weight_plans(self, changed: Collection[int], layouts: Sequence[FlatLayout]) -> list[tuple[FlatWeights, Arrangement]]:
-        """Plan how the weights of the groups `changed` get to these layouts, each buffer once. Changes nothing."""
+        """Plan the moves of the weights of the groups `changed` to these layouts, each buffer once. Changes nothing."""
         for i in changed:
             if self.active(i):
                 self.weights[i].follow(self.flat_weights(i))
@@ -266,7 +266,7 @@ class FlatBackend(DeepSpeedBackend):
         return flatten(layout) if layout.params[0] is self.placeholders.get(index) else self.weights[index].front(layout.numel)
 
     def trim(self) -> None:
-        """Give back what is free in the buffers of the weights after parameters have left the model's stage. Local; copies the rest."""
+        """Release the unused part of the weights' buffers after parameters have left this stage. Local; copies the rest."""
         plans = self.weight_plans(range(len(self.groups)), self.layouts)
         trimmed = [weights.trim(arrangement) for weights, arrangement in plans]
         if any(trimmed):
@@ -276,10 +276,10 @@ class FlatBackend(DeepSpeedBackend):
         return flat_memory_need(self, freeze, thaw)
 
     def beyond_the_optimizer(self, tx: Transaction) -> None:
-        """Carry out what a change entails besides, within its transaction."""
+        """Carry out the parts of a change that concern neither state nor weights, within its transaction."""
 
     def kept_layouts(self, params: Sequence[Parameter]) -> list[PackedLayout]:
-        """Where the state of these parameters waits on the host, as far as it was kept; each layout with these parameters only."""
+        """Return the layouts of the kept state of these parameters on the host; each with these parameters only."""
         kept: dict[int, Kept] = {id(k): k for k in (self._kept[p] for p in params if p in self._kept)}
         return [PackedLayout({p: k.layout.pieces[p] for p in params if self._kept.get(p) is k}, k.layout.sizes) for k in kept.values()]
 
@@ -295,7 +295,7 @@ class FlatBackend(DeepSpeedBackend):
         self.verify_weights()
 
     def verify_weights(self) -> None:
-        """The part of `verify` that concerns the weights' own buffers."""
+        """Carry out the part of `verify` that concerns the weights' own buffers."""
         for i, layout in enumerate(self.layouts):
             stepped = self.base_optimizer().param_groups[i]["params"]
             if len(stepped) != 1 or stepped[0] is not self.master(i):
@@ -309,7 +309,7 @@ class FlatBackend(DeepSpeedBackend):
 
     @staticmethod
     def verify_frozen(weights: FlatWeights, front: int, frozen: Iterable[Any]) -> None:
-        """Raise FreezeError where a frozen parameter is in the part of a buffer that DeepSpeed steps and gathers."""
+        """Raise FreezeError if a frozen parameter is in the part of a buffer that DeepSpeed steps and gathers."""
         if any((begin := weights.offset(p)) is not None and begin < front for p in frozen):
             raise FreezeError("a frozen parameter is within the flat buffer of the active ones")
 
@@ -319,7 +319,7 @@ class FlatBackend(DeepSpeedBackend):
         return FlatWeightState(self, weight)
 
     def state_extras(self) -> dict[str, Any]:
-        """Step counts of thawed parameters."""
+        """Return the step counts of thawed parameters."""
         names = self.names()
         return {"steps": {names[p]: step_to_json(s) for p, s in self.own_steps.count.items()}, "asleep": {}}
 
@@ -340,11 +340,11 @@ class FlatBackend(DeepSpeedBackend):
                     self.own_steps.set(param, steps[param])
 
     def step_of(self, param: Parameter, entries: Mapping[str, Any]) -> Any:
-        """Return a copy of the step count of `param`, None where nothing was stepped. entries: its group's state."""
+        """Return a copy of the step count of `param`, None if nothing was stepped. entries: its group's state."""
         return copy_step(self.own_steps.count.get(param, entries.get("step")))
 
     def stepped_groups(self) -> list[int]:
-        """The groups that are stepped and have been."""
+        """Return the groups that are stepped and have been stepped before."""
         state = self.base_optimizer().state
         return [i for i in range(len(self.groups)) if self.active(i) and "step" in state.get(self.master(i), {})]
 

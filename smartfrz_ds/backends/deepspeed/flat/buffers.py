@@ -18,7 +18,7 @@ from .partition import FlatLayout
 
 
 def flatten(layout: FlatLayout) -> Tensor:
-    """A new buffer with the parameters' values, and the parameters pointed into it."""
+    """Return a new buffer with the parameters' values, and point the parameters into it."""
     first = layout.params[0]
     flat = torch.zeros(layout.numel, dtype=first.dtype, device=first.device)
     for param in layout.params:
@@ -42,7 +42,7 @@ def link(wrapper: Any, masters: Sequence[Tensor]) -> None:
     """Link weights, masters and states of ZeRO-1/2 or BF16_Optimizer anew.
 
     DeepSpeed links the states of all groups after the first group's first step, when the others have none yet, and then raises "not
-    found in optimizer state fragment" for those; a change of the layout is a good moment to do it right.
+    found in optimizer state fragment" for those; linking all of them here avoids that.
     """
     wrapper._link_all_hp_params()
     wrapper._hp_optimizer_states_linked = False
@@ -56,5 +56,5 @@ def is_pinned(tensor: Tensor) -> bool:
 
 
 def pinned_if(tensor: Tensor, pinned: bool) -> Tensor:
-    """Return `tensor`, page-locked where it should be."""
+    """Return `tensor`, page-locked if `pinned`."""
     return get_accelerator().pin_memory(tensor) if pinned else tensor

@@ -1,4 +1,4 @@
-"""The bytes that a change of the layout moves where parameter groups are flat buffers, read off the layouts before it happens."""
+"""The bytes that a change of flat buffers moves, computed from the layouts before it happens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
 
 def flat_change_cost(backend: FlatBackend, out: Collection[Parameter], *, keep: bool) -> Cost:
-    """Of a change after which exactly the parameters `out` are out of the optimizer, all groups together. keep: as `layout_cost`."""
+    """Return the cost of a change, all groups together.
+
+    Args:
+        backend: The engine's backend.
+        out: All parameters that are outside of the optimizer afterwards.
+        keep: As in `layout_cost`.
+    """
     cost, changed, layouts = Cost(), [], []
     for index, group in enumerate(backend.groups):
         held = backend.active(index)
@@ -47,14 +53,15 @@ def layout_cost(
     on_host: bool,
     keep: bool = False,
 ) -> Cost:
-    """What one parameter group costs whose parameters go from `old` to `new`.
+    """Return the cost of moving the state of one parameter group from `old` to `new`.
 
-    old: a FlatLayout, or what waits on the host for a thaw.
-
-    element_sizes: bytes an element of each tensor that is laid out so: master weights, moments.
-    weight_bytes: bytes of low-precision weights that a rank writes anew.
-    on_host: whether state lives in host memory.
-    keep: what leaves is copied to the host besides.
+    Args:
+        old: The layout before, or that of state that waits on the host for a thaw.
+        new: The layout afterwards.
+        element_sizes: Bytes per element of each tensor with this layout: master weights, moments.
+        weight_bytes: Bytes of low-precision weights that a rank writes.
+        on_host: Whether the state is in host memory.
+        keep: Whether the state that leaves is also copied to the host.
     """
     moves = plan_moves(old, new, new.params)
     crossing = [m for m in moves if m.source != m.target]
@@ -84,7 +91,7 @@ def layout_cost(
 
 
 def _busiest(moves: Sequence[SliceMove], world: int) -> int:
-    """Elements that the busiest rank sends or receives."""
+    """Return the elements that the busiest rank sends or receives."""
     sent, received = [0] * world, [0] * world
     for m in moves:
         sent[m.source] += m.numel
@@ -93,7 +100,7 @@ def _busiest(moves: Sequence[SliceMove], world: int) -> int:
 
 
 def _group_cost(backend: FlatBackend, index: int, old: FlatLayout, new: FlatLayout, *, keep: bool) -> Cost:
-    """Of the optimizer's state of one group, and of its gradients."""
+    """Return the cost of the optimizer's state of one group, and of its gradients."""
     master = backend.master(index)
     state = backend.base_optimizer().state.get(master, {}).values()
     tensors = [master]
@@ -108,7 +115,7 @@ def _group_cost(backend: FlatBackend, index: int, old: FlatLayout, new: FlatLayo
 
 
 def gather_cost(gathered: int) -> Cost:
-    """ZeRO-3 gathers weights that are to stay whole. gathered: bytes of them, whole."""
+    """Return the cost of gathering weights that ZeRO-3 then keeps whole. gathered: their bytes, whole."""
     world = dist.get_world_size()
     arriving = gathered * (world - 1) // world  # on each rank
     return Cost(

@@ -1,4 +1,4 @@
-"""Moving the optimizer's state of one parameter group of a flat wrapper to another layout: what leaves, what stays, what comes back."""
+"""Moves the optimizer's state of one parameter group of a flat wrapper to another layout."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def move_group_state(
     """Move the master and the moments of group `index` from one layout to another. Collective.
 
     Args:
-        backend: Of the engine.
+        backend: The engine's backend.
         index: The group.
-        old: Its layout.
+        old: Its layout before.
         new: Its layout afterwards.
         leaving: The parameters that only `old` has.
         keep: Whether their state is kept on the host.
@@ -76,13 +76,13 @@ def move_group_state(
 
 
 def tensors_of(master: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the tensors of one group that are laid out like its master, that one first."""
+    """Return the tensors of one group that have the layout of its master: the master, then the moments."""
     state = optimizer.state.get(master, {})
     return {MASTER: master.detach()} | {k: v for k, v in state.items() if isinstance(v, Tensor) and v.ndim > 0}
 
 
 def _installer(master: Tensor, entries: dict[str, Any], key: str) -> Callable[[Tensor], None]:
-    """Return what gives the optimizer a tensor in the place of its own. Must not keep the old one alive."""
+    """Return a function that replaces a tensor of the optimizer. It must not keep the old tensor alive."""
     pinned = is_pinned(master if key == MASTER else entries[key])
 
     def install(tensor: Tensor) -> None:

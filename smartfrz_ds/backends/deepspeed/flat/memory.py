@@ -1,4 +1,4 @@
-"""What a change of flat partitions holds above the level before it, at each of its moments: the formula that `change` follows."""
+"""The memory that a change of flat partitions holds above the level before it, moment by moment, as `change` proceeds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorBytes:
-    """One tensor of a group on this rank, in bytes: before the change, afterwards, and what of it leaves and waits on the host."""
+    """One tensor of a group on this rank, in bytes: before the change, afterwards, and the part that leaves and waits on the host."""
 
     old: int
     new: int
@@ -56,7 +56,7 @@ def peak(tensors: Sequence[TensorBytes], weights: int, *, on_host: bool) -> Memo
 
 
 def flat_memory_need(backend: FlatBackend, freeze: Sequence[Parameter], thaw: Sequence[Parameter]) -> MemoryNeed:
-    """As `Backend.memory_need`, staging included."""
+    """Return the need as `Backend.memory_need` does, staging included."""
     tensors, changed, layouts, grown = [], [], [], 0
     after = (backend.frozen | set(freeze)) - set(thaw)
     for index, old in enumerate(backend.layouts):

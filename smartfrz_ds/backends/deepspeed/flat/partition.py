@@ -1,4 +1,4 @@
-"""Where each parameter's elements live in flat, partitioned buffers, and how they move when the layout changes.
+"""Positions of each parameter's elements in flat, partitioned buffers, and their moves when the layout changes.
 
 DeepSpeed's flat wrappers concatenate a group's parameters into one buffer and give each rank an equal slice of it. Freezing takes
 parameters out, so the slices shift. Everything here is arithmetic over layouts that every rank knows, plus one class that
@@ -56,11 +56,12 @@ class SliceMove:
 class FlatLayout:
     """One parameter group, concatenated in this order and cut into `world` equal partitions.
 
-    params: the group's parameters in buffer order.
-    world: number of partitions, >= 1; 1 also where each rank has a buffer of its own (ZeRO-3).
-    alignment: the buffer is padded at its end to a multiple of this many elements, >= 1.
-    padding: elements of padding behind each parameter (`parameter_alignment` of ZeRO-1/2); zeros where empty.
-    sizes: elements of each parameter in the buffer, where they are not its own (ZeRO-3: of its partition).
+    Attributes:
+        params: The group's parameters in buffer order.
+        world: Number of partitions, >= 1; 1 also if each rank has its own buffer (ZeRO-3).
+        alignment: The buffer is padded at its end to a multiple of this many elements, >= 1.
+        padding: Elements of padding behind each parameter (`parameter_alignment` of ZeRO-1/2); empty: none.
+        sizes: Elements of each parameter in the buffer, if they are not all of its own (ZeRO-3: those of its partition).
     """
 
     params: tuple[Parameter, ...]
@@ -87,11 +88,11 @@ class FlatLayout:
 
     @property
     def partition_size(self) -> int:
-        """Elements of each rank's partition."""
+        """Number of elements of each rank's partition."""
         return self.numel // self.world
 
     def segments(self, param: Parameter) -> list[Segment]:
-        """The pieces of `param`, in order; empty for a parameter that this layout does not hold."""
+        """Return the pieces of `param`, in order; empty for a parameter that this layout does not hold."""
         if param not in self.offsets:
             return []
         size, begin = self.partition_size, self.offsets[param]
@@ -104,13 +105,13 @@ class FlatLayout:
         return pieces
 
     def local_segments(self, rank: int) -> list[tuple[Parameter, Segment]]:
-        """The pieces on `rank`, in buffer order."""
+        """Return the pieces on `rank`, in buffer order."""
         return [(p, s) for p in self.params for s in self.segments(p) if s.rank == rank]
 
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """What each rank held of some parameters, packed densely: the form in which released state waits on the host for a thaw."""
+    """Each rank's part of some parameters, packed densely: the layout of released state that waits on the host for a thaw."""
 
     pieces: dict[Parameter, list[Segment]]
     sizes: tuple[int, ...]
@@ -136,9 +137,9 @@ class PackedLayout:
 
 
 def plan_moves(source: FlatLayout | PackedLayout, target: FlatLayout | PackedLayout, params: Iterable[Parameter]) -> list[SliceMove]:
-    """The moves that bring `params` from one layout to the other; parameters that either lacks are left out.
+    """Return the moves that bring `params` from one layout to the other; parameters that either lacks are left out.
 
-    Every rank computes the same list. Neighbouring moves are merged, so a group that only shifts costs one move a pair of ranks.
+    Every rank computes the same list. Neighbouring moves are merged, so a group that only shifts costs one move per pair of ranks.
     """
     moves: list[SliceMove] = []
     for param in params:
@@ -172,24 +173,24 @@ def _append(moves: list[SliceMove], new: SliceMove) -> None:
 
 
 def bytes_sent(moves: Sequence[SliceMove], element_size: int) -> int:
-    """Bytes that cross ranks when `moves` are carried out for one tensor."""
+    """Return the bytes that cross ranks when `moves` are carried out for one tensor."""
     return sum(m.numel for m in moves if m.source != m.target) * element_size
 
 
 class Exchange:
     """The moves of one tensor from one layout to another, with the buffers that they need.
 
-    What stays on a rank is copied straight. What crosses goes through all_to_all_single in rounds of at most `staging_bytes` a rank and
-    direction, so the extra memory grows neither with the model nor with the number of ranks.
+    Elements that stay on a rank are copied directly. The others go through all_to_all_single in rounds of at most `staging_bytes` per rank
+    and direction, so the extra memory grows neither with the model nor with the number of ranks.
 
     Args:
-        moves: As `plan_moves`.
-        dtype: Of the tensor.
-        device: Of the target.
+        moves: The output of `plan_moves`.
+        dtype: Type of the tensor.
+        device: Device of the target.
         rank: This process among the ranks of the layouts.
         world: Their number.
         group: Their process group.
-        staging_bytes: Of each of the two buffers, at most.
+        staging_bytes: Size of each of the two buffers, at most.
     """
 
     def __init__(
@@ -224,7 +225,7 @@ class Exchange:
             copy: Copies its second argument into its first.
 
         Returns:
-            The first local error, after all collectives: the other ranks were not left waiting. None where there was none.
+            The first local error, after all collectives, so that no other rank is left waiting. None if there was none.
         """
         source, target = source.detach(), target.detach()
         errors: list[Exception] = []

@@ -1,4 +1,4 @@
-"""Rearranging a buffer in place: a few large moves with one staging buffer of bounded size, each of which can be taken back.
+"""Rearranges a buffer in place, with a few large moves and one staging buffer of bounded size. Each move can be taken back.
 
 A device storage can't be shrunk without a copy, so a freeze leaves the weights where they are and only changes their order. Planning is
 arithmetic over sizes; `Permutation` carries a plan out.
@@ -39,7 +39,7 @@ Operation = Swap | Shift
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring elements that stay neighbours. first, last: where they belong among all runs, both included."""
+    """Neighbouring elements that stay neighbours. first, last: their target positions among all runs, inclusive."""
 
     first: int
     last: int
@@ -141,14 +141,14 @@ class Permutation:
         self._staged = min(limit, max((max(_staged(op, limit)) for op in self._operations), default=0))
 
     def run(self) -> None:
-        """Carry out what is not done yet."""
+        """Carry out the remaining operations."""
         with self._staging():
             for operation in self._operations[self._done :]:
                 self._carry_out(operation)
                 self._done += 1
 
     def undo(self) -> None:
-        """Take back what is done, last operation first."""
+        """Take back the completed operations, last one first."""
         with self._staging():
             while self._done:
                 operation = self._operations[self._done - 1]
@@ -249,7 +249,7 @@ class Permutation:
 
 
 def _staged(operation: Operation, limit: int) -> tuple[int, int]:
-    """Elements of the block that an operation sets aside, and of a piece that it stages."""
+    """Return the elements of the block that an operation sets aside, and of a piece that it stages."""
     if isinstance(operation, Swap):
         return min(limit, operation.numel), 0
     small, large = sorted((operation.left, operation.right))

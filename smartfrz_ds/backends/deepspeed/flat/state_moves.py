@@ -1,8 +1,8 @@
-"""Moving the masters and moments of one parameter group to another layout, tensor by tensor, and back again.
+"""Moves the masters and moments of one parameter group to another layout, tensor by tensor, and back again.
 
-Each tensor shrinks (or grows) by itself, so that on a device nothing is held above the level before the change but one staging buffer: what
-leaves waits on the host, and where the space that was freed so far isn't enough for the new tensor beside the old one, what stays waits on
-the host too while its storage is made anew. A storage can't be cut without a copy, so one tensor at a time has to wait somewhere.
+Tensors shrink (or grow) one at a time, so that on a device only one staging buffer is held above the level before the change. Elements that
+leave wait on the host. If the space that was freed so far is too small for the new tensor beside the old one, the others wait on the host
+too while the storage is allocated again: a storage cannot be cut without a copy.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HOST = "cpu"
 
 
 class HostLink:
-    """Copies between host and device through one page-locked buffer, which is made when it is first needed and then reused."""
+    """Copies between host and device through one page-locked buffer, which is created at its first use and then reused."""
 
     def __init__(self) -> None:
         self._pinned: Tensor | None = None
@@ -46,12 +46,12 @@ class HostLink:
 
 @dataclass(frozen=True)
 class GroupMoves:
-    """What the tensors of one parameter group have in common in a change of its layout.
+    """The data that the tensors of one parameter group share in a change of its layout.
 
     Attributes:
         old: The layout before.
         new: The layout afterwards.
-        kept: Where what leaves waits on the host.
+        kept: The layout on the host of the elements that leave.
         stay: Moves from `old` to `new`.
         leave: Moves from `old` to `kept`; on each rank alone.
         rank: This process's partition.
@@ -89,8 +89,8 @@ class TensorMove:
 
     Args:
         tensor: (old partition size,), this rank's.
-        moves: Of its group.
-        link: For copies between host and device.
+        moves: The moves of its group.
+        link: Copies between host and device.
         room: Bytes that the change has freed on the device so far.
     """
 
@@ -108,7 +108,7 @@ class TensorMove:
         self._back: tuple[Tensor, Tensor, Exchange] | None = None
 
     def prepare(self, returning: Sequence[Returning]) -> None:
-        """Set aside what leaves, and allocate everything. Local. After an error, `abandon` brings the tensor back."""
+        """Set aside the elements that leave, and allocate everything. Local. After an error, `abandon` brings the tensor back."""
         moves, source = self._moves, self._source
         assert source is not None
         self.waiting = torch.empty(moves.kept.sizes[moves.rank], dtype=self._dtype)
@@ -132,7 +132,7 @@ class TensorMove:
         return Exchange(moves, self._dtype, self._device, rank=m.rank, world=m.old.world, group=m.group, staging_bytes=staging)
 
     def abandon(self) -> None:
-        """Take `prepare` back, wherever it has ended; the new tensor was never used. Nothing to do once `finish` has run."""
+        """Take `prepare` back, wherever it has ended; the new tensor was never used. Does nothing once `finish` has run."""
         self.target = self.target[:0].clone()
         if self._source is not None and self._host is not None:
             self._source.untyped_storage().resize_(self._storage_bytes)
@@ -146,10 +146,10 @@ class TensorMove:
                 tx.fail_later(error)
 
     def finish(self) -> int:
-        """Let go of the old tensor, whose place `target` has taken.
+        """Release the old tensor, which `target` has replaced.
 
         Returns:
-            Bytes that this has freed on the device, negative where the tensor has grown.
+            Bytes that this has freed on the device, negative if the tensor has grown.
         """
         self._source = self._host = None
         self._exchanges.clear()
@@ -157,7 +157,7 @@ class TensorMove:
         return -grown if self._device.type != HOST else 0
 
     def prepare_back(self) -> None:
-        """Allocate what `take_back` needs: `target` waits on the host where it was on a device. Local."""
+        """Allocate the buffers of `take_back`: a `target` on a device waits on the host. Local."""
         if self._back is not None:
             return
         self._source = self._host = None
@@ -188,7 +188,7 @@ class TensorMove:
         return old
 
     def bytes_sent(self, returning: Sequence[Returning]) -> int:
-        """Bytes that cross ranks for this tensor, over all ranks."""
+        """Return the bytes that cross ranks for this tensor, over all ranks."""
         size = self._dtype.itemsize
         return bytes_sent(self._moves.stay, size) + sum(bytes_sent(r.moves, size) for r in returning)
 
@@ -205,14 +205,14 @@ def move_tensor(
 
     Args:
         tx: The transaction.
-        name: Of the tensor, for messages.
+        name: Name of the tensor, for messages.
         move: Its move.
-        returning: What comes back to it from the host.
-        install: Gives the optimizer a tensor in the place of its own.
-        fill: Writes into the new tensor what neither stays nor comes from the host.
+        returning: State that comes back to it from the host.
+        install: Replaces the optimizer's tensor.
+        fill: Writes those elements of the new tensor that neither stay nor come from the host.
 
     Returns:
-        Bytes that this has freed on the device so far, as `TensorMove.finish`.
+        Bytes that this has freed on the device, as `TensorMove.finish`.
     """
     with tx.step(f"set {name} aside", undo=move.abandon):
         move.prepare(returning)

@@ -32,17 +32,17 @@ class Place:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """How the weights get to a new order.
+    """A new order of the weights, and the moves that lead to it.
 
     Attributes:
-        active: Where each active parameter goes, in buffer order.
+        active: New position of each active parameter, in buffer order.
         front: Elements of the part that DeepSpeed sees, padding included.
-        frozen: Where the frozen parameters go that stay in the buffer.
+        frozen: New positions of the frozen parameters that stay in the buffer.
         operations: Moves within the buffer.
-        evicted: Frozen parameters that get a storage of their own: without their elements the rest does not fit, because the front is
-            padded to a multiple of the number of ranks.
+        evicted: Frozen parameters that get a separate storage: with them the buffer is too small, because the front is padded to a
+            multiple of the number of ranks.
         arriving: Active parameters whose weights are outside of the buffer.
-        capacity: Elements of the new storage where this one is too small, else 0.
+        capacity: Elements of the new storage if this one is too small, else 0.
     """
 
     active: tuple[Place, ...]
@@ -55,13 +55,13 @@ class Arrangement:
 
     @property
     def written(self) -> int:
-        """Elements that are written to carry it out."""
+        """Number of elements that it writes."""
         outside = sum(h.numel() for h in self.evicted) + sum(h.numel() for h in self.arriving)
         return 2 * self.capacity if self.capacity else moved(self.operations) + outside
 
     @property
     def extra(self) -> int:
-        """Elements that are held for it besides the staging buffer."""
+        """Number of elements that it holds besides the staging buffer."""
         return self.capacity or sum(h.numel() for h in self.evicted)
 
 
@@ -95,7 +95,7 @@ class FlatWeights:
         return self._buffer[:numel]
 
     def offset(self, holder: Holder) -> int | None:
-        """Return where the weights of `holder` begin; None where they are outside of this buffer."""
+        """Return the offset of the weights of `holder`; None if they are outside of this buffer."""
         data = holder.data
         inside = data.numel() and data.untyped_storage().data_ptr() == self._buffer.untyped_storage().data_ptr()
         return int(data.storage_offset()) if inside else None
@@ -104,9 +104,9 @@ class FlatWeights:
         """Plan an order of the buffer. Changes nothing; the same on every rank that holds the same parameters.
 
         Args:
-            active: Where the active parameters go, in buffer order.
+            active: New positions of the active parameters, in buffer order.
             front: Elements of the part that DeepSpeed sees, padding included.
-            frozen: The frozen parameters, those outside of this buffer too.
+            frozen: The frozen parameters, including those outside of this buffer.
         """
         holders = [place.holder for place in active]
         at = {h: begin for h in (*holders, *frozen) if (begin := self.offset(h)) is not None}
@@ -150,13 +150,13 @@ class FlatWeights:
         return tuple(operations)
 
     def trim(self, arrangement: Arrangement) -> bool:
-        """Move the weights to a storage without unused elements, where there are some and memory allows it.
+        """Move the weights to a storage without unused elements, if there are any and memory allows it.
 
         Args:
-            arrangement: The order that the buffer has.
+            arrangement: The current order of the buffer.
 
         Returns:
-            Whether the storage is another one now.
+            Whether the storage was replaced.
         """
         needed = arrangement.front + sum(place.numel for place in arrangement.frozen)
         if needed >= self.capacity:
@@ -173,7 +173,7 @@ class FlatWeights:
         return True
 
     def make(self, arrangement: Arrangement) -> Rearrangement:
-        """Allocate what carrying out an arrangement needs. Nothing has changed yet."""
+        """Allocate the buffers of an arrangement. Nothing is moved yet."""
         return Rearrangement(self, arrangement)
 
 
@@ -218,7 +218,7 @@ class Rearrangement:
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Bring the weights back to where they were, wherever `run` has ended."""
+        """Bring the weights back to their previous places, wherever `run` has ended."""
         self._weights._buffer = self._old_buffer
         self._permutation.undo()
         for holder, data in self._old.items():
@@ -228,7 +228,7 @@ class Rearrangement:
             holder.data.copy_(self._clones[holder])
 
     def _clear_free(self) -> None:
-        """Write zeros where no parameter is: padding that DeepSpeed sees is among it."""
+        """Write zeros into elements that hold no parameter, which include padding that DeepSpeed sees."""
         held = [(begin, h.numel()) for h in self._old if (begin := self._weights.offset(h)) is not None]
         position = 0
         for begin, numel in sorted(held):
@@ -249,7 +249,7 @@ def _whole(flat: Tensor) -> Tensor:
 
 
 def _evict(frozen: Sequence[Holder], missing: int) -> tuple[Holder, ...]:
-    """Choose frozen parameters of at least `missing` elements together, few bytes rather than few parameters."""
+    """Choose frozen parameters of at least `missing` elements together, preferring few bytes over few parameters."""
     if missing <= 0:
         return ()
     by_size = sorted(frozen, key=lambda h: h.numel())
@@ -275,7 +275,7 @@ def _to_the_end(holders: Sequence[Holder], end: int) -> tuple[Place, ...]:
 
 
 def _shifted_blocks(packed: Sequence[tuple[int, Place]]) -> list[tuple[int, int, int]]:
-    """Join neighbours that go equally far: (where the block begins, how far it goes, its elements), without those that stay."""
+    """Join neighbours with the same shift, without those that stay. Returns (begin, shift, elements) of each block."""
     blocks: list[tuple[int, int, int]] = []
     for begin, place in packed:
         distance = place.offset - begin
@@ -287,7 +287,7 @@ def _shifted_blocks(packed: Sequence[tuple[int, Place]]) -> list[tuple[int, int,
 
 
 def _clear_gaps(buffer: Tensor, to: Arrangement) -> None:
-    """Write zeros where the part that DeepSpeed sees holds no parameter: it is reduced and stepped with the rest."""
+    """Write zeros into the elements of DeepSpeed's part that hold no parameter: they are reduced and stepped with the rest."""
     position = 0
     for place in to.active:
         buffer[position : place.offset].zero_()
