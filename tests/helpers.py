@@ -91,20 +91,16 @@ def launch(
     return subprocess.CompletedProcess(command, process.returncode, output, "")
 
 
-def run_worker(name: str, job: object, folder: Path, *, ranks: int = 2, timeout: float = 300, launcher: bool = False) -> Path:
+def run_worker(name: str, job: object, folder: Path, *, ranks: int = 2, timeout: float = 300) -> Path:
     """Run tests/workers/worker_NAME.py on `ranks` ranks with `job` (JSON) and give back the folder that it wrote to.
 
-    The ranks come from the session's pool (rank_pool.py). launcher: start them with the deepspeed launcher instead, which tests of killed
-    ranks and of resident memory need.
+    The ranks come from the session's pool (rank_pool.py).
     """
     _check_ranks_allowed()
     folder.mkdir(parents=True, exist_ok=True)
     job_file = folder / "job.json"
     job_file.write_text(json.dumps(job))
     script = TESTS / "workers" / f"worker_{name}.py"
-    if launcher:
-        launch(script, str(job_file), str(folder), ranks=ranks, timeout=timeout)
-        return folder
     build_locks.clear()
     output = folder / "output.txt"
     for _ in range(3):

@@ -1,15 +1,17 @@
 """A session's pool of ranks: importing DeepSpeed is paid once, and each job gets fresh processes.
 
-`RankPool` starts one process that imports torch and DeepSpeed and waits. For each job it forks the ranks, which set the environment that
-the deepspeed launcher would set and run the worker as `__main__`. A fork has all imports and none of an earlier job's state: no process
-group, no engine, no hook. The parent never starts a thread of torch's or a process group, which would not survive a fork.
+`RankPool` starts one process that imports torch, DeepSpeed, transformers and the package, and waits. For each job it forks the ranks, which
+set the environment that the deepspeed launcher would set and run the worker as `__main__`. A fork has all imports and none of an earlier
+job's state: no process group, no engine, no hook. The parent never starts a thread of torch's or a process group, which would not survive
+a fork. What it imported is frozen for the garbage collector: a rank's `gc.collect()` looks at the rank's own objects only.
 
-Tests of launchers, of ranks that die and of memory start ranks of their own (`helpers.launch`).
+Tests of launchers start ranks of their own (`helpers.launch`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -68,14 +70,30 @@ def serve() -> None:
     """The pool's process: reads a job a line from standard input, answers with a line each."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not look like an answer
-    import torch
-    import torch.distributed.fsdp  # noqa: F401
-    from torch.utils import _pytree  # noqa: F401
-
+    preload()
+    gc.collect()
+    gc.freeze()
     assert threading.active_count() == 1, threading.enumerate()
     for line in sys.stdin:
         answers.write(json.dumps({"code": run_job(json.loads(line))}) + "\n")
         answers.flush()
+
+
+def preload() -> None:
+    """Load what most workers need, and what DeepSpeed and torch load late: muon and the first optimizer bring torch's compiler."""
+    import peft  # noqa: F401
+    import torch
+    import torch.distributed.fsdp
+    from deepspeed.comm.torch import build_shm_op
+    from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401
+    from torch.utils import _pytree  # noqa: F401
+    from transformers import BertForSequenceClassification, GPT2LMHeadModel, LlamaForCausalLM, Trainer  # noqa: F401
+
+    import smartfrz_ds
+
+    smartfrz_ds.attach, smartfrz_ds.attach_torch  # noqa: B018 - their modules are loaded at the first access
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    build_shm_op()
 
 
 def run_job(job: dict[str, Any]) -> int:
@@ -87,7 +105,7 @@ def run_job(job: dict[str, Any]) -> int:
         if pid in left:
             left.remove(pid)
             ended = os.waitstatus_to_exitcode(status)
-            if ended and not code:
+            if ended and (not code or ended < 0 < code):  # a kill is the reason for the errors of the others
                 code = ended
                 # the others may be about to fail by themselves, with the better message
                 deadline = min(deadline, time.monotonic() + 20)

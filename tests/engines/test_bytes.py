@@ -21,7 +21,7 @@ def load(folder: Path, rank: int) -> dict[str, Any]:
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks saw."""
     cases = [[mode, threshold, tight] for mode in MODES for threshold, tight in ((0, True), (0, False), (None, False))]
-    folder = run_worker("bytes", {"zero3": cases, "predictions": True}, tmp_path_factory.mktemp("bytes"), launcher=True, timeout=300)
+    folder = run_worker("bytes", {"zero3": cases, "predictions": True}, tmp_path_factory.mktemp("bytes"), timeout=300)
     return [load(folder, rank) for rank in (0, 1)]
 
 
@@ -80,9 +80,7 @@ def test_zero3_small_parameters_that_stay_gathered_are_not_gathered_again(seen: 
 @pytest.mark.distributed(4)
 def test_zero3_auto_replicates_only_what_the_freeze_has_paid_for(tmp_path: Path) -> None:
     """Four ranks, fp32: a frozen weight releases 8 / 4 bytes of moments on each rank and would take 4 bytes whole: half of them fit."""
-    folder = run_worker(
-        "bytes", {"zero3": [["auto", 0, True]], "predictions": False}, tmp_path / "out", ranks=4, launcher=True, timeout=400
-    )
+    folder = run_worker("bytes", {"zero3": [["auto", 0, True]], "predictions": False}, tmp_path / "out", ranks=4, timeout=400)
     case = load(folder, 0)["auto-0-True"]
     again = gathered(case["third"], "forward") - case["active"]
     assert 0.4 * case["frozen"] <= again <= 0.75 * case["frozen"], case

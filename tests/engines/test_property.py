@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import TESTS, launch
+from helpers import run_worker
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference.oracle import Cell, reference
@@ -82,7 +82,7 @@ class Server:
 
     def _serve(self) -> None:
         try:
-            launch(TESTS / "workers" / "worker_serve.py", str(self.folder), timeout=1000)
+            run_worker("serve", None, self.folder, timeout=1000)
         except AssertionError as error:
             (self.folder / "died").write_text(str(error))
 

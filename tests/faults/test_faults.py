@@ -27,7 +27,8 @@ from safetensors.torch import load_file
 from smartfrz_ds.checkpoint.files import complete_tags
 
 CELL = Cell("faults", 1, steps=8, width=32)
-LONG, SHORT = 40.0, 8.0  # seconds of the process group's timeout; short where the fault is found by it alone
+# Seconds of the process group's timeout: short where the fault is found by it alone, brief where nothing is computed meanwhile.
+LONG, SHORT, BRIEF = 40.0, 8.0, 2.0
 SLACK = 20.0  # seconds that start and end may take besides, on a busy machine
 
 
@@ -55,7 +56,7 @@ FAULTS = {
     "other settings": fault("other settings", resumes=False),
     "other stage": fault("other stage", resumes=False),
     "other model": fault("other model", resumes=False),
-    "port taken": fault("port taken", timeout=SHORT, resumes=False),
+    "port taken": fault("port taken", timeout=BRIEF, resumes=False),
     "fsdp2 dies": fault("dies", kind="fsdp2"),
 }
 MORE_FAULTS = {
@@ -255,7 +256,7 @@ def test_the_port_is_taken(folder: Path) -> None:
     code, seconds, output = ended(folder, "port-taken", 0)
     assert code == 1 and "EADDRINUSE" in output and seconds < SLACK
     code, seconds, output = ended(folder, "port-taken", 1)
-    assert code == 1 and "timed out after" in output and seconds < 3 * SHORT + SLACK
+    assert code == 1 and "timed out after" in output and seconds < 3 * BRIEF + SLACK
 
 
 # --- with the launchers that people use ------------------------------------------------------------------------------------------------

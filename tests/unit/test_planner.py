@@ -3,16 +3,13 @@ pipeline engine of sleeping layers."""
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from itertools import combinations, pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 from deepspeed.runtime.pipe.schedule import TrainSchedule
-from helpers import run_worker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -377,52 +374,3 @@ def test_a_large_model_is_cut_into_many_stages() -> None:
 def test_best_cut_refuses(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         best_cut(**({"costs": [layer()] * 4, "stages": 2, "micro_batches": 2} | arguments))
-
-
-# ---- the real engine
-
-
-# Name: bounds between the stages, front layers that cost what frozen ones would, micro-batches.
-REAL = {
-    2: {
-        "even": ([8], 0, 8),
-        "back": ([11], 0, 8),
-        "front": ([5], 0, 8),
-        "few": ([8], 0, 1),
-        "half": ([8], 8, 8),
-        "moved": ([11], 8, 8),
-    },
-    4: {
-        "even": ([4, 8, 12], 0, 8),
-        "front": ([5, 8, 11], 0, 8),
-        "few": ([4, 8, 12], 0, 2),
-        "half": ([4, 8, 12], 8, 8),
-        "moved": ([8, 11, 13], 8, 8),
-    },
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [pytest.param(n, marks=pytest.mark.distributed(n)) for n in REAL])
-def test_ratios_of_a_real_pipeline(tmp_path: Path, ranks: int) -> None:
-    """Steps of DeepSpeed's own engine with layers that sleep: other cuts, other costs, other numbers of micro-batches. "half" and "moved"
-    have the times of a half-frozen front, though nothing is frozen in them. Each ratio is within 5 % of the predicted one."""
-    nap = 0.02
-
-    def times(i: int, frozen: int) -> list[float]:
-        if i in (0, 1, 15):
-            return [0.0, 0.0, 0.0]
-        return [nap, 0.0 if i <= frozen and frozen else nap, 0.0 if i < frozen else nap]
-
-    cases = {
-        name: {"costs": [times(i, frozen) for i in range(16)], "parts": [0, *inner, 16], "micro_batches": micro_batches, "steps": 5}
-        for name, (inner, frozen, micro_batches) in REAL[ranks].items()
-    }
-    folder = run_worker("planner", cases, tmp_path / "out", ranks=ranks, timeout=500)
-    measured, predicted = {}, {}
-    for name, case in cases.items():
-        measured[name] = min(json.loads((folder / f"{name}.0.json").read_text()))
-        predicted[name] = simulate([layer(*c) for c in case["costs"]], case["parts"], case["micro_batches"]).makespan
-    for name in cases:
-        got, expected = measured["even"] / measured[name], predicted["even"] / predicted[name]
-        assert got == pytest.approx(expected, rel=0.05), (name, measured, predicted)

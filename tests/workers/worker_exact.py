@@ -1,4 +1,4 @@
-"""Runs cells of the exactness matrix on real engines and writes what came out. Launched by test_exact.py with the deepspeed launcher."""
+"""Runs cells of the exactness matrix on real engines and writes what came out. Launched by test_exact.py."""
 
 from __future__ import annotations
 

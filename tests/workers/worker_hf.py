@@ -1,6 +1,6 @@
 """Trains tiny Hugging Face models with a real Trainer and a FreezeCallback, and, for comparison, in one process with plain torch.
 
-Launched by test_hf.py with the deepspeed launcher. The oracle takes both ranks' batches, torch's AdamW in the Trainer's groups and the
+Launched by test_hf.py. The oracle takes both ranks' batches, torch's AdamW in the Trainer's groups and the
 same freezes; it shares with the package only what the layers are.
 """
 

@@ -1,4 +1,4 @@
-"""Times steps of a real PipelineEngine whose layers sleep, so that each layer's cost is known. Launched by test_planner.py."""
+"""Times steps of a real PipelineEngine whose layers sleep, so that each layer's cost is known. Launched by test_planned.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the log's status lines say, beside what the ranks really did. Launched by test_events.py, one launch for all engines."""
+"""What the log's status lines say, beside what the ranks really did. Launched by test_status.py, one launch for all engines."""
 
 from __future__ import annotations
 

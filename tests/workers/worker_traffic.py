@@ -1,4 +1,4 @@
-"""Bytes that a step hands to the collectives, by ZeRO stage, with and without a frozen front. Launched by test_plan.py."""
+"""Bytes that a step hands to the collectives, by ZeRO stage, with and without a frozen front. Launched by test_planned.py."""
 
 from __future__ import annotations
 

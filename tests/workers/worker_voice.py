@@ -1,4 +1,4 @@
-"""A DeepSpeed run whose policy freezes, whose user thaws, and that resumes; beside it a second engine. Launched by test_voice.py."""
+"""A DeepSpeed run whose policy freezes, whose user thaws, and that resumes; beside it a second engine. Launched by test_lines.py."""
 
 from __future__ import annotations
 
