@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from workers import ranks
 from workers.worker_exact import engine_for, full
 
+from smartfrz_ds.backends.deepspeed.flat import backend as flat
 from smartfrz_ds.checkpoint import deepspeed as resume
 from smartfrz_ds.checkpoint import files as checkpoint
 
@@ -56,7 +57,7 @@ def place_hooks(killer: Killer, engine: Any) -> None:
     killer.around(backend, "check", "check of a freeze")
     killer.around(backend, "before_change", "letting go of the old layout")
     killer.around(backend, "install", "one group of the new layout")
-    killer.around(backend, "_move_state", "one group's state")
+    killer.around(flat, "move_group_state", "one group's state")
     killer.around(backend, "after_change", "the new layout's bookkeeping")
     killer.around(backend, "verify", "the check after a freeze")
     killer.around(engine, "_save_checkpoint", "model states")
