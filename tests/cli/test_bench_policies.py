@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from smartfrz_ds.bench.policies.command import read_result
 from smartfrz_ds.bench.policies.curves import Point, Row, Stat, against_curve, against_full, curve, curve_at, interpolate, over_tasks, stat
 from smartfrz_ds.bench.policies.files import POLICIES_FILE, Job, TaskFile, find_tasks, plan_runs, read_policies, read_task
 from smartfrz_ds.bench.policies.nets import build, prepare
-from smartfrz_ds.bench.policies.pool import _Worker, result_file, run_all
+from smartfrz_ds.bench.policies.pool import _Worker, result_file
 from smartfrz_ds.bench.policies.report import Effort, report
 from smartfrz_ds.cli.main import app
 from smartfrz_ds.model.flops import FlopMeter, saved_fraction
@@ -48,12 +49,23 @@ policies:
 """
 
 
-@pytest.fixture
-def files(tmp_path: Path) -> tuple[Path, Path]:
-    task, policies = tmp_path / "tiny.yaml", tmp_path / "policies.yaml"
+def write_files(folder: Path) -> tuple[Path, Path]:
+    task, policies = folder / "tiny.yaml", folder / "policies.yaml"
     task.write_text(TASK)
     policies.write_text(POLICIES_YAML)
     return task, policies
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    return write_files(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The folder of the whole command on a real engine, and what it returned."""
+    folder = tmp_path_factory.mktemp("made")
+    return folder / "out", command(write_files(folder), folder / "out")
 
 
 def command(files: tuple[Path, Path], out: Path, *more: str) -> Any:
@@ -69,10 +81,10 @@ def jobs(files: tuple[Path, Path]) -> dict[tuple[str, str, int], Job]:
 # --- real runs -------------------------------------------------------------------------------------------------------------------
 
 
-def test_runs_are_made_once_and_damaged_ones_again(files: tuple[Path, Path], tmp_path: Path) -> None:
-    """The whole command on a real engine; then again with one result cut short, one of other settings and one gone."""
-    out = tmp_path / "out"
-    first = command(files, out)
+def test_runs_are_made_once_and_damaged_ones_again(made: tuple[Path, Any], files: tuple[Path, Path], tmp_path: Path) -> None:
+    """The whole command; then again with one result cut short, one of other settings and one gone."""
+    out, first = tmp_path / "out", made[1]
+    shutil.copytree(made[0], out)
     assert first.exit_code == 0, first.output
     planned = jobs(files)
     assert list(planned) == [("full", "one", 0), ("linear", "one", 0), ("late", "0.5", 0), ("full", "one", 1), ("late", "0.5", 1)]
@@ -127,10 +139,9 @@ def measured_share(task: TaskFile) -> float:
     return saved_fraction(meter.profile, [layer.position for layer in layers if layer.kind != "head"])
 
 
-def test_full_training_is_the_training_that_plain_torch_does(files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_full_training_is_the_training_that_plain_torch_does(made: tuple[Path, Any], files: tuple[Path, Path], tmp_path: Path) -> None:
     job, task = jobs(files)["full", "one", 0], read_task(files[0])
-    assert list(run_all([job], tmp_path, 1)) == [(job, None)]
-    result = read_result(tmp_path, job)
+    result = read_result(made[0], job)
     assert result
 
     def plain(noise: Noisy = no_noise) -> torch.Tensor:

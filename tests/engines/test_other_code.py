@@ -8,6 +8,7 @@ checkpointing, and ended DPO runs at the first freeze.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,8 @@ SWITCHED |= {f"{kind}-nothing": (kind, "nothing") for kind in ("z2", "ddp")}
 SWITCHED |= {f"{kind}-{switch}": (kind, switch) for kind, switch in (("z0", "everything_on"), ("z1", "schedule"), ("fsdp1", "schedule"))}
 SWITCHED |= {f"{kind}-unfreezing_callback": (kind, "unfreezing_callback") for kind in ("z3", "ddp")}
 SWITCHED |= {f"{kind}-then_freezes_more": (kind, "then_freezes_more") for kind in ("z2", "z3", "ddp", "fsdp2")}
+# Each differs from another in the engine only, or in the switch.
+SLOW = {"z0-everything_on", "z1-schedule", "z3-schedule", "fsdp1-schedule"}
 DPO = {f"{kind}-{order}": (kind, order) for kind in ("z2", "ddp") for order in ("policy first", "reference first")}
 DPO["z3-policy first"] = ("z3", "policy first")
 GAN = ("z1", "z2", "z3", "ddp")
@@ -32,15 +35,20 @@ GAN = ("z1", "z2", "z3", "ddp")
 
 @pytest.fixture(scope="module")
 def saw(tmp_path_factory: pytest.TempPathFactory) -> Saw:
-    """What a case returned on a rank; all of them run in one launch."""
+    """What a case returned on a rank; all of them (the slow ones apart) run in one launch."""
     job: list[dict[str, Any]] = [{"name": n, "function": "switched", "kind": k, "switch": s} for n, (k, s) in SWITCHED.items()]
     job += [{"name": n, "function": "dpo", "kind": k, "order": o} for n, (k, o) in DPO.items()]
     job += [{"name": f"{k}-gan", "function": "gan", "kind": k} for k in GAN]
-    folder: Path = run_worker("other_code", job, tmp_path_factory.mktemp("other_code"), timeout=400)
-    return lambda name, rank=0: json.loads((folder / f"{name}.{rank}.json").read_text())
+
+    @functools.cache
+    def launched(slow: bool) -> Path:
+        cases = [case for case in job if (case["name"] in SLOW) == slow]
+        return run_worker("other_code", cases, tmp_path_factory.mktemp("other_code"), timeout=400)
+
+    return lambda name, rank=0: json.loads((launched(name in SLOW) / f"{name}.{rank}.json").read_text())
 
 
-@pytest.mark.parametrize("name", SWITCHED)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in SWITCHED])
 def test_frozen_stays_frozen(saw: Saw, name: str) -> None:
     """Bit for bit plain torch; gradients of frozen layers are computed only in the step in which the flags were switched."""
     kind, switch = SWITCHED[name]

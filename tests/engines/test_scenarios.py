@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import run_worker
+from workers.worker_scenarios import ENGINES, SCENARIOS
 
 Saw = Callable[..., dict[str, Any]]
 
 
+SLOW = {f"bytes_on_the_wire-{e}" for e in ("z0-fp32", "z1-fp32", "z2-bf16")}
+SLOW |= {f"memory_of_a_freeze-{e}" for e in ("z1-bf16opt", "z2-fp32")} | {"tied_gpt2-z1-fp32-train", "tied_gpt2-z1-fp32-freeze"}
+
+
+def engines(scenario: str, names: Sequence[str]) -> list[Any]:
+    return [pytest.param(n, marks=pytest.mark.slow) if f"{scenario}-{n}" in SLOW else n for n in names]
+
+
 @pytest.fixture(scope="module")
 def saw(tmp_path_factory: pytest.TempPathFactory) -> Saw:
-    """What a scenario returned on a rank; all of them run in one launch."""
-    folder: Path = run_worker("scenarios", [], tmp_path_factory.mktemp("scenarios"), timeout=400)
-    return lambda name, rank=0: json.loads((folder / f"{name}.{rank}.json").read_text())
+    """What a scenario returned on a rank; all of them (the slow ones apart) run in one launch."""
+
+    @functools.cache
+    def launched(slow: bool) -> Path:
+        names = [name for name in SCENARIOS if (name in SLOW) == slow]
+        return run_worker("scenarios", names, tmp_path_factory.mktemp("scenarios"), timeout=400)
+
+    return lambda name, rank=0: json.loads((launched(name in SLOW) / f"{name}.{rank}.json").read_text())
 
 
 pytestmark = pytest.mark.distributed(2)
 
 
-@pytest.mark.parametrize("engine", ["z0-fp32", "z0-bf16", "z1-fp32", "z1-bf16opt", "z2-fp32", "z2-bf16"])
+@pytest.mark.parametrize("engine", engines("bytes_on_the_wire", list(ENGINES)))
 def test_bytes_on_the_wire_follow_the_active_share(saw: Saw, engine: str) -> None:
     """Half frozen: the bytes reduced and gathered in a step are the active share, up to padding and the few bytes of norms."""
-    counts = saw("bytes_on_the_wire")[engine]
+    counts = saw(f"bytes_on_the_wire-{engine}")
     for kind, before in counts["before"].items():
         expected = before * counts["share"]
         assert abs(counts["after"][kind] - expected) <= 0.005 * before, (kind, counts)
@@ -34,14 +49,14 @@ def test_bytes_on_the_wire_follow_the_active_share(saw: Saw, engine: str) -> Non
     assert ("all_gather_into_tensor" in counts["before"]) == (not engine.startswith("z0"))
 
 
-@pytest.mark.parametrize("engine", ["z1-fp32", "z1-bf16opt", "z2-fp32", "z2-bf16"])
+@pytest.mark.parametrize("engine", engines("memory_of_a_freeze", ["z1-fp32", "z1-bf16opt", "z2-fp32", "z2-bf16"]))
 def test_memory_comes_back_and_the_peak_is_bounded(saw: Saw, engine: str) -> None:
     """10 M weights, half of them frozen, resident memory of a real process.
 
     Bound of the contract: one kept state tensor plus the low-precision copy above the level before; 2 MB of slack for the interpreter.
     """
     for rank in (0, 1):
-        seen = saw("memory_of_a_freeze", rank)[engine]
+        seen = saw(f"memory_of_a_freeze-{engine}", rank)
         assert seen["rise"] <= seen["bound"] + 2 * 2**20, seen
         assert abs(seen["state_after"] / seen["state_before"] - seen["share"]) <= 0.01 * seen["share"], seen
         assert seen["released"] == seen["state_before"] - seen["state_after"]
@@ -63,7 +78,7 @@ def test_naive_freezing_moves_the_weights_and_ours_does_not(saw: Saw) -> None:
         assert ways["ours"]["released"] > 0
 
 
-@pytest.mark.parametrize("engine", ["z0-fp32", "z1-fp32", "z2-fp32"])
+@pytest.mark.parametrize("engine", ["z0-fp32", pytest.param("z1-fp32", marks=pytest.mark.slow), "z2-fp32"])
 @pytest.mark.parametrize("tied", ["train", "freeze"])
 def test_tied_gpt2_equals_single_process(saw: Saw, engine: str, tied: str) -> None:
     seen = saw(f"tied_gpt2-{engine}-{tied}")

@@ -34,7 +34,8 @@ def frozen_weights(where: str) -> dict[str, Any]:
 class Undo:
     """kind: "deepspeed", "plain" (one process), "ddp", "fsdp1" or "fsdp2". cell: the engine. more: options of the wrapper, settings.
 
-    lines: whether errors are raised at each line. stride: every point is tried, or every n-th. at_least: points of each change.
+    lines: whether errors are raised at each line. stride: every point is tried, or every n-th, counted from the first in the first change,
+    from the second in the second, and so on. at_least: points of each change.
     """
 
     kind: str
@@ -52,13 +53,18 @@ class Undo:
 BF16_OPTIMIZER = {"data_types": {"grad_accum_dtype": "fp32"}}  # stage 1 with this builds BF16_Optimizer
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 USERS = {"users": True}
+FSDP2 = USERS | {"settings": {"fsdp": {"frozen": "unsharded"}}}
 FP16 = {"dtype": "fp16", "config": {"fp16": {"enabled": True}}}
 UNDO = {
-    "z0": Undo("deepspeed", {"groups": 2}),
-    "z0-bf16-kept": Undo("deepspeed", KEPT | {"dtype": "bf16"}, USERS),
-    "z0-fp16": Undo("deepspeed", FP16),
-    "z1-kept": Undo("deepspeed", KEPT | {"stage": 1, "groups": 3}, USERS, stride=9),
-    "z3": Undo("deepspeed", {"stage": 3} | zero(sub_group_size=1200), USERS, stride=11),
+    "z0": Undo("deepspeed", {"groups": 2}, stride=7),
+    "z0-bf16-kept": Undo("deepspeed", KEPT | {"dtype": "bf16"}, USERS, stride=10),
+    "z1-kept": Undo("deepspeed", KEPT | {"stage": 1, "groups": 3}, USERS, stride=31),
+    "z3": Undo("deepspeed", {"stage": 3} | zero(sub_group_size=1200), USERS, stride=31),
+    "ddp-kept": Undo("ddp", KEPT | {"groups": 3}, USERS, stride=7),
+    "fsdp2-kept": Undo("fsdp2", KEPT, FSDP2, stride=7),
+    "z0-all": Undo("deepspeed", {"groups": 2}),
+    "z0-bf16-kept-all": Undo("deepspeed", KEPT | {"dtype": "bf16"}, USERS),
+    "z0-fp16-all": Undo("deepspeed", FP16),
     "z0-fp16optimizer-all": Undo("deepspeed", FP16 | {"optimizer": "fused"}),
     "z1-kept-all": Undo("deepspeed", KEPT | {"stage": 1, "groups": 3}, USERS),
     "z1-bf16optimizer-all": Undo("deepspeed", {"stage": 1, "dtype": "bf16", "groups": 2, "config": BF16_OPTIMIZER}),
@@ -67,9 +73,9 @@ UNDO = {
     "z3-all": Undo("deepspeed", {"stage": 3} | zero(sub_group_size=300), USERS),
     "z3-replicated-all": Undo("deepspeed", {"stage": 3} | frozen_weights("replicated")),
     "z3-offload-all": Undo("deepspeed", KEPT | {"stage": 3} | zero(**OFFLOAD, offload_param={"device": "cpu"})),
-    "ddp-kept": Undo("ddp", KEPT | {"groups": 3}, USERS),
-    "fsdp1-kept": Undo("fsdp1", KEPT),
-    "fsdp2-kept": Undo("fsdp2", KEPT, USERS | {"settings": {"fsdp": {"frozen": "unsharded"}}}),
+    "ddp-kept-all": Undo("ddp", KEPT | {"groups": 3}, USERS),
+    "fsdp1-kept-all": Undo("fsdp1", KEPT),
+    "fsdp2-kept-all": Undo("fsdp2", KEPT, FSDP2),
     "z0-kept-lines": Undo("deepspeed", KEPT | {"groups": 2}, lines=True),
     "z1-lines": Undo("deepspeed", {"stage": 1, "groups": 2}, lines=True),
     "z2-bf16-kept-lines": Undo("deepspeed", KEPT | {"stage": 2, "dtype": "bf16"}, lines=True),
@@ -89,10 +95,9 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     folders: dict[frozenset[str], Path] = {}
 
     def of(name: str) -> Path:
-        flat = UNDO[name].stride > 1
-        together = frozenset([name] if name in SLOW else [n for n in UNDO if n not in SLOW and (UNDO[n].stride > 1) == flat])
+        together = frozenset([name] if name in SLOW else UNDO.keys() - SLOW)
         if together not in folders:
-            job = {"cases": name not in SLOW and not flat, "cells": [UNDO[n].item(n) for n in UNDO if n in together]}
+            job = {"cases": name not in SLOW, "cells": [UNDO[n].item(n) for n in UNDO if n in together]}
             folders[together] = run_worker("undo", job, tmp_path_factory.mktemp("undo"), timeout=400)
         return folders[together]
 

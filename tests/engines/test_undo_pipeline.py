@@ -1,8 +1,9 @@
 """A change of a pipeline that fails anywhere, on either stage, is undone on all of them: a move of layers above all, and a freeze or a thaw
 of weights that two stages share. See worker_undo_pipeline.py.
 
-Each change is tried one step before it is carried out, with an error at one point after another, of one stage after the other; after each
-error the pictures before and after are compared, and after each step the weights with those of a run that never tried.
+Each change is tried one step before it is carried out, with an error at one point after another, or at each n-th (stride), of one stage
+after the other; after each error the pictures before and after are compared, and after each step the weights with those of a run that never
+tried.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ TIED: dict[str, Any] = {
     "pp": 2,
     "tied": "train",
 }
-CASES = {"z0": MOVES, "tied-z0": TIED}
+CASES = {"z0": MOVES | {"stride": 13}}
 LATER = {
+    "z0-all": MOVES,
+    "tied-z0": TIED,
     "z0-lines": MOVES | {"lines": True},
     "tied-z0-lines": TIED | {"lines": True},
     "z1": MOVES | {"stage": 1},

@@ -1,4 +1,7 @@
-"""Freezing across two hosts (hosts.py): the same weights as on one, and less on the wire between them."""
+"""Freezing across two hosts (hosts.py): the same weights as on one, and less on the wire between them.
+
+All of it is slow: on one host test_exact.py, test_pipeline.py and test_scenarios.py show the same, and test_faults.py runs on two hosts.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +41,7 @@ PIPELINES = {
         },
     }
 }
+pytestmark = pytest.mark.slow
 JOB = {"exact": [dataclasses.asdict(c) for c in CELLS.values()], "pipeline": list(PIPELINES.values())}
 # Two million weights in four blocks; the first three freeze.
 WIDE = Cell("wire", 1, steps=8, width=290, blocks=4, plan={"4": ["freeze", ["embeddings", "blocks.0", "blocks.1", "blocks.2"]]})
@@ -99,7 +103,6 @@ def test_a_pipeline_across_the_wire(one_each: Path) -> None:
     assert "SendGrad" in read(one_each, "pipe", 1)["counts"][3] and "SendGrad" not in read(one_each, "pipe", 1)["counts"][5]
 
 
-@pytest.mark.slow
 @pytest.mark.distributed(4)
 def test_two_hosts_with_two_ranks_each(hosts: tuple[Host, Host], tmp_path: Path) -> None:
     """Four ranks add gradients in an order of their own, so one host with four ranks is what they are compared with.

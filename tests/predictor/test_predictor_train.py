@@ -192,11 +192,15 @@ def test_the_published_form_and_regression_learn_what_they_see(quick: tuple[Path
 # --- the whole way ------------------------------------------------------------------------------------------------------------
 
 
-def test_training_makes_the_same_file_twice_and_a_card(quick: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
-    data, out, figures = quick
+@pytest.mark.slow
+def test_training_makes_the_same_file_twice(quick: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
     torch.manual_seed(99)
-    train_predictor(out=tmp_path / "again.safetensors", quick=True, cache=data)
-    assert out.read_bytes() == (tmp_path / "again.safetensors").read_bytes()
+    train_predictor(out=tmp_path / "again.safetensors", quick=True, cache=quick[0])
+    assert quick[1].read_bytes() == (tmp_path / "again.safetensors").read_bytes()
+
+
+def test_training_makes_a_card(quick: tuple[Path, Path, dict[str, Any]]) -> None:
+    data, out, figures = quick
     assert len(list((data / "runs").iterdir())) == figures["runs"] == 5
     assert (data / "dataset.json").is_file() and (data / "labels.json").is_file()
     json.dumps(figures)

@@ -109,7 +109,7 @@ def users_hook(*_: Any) -> None:
 class Trial:
     """One engine that trains ten steps, with four changes on the way.
 
-    tries: whether each change is first tried with an error at each of its points, or at each n-th: stride.
+    tries: whether each change is first tried with an error at each of its points, or at each n-th (stride), of each change at others.
     """
 
     def __init__(self, engine: Engine, injector: Injector, *, tries: bool, stride: int) -> None:
@@ -144,7 +144,7 @@ class Trial:
 
     def change(self, name: str, action: Callable[[], None]) -> None:
         """Let the change fail at one point after another, until there is no further one: then it is carried out."""
-        number = 0
+        number = len(self.points) % self.stride
         if self.tries and self.engine.settle is not None:  # once from where the last step has left it
             self.injector.arm(10)
             with suppress(ChangeUndone):

@@ -84,7 +84,7 @@ class Trial:
         counts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(counts, len(self.injector.passed))
         for struck, count in enumerate(counts):
-            for number in range(count):
+            for number in range(0, count, self.case.get("stride", 1)):
                 self.injector.arm(number if rank == struck else None)
                 self.fail(f"{name}, point {number} of rank {struck}", action, struck=struck)
         self.injector.arm(None)
