@@ -142,4 +142,4 @@ def test_a_change_for_which_a_host_has_no_room_is_refused_on_all_ranks(launched:
 @pytest.mark.parametrize("settings", [{}, KEPT], ids=["fresh", "kept"])
 def test_an_error_at_any_line_is_undone_in_one_process(settings: dict[str, Any]) -> None:
     cell = Undo("plain", settings, USERS, lines=True, at_least=100)
-    check(worker_undo.run("plain", cell.kind, Cell("plain", **settings), USERS, lines=True), cell)
+    check(worker_undo.run("plain", cell.kind, Cell("plain", **settings), USERS, lines=True, stride=1), cell)

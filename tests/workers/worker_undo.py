@@ -234,13 +234,15 @@ def no_room() -> dict[str, Any]:
     controller.freeze(FIRST)
     params = [p for p in engine.model.parameters() if not p.requires_grad]
     need = controller.backend.memory_need((), params, keep=False).host
-    said = []
+    said, real = [], memory.free_host_memory
     for free in (2 * need - 1, 2 * need):
         memory.free_host_memory = lambda: free if dist.get_rank() else None  # noqa: B023
         try:
             controller.thaw(FIRST)
         except ValueError as error:
             said.append(f"{type(error).__name__}: {error}")
+        finally:
+            memory.free_host_memory = real
     engine.step(1)
     return {"need": need, "bytes": sum(p.nbytes for p in params), "said": said, "frozen": controller.frozen}
 
