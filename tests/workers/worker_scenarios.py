@@ -98,22 +98,22 @@ def bytes_on_the_wire(name: str) -> dict[str, Any]:
 
 
 def memory_of_a_freeze(name: str) -> dict[str, Any]:
-    """Resident bytes before, at the peak of, and after a freeze of half of 10 M weights, and the bound of the contract."""
+    """Resident bytes before, at the peak of, and after a freeze of half of 10 M weights, and what the freeze is checked for."""
     model = Wide(456)
     engine = make(model, name)
     for step in range(2):
         train(engine, step)
     gc.collect()
-    low = sum(p.numel() * p.element_size() for p in model.parameters())
+    half = [p for n, p in model.named_parameters() if oracle.layer_of(n) in HALF]
+    need = engine.smartfrz.backend.memory_need(half, (), keep=False)
     before, state_before = resident_bytes(), engine.smartfrz.report().optimizer_bytes
     reset_peak()
     engine.smartfrz.freeze(HALF)
     gc.collect()
     peak, after, report = resident_bytes(peak=True), resident_bytes(), engine.smartfrz.report()
-    kept = sum(p.numel() for p in model.parameters() if p.requires_grad) * 4 // 2
     out = {
         "rise": peak - before,
-        "bound": kept + low,
+        "need": need.host + need.device,
         "fall": before - after,
         "state_before": state_before,
         "state_after": report.optimizer_bytes,
