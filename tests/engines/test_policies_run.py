@@ -201,7 +201,7 @@ def single(
     for step in range(steps):
         live = [p for n, p in zip(names, params, strict=True) if frozen_at.get(layer_of(n), steps) > step]
         optimizer.zero_grad()
-        for p, gradient in oracle._gradients(model, live, Cell("", stage, dtype), step, 2).items():
+        for p, gradient in oracle._gradients(model, live, Cell("", stage, dtype), step, range(2)).items():
             master[p].grad = gradient.float()
         schedule = [group["lr"] for group in optimizer.param_groups]
         for layer, group in zip(layers, optimizer.param_groups, strict=True):

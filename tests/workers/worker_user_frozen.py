@@ -78,7 +78,7 @@ def reference(stage: int, groups: int, dtype: str = "fp32") -> list[Tensor]:
                 master[p].data.copy_(p.data)  # it was released: it comes back rounded
         live = [p for p in named.values() if p.requires_grad]
         optimizer.zero_grad()
-        for p, gradient in oracle._gradients(net, live, cell, step, 2).items():
+        for p, gradient in oracle._gradients(net, live, cell, step, range(2)).items():
             master[p].grad = gradient.float()
         optimizer.step()
         scheduler.step()
