@@ -1,4 +1,4 @@
-"""Other code that reads the engine's memory while layers freeze: saves in flight, shared weights, callbacks. For test_readers.py."""
+"""Other code that reads the engine's memory while layers freeze: saves in flight, shared weights, callbacks. For test_readers_run.py."""
 
 from __future__ import annotations
 
