@@ -34,10 +34,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Released:
-    """What one change of the layout did on this rank.
+    """The result of one change of the layout on this rank.
 
-    bytes: optimizer bytes (master weights where they are separate, and state) before minus after; negative for a thaw.
-    moved_bytes: bytes that crossed ranks for it, over all ranks.
+    Attributes:
+        bytes: Optimizer bytes (master weights if they are separate, and state) before minus after; negative for a thaw.
+        moved_bytes: Bytes that crossed ranks for it, over all ranks.
     """
 
     bytes: int
@@ -73,7 +74,7 @@ class Backend(ABC):
         """Return the layers, with only those parameters that the optimizer holds: the others are the user's.
 
         Raises:
-            ValueError: As layers.find_layers.
+            ValueError: As in model.layers.find_layers.
         """
         held = {p for group in self.groups for p in group}
 
@@ -123,7 +124,7 @@ class Backend(ABC):
     runs_grad_hooks = True
 
     def stored(self, param: Parameter) -> Tensor:
-        """Return what this rank stores of a parameter of the model between two steps."""
+        """Return this rank's stored part of a parameter of the model between two steps."""
         return param.data
 
     def takes_part(self, param: Parameter) -> bool:
@@ -136,12 +137,7 @@ class Backend(ABC):
         param.requires_grad_(False)
 
     def on_layout_changed(self, layers: Sequence[Layer], frozen: Collection[str]) -> None:  # noqa: B027 (most engines have nothing to do)
-        """Adapt the parts of the engine outside of its optimizer, after every change of the layout and at the start.
-
-        Args:
-            layers: All layers.
-            frozen: Names of the frozen ones.
-        """
+        """Adapt the engine outside of its optimizer, after every change of the layout and at the start. frozen: names of layers."""
 
     def equalize_copies(self, layers: Sequence[Layer], back: Collection[str], tx: Transaction) -> None:  # noqa: B027 (pipelines only)
         """Give weights of the layers `back`, which train again, the optimizer state of their copies on other ranks. Collective."""

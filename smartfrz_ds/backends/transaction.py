@@ -53,7 +53,7 @@ class Transaction:
         """Run a local part of the change.
 
         Args:
-            name: What it does, for messages.
+            name: Description for messages.
             undo: Takes it back, wherever in the block an error was raised. None: nothing needs to be undone.
         """
         if undo is not None:
@@ -68,7 +68,7 @@ class Transaction:
         that leaves it means that the collective failed half-way.
 
         Args:
-            name: What it does, for messages.
+            name: Description for messages.
             undo: Takes it back, collectively, once it has succeeded on every rank. Where it hasn't, nothing is undone here: its targets
                 must not be in use before the second vote.
         """

@@ -1,4 +1,4 @@
-"""`smartfrz bench pipeline`: what a frozen prefix saves in a pipeline, with unchanged stages and after rebalancing.
+"""`smartfrz bench pipeline`: the savings of a frozen prefix in a pipeline, with unchanged stages and after rebalancing.
 
 Each case is one launch (pipeline_worker.py) that trains four copies of a network side by side and alternates their steps: nothing frozen
 with DeepSpeed's partition; nothing frozen with the best partition; a frozen prefix; a frozen prefix with rebalanced layers. A busy machine

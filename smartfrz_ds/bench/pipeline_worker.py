@@ -45,7 +45,7 @@ class SentBytes:
         dist.send = counting  # deepspeed/comm/torch.py looks it up there at each call
 
     def watch(self, engine: Any) -> None:
-        """Count what this engine sends."""
+        """Count the bytes that this engine sends."""
         wrap_instruction(engine, schedule.SendActivation, functools.partial(self._in_phase, "activations"))
         wrap_instruction(engine, schedule.SendGrad, functools.partial(self._in_phase, "gradients"))
 

@@ -119,7 +119,7 @@ def read_tensors(path: Path, digest: str) -> tuple[dict[str, Any], dict[str, Ten
 
 
 def read_kept(folder: Path, digests: Mapping[str, str], rank: int) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Read what a rank keeps for a thaw.
+    """Read the state that a rank keeps for a thaw.
 
     Args:
         folder: The checkpoint's.

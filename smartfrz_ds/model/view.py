@@ -1,4 +1,4 @@
-"""What a policy sees at a freezing stage: numbers and names, never an engine."""
+"""The inputs of a policy at a freezing stage: numbers and names, never an engine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Need = Literal["weights", "gradients", "activations", "total_steps", "lr_scale"]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerInfo:
-    """What a policy knows about a layer.
+    """The facts about a layer that a policy gets.
 
     Attributes:
         name: The layer's name, unique in the model.
@@ -96,5 +96,5 @@ class View:
 
 
 def layer_infos(layers: Sequence[Layer]) -> tuple[LayerInfo, ...]:
-    """Return what a policy knows about the layers."""
+    """Return the facts about the layers that a policy gets."""
     return tuple(LayerInfo(name=layer.name, kind=layer.kind, numel=layer.numel) for layer in layers)

@@ -92,7 +92,7 @@ def window_statistics(weights: Tensor) -> WindowStatistics:
 
 @dataclass(kw_only=True)
 class LayerMemory:
-    """What is remembered of a layer beyond its window.
+    """The values that are remembered of a layer beyond its window.
 
     The reference is the first half of the layer's first window. A frozen layer contributes its last values to the
     held features of the layers behind it: one early freeze makes all later layers look converged, and the predictor

@@ -29,7 +29,7 @@ _CHANGE_FLOOR = 1e-6  # of 1 - CKA: smaller values are rounding errors of fp32 r
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeMemory:
-    """What is remembered of a layer's output on the probe.
+    """The values that are remembered of a layer's output on the probe.
 
     Attributes:
         lr_spent: Learning rate spent up to the last stage at which the layer was active.

@@ -118,8 +118,8 @@ class Controller(GuardedAttributes, FormerNames):
         A layer that the user froze before the start stays the user's; the log says so.
 
         Raises:
-            ValueError: a name that is no layer, or a set that `order` or `keep_active` forbids.
-            RuntimeError: not at a step boundary, or after `detach`.
+            ValueError: A name is not a layer's, or `order` or `keep_active` forbids the set.
+            RuntimeError: This is not a step boundary, or `detach` was called.
             RanksDisagree: the ranks named different layers.
         """
         self._check_attached("freeze")
@@ -200,7 +200,7 @@ class Controller(GuardedAttributes, FormerNames):
         Collective: the first call measures the cluster's bandwidths. The bytes are exact, the time is an estimate.
 
         Raises:
-            ValueError: a name that is no layer.
+            ValueError: A name is not a layer's.
         """
         wanted, frozen = _as_set(names), self._run.state.frozen
         theirs = wanted.intersection(self._users.names)
@@ -375,7 +375,7 @@ class Controller(GuardedAttributes, FormerNames):
             run.journal.record(FreezeEvent(kind="decision", step=self.step, layers=layers, frozen=self.frozen, dry_run=dry_run, **about))
 
     def _take_back(self, mistake: TakeBack) -> None:
-        """Thaw what the guard takes back."""
+        """Thaw the layers that the guard takes back."""
         reasons = dict.fromkeys(mistake.layers, mistake.reason)
         self._freezer.try_change(self._run.state.frozen - set(mistake.layers), kind="thaw", about={"reasons": reasons})
 
@@ -391,7 +391,7 @@ class Controller(GuardedAttributes, FormerNames):
             )
 
     def _note_users(self, names: Collection[str], text: str) -> None:
-        """Say what is left to the user."""
+        """Log the layers that are left to the user."""
         if names:
             self._run.journal.note(text.format(", ".join(sorted(names))))
 

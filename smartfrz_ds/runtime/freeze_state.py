@@ -1,4 +1,4 @@
-"""The freeze state of a run, for checkpoints: what is saved, and the steps of loading it in their order.
+"""The freeze state of a run, for checkpoints: its contents, and the steps of a load in their order.
 
 check_state, restore_bounds (pipelines), restore_layout or restore_layout_of      before the engine's own load
 resume, reset, or weights_loaded                                                  after it
@@ -44,7 +44,7 @@ class FreezeState:
         return self._run.keep_steps > 0
 
     def sync(self) -> None:
-        """Bring what the ranks hold apart from each other together, before rank 0's state is saved for all."""
+        """Collect on rank 0 the data that the ranks hold separately, before its state is saved for all."""
         for observer in self._observers:
             observer.sync_for_checkpoint()
 
@@ -81,19 +81,19 @@ class FreezeState:
         return self._freezer.leaving(frozen)
 
     def restore_layout(self, frozen: Iterable[str]) -> None:
-        """As `Freezer.restore`."""
+        """Call `Freezer.restore`."""
         self._freezer.restore(frozen)
 
     def restore_layout_of(self, state: Mapping[str, Any], *, by_position: bool = False) -> Restored:
-        """As `Freezer.restore_of`."""
+        """Call `Freezer.restore_of`."""
         return self._freezer.restore_of(state, by_position=by_position)
 
     def return_to_user(self, names: Iterable[str]) -> None:
-        """As `Freezer.return_to_user`."""
+        """Call `Freezer.return_to_user`."""
         self._freezer.return_to_user(names)
 
     def restore_bounds(self, bounds: Sequence[int] | None) -> None:
-        """As `StageMoves.restore_bounds`; in a pipeline only."""
+        """Call `StageMoves.restore_bounds`; in a pipeline only."""
         assert self._moves is not None
         self._moves.restore_bounds(bounds)
 

@@ -101,9 +101,10 @@ class Freezer:
         return change
 
     def try_change(self, frozen: set[str], *, kind: Kind, about: Mapping[str, Any], began: float | None = None) -> bool:
-        """As `change`, for a decision that the user did not make: where it is undone, which the log says, the run goes on.
+        """Carry out `change` for a decision that the user did not make: if it fails and is undone, it is logged and the run continues.
 
-        Returns whether it was begun. Where memory is short it is not, with one warning.
+        Returns:
+            Whether the change was started; False, with one warning, if memory is short.
         """
         try:
             with suppress(ChangeUndone):
@@ -147,7 +148,7 @@ class Freezer:
         """Change the engine, on every rank or on none. Collective.
 
         Returns:
-            What this rank released, and the bytes that all ranks released.
+            The memory that this rank released, and the bytes that all ranks released.
 
         Raises:
             ChangeUndone: it failed on some rank; every rank is back at the previous layout.
@@ -213,7 +214,11 @@ class Freezer:
         self.complete(change)
 
     def await_others(self, change: LayoutChange) -> None:
-        """Let the observers wait for what this change would disturb, or refuse it. Not collective. Raises RuntimeError."""
+        """Let the observers wait for other readers of the memory that this change moves, or refuse it. Not collective.
+
+        Raises:
+            RuntimeError: An observer refuses.
+        """
         for observer in self._observers:
             observer.before_change(change)
 
@@ -325,12 +330,15 @@ class Freezer:
             self.change(set(frozen), kind="restore")
 
     def restore_of(self, state: Mapping[str, Any], *, by_position: bool = False) -> Restored:
-        """`restore` for a freeze state, whoever froze a layer: the user then and not now, or the other way round. Collective.
+        """Restore a freeze state, also if other layers are the user's than when it was saved. Collective.
 
-        by_position: the optimizer's state is loaded by position, so that its groups must hold the same parameters in the same order.
+        Args:
+            state: The freeze state.
+            by_position: Whether the optimizer's state is loaded by position, so that its groups must hold the same parameters in the
+                same order.
 
         Raises:
-            ValueError: they don't, because the user froze other layers; nothing was changed.
+            ValueError: They do not, because the user froze other layers; nothing was changed.
         """
         users = state.get("user_frozen")
         if users is None:  # of a version that left such layers alone
@@ -355,7 +363,7 @@ class Freezer:
 
     @contextmanager
     def _noting_layout(self) -> Iterator[None]:
-        """Remember what is frozen before the block, for the record of the load that follows where it succeeds."""
+        """Remember the frozen layers before the block, for the record of the load that follows if it succeeds."""
         noted = self._before_load
         if noted is None:
             self._before_load = set(self._run.state.frozen)

@@ -1,4 +1,4 @@
-"""Whether there is room for a change of the layout, asked before it begins."""
+"""Checks, before a change of the layout begins, that there is enough memory for it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .run_context import RunContext
 
 @dataclass(frozen=True)
 class Place:
-    """One rank: where it is, what it needs, and what is free there (bytes; None: not known)."""
+    """One rank: its location, its need, and its free memory (bytes; None: unknown)."""
 
     machine: str
     host: str
@@ -27,16 +27,16 @@ class Place:
 
 
 def check_memory(run: RunContext, need: MemoryNeed, what: str, *, keep: bool) -> None:
-    """See that every rank, and every host with all of its ranks, has the memory that a change needs. Collective, one gather.
+    """Check that every rank, and every host with all of its ranks, has the memory that a change needs. Collective, one gather.
 
     Args:
         run: The run.
-        need: What the change needs on this rank.
+        need: The need of the change on this rank.
         what: The change, for the message: "freeze blocks.0".
         keep: Whether released state is kept on the host.
 
     Raises:
-        NotEnoughMemory: on every rank, with everything that is short. Nothing is raised where free memory can't be read.
+        NotEnoughMemory: A device or a host is too full; lists all of them, on every rank. Not raised if free memory can't be read.
     """
     device, host = run.backend.device, socket.gethostname()
     here = Place(f"{host} {_boot_id()}", host, str(device), need, memory.free_memory(device))
@@ -78,7 +78,7 @@ def _bytes(count: int) -> str:
 
 
 def _boot_id() -> str:
-    """Tells hosts of one name apart."""
+    """Return an identifier that distinguishes hosts of the same name."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

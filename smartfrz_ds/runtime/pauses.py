@@ -1,4 +1,4 @@
-"""How long a change of the layout will make training pause, over all stages of a pipeline."""
+"""Predicts the pause of a change of the layout, over all stages of a pipeline."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class StageMoves(StepObserver):
         self.width: Width | None = None
 
     def rebalance(self, bounds: Sequence[int] | None = None) -> tuple[int, ...]:
-        """As `Controller.rebalance`."""
+        """Carry out `Controller.rebalance`."""
         run, rebalancer = self._run, self.rebalancer
         run.ranks.assert_same(f"bounds {bounds} at step {run.state.step}", "bounds")
         if not run.backend.is_boundary():

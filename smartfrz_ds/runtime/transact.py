@@ -1,4 +1,4 @@
-"""Running a change of the engine on every rank or on none, and the errors that say which of the two it was."""
+"""Runs a change of the engine on every rank or on none; the error shows which of the two happened."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ T = TypeVar("T")
 
 
 def transact(run: RunContext, what: str, action: Callable[[Transaction], T], *, layers: Collection[str] = ()) -> T:
-    """Run `action` on every rank, or bring every rank back to where it was. Collective.
+    """Run `action` on every rank, or bring every rank back to its previous layout. Collective.
 
     Args:
         run: The run.
-        what: What it does, for messages: "freeze", "rebalance".
+        what: Name of the change, for messages: "freeze", "rebalance".
         action: Changes the engine within the transaction that it is given.
         layers: Names of the layers concerned, for the record.
 
     Returns:
-        What `action` returned.
+        The result of `action`.
 
     Raises:
-        ChangeUndone: it failed on some rank and was undone on all; recorded as an event.
-        FreezeError: it failed and could not be undone; the engine state is inconsistent.
+        ChangeUndone: It failed on some rank and was undone on all; recorded as an event.
+        FreezeError: It failed and could not be undone; the engine state is inconsistent.
     """
     tx = Transaction(run.ranks)
     try:

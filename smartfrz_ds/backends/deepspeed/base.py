@@ -68,7 +68,7 @@ class DeepSpeedBackend(Backend):
         """Return the names of the model's parameters."""
         return {p: n for n, p in self.engine.module.named_parameters()}
 
-    #: whether the wrapper can't do with an empty group
+    #: whether the wrapper does not support an empty group
     needs_placeholder = False
 
     def group_lists(self) -> list[list[list[Parameter]]]:

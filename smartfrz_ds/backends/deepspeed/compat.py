@@ -214,7 +214,7 @@ def _leaf_modules(engine: DeepSpeedEngine, raw: dict[str, Any]) -> list[str]:
 
 def _waiting_gradients(engine: DeepSpeedEngine, raw: dict[str, Any]) -> list[str]:
     """Check `grad_accum`, where Backend.is_boundary finds the separate gradients of another dtype of stage_1_and_2.py."""
-    # BF16_Optimizer, which serves stage 1 with fp32 accumulation (engine.py), has no such attribute: its own are looked at in wrapped16.py.
+    # BF16_Optimizer, which serves stage 1 with fp32 accumulation (engine.py), has no such attribute: its own are looked at in half.py.
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer) and ask_switch(engine, "optimizer.use_separate_grad_accum"):
         for group in ask(engine, "optimizer.bit16_groups"):
             for param in group:
@@ -230,7 +230,7 @@ def _tied_gradients(engine: DeepSpeedEngine, raw: dict[str, Any]) -> list[str]:
     return []
 
 
-#: What is more than on or off: what is refused of it, in full.
+#: Features with more values than on and off: the refused values, in full.
 _PROBES: dict[str, Callable[[DeepSpeedEngine, dict[str, Any]], list[str]]] = {
     "ZeRO-3 leaf modules": _leaf_modules,
     "gradients of another dtype that wait for a step": _waiting_gradients,

@@ -10,10 +10,10 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 
 
 def renew_trace(coordinator: PartitionedParameterCoordinator) -> None:
-    """Let the coordinator record the order of modules anew.
+    """Make the coordinator record the order of modules again.
 
-    A frozen prefix only shortens the trace, so DeepSpeed never sees a mismatch and goes on prefetching for a backward that no longer
-    happens; and what it once computed to be releasable is cached by step.
+    A frozen prefix only shortens the trace, so DeepSpeed never sees a mismatch and continues to prefetch for a backward that no longer
+    happens; and the parameters that it may release are cached by step.
     """
     if not coordinator.is_invalid_trace():
         coordinator._invalidate_trace()

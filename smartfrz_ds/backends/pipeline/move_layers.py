@@ -1,9 +1,9 @@
-"""Moving entries of a running pipeline from stage to stage: the same engine, the same module object, the same optimizer objects.
+"""Moves entries of a running pipeline between stages: the same engine, the same module object, the same optimizer objects.
 
-What moves leaves its optimizer as a freeze lets it leave, with its state held back on the host; weights, buffers and that state go to the
-same replica of the new stage in one batched exchange; there the entry is built, and comes back into the optimizer as a thaw brings it
-back: weights, master weights, moments and step counts bit for bit. All of it is one transaction (transaction.py): what leaves a stage stays
-there, untouched, until every rank has carried out its part.
+An entry's parameters leave the optimizer as in a freeze, with their state kept on the host. Weights, buffers and that state go to the same
+replica of the new stage in one batched exchange. There the entry is built, and its parameters return to the optimizer as in a thaw, with
+weights, master weights, moments and step counts bit for bit. All of it is one transaction (transaction.py): an entry that leaves a stage
+stays there, untouched, until every rank has carried out its part.
 
 Touched in DeepSpeed 0.19.8:
   runtime/pipe/module.py   parts, num_stages, _local_start, _local_stop, _layer_specs, forward_funcs; Parameter.ds_pipe_replicated

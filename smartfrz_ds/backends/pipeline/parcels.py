@@ -25,13 +25,13 @@ class EntryBytes:
 def memory_of_move(
     leaving: Mapping[int, Sequence[EntryBytes]], arriving: Mapping[int, Sequence[EntryBytes]], device: torch.device
 ) -> MemoryNeed:
-    """Return what a move holds at most above the level before it, on one rank.
+    """Return the peak memory of a move above the level before it, on one rank.
 
     Args:
-        leaving: The entries that leave, by the stage that gets them. They stay until the move is over, the weights maybe as copies; their
-            state is copied to the host, and packed there.
+        leaving: The entries that leave, by the stage that gets them. They stay until the move is over, possibly with copied weights;
+            their state is copied to the host, and packed there.
         arriving: The entries that arrive, by the stage that they come from. Their state comes to the host first.
-        device: Where the weights live.
+        device: The device of the weights.
     """
     gone, come = ([entry for entries in way.values() for entry in entries] for way in (leaving, arriving))
     staged = sum(min(STAGING_BYTES, sum(e.weights + e.state for e in entries)) for way in (leaving, arriving) for entries in way.values())

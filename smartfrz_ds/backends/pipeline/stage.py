@@ -257,7 +257,7 @@ class PipelineStage(_Base):
         built = build(self.engine, bounds)
         for index, module in built.items():
             own = structure_of(module)
-            emptied = [[name, [0]] for name, _ in structures[index]]  # a module of the user's list that was here before (rebalance.py)
+            emptied = [[name, [0]] for name, _ in structures[index]]  # a module of the user's list that was here before (move_layers.py)
             if own not in (structures[index], emptied):
                 raise ValueError(
                     f"entry {index} of the pipeline's list was changed after it was built (its parameters or buffers are others); allowed: "

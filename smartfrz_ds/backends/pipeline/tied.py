@@ -6,8 +6,8 @@ frozen there are two ways:
                     the rear stage broadcasts the weight, so that the front uses what one process would use. At a thaw the front copy takes
                     the rear one's optimizer state, so that both are updated alike again.
   "tied": "freeze"  both copies leave their optimizers; nothing is sent.
-On one stage the two entries share one module, and the general way of freezing.py does it; where the front use is a function of the
-user's, which no hook of a module sees, that function runs without a graph.
+On one stage the two entries share one module, which model/freeze_modules.py freezes like any other. If the front use is a function of the
+user's, which no module hook sees, that function runs without a graph.
 
 Touched in DeepSpeed 0.19.8:
   runtime/pipe/module.py   tied_comms (ranks, group), tied_modules, tied_weight_attrs, _recursive_getattr, _layer_specs, forward_funcs,
@@ -81,10 +81,10 @@ class TiedWeights:
         pipe = self._backend.engine.module
         entry = pipe.forward_funcs[index - pipe._local_start]
         if not isinstance(entry, partial):
-            return  # a module: freezing.py has its hook
+            return  # a module: freeze_modules.py has its hook
         inner = entry.func.inner if isinstance(entry.func, _WithoutGraph) else entry.func
         new = type(entry)(_WithoutGraph(inner) if cut else inner, *entry.args, **entry.keywords)
-        vars(new).update(vars(entry))  # stage_clock.TimedEntry has its clock there
+        vars(new).update(vars(entry))  # timing.TimedEntry has its clock there
         pipe.forward_funcs[index - pipe._local_start] = new
 
     def reduce(self) -> None:

@@ -44,7 +44,7 @@ class Fsdp1Backend(TorchBackend):
         for unit in self._units:
             flat = unit._handle.flat_param
             for param, shape, shard in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
-                param.whole_shape = tuple(shape)  # read by layers.shape_of: the view has only this rank's part, which may be empty
+                param.whole_shape = tuple(shape)  # read by facts.shape_of: the view has only this rank's part, which may be empty
                 self._shards[param] = shard if unit._handle.uses_sharded_strategy else None
         super().__init__(wrapped, module, optimizer)
 

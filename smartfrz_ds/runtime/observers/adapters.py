@@ -115,7 +115,7 @@ class FlagWatch(StepObserver):
 
 
 class EngineLayout(StepObserver):
-    """What the engine does beyond its optimizer when the layout changes."""
+    """Adapts the parts of the engine outside of its optimizer when the layout changes."""
 
     def __init__(self, run: RunContext) -> None:
         self._run = run

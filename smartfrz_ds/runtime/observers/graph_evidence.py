@@ -1,4 +1,4 @@
-"""Evidence for the gradient check: which modules took part in a step, and which lost the way to what is in front of them.
+"""Evidence for the gradient check: which modules took part in a step, and which lost the connection to those in front of them.
 
 The modules that hold parameters are hooked, for single steps only. In recorded steps the autograd graph between them is walked once: it
 says of each module which others are upstream of it. In a checked step it is enough to see which modules ran and whether anything that
@@ -26,8 +26,8 @@ class GraphEvidence:
     """Watches the modules that own parameters.
 
     A module *ran* if it was called with gradients on, or in a reentrant checkpointing region. It was *fed* if something that went in
-    required grad. A module that got gradients, wasn't fed, and used to have others upstream is the edge of a cut: what is upstream and
-    ran has lost its path.
+    required grad. A module that got gradients, wasn't fed, and used to have others upstream is the edge of a cut: the modules upstream
+    that ran have lost their path.
     """
 
     def __init__(self, model: nn.Module, mode: ForwardMode) -> None:
@@ -52,7 +52,7 @@ class GraphEvidence:
         self._fed: set[nn.Module] = set()
 
     def start(self, params: Collection[Parameter], *, record: bool) -> None:
-        """Watch the modules of these parameters until `stop`. record: learn what is upstream of what, in the first forward."""
+        """Watch the modules of these parameters until `stop`. record: learn the order of the modules, in the first forward."""
         self.stop()
         self._ran, self._fed = set(), set()
         self._recording = record

@@ -1,1 +1,1 @@
-"""Parameter groups in one flat buffer: their layout, what a change of it moves, and what is kept for a thaw."""
+"""Parameter groups in one flat buffer: their layout, the moves of a change, and the state that is kept for a thaw."""

@@ -72,8 +72,8 @@ def layout_cost(
         for batch in _rounds(crossing, new.world, max(1, STAGING_BYTES // size)):
             busiest += _busiest(batch, new.world)
             exchanges += 1
-        # flat.py and layout.py: a new partition is cleared; what stays is copied into it, what crosses is staged on both sides. Off the
-        # host, the old partition goes there first, and what is sent or stays comes from there.
+        # state_moves.py and partition.py: a new partition is cleared. Elements that stay are copied into it, the others are staged on both
+        # sides. On a device, the old partition is first copied to the host, from which all elements then come.
         if isinstance(old, FlatLayout):
             copied = new.partition_size + staying + 2 * busiest + (max(0, old.partition_size - new.partition_size) if keep else 0)
             linked = 0 if on_host else old.partition_size + staying + busiest

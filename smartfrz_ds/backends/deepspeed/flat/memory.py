@@ -28,14 +28,14 @@ class TensorBytes:
 
 
 def peak(tensors: Sequence[TensorBytes], weights: int, *, on_host: bool) -> MemoryNeed:
-    """Return what is held at most above the level before, without the staging buffers.
+    """Return the peak above the level before, without the staging buffers.
 
-    The tensors move one after the other. On a device, the new one is made beside the old one where what was freed so far pays for it;
-    otherwise the old one waits on the host meanwhile. On the host the two are always side by side.
+    The tensors move one after the other. On a device, the new one is allocated beside the old one if it fits into the memory that was freed
+    so far; otherwise the old one waits on the host meanwhile. On the host the two are always side by side.
 
     Args:
-        tensors: In the order in which they move.
-        weights: Bytes that rearranging the weights holds, which comes after them.
+        tensors: The tensors, in the order in which they move.
+        weights: Bytes that rearranging the weights holds, after all tensors have moved.
         on_host: Whether the tensors are on the host.
     """
     device = host = most_device = most_host = 0

@@ -76,7 +76,7 @@ def sorting(places: Sequence[int], sizes: Sequence[int], limit: int) -> list[Ope
     Args:
         places: Where each block belongs, 0 to n - 1, each once.
         sizes: Elements of each block.
-        limit: As `rotation`.
+        limit: As in `rotation`.
     """
     operations: list[Operation] = []
     _sort([Run(place, place, size) for place, size in zip(places, sizes, strict=True)], 0, limit, operations)
