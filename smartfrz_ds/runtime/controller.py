@@ -33,13 +33,11 @@ from .run_report import report_of
 
 
 class Controller(GuardedAttributes, FormerNames):
-    """Freezes the layers of one engine while it trains. `engine.smartfrz` is one.
+    """Freezes the layers of one engine while it trains. Created by `initialize` and `attach` (`engine.smartfrz`). Collective.
 
-    It has a `PolicyStage` that decides, a `Freezer` that changes the layout, a `RunState` that a checkpoint keeps, and a list of
-    `StepObserver`s.
-
-    Made by `initialize` and `attach`; collective. Raises ValueError for settings that don't fit the model or the engine, and
-    `RanksDisagree` where the ranks don't have the same settings, package version and layers.
+    Raises:
+        ValueError: The settings do not fit the model or the engine.
+        RanksDisagree: The ranks differ in settings, package version or layers.
     """
 
     #: how to resume a run that failed, for error messages; the checkpoint's path follows
@@ -120,7 +118,7 @@ class Controller(GuardedAttributes, FormerNames):
         Raises:
             ValueError: A name is not a layer's, or `order` or `keep_active` forbids the set.
             RuntimeError: This is not a step boundary, or `detach` was called.
-            RanksDisagree: the ranks named different layers.
+            RanksDisagree: The ranks named different layers.
         """
         self._check_attached("freeze")
         wanted, state = _as_set(names), self._run.state
@@ -158,16 +156,18 @@ class Controller(GuardedAttributes, FormerNames):
     def rebalance(self, bounds: Sequence[int] | None = None) -> tuple[int, ...]:
         """Move layers of a pipeline to other stages now, with weights and optimizer state. Collective, at a step boundary.
 
-        bounds: of the stages in the pipeline's list of layers, (stages + 1,), as `PipelineModule.parts`; None: those with which a step is
-            fastest by the costs measured so far, where `pipeline.min_gain` is reached.
-        Returns the bounds that hold then.
+        Args:
+            bounds: (stages + 1,), as `PipelineModule.parts`; None: the fastest by the costs so far, if they reach `pipeline.min_gain`.
+
+        Returns:
+            The bounds afterwards.
 
         Raises:
-            ValueError: bounds that can't be, or no pipeline; nothing was changed.
-            RuntimeError: not at a step boundary; nothing was changed.
-            RanksDisagree: the ranks gave different bounds.
-            ChangeUndone: it failed on some rank after it had started, with bounds given; every rank is back at the previous bounds.
-            FreezeError: it failed and could not be undone; the engine state is inconsistent.
+            ValueError: The bounds are not possible, or the engine is not a pipeline; nothing was changed.
+            RuntimeError: This is not a step boundary; nothing was changed.
+            RanksDisagree: The ranks gave different bounds.
+            ChangeUndone: It failed on some rank after it had started, with bounds given; every rank is back at the previous bounds.
+            FreezeError: It failed and could not be undone; the engine state is inconsistent.
         """
         if self._moves is None:
             raise ValueError("rebalance() requires a PipelineModule engine")
@@ -307,7 +307,7 @@ class Controller(GuardedAttributes, FormerNames):
         """Load a freeze state: brings the layout to its frozen set, then everything else. Collective, at a step boundary.
 
         Raises:
-            ValueError: the state is of another model; nothing is changed.
+            ValueError: The state is of another model; nothing is changed.
         """
         self._freeze_state.load_state_dict(state)
 
@@ -322,7 +322,7 @@ class Controller(GuardedAttributes, FormerNames):
         """Call this on every rank after the last micro-batch of a step, before the optimizer.
 
         Raises:
-            MissingGradients: the first time after a freeze, where it cut off an active layer's gradients.
+            MissingGradients: The last freeze cut off an active layer's gradients. Raised once per freeze.
         """
         self.set_schedule()
         # A scheduler, or a load, of the user's comes after `after_step`.

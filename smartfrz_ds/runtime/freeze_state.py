@@ -108,7 +108,9 @@ class FreezeState:
     def resume(self, state: Mapping[str, Any], folder: str = "") -> None:
         """Continue from a freeze state whose layout and tensors are in place: counts, the policy's state, history, the log's position.
 
-        folder: of the checkpoint, for the record.
+        Args:
+            state: The freeze state.
+            folder: Folder of the checkpoint, for the record.
         """
         run, left = self._run, self._run.state.step
         run.state.load_state_dict(state, current_lr(run.backend.base_optimizer()))
@@ -118,9 +120,11 @@ class FreezeState:
         self._policy.load_policy_state(state)
 
     def reset(self, step: int, folder: str = "") -> None:
-        """Start over at `step` with no history, after loading a checkpoint that has no freeze state.
+        """Start over with no history, after loading a checkpoint that has no freeze state.
 
-        folder: of the checkpoint, for the record.
+        Args:
+            step: The step of the checkpoint.
+            folder: Folder of the checkpoint, for the record.
         """
         run, left = self._run, self._run.state.step
         run.state.reset(step, current_lr(run.backend.base_optimizer()))

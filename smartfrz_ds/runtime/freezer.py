@@ -37,11 +37,13 @@ T = TypeVar("T")
 
 
 class Freezer:
-    """Changes what is frozen in one run.
+    """Changes the frozen set of one run.
 
-    users: the layers that the user froze. observers: the run's, in their order.
-    restore_flags: switches frozen parameters off again that other code has switched on.
-    predicted: the predicted pause of the last freeze or thaw.
+    `users` are the layers that the user froze, `observers` the run's, in their order. `restore_flags` freezes parameters again after
+    other code has set `requires_grad`.
+
+    Attributes:
+        predicted: The predicted pause of the last freeze or thaw.
     """
 
     def __init__(
@@ -74,21 +76,21 @@ class Freezer:
         """Bring the engine to exactly this frozen set. Collective, at a step boundary.
 
         Args:
-            frozen: names of the layers that are frozen afterwards.
+            frozen: Names of the layers that are frozen afterwards.
             kind: "freeze" and "thaw" are events; "restore" brings back the layout of a checkpoint, whatever `order` says.
-            about: more fields of the event.
-            began: when the work for it began, `time.perf_counter()`; None: now.
-            adopt: layers that the user froze and that become this package's.
-            groups: parameter groups of their parameters, by name, where they are known.
-            check_adopted: called with the layers that were adopted; raises ValueError, on all ranks, where that can't be.
+            about: More fields of the event.
+            began: Start of the work for it, in `time.perf_counter()` seconds; None: now.
+            adopt: Layers that the user froze and that become this package's.
+            groups: Parameter groups of their parameters, by name, as far as they are known.
+            check_adopted: Called with the layers that were adopted; raises ValueError, on all ranks, if that is not possible.
 
         Returns:
-            What changed; None where the engine has this frozen set already.
+            The change; None if the engine has this frozen set already.
 
         Raises:
-            ValueError, RuntimeError: the change is refused, on every rank; nothing was changed.
-            ChangeUndone: it failed on some rank after it had started; every rank is back at the previous layout, and training can go on.
-            FreezeError: it failed and could not be undone; the engine state is inconsistent.
+            ValueError, RuntimeError: The change is refused, on every rank; nothing was changed.
+            ChangeUndone: It failed on some rank after it had started; every rank is back at the previous layout, and can go on training.
+            FreezeError: It failed and could not be undone; the engine state is inconsistent.
         """
         began = time.perf_counter() if began is None else began
         with self._adopting(adopt, groups) as adopted:
@@ -120,7 +122,7 @@ class Freezer:
         """Run every check that can refuse this frozen set, on all ranks. Collective; changes nothing.
 
         Raises:
-            ValueError, RuntimeError: it is refused, on every rank, whichever rank found out.
+            ValueError, RuntimeError: Some rank refuses it. Raised on every rank.
         """
         run, before = self._run, self._run.state.frozen
         self._restore_flags()
@@ -151,8 +153,8 @@ class Freezer:
             The memory that this rank released, and the bytes that all ranks released.
 
         Raises:
-            ChangeUndone: it failed on some rank; every rank is back at the previous layout.
-            FreezeError: it failed and could not be undone; the engine state is inconsistent.
+            ChangeUndone: It failed on some rank; every rank is back at the previous layout.
+            FreezeError: It failed and could not be undone; the engine state is inconsistent.
         """
         released = transact(self._run, change.kind, lambda tx: self._carry_out(change, tx), layers=change.gone | change.back)
         released_by_all = self._run.ranks.sum(released.bytes)
@@ -223,7 +225,11 @@ class Freezer:
             observer.before_change(change)
 
     def complete(self, change: LayoutChange) -> None:
-        """Let the observers act on a change that is recorded. Collective. Raises RuntimeError, on every rank."""
+        """Let the observers act on a change that is recorded. Collective.
+
+        Raises:
+            RuntimeError: An observer failed. Raised on every rank.
+        """
         for observer in self._observers:
             observer.after_change(change)
 
@@ -267,10 +273,13 @@ class Freezer:
 
     @contextmanager
     def _adopting(self, names: Collection[str], groups: Mapping[str, int] | None) -> Iterator[tuple[str, ...]]:
-        """Adopt layers that the user froze, around a change. Collective. Yields the names of those that were adopted.
+        """Adopt layers that the user froze, for a change, which is the block. Collective.
+
+        Yields:
+            The names of the adopted layers. If the change is refused or undone, they are the user's again.
 
         Raises:
-            ValueError: they can't train here. Then, and where the change is refused or undone, they are the user's again.
+            ValueError: They can't train here. They stay the user's.
         """
         if not names:
             yield ()
@@ -324,7 +333,7 @@ class Freezer:
         """Bring the layout to this frozen set before tensors are loaded: moments of layers that come back are zero. Collective.
 
         Raises:
-            RuntimeError: not at a step boundary, where the set is another one than now.
+            RuntimeError: The set differs from the current one, and this is not a step boundary.
         """
         with self._noting_layout():
             self.change(set(frozen), kind="restore")

@@ -25,7 +25,7 @@ class GuardedAttributes:
         """Set an attribute.
 
         Raises:
-            AttributeError: setting it would do nothing; says what to do instead.
+            AttributeError: Setting it would do nothing; names the alternative.
         """
         if name[0] == "_" or name in _LIVE:
             object.__setattr__(self, name, value)

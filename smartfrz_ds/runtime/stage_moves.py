@@ -50,7 +50,7 @@ class StageMoves(StepObserver):
         """Bring the stages to these bounds before a checkpoint is loaded; None: to those with which the run began. Collective.
 
         Raises:
-            ValueError, RuntimeError: that can't be, on every rank; nothing was changed.
+            ValueError, RuntimeError: This is not possible. Raised on every rank; nothing was changed.
         """
         wanted = self.rebalancer.first_bounds if bounds is None else tuple(bounds)
         if wanted != self.rebalancer.bounds:
@@ -83,7 +83,7 @@ class StageMoves(StepObserver):
         """Check everything that can refuse these bounds, memory first: then the layers that arrive are built. Collective.
 
         Raises:
-            ValueError, RuntimeError: they can't be, on every rank; nothing was changed.
+            ValueError, RuntimeError: The bounds are not possible. Raised on every rank; nothing was changed.
         """
         check_memory(self._run, self.rebalancer.memory_need(bounds), f"move layers to the bounds {list(bounds)}", keep=False)
         self.rebalancer.check(bounds)
@@ -95,7 +95,9 @@ class StageMoves(StepObserver):
     def _move(self, bounds: Sequence[int], gain: float | None = None) -> None:
         """Move layers to these bounds, after `_check`.
 
-        gain: predicted speed-up of a step; None: the move is part of loading a checkpoint, and is not recorded as an event.
+        Args:
+            bounds: The new bounds of the stages.
+            gain: Predicted speed-up of a step; None: the move is part of loading a checkpoint, and is not recorded as an event.
         """
         run, rebalancer = self._run, self.rebalancer
         start, old = time.perf_counter(), rebalancer.bounds

@@ -48,8 +48,8 @@ FrozenStorage = Literal["sharded", "replicated", "auto"]
 class Zero3Backend(FlatBackend):
     """A "group" of this backend is one of DeepSpeed's sub-groups. An empty one leaves DeepSpeed's lists and comes back with a thaw.
 
-    frozen: where the weights of frozen layers live: "sharded" as before, "replicated" whole on every rank (never gathered again), or
-    "auto": replicated as long as the memory that the freezes have released on this rank pays for it.
+    `frozen` is the place of the weights of frozen layers: "sharded" as before, "replicated" whole on every rank (never gathered again), or
+    "auto": replicated as long as they fit into the memory that the freezes have released on this rank.
     """
 
     needs_placeholder = False

@@ -126,9 +126,9 @@ class EngineLayout(StepObserver):
 
 
 class FlopCount(StepObserver):
-    """Measures the FLOPs of a step in the first forward, and counts what freezing saves.
+    """Measures the FLOPs of a step in the first forward, and counts the savings of freezing.
 
-    intruded: returns what other code that switched frozen layers on has cost in the last step (`FlagWatch.cost`).
+    `intruded` returns the cost in the last step of other code that switched frozen layers on (`FlagWatch.cost`).
     """
 
     def __init__(self, run: RunContext, tally: FlopTally, intruded: Callable[[], Intrusion | None]) -> None:

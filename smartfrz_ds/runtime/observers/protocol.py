@@ -78,7 +78,7 @@ class StepObserver:
         """Wait until the engine can change, before anything is changed. Not collective.
 
         Raises:
-            RuntimeError: it can't; the change is refused on every rank.
+            RuntimeError: It cannot; the change is refused on every rank.
         """
 
     def on_layout_change(self, change: LayoutChange) -> None:
@@ -88,7 +88,7 @@ class StepObserver:
         """Act on a change of the engine that is complete and recorded. Collective.
 
         Raises:
-            RuntimeError: on every rank; the change stays in force.
+            RuntimeError: An observer failed. Raised on every rank; the change stays in force.
         """
 
     def on_layers_changed(self) -> None:

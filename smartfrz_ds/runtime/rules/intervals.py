@@ -21,12 +21,17 @@ _POLICY_STEPS = ("start_step", "end_step", "interval")
 
 @dataclass(frozen=True, kw_only=True)
 class Intervals:
-    """The settings of a run that count steps, as numbers of steps. Made with `resolve`.
+    """The settings of a run that count steps, as numbers of steps. Created with `resolve`.
 
-    warmup_steps, guard_window, keep_state: >= 0 (guard_window: 0 without a guard). snapshot_interval, freeze_interval, status_interval:
-        >= 1, and snapshot_interval <= freeze_interval.
-    policy: all settings of the chosen policy, as keyword arguments. planned: the length of the run where the policy plans by it instead of
-        by steps of the user's, else None.
+    Attributes:
+        warmup_steps: >= 0.
+        snapshot_interval: >= 1, <= freeze_interval.
+        freeze_interval: >= 1.
+        status_interval: >= 1.
+        keep_state: >= 0.
+        guard_window: >= 0; 0 without a guard.
+        policy: All settings of the chosen policy, as keyword arguments.
+        planned: The length of the run if the policy plans with it instead of with steps that the user set, else None.
     """
 
     warmup_steps: int
@@ -39,7 +44,7 @@ class Intervals:
     planned: int | None = None
 
     def is_stage(self, step: int, total_steps: int | None) -> bool:
-        """Whether a step ends in a freezing stage. The last one of a run doesn't: nothing is left to be saved."""
+        """Whether a step ends in a freezing stage. The last step of a run does not: no work is left to save."""
         return step != total_steps and step % self.freeze_interval == 0 and step >= self.warmup_steps
 
     def first_from(self, step: int) -> int:
@@ -61,10 +66,13 @@ def resolve(config: FreezeConfig, total_steps: int | None, *, provisional: bool 
     is raised (`freeze_interval`) or lowered (`snapshot_interval`) to it. Where the length is unknown, the defaults of `warmup_steps`,
     `freeze_interval` and `snapshot_interval` are 100, 50 and 10 steps; with the policy `manual`, which does not use them, any share is.
 
-    provisional: Whether any share may be unknown for now: the length of the run will be set later, or nothing will freeze.
+    Args:
+        config: The settings.
+        total_steps: The length of the run; None: unknown.
+        provisional: Whether shares may be unknown for now: the length of the run will be set later, or nothing will freeze.
 
     Raises:
-        ValueError: a setting is a share, and the length of the run is unknown; every one with key and value.
+        ValueError: A setting is a share, and the length of the run is unknown; lists all of them with key and value.
     """
     problems: list[str] = []
 
@@ -127,7 +135,7 @@ def first_stage(config: FreezeConfig, total_steps: int | None) -> int | None:
         None with the policy `manual`, with `enabled` false, and if the run ends before.
 
     Raises:
-        ValueError: as `resolve`.
+        ValueError: As `resolve`.
     """
     if not config.enabled or config.policy == "manual":
         return None
@@ -142,7 +150,7 @@ def why_never(config: FreezeConfig, total_steps: int | None) -> str:
         "" if a policy can freeze, or if none is configured.
 
     Raises:
-        ValueError: as `resolve`.
+        ValueError: As `resolve`.
     """
     if not config.enabled or config.policy == "manual":
         return ""
