@@ -27,7 +27,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils.torch import register_grad_hook
 from torch import Tensor
 
-from smartfrz_ds.backends.base import Released, Sampler, SampleRequest
+from smartfrz_ds.backends.base import Sampler, SampleRequest
 from smartfrz_ds.backends.cost import Cost
 from smartfrz_ds.backends.deepspeed.flat.backend import FlatBackend
 from smartfrz_ds.backends.deepspeed.flat.cost import gather_cost
@@ -69,7 +69,6 @@ class Zero3Backend(FlatBackend):
         offloads = [name for name in ("optimizer", "param") if getattr(zero, f"offload_{name}")]
         self.name = "ZeRO-3" + (f" with offloaded {' and '.join(offloads)}" if offloads else "")
         self._replicas = Replicas(zero, frozen)
-        self._gathered = 0  # bytes of weights that the last change gathered to stay whole
 
     # --- FlatBackend ----------------------------------------------------------------------------------------------------------
 
@@ -102,10 +101,6 @@ class Zero3Backend(FlatBackend):
 
     def low_precision(self, param: ZeroParam, start: int, numel: int) -> Tensor:
         return param.ds_tensor.data.view(-1)[start : start + numel]
-
-    def change(self, freeze: Sequence[ZeroParam], thaw: Sequence[ZeroParam], *, keep: bool, tx: Transaction) -> Released:
-        released = super().change(freeze, thaw, keep=keep, tx=tx)
-        return Released(released.bytes, released.moved_bytes + self._gathered * (dist.get_world_size() - 1))
 
     def change_cost(self, out: Collection[ZeroParam], *, keep: bool) -> Cost:
         return super().change_cost(out, keep=keep) + gather_cost(self._replicas.gathered_by(set(out), self._released_by(out)))
@@ -228,10 +223,16 @@ class Zero3Backend(FlatBackend):
         renew_trace(zero._get_param_coordinator())
         self._follow_shards()
 
-    def beyond_the_optimizer(self, tx: Transaction) -> None:
+    def beyond_the_optimizer(self, tx: Transaction) -> int:
         before = set(self._replicas.params)
-        with tx.exchange("gather replicas", undo=lambda: self._replicas.bring_back(before)):
-            self._gathered = self._replicas.update(self.frozen, self._released_by(self.frozen))
+        begun = False
+        # replicas change within the exchange, so that they are brought back even where its second vote fails
+        with tx.step("choose replicas", undo=lambda: self._replicas.bring_back(before) if begun else None):
+            pass
+        with tx.exchange("gather replicas"):
+            begun = True
+            gathered = self._replicas.update(self.frozen, self._released_by(self.frozen))
+        return gathered * (dist.get_world_size() - 1)
 
     # --- the parts ------------------------------------------------------------------------------------------------------------
 

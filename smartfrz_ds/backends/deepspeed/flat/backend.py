@@ -31,7 +31,7 @@ from .cost import flat_change_cost
 from .group_state import move_group_state, tensors_of
 from .kept import Kept
 from .memory import flat_memory_need
-from .partition import FlatLayout, PackedLayout
+from .partition import FlatLayout, PackedLayout, same_params
 from .state_moves import HostLink
 from .step_counts import OwnSteps, Partition, copy_step, step_from_json, step_to_json
 from .weights import Arrangement, FlatWeights, Place
@@ -193,7 +193,7 @@ class FlatBackend(DeepSpeedBackend):
         self.room = 0
         after = (self.frozen | set(freeze)) - set(thaw)
         new = [self.new_layout(i, after) for i in range(len(self.groups))]
-        changed = [i for i in range(len(self.groups)) if not _same(old[i].params, new[i].params)]
+        changed = [i for i in range(len(self.groups)) if not same_params(old[i].params, new[i].params)]
         plans = self.weight_plans(changed, new)
         with tx.step("rebuild the wrapper", undo=lambda: self._rebuild(old, changed)):
             synchronize(self.device)
@@ -224,7 +224,7 @@ class FlatBackend(DeepSpeedBackend):
             for i in changed:
                 self.install(i, new[i])
             self.after_change()
-        self.beyond_the_optimizer(tx)
+        moved += self.beyond_the_optimizer(tx)
         tx.on_commit(lambda: empty_cache(self.device))
         synchronize(self.device)
         return Released(before - self.optimizer_bytes(), moved)
@@ -275,8 +275,13 @@ class FlatBackend(DeepSpeedBackend):
     def memory_need(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool) -> MemoryNeed:
         return flat_memory_need(self, freeze, thaw)
 
-    def beyond_the_optimizer(self, tx: Transaction) -> None:
-        """Carry out the parts of a change that concern neither state nor weights, within its transaction."""
+    def beyond_the_optimizer(self, tx: Transaction) -> int:
+        """Carry out the parts of a change that concern neither state nor weights, within its transaction.
+
+        Returns:
+            Bytes that cross ranks for it, over all ranks.
+        """
+        return 0
 
     def kept_layouts(self, params: Sequence[Parameter]) -> list[PackedLayout]:
         """Return the layouts of the kept state of these parameters on the host; each with these parameters only."""
@@ -380,10 +385,6 @@ class FlatBackend(DeepSpeedBackend):
                     self.wrapper.param_names[self.placeholders[index]] = f"{PLACEHOLDER}{index}"
             params = [self.placeholders[index]]
         return self.layout(index, params)
-
-
-def _same(a: Sequence[Parameter], b: Sequence[Parameter]) -> bool:
-    return [id(p) for p in a] == [id(p) for p in b]
 
 
 def _set_flags(flags: Sequence[tuple[Parameter, Tensor | None, bool]]) -> None:

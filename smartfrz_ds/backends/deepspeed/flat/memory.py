@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from smartfrz_ds.backends.memory import MemoryNeed
 
 from .group_state import tensors_of
-from .partition import STAGING_BYTES, PackedLayout
+from .partition import STAGING_BYTES, PackedLayout, same_params
 from .permute import PIECE_BYTES
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def flat_memory_need(backend: FlatBackend, freeze: Sequence[Parameter], thaw: Se
         new = backend.new_layout(index, after)
         layouts.append(new)
         held = [p for p in backend.groups[index] if p not in after]
-        if held == backend.active(index):
+        if same_params(held, backend.active(index)):
             continue
         changed.append(index)
         grown += 4 * max(0, new.numel - old.numel) if backend.makes_gradient_buffer else 0  # the old one goes first

@@ -293,3 +293,8 @@ def _rounds(moves: Sequence[SliceMove], world: int, limit: int) -> Iterable[list
             if not queue:
                 del queues[source]
         yield batch
+
+
+def same_params(one: Sequence[Parameter], other: Sequence[Parameter]) -> bool:
+    """Whether two lists hold the same parameters in the same order. `==` would compare their elements."""
+    return [id(p) for p in one] == [id(p) for p in other]
