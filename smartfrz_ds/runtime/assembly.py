@@ -156,7 +156,7 @@ def assemble(
         run.journal,  # after a step: the run has trained
         order,
         RecomputeWatch(boundary),  # layout: the boundary moves behind the frozen prefix
-        flags,  # after a step: what other code has switched on; layout: hooks on what is frozen
+        flags,  # after a step: flags that other code has set; layout: hooks on frozen parameters
         EngineLayout(run),  # layout: the schedule of a pipeline, prefetching
         flops,  # after a step: measures and counts
         gradients,  # before a step: may raise, before anything else is done; layout: arms; step_ended: arms for recorded steps

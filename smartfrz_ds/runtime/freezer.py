@@ -170,10 +170,10 @@ class Freezer:
         """Change optimizer, modules and engine within a transaction."""
         run, restoring = self._run, change.kind == "restore"
         before = frozenset(run.state.frozen)
-        # Undone last: what an engine derives from a layout, it derives from the previous one again.
+        # Undone last: the engine derives everything that depends on the layout from the previous one again.
         with tx.step("follow the previous layout", undo=lambda: run.backend.on_layout_changed(run.layers, before)):
             pass
-        if restoring:  # what was kept belongs to the run as it was before the load
+        if restoring:  # the kept state belongs to the run before the load
             kept = run.backend.kept_entries()
             with tx.step("forget what was kept", undo=lambda: run.backend.set_kept_entries(kept)):
                 run.backend.forget([p for layer in run.layers for p in (*layer.params, *layer.copies)])

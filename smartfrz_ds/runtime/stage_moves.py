@@ -76,7 +76,7 @@ class StageMoves(StepObserver):
             except Exception as error:  # a layer's constructor, for example: the run continues unchanged
                 run.journal.warn(f"the layers stay where they are: {error}")
             else:
-                with suppress(ChangeUndone):  # the log says so, and the run goes on
+                with suppress(ChangeUndone):  # it is logged, and the run continues
                     self._move(move.bounds, move.gain)
 
     def _check(self, bounds: Sequence[int]) -> None:
@@ -127,7 +127,7 @@ class StageMoves(StepObserver):
         def follow_bounds() -> None:
             run.backend.on_layout_changed(run.layers, run.state.frozen)
 
-        # Undone last: what an engine derives from its bounds, it derives from the previous ones again.
+        # Undone last: the engine derives everything that depends on its bounds from the previous ones again.
         with tx.step("follow the previous bounds", undo=follow_bounds):
             pass
         sent = self.rebalancer.move(bounds, tx)

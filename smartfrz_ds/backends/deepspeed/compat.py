@@ -165,7 +165,7 @@ def _low_precision(engine: DeepSpeedEngine) -> bool:
 
 
 def _decoupled(engine: DeepSpeedEngine) -> bool:
-    # DataStates falls back to a plain engine where its library is missing; the config says what was asked for
+    # DataStates falls back to a plain engine where its library is missing; the config has the requested engine
     return ask_switch(engine, "checkpoint_engine.is_decoupled()") or ask_switch(engine, "_config.datastates_config.enabled")
 
 

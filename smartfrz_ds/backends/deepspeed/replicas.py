@@ -119,7 +119,7 @@ class Replicas:
             original(param_list=others, has_been_updated=False, **kwargs)
 
     def _partition_all_but_replicas(self) -> None:
-        # partition_all_parameters releases what is AVAILABLE and insists that nothing is left so; for its duration these are not.
+        # partition_all_parameters releases AVAILABLE parameters and requires that none is left; for its duration these are not AVAILABLE.
         whole = [p for p in self.params if p.ds_status == ZeroParamStatus.AVAILABLE]
         for param in whole:
             param.ds_status = ZeroParamStatus.NOT_AVAILABLE

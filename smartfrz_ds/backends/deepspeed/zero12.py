@@ -129,7 +129,7 @@ class Zero12Backend(FlatBackend):
         zero.offload_gradient_dict.clear()
         if zero.cpu_offload:
             for master in zero.single_partition_of_fp32_groups:
-                master.grad = None  # persistent gradient buffers, made anew at the end
+                master.grad = None  # persistent gradient buffers, created again at the end
 
     def install(self, index: int, layout: FlatLayout) -> None:
         zero, params = self.wrapper, self.active(index) or [self.placeholders[index]]

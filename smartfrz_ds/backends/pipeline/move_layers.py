@@ -290,7 +290,7 @@ class _Moving:
             for tensor in (*module.parameters(), *module.buffers()):
                 tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         if hasattr(self._backend, "trim"):
-            self._backend.trim()  # a flat buffer that they shared with what stays
+            self._backend.trim()  # a flat buffer that they shared with parameters that stay
         empty_cache(self._backend.device)
         self._engine.reset_activation_shape()
 

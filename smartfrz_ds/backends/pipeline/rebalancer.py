@@ -149,7 +149,7 @@ class Rebalancer(Pipeline):
             self._merge(index, [EntryTimes(**t["times"][index]) for t in told if index in t["times"]])
         self._weights = {index: tuple(w) for t in told for index, w in t["weights"].items()}
         updates = [t["update"] for t in told if t["update"] is not None]
-        # Where a freeze has just emptied a stage, what it knew before is known from the others.
+        # If a freeze has just emptied a stage, its earlier measurements come from the others.
         self._rates = (fmean(updates) if updates else self._rates[0], max([t["held"] for t in told] + [self._rates[1]]))
         if any(self._known[index].forward is None for index in self._known):
             return None
@@ -163,7 +163,7 @@ class Rebalancer(Pipeline):
         for kind in {kind for t in seen for kind in t.backward}:
             known.backward[kind] = fmean([t.backward[kind] for t in seen if kind in t.backward])
         for t in seen:
-            # A frozen entry keeps nothing; what it would keep is known from when it was active.
+            # A frozen entry keeps nothing; the bytes that it would keep were measured while it was active.
             known.kept_bytes = t.kept_bytes or known.kept_bytes
             known.output_bytes = t.output_bytes or known.output_bytes
 

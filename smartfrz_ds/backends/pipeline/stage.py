@@ -334,7 +334,7 @@ class PipelineStage(_Base):
         if self.clock is not None:
             self.clock.weigh()
         for held in engine.pipe_buffers.values():
-            held.clear()  # what an old schedule left; the next one takes as many as it needs
+            held.clear()  # buffers of an old schedule; the next one allocates as many as it needs
         engine.num_pipe_buffers = 0
 
     # --- checkpoints ------------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ class DdpBackend(TorchBackend):
                 "smartfrz_ds does not work with DistributedDataParallel.join(); allowed: the same number of batches on each rank"
             )
         if module is self.wrapped and torch.is_grad_enabled() and self.wrapped.static_graph and not self.wrapped.require_backward_grad_sync:
-            # reducer.cpp: what it must see of a static graph's first backward, it sees with synchronisation only (an internal assert).
+            # reducer.cpp: it must see a static graph's first backward with synchronisation (an internal assert).
             raise ValueError(
                 "smartfrz_ds does not work with DistributedDataParallel(static_graph=True) under no_sync(); allowed: one of them"
             )

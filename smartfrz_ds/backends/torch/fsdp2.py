@@ -136,13 +136,13 @@ class Fsdp2Backend(TorchBackend):
         for unit, groups in self._units.items():
             if not any(p.sharded_param in changed for g in groups for p in g.fsdp_params):
                 continue
-            # requires_grad is read off the shard when the unit is gathered: one that is gathered now would go on as it was.
+            # requires_grad is read off the shard when the unit is gathered: a unit that is gathered at present would not notice the change.
             unit.reshard()
             for group in groups:
                 for p in group.fsdp_params:  # set in the next gather only, but read before it too (takes_part)
                     if (whole := getattr(p, "_unsharded_param", None)) is not None:
                         whole.requires_grad_(p.sharded_param.requires_grad)
-                # Set once, in the first forward, from what was trainable then: None where nothing was.
+                # Set once, in the first forward, from the parameters that are trainable then: None if there are none.
                 if thaw and getattr(group, "_orig_dtype", torch.float32) is None:
                     group._init_mp_dtypes()
 

@@ -110,7 +110,7 @@ class FlatBackend(DeepSpeedBackend):
         return param.data.view(-1)[start : start + numel]
 
     needs_placeholder = True
-    #: whether the weights of all groups are in one buffer, which every change makes anew
+    #: whether the weights of all groups are in one buffer, which every change rearranges
     shares_one_buffer = False
     #: whether a change makes a new fp32 buffer for the gradients of each group
     makes_gradient_buffer = False
