@@ -90,10 +90,19 @@ def updated(text: str) -> str:
     Raises:
         ValueError: The marks are missing.
     """
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"the marks {BEGIN!r} and {END!r} are missing")
-    head, rest = text.split(BEGIN, 1)
-    return f"{head}{BEGIN}\n{table()}{END}{rest.split(END, 1)[1]}"
+    return replaced(text, BEGIN, END, table())
+
+
+def replaced(text: str, begin: str, end: str, new: str) -> str:
+    """Replace what is between two marks in `text`.
+
+    Raises:
+        ValueError: The marks are missing.
+    """
+    if begin not in text or end not in text:
+        raise ValueError(f"the marks {begin!r} and {end!r} are missing")
+    head, rest = text.split(begin, 1)
+    return f"{head}{begin}\n{new}{end}{rest.split(end, 1)[1]}"
 
 
 if __name__ == "__main__":

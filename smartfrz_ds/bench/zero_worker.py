@@ -110,25 +110,22 @@ class TimedEngine:
 
 def first_freeze(ours: TimedEngine, layers: list[str]) -> dict[str, Any]:
     """Freeze for the first time. Returns its effect on memory, and the prediction."""
-    controller, world = ours.engine.smartfrz, dist.get_world_size()
+    controller = ours.engine.smartfrz
     predicted = controller.predict_pause(layers)
+    need = controller.backend.memory_need(front_half(ours.model), (), keep=False)
     gc.collect()
     before = resident_bytes()
     reset_peak()
     controller.freeze(layers)
     gc.collect()
     peak, after = resident_bytes(peak=True), resident_bytes()
-    active = sum(_numel(p) for p in ours.model.parameters() if p.requires_grad)
-    everything = sum(_numel(p) * p.element_size() for p in ours.model.parameters())
-    sharded = ours.engine.zero_optimization_stage() == 3
     event = controller.report().events[-1]
     seen = torch.tensor([peak - before, before - after])
     dist.all_reduce(seen, op=dist.ReduceOp.MAX)
     return {
         "rise": int(seen[0]),
         "fall": int(seen[1]),
-        # one kept state tensor plus the low-precision copy
-        "allowed": active * 4 // max(1, world) + everything // (world if sharded else 1),
+        "allowed": need.host + need.device,
         "seconds": event.seconds,
         "moved_bytes": event.moved_bytes,
         "predicted_bytes": predicted.moved_bytes,
@@ -157,11 +154,15 @@ def snapshot_and_gather(ours: TimedEngine) -> dict[str, Any]:
     return out
 
 
-def freeze_naively(model: nn.Module) -> None:
+def freeze_naively(model: Net) -> None:
     """Freeze the first half with requires_grad_(False)."""
-    assert isinstance(model, Net)
-    for module in (model.inp, *model.blocks[: BLOCKS // 2]):
-        module.requires_grad_(False)
+    for param in front_half(model):
+        param.requires_grad_(False)
+
+
+def front_half(model: Net) -> list[nn.Parameter]:
+    """Return the parameters of the embeddings and the first half of the blocks."""
+    return [p for module in (model.inp, *model.blocks[: BLOCKS // 2]) for p in module.parameters()]
 
 
 def measure(name: str, settings: Settings, wire: CollectiveBytes) -> dict[str, Any]:

@@ -238,6 +238,33 @@ def bench_zero(
     typer.echo(text)
 
 
+@bench.command("peak")
+def bench_peak(
+    ranks: Annotated[str, typer.Option(help="Comma-separated numbers of ranks.")] = "2,4",
+    engine: Annotated[list[str] | None, typer.Option(help="Only this engine (z2-bf16, ...). Repeatable.")] = None,
+    params: Annotated[float, typer.Option(help="Size of the network in millions of weights.")] = 4.0,
+    staging: Annotated[int, typer.Option(help="Size of a staging buffer in KiB.")] = 256,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Results folder; existing results are not measured again.")] = Path(
+        "bench-peak"
+    ),
+) -> None:
+    """Measure the memory that a freeze of half of a network holds above the level before.
+
+    Runs ranks on the CPU and compares the allocator's peak with the formula. A second table has the need on paper: 7 billion weights on
+    accelerators, 2 to 1024 ranks.
+    """
+    with _plain_errors():
+        from smartfrz_ds.bench.peak import ENGINES
+        from smartfrz_ds.bench.peak import bench_peak as measure
+
+        try:
+            wanted = [int(count) for count in ranks.split(",")]
+        except ValueError:
+            raise ValueError(f"--ranks: got {ranks!r}; allowed: a comma-separated list of numbers of at least 2") from None
+        text = measure(out, ranks=wanted, engines=engine or ENGINES, params=params, staging=staging)
+    typer.echo(text)
+
+
 @bench.command("pipeline")
 def bench_pipeline(
     case: Annotated[list[str] | None, typer.Option(help="Only this case: sleep-pp2, sleep-pp4 or gpt-pp2. Repeatable.")] = None,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch.nn import Parameter
 
 from smartfrz_ds.backends.memory import MemoryNeed
@@ -17,6 +18,9 @@ from .permute import PIECE_BYTES
 if TYPE_CHECKING:
     from .backend import FlatBackend
 
+SMALL_BYTES = 64 * 2**10
+"""What votes, step counts and other small tensors take at most."""
+
 
 @dataclass(frozen=True)
 class TensorBytes:
@@ -25,6 +29,11 @@ class TensorBytes:
     old: int
     new: int
     waiting: int
+
+    @property
+    def copied(self) -> int:
+        """What waits beside a copy of the old tensor that is on the host: where all of it leaves, that one waits itself."""
+        return 0 if self.waiting == self.old else self.waiting
 
 
 def peak(tensors: Sequence[TensorBytes], weights: int, *, on_host: bool) -> MemoryNeed:
@@ -41,18 +50,35 @@ def peak(tensors: Sequence[TensorBytes], weights: int, *, on_host: bool) -> Memo
     device = host = most_device = most_host = 0
     for t in tensors:
         if on_host:
-            most_host = max(most_host, host + t.waiting + t.new)
+            most_host = max(most_host, host + t.copied + t.new)
             host += t.waiting + t.new - t.old
         else:
-            host += t.waiting
             by_host = t.new > -device
-            most_host = max(most_host, host + (t.old if by_host else 0))
+            most_host = max(most_host, host + (t.copied + t.old if by_host else t.waiting))
+            host += t.waiting
             most_device = max(most_device, device + t.new - (t.old if by_host else 0))
             device += t.new - t.old
     most_host, most_device = max(most_host, host), max(most_device, device)
     if on_host:
         return MemoryNeed(host=max(most_host, host + weights))
     return MemoryNeed(device=max(most_device, device + weights), host=most_host)
+
+
+def with_staging(tensors: Sequence[TensorBytes], weights: int, grown: int, *, on_host: bool, device: torch.device) -> MemoryNeed:
+    """Return what is held at most above the level before, staging buffers included.
+
+    Args:
+        tensors: In the order in which they move.
+        weights: Bytes that rearranging the weights holds.
+        grown: Bytes by which buffers of gradients grow.
+        on_host: Whether the tensors are on the host.
+        device: Of the weights.
+    """
+    need = peak(tensors, weights + grown, on_host=on_host)
+    # Buffers of an exchange, and of a rearrangement, are never there together; off the host one page-locked buffer besides.
+    largest = max((t.old for t in tensors), default=0)
+    staging = min(2 * max(STAGING_BYTES, PIECE_BYTES), 2 * largest + weights)
+    return need + MemoryNeed.at(device, staging) + MemoryNeed(host=SMALL_BYTES if on_host else STAGING_BYTES + SMALL_BYTES)
 
 
 def flat_memory_need(backend: FlatBackend, freeze: Sequence[Parameter], thaw: Sequence[Parameter]) -> MemoryNeed:
@@ -75,9 +101,4 @@ def flat_memory_need(backend: FlatBackend, freeze: Sequence[Parameter], thaw: Se
     plans = backend.weight_plans(changed, layouts)
     weights = sum(plan.extra * buffer.element_size for buffer, plan in plans)
     on_host = not backend.masters() or backend.masters()[0].device.type == "cpu"
-    need = peak(tensors, weights + grown, on_host=on_host)
-    # Buffers of an exchange, and of a rearrangement, are never there together; off the host one page-locked buffer besides.
-    largest = max((t.old for t in tensors), default=0)
-    staging = min(2 * max(STAGING_BYTES, PIECE_BYTES), 2 * largest + weights)
-    link = 0 if on_host else STAGING_BYTES
-    return need + MemoryNeed.at(backend.device, staging) + MemoryNeed(host=link)
+    return with_staging(tensors, weights, grown, on_host=on_host, device=backend.device)

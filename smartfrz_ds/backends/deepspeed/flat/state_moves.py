@@ -70,7 +70,9 @@ class GroupMoves:
     def plan(
         cls, old: FlatLayout, new: FlatLayout, leaving: Sequence[Parameter], *, rank: int, group: dist.ProcessGroup | None
     ) -> GroupMoves:
-        """Plan the moves of a change after which the parameters `leaving` are gone."""
+        """Plan the moves of a change after which the parameters `leaving` are gone. They wait in the order that they have in `old`."""
+        gone = set(leaving)
+        leaving = [p for p in old.params if p in gone]
         kept = PackedLayout.of(old, leaving)
         stay, leave = plan_moves(old, new, new.params), plan_moves(old, kept, leaving)
         return cls(old, new, kept, tuple(stay), tuple(leave), rank, group)
@@ -111,18 +113,22 @@ class TensorMove:
         """Set aside the elements that leave, and allocate everything. Local. After an error, `abandon` brings the tensor back."""
         moves, source = self._moves, self._source
         assert source is not None
-        self.waiting = torch.empty(moves.kept.sizes[moves.rank], dtype=self._dtype)
-        for m in moves.leave:
-            if m.source == moves.rank:
-                to = self.waiting[m.target_offset : m.target_offset + m.numel]
-                self._link.copy(to, source[m.source_offset : m.source_offset + m.numel])
         if self._by_host:
             host = torch.empty(source.numel(), dtype=self._dtype)
             self._link.copy(host, source)
             self._host = host
+        held = source if self._host is None else self._host
+        if (self._host is not None or self._device.type == HOST) and moves.kept.sizes[moves.rank] == held.numel():
+            self.waiting = held  # all of it leaves, in its order: it waits where it is
+        else:
+            self.waiting = torch.empty(moves.kept.sizes[moves.rank], dtype=self._dtype)
+            for m in moves.leave:
+                if m.source == moves.rank:
+                    to = self.waiting[m.target_offset : m.target_offset + m.numel]
+                    self._link.copy(to, held[m.source_offset : m.source_offset + m.numel])
+        if self._host is not None:
             source.untyped_storage().resize_(0)
         self.target = torch.zeros(moves.new.partition_size, dtype=self._dtype, device=self._device)
-        held = source if self._host is None else self._host
         staging = STAGING_BYTES // (1 + len(returning))  # together no more than one exchange has
         self._exchanges = [(self._exchange(moves.stay, staging), held)]
         self._exchanges += [(self._exchange(r.moves, staging), r.tensor) for r in returning]

@@ -7,7 +7,7 @@ is the model's own, and a freeze needs no second copy of anything.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,46 +108,10 @@ class FlatWeights:
             front: Elements of the part that DeepSpeed sees, padding included.
             frozen: The frozen parameters, including those outside of this buffer.
         """
-        holders = [place.holder for place in active]
-        at = {h: begin for h in (*holders, *frozen) if (begin := self.offset(h)) is not None}
-        staying = sorted((h for h in frozen if h in at), key=at.__getitem__)
-        evicted, capacity = _evict(staying, front + sum(h.numel() for h in staying) - self.capacity), 0
-        if front > self.capacity:
-            evicted, capacity = (), front + sum(h.numel() for h in staying)
-        staying = [h for h in staying if h not in set(evicted)]
-        places = _to_the_end(staying, capacity or self.capacity)
-        operations = () if capacity else self._operations(active, staying, at)
-        arriving = tuple(h for h in holders if h not in at)
-        return Arrangement(tuple(active), front, places, operations, evicted, arriving, capacity)
-
-    def _operations(self, active: Sequence[Place], staying: Sequence[Holder], at: dict[Holder, int]) -> tuple[Operation, ...]:
-        limit = piece_elements(self._buffer)
-        inside = [place for place in active if place.holder in at]
-        rank = {place.holder: k for k, place in enumerate(inside)}
-        behind = {h: k for k, h in enumerate(staying)}
-        # Blocks of the buffer as it is: parameters, and what is free between them.
-        blocks: list[tuple[tuple[int, int], int]] = []
-        position = 0
-        for holder in sorted((h for h in at if h in rank or h in behind), key=at.__getitem__):
-            if at[holder] > position:
-                blocks.append(((1, position), at[holder] - position))
-            blocks.append(((0, rank[holder]) if holder in rank else (2, behind[holder]), holder.numel()))
-            position = at[holder] + holder.numel()
-        if position < self.capacity:
-            blocks.append(((1, position), self.capacity - position))
-        order = {key: k for k, key in enumerate(sorted(key for key, _ in blocks))}
-        operations = sorting([order[key] for key, _ in blocks], [numel for _, numel in blocks], limit)
-        # Now the active ones are packed at the front. Those that have padding or an arriving parameter in front of them go to the right.
-        packed, position = [], 0
-        for place in inside:
-            packed.append((position, place))
-            position += place.numel
-        end = None
-        for begin, distance, numel in reversed(_shifted_blocks(packed)):
-            assert end is None or begin + distance + numel <= end
-            operations += rotation(begin, numel, distance, limit)
-            end = begin + distance
-        return tuple(operations)
+        frozen = list(frozen)
+        holders = [*(place.holder for place in active), *frozen]
+        at = {h: begin for h in holders if (begin := self.offset(h)) is not None}
+        return arrange(active, front, frozen, at=at, capacity=self.capacity, limit=piece_elements(self._buffer))
 
     def trim(self, arrangement: Arrangement) -> bool:
         """Move the weights to a storage without unused elements, if there are any and memory allows it.
@@ -235,6 +199,62 @@ class Rearrangement:
             self._old_buffer[position:begin].zero_()
             position = begin + numel
         self._old_buffer[position:].zero_()
+
+
+def arrange(
+    active: Sequence[Place], front: int, frozen: Iterable[Holder], *, at: Mapping[Holder, int], capacity: int, limit: int
+) -> Arrangement:
+    """Plan an order of a buffer. Arithmetic only: the parameters need no storage.
+
+    Args:
+        active: Where the active parameters go, in buffer order.
+        front: Elements of the part that DeepSpeed sees, padding included.
+        frozen: The frozen parameters, those outside of the buffer too.
+        at: Where each parameter that is in the buffer begins.
+        capacity: Elements of the buffer.
+        limit: Elements of half a staging buffer.
+    """
+    holders = [place.holder for place in active]
+    staying = sorted((h for h in frozen if h in at), key=at.__getitem__)
+    evicted, larger = _evict(staying, front + sum(h.numel() for h in staying) - capacity), 0
+    if front > capacity:
+        evicted, larger = (), front + sum(h.numel() for h in staying)
+    staying = [h for h in staying if h not in set(evicted)]
+    places = _to_the_end(staying, larger or capacity)
+    operations = () if larger else _operations(active, staying, at, capacity, limit)
+    arriving = tuple(h for h in holders if h not in at)
+    return Arrangement(tuple(active), front, places, operations, evicted, arriving, larger)
+
+
+def _operations(
+    active: Sequence[Place], staying: Sequence[Holder], at: Mapping[Holder, int], capacity: int, limit: int
+) -> tuple[Operation, ...]:
+    inside = [place for place in active if place.holder in at]
+    rank = {place.holder: k for k, place in enumerate(inside)}
+    behind = {h: k for k, h in enumerate(staying)}
+    # Blocks of the buffer as it is: parameters, and what is free between them. Evicted parameters are free by then.
+    blocks: list[tuple[tuple[int, int], int]] = []
+    position = 0
+    for holder in sorted((h for h in at if h in rank or h in behind), key=at.__getitem__):
+        if at[holder] > position:
+            blocks.append(((1, position), at[holder] - position))
+        blocks.append(((0, rank[holder]) if holder in rank else (2, behind[holder]), holder.numel()))
+        position = at[holder] + holder.numel()
+    if position < capacity:
+        blocks.append(((1, position), capacity - position))
+    order = {key: k for k, key in enumerate(sorted(key for key, _ in blocks))}
+    operations = sorting([order[key] for key, _ in blocks], [numel for _, numel in blocks], limit)
+    # Now the active ones are packed at the front. Those that have padding or an arriving parameter in front of them go to the right.
+    packed, position = [], 0
+    for place in inside:
+        packed.append((position, place))
+        position += place.numel
+    end = None
+    for begin, distance, numel in reversed(_shifted_blocks(packed)):
+        assert end is None or begin + distance + numel <= end
+        operations += rotation(begin, numel, distance, limit)
+        end = begin + distance
+    return tuple(operations)
 
 
 def piece_elements(buffer: Tensor) -> int:
