@@ -80,7 +80,7 @@ def test_wrong_arguments_are_named(tmp_path: Path, arguments: dict[str, Any], wo
 
 
 def test_on_accelerators_only_the_staging_buffers_are_held() -> None:
-    """Seven billion weights. On the host waits what leaves, and one tensor while its storage is made anew."""
+    """Seven billion weights. On the host waits what leaves, all state of the first rank."""
     layers = paper.llama_7b()
     total = sum(p.numel() for layer in layers for p in layer)
     for ranks in (2, 64):

@@ -87,3 +87,19 @@ def test_an_error_brings_the_tensor_back(room: int, fails: str, monkeypatch: pyt
         fail()
     assert tx.roll_back(caught.value) == "rank 0: MemoryError: no room"
     assert torch.equal(holder.tensor, state())
+
+
+def test_a_tensor_that_leaves_whole_waits_where_it_is(room: int) -> None:
+    """A rank whose partition is frozen whole: no second copy of it, in the order of the buffer, and an undo brings it back."""
+    params, other = PARAMS[:3], Parameter(torch.zeros(4))
+    full, empty = FlatLayout(params, 1, alignment=4), FlatLayout((other,), 1, alignment=4)
+    holder, tx = Holder(torch.arange(1.0, 17.0)), transaction()
+    place = holder.tensor.data_ptr()
+    move = TensorMove(holder.tensor, GroupMoves.plan(full, empty, params[::-1], rank=0, group=None), HostLink(), room)
+    move_tensor(tx, "m", move, [], holder.install)
+    assert holder.tensor.tolist() == [0] * 4
+    assert move.waiting.tolist() == list(range(1, 17))
+    if state_moves.HOST == "cpu":
+        assert move.waiting.data_ptr() == place
+    assert tx.roll_back(MemoryError("later")) == "rank 0: MemoryError: later"
+    assert holder.tensor.tolist() == list(range(1, 17))
