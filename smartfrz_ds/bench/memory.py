@@ -31,7 +31,8 @@ def reset_peak() -> None:
 class AllocatorTrace:
     """Every allocation and release of torch's CPU allocator, in the thread that enters it, exactly.
 
-    Enter it before the tensors of interest are made: the release of a tensor that is older than the trace counts as no bytes.
+    Enter it before the tensors of interest are made: the release of a tensor that is older than the trace counts as no bytes. A release in
+    another thread is not seen either: gloo's may be the last to hold the buffers of a collective, which then seem to stay.
     """
 
     _MARK = "smartfrz: rise of live bytes"

@@ -42,7 +42,9 @@ def check(measured: dict[str, dict[str, int]]) -> None:
         if name.startswith("z0"):  # nothing moves
             assert e["peak"] <= SMALL_BYTES, f"{name}: {e}"
             continue
-        assert e["slack"] >= 0, f"{name}: {e}"
+        # One of gloo's threads may be the last to hold the two buffers of an exchange (three tensors, so three exchanges).
+        unseen = 0 if name.startswith("z3") else 6 * STAGING
+        assert e["slack"] >= -unseen, f"{name}: {e}"
         # Not loose: nothing but the staging buffers, alignment and ZeRO-3's buffer of gradients, which goes first, may be missing.
         spare = 2 * STAGING + SMALL_BYTES + (e["tensor"] if name.startswith("z3") else 0)
         assert e["formula"] - e["peak"] <= spare, f"{name}: {e}"
