@@ -15,7 +15,7 @@ buffers. Touched in DeepSpeed 0.19.8, all in runtime/zero/stage3.py unless named
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -90,6 +90,9 @@ class Zero3Backend(FlatBackend):
         # the parameter itself is empty; a model may hold others, which ZeRO-3 does not shard
         return getattr(param, "ds_tensor", param.data)
 
+    def holder(self, param: ZeroParam) -> Any:
+        return param.ds_tensor
+
     def layout(self, index: int, params: Sequence[ZeroParam]) -> FlatLayout:
         return FlatLayout(tuple(params), 1, sizes=tuple(p.partition_numel() for p in params))
 
@@ -106,7 +109,7 @@ class Zero3Backend(FlatBackend):
         return super().change_cost(out, keep=keep) + gather_cost(self._replicas.gathered_by(set(out), self._released_by(out)))
 
     def _released_by(self, frozen: Collection[ZeroParam]) -> dict[ZeroParam, int]:
-        return {p: self._optimizer_bytes_of(p) for p in frozen}
+        return {p: 12 * int(p.partition_numel()) for p in frozen}  # master and two moments of this rank, without gradients
 
     def gradients_pending(self) -> bool:
         # Set by the epilogue of a backward, counted at the next forward, both reset by step() and zero_grad().
@@ -221,7 +224,7 @@ class Zero3Backend(FlatBackend):
         self._make_gradient_buffers(groups)
         self._make_hooks(groups)
         renew_trace(zero._get_param_coordinator())
-        self._follow_shards()
+        self._follow_shards(p for group in self.groups for p in group)
 
     def beyond_the_optimizer(self, tx: Transaction) -> int:
         before = set(self._replicas.params)
@@ -254,12 +257,15 @@ class Zero3Backend(FlatBackend):
             (zero.lp_param_buffer,) = fronts
         zero.fp16_partitioned_groups_flat = [flats[i] for i in live]
 
-    def _follow_shards(self) -> None:
+    def disown(self, params: Collection[ZeroParam]) -> None:
+        super().disown(params)
+        self._follow_shards(params)
+
+    def _follow_shards(self, params: Iterable[ZeroParam]) -> None:
         """Point gathered parameters at their shards again: on a single rank they are views of shards that may have moved."""
         if dist.get_world_size() > 1:
             return
-        param: ZeroParam
-        for param in (p for group in self.groups for p in group):
+        for param in params:
             shard = param.ds_tensor.data
             # partition_parameters.py, NoGatherHandle: `.to(device)` copies nothing where the shard is there already
             if param.ds_status == ZeroParamStatus.AVAILABLE and param.data.device == shard.device:
@@ -311,10 +317,6 @@ class Zero3Backend(FlatBackend):
 
         zero._grad_acc_hooks = [register_grad_hook(p, hook_of(p)) for p in params]
         zero._remaining_grad_acc_hooks = 0
-
-    def _optimizer_bytes_of(self, param: ZeroParam) -> int:
-        """Return the optimizer bytes that freezing `param` released on this rank: master and moments, without gradients."""
-        return int(param.partition_numel()) * 4 * 3
 
     # --- checkpoints ------------------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from smartfrz_ds.backends.transaction import Transaction
 from smartfrz_ds.distributed.devices import empty_cache, synchronize
 from smartfrz_ds.errors import FreezeError
 
-from .buffers import flatten
+from .buffers import flatten, set_flags
 from .cost import flat_change_cost
 from .group_state import move_group_state, tensors_of
 from .kept import Kept
@@ -132,6 +132,17 @@ class FlatBackend(DeepSpeedBackend):
             if not param.data.is_contiguous():  # channels_last: the flat buffer has no such thing
                 param.data = param.data.contiguous()
 
+    def disown(self, params: Collection[Parameter]) -> None:
+        for i, group in enumerate(self.groups):
+            for param in group:
+                if param in params:
+                    self.weights[i].release(self.holder(param))
+        super().disown(params)
+
+    def holder(self, param: Parameter) -> Any:
+        """Return the tensor whose data is what this rank holds of the weights of `param`."""
+        return param
+
     @property
     def groups(self) -> list[list[Parameter]]:
         return self._groups
@@ -212,7 +223,7 @@ class FlatBackend(DeepSpeedBackend):
             with tx.step("rearrange the weights", undo=move.undo):
                 move.run()
         flags = [(p, p.grad, p.requires_grad) for p in (*freeze, *thaw)]
-        with tx.step("switch the parameters", undo=lambda: _set_flags(flags)):
+        with tx.step("switch the parameters", undo=lambda: set_flags(flags)):
             for param in freeze:
                 self.own_steps.drop(param)
                 self.detach(param)
@@ -385,9 +396,3 @@ class FlatBackend(DeepSpeedBackend):
                     self.wrapper.param_names[self.placeholders[index]] = f"{PLACEHOLDER}{index}"
             params = [self.placeholders[index]]
         return self.layout(index, params)
-
-
-def _set_flags(flags: Sequence[tuple[Parameter, Tensor | None, bool]]) -> None:
-    for param, gradient, trains in flags:
-        param.grad = gradient
-        param.requires_grad_(trains)

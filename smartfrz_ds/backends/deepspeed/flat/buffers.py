@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
+from torch.nn import Parameter
 
 from .partition import FlatLayout
 
@@ -58,3 +59,10 @@ def is_pinned(tensor: Tensor) -> bool:
 def pinned_if(tensor: Tensor, pinned: bool) -> Tensor:
     """Return `tensor`, page-locked if `pinned`."""
     return get_accelerator().pin_memory(tensor) if pinned else tensor
+
+
+def set_flags(flags: Sequence[tuple[Parameter, Tensor | None, bool]]) -> None:
+    """Give parameters their gradients and `requires_grad` back, as they were noted: (parameter, gradient, requires_grad)."""
+    for param, gradient, trains in flags:
+        param.grad = gradient
+        param.requires_grad_(trains)

@@ -100,6 +100,11 @@ class FlatWeights:
         inside = data.numel() and data.untyped_storage().data_ptr() == self._buffer.untyped_storage().data_ptr()
         return int(data.storage_offset()) if inside else None
 
+    def release(self, holder: Holder) -> None:
+        """Give a parameter a storage of its own: its place in the buffer is free from now on."""
+        if self.offset(holder) is not None:
+            holder.data = holder.data.clone()
+
     def plan(self, active: Sequence[Place], front: int, frozen: Iterable[Holder]) -> Arrangement:
         """Plan an order of the buffer. Changes nothing; the same on every rank that holds the same parameters.
 
