@@ -61,7 +61,7 @@ class Transaction:
         yield
 
     @contextmanager
-    def exchange(self, name: str, undo: Callable[[], None] | None = None) -> Iterator[None]:
+    def exchange(self, name: str, undo: Callable[[], None] | None = None, *, alone: bool = False) -> Iterator[None]:
         """Run a collective part, with a vote before and after it.
 
         The block must catch its own local errors and pass them to `fail_later`, so that it takes part in all of its collectives. Any error
@@ -71,19 +71,22 @@ class Transaction:
             name: Description for messages.
             undo: Takes it back, collectively, once it has succeeded on every rank. Where it hasn't, nothing is undone here: its targets
                 must not be in use before the second vote.
+            alone: Whether nothing crosses ranks, on any rank: then no votes are held, and an error is like that of a `step`.
         """
         self._error: Exception | None = None
-        self.vote()
+        if not alone:
+            self.vote()
         try:
             yield
         except BaseException:
-            self.broken = True
+            self.broken = not alone
             raise
         if self._error is not None:
             raise self._error
-        self.vote()
+        if not alone:
+            self.vote()
         if undo is not None:
-            self._undo.append(_Undo(name, undo, collective=True))
+            self._undo.append(_Undo(name, undo, collective=not alone))
 
     def most(self, count: int) -> int:
         """Return the largest `count` of all ranks, after a vote. Collective."""

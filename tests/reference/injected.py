@@ -66,9 +66,9 @@ class Injector:
                 self._pass(f"{name}: done")
 
         @contextlib.contextmanager
-        def exchange(tx: Transaction, name: str, undo: Any = None) -> Iterator[None]:
+        def exchange(tx: Transaction, name: str, undo: Any = None, *, alone: bool = False) -> Iterator[None]:
             self._pass(f"{name}: before the vote")
-            with own_exchange(tx, name, undo):
+            with own_exchange(tx, name, undo, alone=alone):
                 if self._is_here(f"{name}: within"):
                     tx.fail_later(Injected(f"{name}: within"))
                 with self._copies(name):

@@ -211,7 +211,7 @@ class FlatBackend(DeepSpeedBackend):
             self.before_change()
         with tx.step("count as frozen", undo=self._undo_notes()):
             self.frozen = after
-        own = sum(len(tensors_of(self.master(i), self.base_optimizer())) for i in changed)
+        own = sum(len(tensors_of(self.master(i), self.base_optimizer())) for i in changed if old[i].world > 1)
         others = tx.most(own) - own if self.is_pipeline else 0  # every rank votes as often as the stage with the most tensors
         moved = 0
         for i in changed:

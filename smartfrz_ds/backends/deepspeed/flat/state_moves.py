@@ -109,6 +109,11 @@ class TensorMove:
         self._exchanges: list[tuple[Exchange, Tensor]] = []
         self._back: tuple[Tensor, Tensor, Exchange] | None = None
 
+    @property
+    def alone(self) -> bool:
+        """Whether each rank has a whole partition of its own, so that nothing crosses ranks."""
+        return self._moves.old.world == 1
+
     def prepare(self, returning: Sequence[Returning]) -> None:
         """Set aside the elements that leave, and allocate everything. Local. After an error, `abandon` brings the tensor back."""
         moves, source = self._moves, self._source
@@ -224,7 +229,7 @@ def move_tensor(
         move.prepare(returning)
         if fill is not None:
             fill(move.target)
-    with tx.exchange(f"move {name}", undo=lambda: install(move.take_back())):
+    with tx.exchange(f"move {name}", undo=lambda: install(move.take_back()), alone=move.alone):
         move.run(tx)
     with tx.step(f"install {name}", undo=move.prepare_back):
         install(move.target)
