@@ -222,8 +222,8 @@ def test_the_command(two: Path, tmp_path: Path) -> None:
     assert "replicas (--dp): got 0" in refused("--pp", "1", "--dp", "0")
     for wrong in ("0,11", "0,7,7,11", "0,4,8", "0,4,x,11"):
         assert "--bounds" in refused("--pp", "3", "--dp", "1", "--bounds", wrong)
-    assert "has a global_step4 already" in refused("--pp", "1", "--dp", "2", "--output", str(tmp_path / "new"))
-    assert "has a global_step4 already" in refused("--pp", "1", "--dp", "2", "--output", str(two / "bf16-z1"))
+    assert "already has global_step4" in refused("--pp", "1", "--dp", "2", "--output", str(tmp_path / "new"))
+    assert "already has global_step4" in refused("--pp", "1", "--dp", "2", "--output", str(two / "bf16-z1"))
     assert "no file `latest`" in refused("--pp", "1", "--dp", "2", at=tmp_path)
     assert f"has no {SIDE_FILE}" in refused("--pp", "1", "--dp", "2", "--tag", "global_step9")
     assert "bf16 without ZeRO" in refused("--pp", "1", "--dp", "2", at=two / "bf16-z0")
