@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from workers import ranks
 from workers.worker_exact import engine_for, full
 
+from smartfrz_ds.backends.deepspeed.flat.buffers import link
 from smartfrz_ds.checkpoint.files import COMPLETE_FILE, SIDE_FILE
 
 
@@ -49,8 +50,14 @@ def train(engine: Any, cell: oracle.Cell, first: int, last: int, *, plan: bool =
 
 
 def moments(engine: Any, cell: oracle.Cell) -> dict[str, torch.Tensor]:
-    """What DeepSpeed's accessors show of the moments of active parameters."""
+    """What DeepSpeed's accessors show of the moments of active parameters.
+
+    DeepSpeed links them once, after the first group's first step, when the other groups have none yet (flat/buffers.py): an engine in which
+    nothing was ever frozen is linked here.
+    """
     out = {}
+    if cell.stage in (1, 2):
+        link(engine.optimizer, engine.smartfrz.backend.masters())
     for name, p in engine.module.named_parameters():
         if p.requires_grad and cell.stage > 0:
             out |= {f"{name}.{k}": safe_get_full_optimizer_state(p, k).clone() for k in ("exp_avg", "exp_avg_sq")}
