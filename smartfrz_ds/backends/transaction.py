@@ -46,6 +46,7 @@ class Transaction:
         self._on_commit: list[Callable[[], None]] = []
         self._heard = False  # whether a vote has told all ranks of the failure already
         self._committed = False
+        self._error: Exception | None = None  # a local error within the current exchange
         self.broken = False
 
     @contextmanager
@@ -73,7 +74,7 @@ class Transaction:
                 must not be in use before the second vote.
             alone: Whether nothing crosses ranks, on any rank: then no votes are held, and an error is like that of a `step`.
         """
-        self._error: Exception | None = None
+        self._error = None
         if not alone:
             self.vote()
         try:

@@ -51,7 +51,7 @@ def measure_engine(config: Settings, params: float) -> dict[str, Any]:
         frozen = list(controller.layers[: 1 + BLOCKS // 2])
         controller.predict_pause(frozen)  # the first prediction measures bandwidths, with buffers of its own
         need = controller.backend.memory_need(front_half(model), (), keep=False)
-        held = [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in model.parameters()]
+        held = [controller.backend.stored(p) for p in model.parameters()]
         sizes = [sum(t.nbytes for t in held), max((m.nbytes for m in controller.backend.masters()), default=0)]
         gc.collect()
         dist.barrier()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from torch.nn import Parameter
 
@@ -33,7 +33,6 @@ from .run_context import RunContext
 from .transact import transact
 
 Kind = Literal["freeze", "thaw", "restore"]
-T = TypeVar("T")
 
 
 class Freezer:

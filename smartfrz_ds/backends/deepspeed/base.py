@@ -75,6 +75,9 @@ class DeepSpeedBackend(Backend):
         """Return the lists in which this backend notes the members of each parameter group; the last one has the optimizer's order."""
         return [self.groups]
 
+    def trim(self) -> None:  # only flat buffers hold memory for parameters that have left
+        """Release the memory of parameters that have left this process."""
+
     def uncuttable_later(self) -> str:
         """Return why no layer can freeze once the optimizer has stepped, as far as the start can tell; "" if nothing prevents it."""
         return ""

@@ -289,8 +289,7 @@ class _Moving:
             # An nn.Module in the user's list stays there: without its memory.
             for tensor in (*module.parameters(), *module.buffers()):
                 tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        if hasattr(self._backend, "trim"):
-            self._backend.trim()  # a flat buffer that they shared with parameters that stay
+        self._backend.trim()  # a flat buffer that they shared with parameters that stay
         empty_cache(self._backend.device)
         self._engine.reset_activation_shape()
 

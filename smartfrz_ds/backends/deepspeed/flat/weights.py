@@ -183,7 +183,8 @@ class Rearrangement:
         for holder, clone in self._clones.items():
             holder.data = clone
         weights._buffer = buffer
-        _clear_gaps(buffer, to)
+        # DeepSpeed reduces and steps its part as a whole, the padding too
+        _clear_between(buffer[: to.front], ((place.offset, place.numel) for place in to.active))
 
     @torch.no_grad()
     def undo(self) -> None:
@@ -199,11 +200,7 @@ class Rearrangement:
     def _clear_free(self) -> None:
         """Write zeros into elements that hold no parameter, which include padding that DeepSpeed sees."""
         held = [(begin, h.numel()) for h in self._old if (begin := self._weights.offset(h)) is not None]
-        position = 0
-        for begin, numel in sorted(held):
-            self._old_buffer[position:begin].zero_()
-            position = begin + numel
-        self._old_buffer[position:].zero_()
+        _clear_between(self._old_buffer, sorted(held))
 
 
 def arrange(
@@ -311,10 +308,10 @@ def _shifted_blocks(packed: Sequence[tuple[int, Place]]) -> list[tuple[int, int,
     return blocks
 
 
-def _clear_gaps(buffer: Tensor, to: Arrangement) -> None:
-    """Write zeros into the elements of DeepSpeed's part that hold no parameter: they are reduced and stepped with the rest."""
+def _clear_between(buffer: Tensor, held: Iterable[tuple[int, int]]) -> None:
+    """Write zeros into the elements of `buffer` that are in none of these (begin, elements), which are sorted."""
     position = 0
-    for place in to.active:
-        buffer[position : place.offset].zero_()
-        position = place.offset + place.numel
-    buffer[position : to.front].zero_()
+    for begin, numel in held:
+        buffer[position:begin].zero_()
+        position = begin + numel
+    buffer[position:].zero_()
