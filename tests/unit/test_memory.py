@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference.ones import step
 from reference.oracle import Net
 
 import smartfrz_ds
@@ -97,14 +98,6 @@ def attach(**section: Any) -> tuple[Any, Any, Any]:
     model = Net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     return model, optimizer, smartfrz_ds.attach_torch(model, optimizer, {"policy": "manual", "order": "any"} | section)
-
-
-def step(optimizer: Any) -> None:
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            param.grad = torch.ones_like(param)
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def numel(model: Net, *layers: int) -> int:
