@@ -10,13 +10,13 @@ from smartfrz_ds.model.view import LayerInfo, Need, View, Window
 from .attention import AttentionPolicy
 from .autofreeze import AutoFreezePolicy
 from .base import ChecksStart, Decision, Policy, SetsLr
+from .by_step.freezeout import FreezeOutPolicy
+from .by_step.linear import LinearPolicy
+from .by_step.one_shot import LatePolicy
+from .by_step.random_layers import RandomPolicy
 from .egeria import EgeriaPolicy
-from .freezeout import FreezeOutPolicy
-from .linear import LinearPolicy
 from .manual import ManualPolicy
-from .one_shot import LatePolicy
 from .pipetransformer import PipeTransformerPolicy
-from .random_layers import RandomPolicy
 from .weight_drift import WeightDriftPolicy
 
 POLICIES: dict[str, type[Policy]] = {

@@ -37,13 +37,13 @@ from smartfrz_ds.signals.history import History
 from smartfrz_ds.signals.lr_forecast import current_lr, total_steps_of
 from smartfrz_ds.signals.snapshots import Snapshots
 
+from .changes.freezer import Freezer
+from .changes.pauses import Pauses
+from .changes.stage_moves import StageMoves
 from .freeze_state import FreezeState
-from .freezer import Freezer
 from .journal import Journal
-from .pauses import Pauses
 from .policy_stage import PolicyStage
 from .run_context import RunContext
-from .stage_moves import StageMoves
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,10 @@ from smartfrz_ds.runtime.observers.protocol import StepObserver
 from smartfrz_ds.runtime.rules.user_frozen import Restored, UserFrozen, whole_numel
 from smartfrz_ds.signals.lr_forecast import current_lr
 
-from .freezer import Freezer
+from .changes.freezer import Freezer
+from .changes.stage_moves import StageMoves
 from .policy_stage import PolicyStage
 from .run_context import RunContext
-from .stage_moves import StageMoves
 
 
 class FreezeState:

@@ -16,7 +16,7 @@ import smartfrz_ds
 from smartfrz_ds.backends import memory
 from smartfrz_ds.backends.memory import FreeMemory, MemoryNeed, free_host_memory
 from smartfrz_ds.errors import NotEnoughMemory
-from smartfrz_ds.runtime.memory_check import Place, short_devices, short_hosts
+from smartfrz_ds.runtime.changes.memory_check import Place, short_devices, short_hosts
 
 GIB = 2**30
 MEMINFO = "MemTotal:       16777216 kB\nMemFree:         1048576 kB\nMemAvailable:    8388608 kB\n"

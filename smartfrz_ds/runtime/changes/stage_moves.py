@@ -13,12 +13,12 @@ from smartfrz_ds.errors import ChangeUndone
 from smartfrz_ds.model.freeze_modules import freeze_modules, remember_modules
 from smartfrz_ds.planner.width import Width
 from smartfrz_ds.runtime.observers.protocol import LayoutChange, StepObserver
+from smartfrz_ds.runtime.run_context import RunContext
 from smartfrz_ds.telemetry.events import FreezeEvent
 
 from .freezer import Freezer
 from .memory_check import check_memory
 from .pauses import Pauses
-from .run_context import RunContext
 from .transact import transact
 
 

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from smartfrz_ds.model.view import LayerInfo, Need, View
-
-from .base import Decision
+from smartfrz_ds.policies.base import Decision
 
 _DEFAULT_START, _DEFAULT_END = 0.2, 0.8  # shares of the run
 

@@ -25,11 +25,11 @@ from smartfrz_ds.model.freeze_modules import check_tied, freeze_modules, leaving
 from smartfrz_ds.runtime.observers.protocol import LayoutChange, StepObserver
 from smartfrz_ds.runtime.rules.eligibility import check_order
 from smartfrz_ds.runtime.rules.user_frozen import Restored, UserFrozen
+from smartfrz_ds.runtime.run_context import RunContext
 from smartfrz_ds.telemetry.events import FreezeEvent
 
 from .memory_check import check_memory
 from .pauses import Pauses
-from .run_context import RunContext
 from .transact import transact
 
 Kind = Literal["freeze", "thaw", "restore"]

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from torch.nn import Parameter
 
 from smartfrz_ds.backends.cost import Bandwidths, PausePrediction, measure_bandwidths, predict_pause
-
-from .run_context import RunContext
+from smartfrz_ds.runtime.run_context import RunContext
 
 
 class Pauses:

@@ -11,8 +11,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from smartfrz_ds.model.view import LayerInfo, Need, View
-
-from .base import Decision
+from smartfrz_ds.policies.base import Decision
 
 Growth = Literal["linear", "squared", "cubic"]
 _POWERS: dict[Growth, int] = {"linear": 1, "squared": 2, "cubic": 3}

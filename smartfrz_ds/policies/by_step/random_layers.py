@@ -12,9 +12,8 @@ from typing import Any, Literal
 import torch
 
 from smartfrz_ds.model.view import LayerInfo, Need, View
-
-from .base import Decision, body
-from .timing import check_step, step_of
+from smartfrz_ds.policies.base import Decision, body
+from smartfrz_ds.policies.timing import check_step, step_of
 
 _DEFAULT_START, _DEFAULT_END = 0.2, 0.8  # shares of the run, as in the policy `linear`
 

@@ -7,9 +7,8 @@ from typing import TypeVar
 
 from smartfrz_ds.backends.transaction import Transaction
 from smartfrz_ds.errors import ChangeUndone, FreezeError
+from smartfrz_ds.runtime.run_context import RunContext
 from smartfrz_ds.telemetry.events import FreezeEvent
-
-from .run_context import RunContext
 
 T = TypeVar("T")
 

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from smartfrz_ds.model.view import LayerInfo, Need, View
-
-from .base import Decision
-from .timing import check_share, check_step, step_of
+from smartfrz_ds.policies.base import Decision
+from smartfrz_ds.policies.timing import check_share, check_step, step_of
 
 
 class LatePolicy:

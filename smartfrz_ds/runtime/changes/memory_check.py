@@ -10,9 +10,8 @@ from pathlib import Path
 from smartfrz_ds.backends import memory
 from smartfrz_ds.backends.memory import MemoryNeed
 from smartfrz_ds.errors import NotEnoughMemory
+from smartfrz_ds.runtime.run_context import RunContext
 from smartfrz_ds.telemetry.words import size
-
-from .run_context import RunContext
 
 
 @dataclass(frozen=True)
