@@ -60,8 +60,7 @@ class Zero0Backend(DeepSpeedBackend, EntryBackend):
         sampler = Sampler(numel)
         if self.is_sampling_rank:  # every rank holds everything; one is enough
             for r in requests:
-                buffer = self._master.get(r.param, r.param)
-                sampler.parts.append((buffer, r.elements.to(buffer.device), r.slots))
+                sampler.add(self._master.get(r.param, r.param), r.elements, r.slots)
         return sampler
 
     def change(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool, tx: Transaction) -> Released:

@@ -127,8 +127,7 @@ class Zero3Backend(FlatBackend):
             index, offset = where[param]
             size = param.partition_numel()  # rank r owns the flat elements [r * size, (r + 1) * size)
             mine = r.elements // size == rank
-            master = self.master(index)
-            sampler.parts.append((master, (r.elements[mine] % size + offset).to(master.device), r.slots[mine]))
+            sampler.add(self.master(index), r.elements[mine] % size + offset, r.slots[mine])
         return sampler
 
     def flat_weights(self, index: int) -> Tensor:

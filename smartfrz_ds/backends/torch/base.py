@@ -123,7 +123,8 @@ class TorchBackend(EntryBackend):
     def sampler(self, requests: Sequence[SampleRequest], numel: int) -> Sampler:
         sampler = Sampler(numel)
         if self.is_sampling_rank:  # every rank holds everything; one is enough
-            sampler.parts += [(r.param, r.elements.to(r.param.device), r.slots) for r in requests]
+            for r in requests:
+                sampler.add(r.param, r.elements, r.slots)
         return sampler
 
     def _copied_bytes(self, freeze: Iterable[Parameter], thaw: Iterable[Parameter]) -> int:

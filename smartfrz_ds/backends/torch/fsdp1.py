@@ -92,8 +92,7 @@ class Fsdp1Backend(TorchBackend):
             else:
                 first, last = shard.intra_param_start_idx, shard.intra_param_end_idx  # inclusive
             here = ((r.elements >= first) & (r.elements <= last)).nonzero().view(-1)
-            if len(here):
-                sampler.parts.append((r.param, (r.elements[here] - first).to(r.param.device), r.slots[here]))
+            sampler.add(r.param, r.elements[here] - first, r.slots[here])
         return sampler
 
     def gradients_now(self) -> Iterable[Parameter]:

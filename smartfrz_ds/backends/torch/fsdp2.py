@@ -39,13 +39,8 @@ FrozenUnits = Literal["sharded", "unsharded"]
 class ShardSampler(Sampler):
     """Reads local shards. They are looked up at each read: FSDP may replace the tensors behind a DTensor (a load does)."""
 
-    @torch.no_grad()
-    def read(self, device: torch.device) -> Tensor:
-        out = torch.zeros(self.numel, dtype=torch.float32, device=device)
-        for param, elements, slots in self.parts:
-            values = local(param.detach()).reshape(-1).index_select(0, elements)
-            out.index_copy_(0, slots.to(device), values.to(device=device, dtype=torch.float32))
-        return out
+    def sources(self) -> list[Tensor]:
+        return [local(param) for param in super().sources()]
 
 
 class Fsdp2Backend(TorchBackend):
@@ -98,8 +93,7 @@ class Fsdp2Backend(TorchBackend):
                 elements = r.elements[here]
             else:
                 here, elements = shard_elements(r.param, r.elements)
-            if len(here):
-                sampler.parts.append((r.param, elements.to(local(r.param).device), r.slots[here]))
+            sampler.add(r.param, elements, r.slots[here])
         return sampler
 
     def gradients_pending(self) -> bool:

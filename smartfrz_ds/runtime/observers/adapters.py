@@ -261,11 +261,12 @@ class Recording(StepObserver):
 
     def after_step(self) -> None:
         run = self._run
-        if not self._policy.watches or run.state.step % run.intervals.snapshot_interval:
+        if run.state.step % run.intervals.snapshot_interval or not self._policy.watches:
             return
         values = self.snapshots.take()
         if values is not None:
-            rows = {layer.name: values[layer.position] for layer in run.layers if layer.name in self._recorded}
+            of_layers = values.unbind()
+            rows = {layer.name: of_layers[layer.position] for layer in run.layers if layer.name in self._recorded}
             self.history.record(run.state.step, self._policy.inputs.lr_spent(run.state.lr_spent), rows)
 
     def on_layers_changed(self) -> None:

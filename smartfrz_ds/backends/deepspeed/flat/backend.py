@@ -182,7 +182,6 @@ class FlatBackend(DeepSpeedBackend):
     def sampler(self, requests: Sequence[SampleRequest], numel: int) -> Sampler:
         sampler = Sampler(numel)
         where = {p: i for i in range(len(self.groups)) for p in self.layouts[i].params}
-        wanted: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for r in requests:
             index = where[r.param]
             if self.layouts[index].world == 1 and not self.is_sampling_rank:
@@ -190,10 +189,7 @@ class FlatBackend(DeepSpeedBackend):
             for s in self.layouts[index].segments(r.param):
                 if s.rank == self.group_rank(index):
                     mine = (r.elements >= s.start) & (r.elements < s.start + s.numel)
-                    wanted.setdefault(index, []).append((r.elements[mine] - s.start + s.offset, r.slots[mine]))
-        for index, parts in wanted.items():
-            master = self.master(index)
-            sampler.parts.append((master, torch.cat([e for e, _ in parts]).to(master.device), torch.cat([s for _, s in parts])))
+                    sampler.add(self.master(index), r.elements[mine] - s.start + s.offset, r.slots[mine])
         return sampler
 
     def change_cost(self, out: Collection[Parameter], *, keep: bool) -> Cost:
