@@ -76,7 +76,12 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` as `atomic_file` does."""
+    """Write a file as `atomic_file` does.
+
+    Args:
+        path: The file. Missing folders are created.
+        data: Its content.
+    """
     with atomic_file(path) as file:
         file.write(data)
 
@@ -98,7 +103,13 @@ def pack(state: Mapping[str, Any]) -> bytes:
 
 
 def unpack(data: bytes) -> dict[str, Any]:
-    """Restore a freeze state from the output of `pack`.
+    """Restore a freeze state.
+
+    Args:
+        data: The output of `pack`.
+
+    Returns:
+        The state: `history` maps layers to tensors by name.
 
     Raises:
         ValueError: The bytes are not a freeze state, or have a later format.
@@ -112,7 +123,13 @@ def unpack(data: bytes) -> dict[str, Any]:
 
 
 def unpack_tensors(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Restore JSON data and tensors from the bytes of a safetensors file.
+    """Restore JSON data and tensors from a safetensors file.
+
+    Args:
+        data: The content of the file.
+
+    Returns:
+        The JSON data of the metadata, and the tensors by name.
 
     Raises:
         ValueError: The bytes are not such a file, or have a later format.
@@ -129,7 +146,12 @@ def unpack_tensors(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def write_complete(folder: Path, step: int) -> None:
-    """Declare a tag complete by listing its files with their sizes."""
+    """Declare a tag complete by listing its files with their sizes.
+
+    Args:
+        folder: The tag's folder.
+        step: Successful optimizer steps at the save.
+    """
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file() and p.name != COMPLETE_FILE}
     about = {"format": FORMAT, "step": step, "time": time.time_ns(), "files": files}
     write_atomically(folder / COMPLETE_FILE, json.dumps(about, indent=1).encode())

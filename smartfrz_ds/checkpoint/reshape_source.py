@@ -117,16 +117,37 @@ class PipelineCheckpoint:
         self.micro_batches = micro if isinstance(micro, int) else None
 
     def overlapping(self, first: int, end: int) -> list[int]:
-        """Return the stages that hold some of the entries [first, end)."""
+        """Return the stages that hold some of a range of entries.
+
+        Args:
+            first: The first entry.
+            end: The one after the last.
+        """
         return [s for s, (a, b) in enumerate(pairwise(self.parts)) if a < end and first < b]
 
     def zero_name(self, stage: int, replica: int) -> str:
-        """Return the name of DeepSpeed's file with the optimizer state of a stage and replica."""
+        """Return the name of DeepSpeed's file with the optimizer state of a stage and replica.
+
+        Args:
+            stage: The stage, from 0.
+            replica: The replica, from 0.
+
+        Source:
+            `_get_rank_zero_ckpt_name` of DeepSpeed's runtime/engine.py.
+        """
         return f"{'bf16_' if self.bf16 else ''}zero_pp_rank_{replica}_mp_rank_{stage:02d}_optim_states.pt"
 
     @cache  # noqa: B019 (one object, one run)
     def zero(self, stage: int, replica: int) -> dict[str, Any]:
-        """Return the content of that file."""
+        """Return the content of DeepSpeed's file with the optimizer state of a stage and replica.
+
+        Args:
+            stage: The stage, from 0.
+            replica: The replica, from 0.
+
+        Raises:
+            ValueError: The file has objects that may not be unpickled.
+        """
         return _load(self.folder / self.zero_name(stage, replica), self._trust)
 
     @cached_property

@@ -189,7 +189,11 @@ class FlatSource:
         return found
 
     def flat(self, index: int, replica: int) -> dict[str, Tensor]:
-        """Return the master partition and every state of the same shape, by name."""
+        """Return the master partition and every state of the same shape.
+
+        Returns:
+            Flat tensors (elements of the replica's partition,) by name of the state; the master weights are fp32.
+        """
         states = {k: v for k, v in self.entries(index, replica).items() if isinstance(v, Tensor) and v.ndim > 0}
         return {MASTER: self.read(replica)[SINGLE_PARTITION_OF_FP32_GROUPS][index].detach()} | states
 

@@ -86,7 +86,16 @@ class TorchController(Controller):
             bare.let_go()
 
     def set_schedule(self, *, scheduler: Any = None, total_steps: int | None = None, told_by: str = "set_schedule()") -> None:
-        """Set the schedule as `Controller.set_schedule` does."""
+        """Set the schedule as `Controller.set_schedule` does.
+
+        Args:
+            scheduler: The learning-rate scheduler.
+            total_steps: Steps of the whole run; None takes the scheduler's.
+            told_by: The source of `total_steps`, for the line at the start.
+
+        Raises:
+            ValueError: The policy refuses the run.
+        """
         super().set_schedule(scheduler=scheduler, total_steps=total_steps, told_by=told_by)
         self._hooks.come_last()  # after the hooks of a new policy
 

@@ -171,7 +171,17 @@ class Cluster:
         )
 
     def memory(self, costs: Sequence[LayerCost], frozen: int) -> list[float]:
-        """Return the bytes of each layer on its rank, without activations; a frozen layer only keeps its weights."""
+        """Return the memory that each layer takes on its rank, without activations.
+
+        A frozen layer only keeps its weights.
+
+        Args:
+            costs: Costs of the layers, front to back.
+            frozen: Number of frozen front layers.
+
+        Returns:
+            Bytes of each layer on its rank, shared by the replicas as the ZeRO stage says.
+        """
         state, gradient, weight = (size / (self.replicas if self.zero >= z else 1) for size, z in self._held())
         return [c.weights * (weight if i < frozen else weight + gradient + state) for i, c in enumerate(costs)]
 
@@ -200,17 +210,32 @@ class Cluster:
 
 
 def check_frozen(costs: Sequence[LayerCost], frozen: int) -> None:
-    """Raise ValueError unless the `frozen` front layers leave at least one that trains."""
+    """Check that at least one layer trains.
+
+    Args:
+        costs: Costs of the layers, front to back.
+        frozen: Number of frozen front layers.
+
+    Raises:
+        ValueError: There is no layer, or `frozen` is not in [0, number of layers).
+    """
     if not costs:
         raise ValueError("costs: got no layer; allowed: at least one")
     _check("frozen", frozen, 0 <= frozen < len(costs), f"an integer from 0 to {len(costs) - 1}, so that at least one layer trains")
 
 
 def layer_backward(costs: Sequence[LayerCost], frozen: int) -> list[float]:
-    """Return the seconds of each layer's backward while the first `frozen` layers are frozen.
+    """Return the seconds of each layer's backward while the first layers are frozen.
 
     Frozen layers take none. The first active layer does not compute the gradient of its input, which nothing in front
     of it needs.
+
+    Args:
+        costs: Costs of the layers, front to back.
+        frozen: Number of frozen front layers.
+
+    Returns:
+        Seconds per micro-batch, one value per layer.
     """
     return [0.0 if i < frozen else c.backward_weight if i == frozen else c.backward_weight + c.backward_input for i, c in enumerate(costs)]
 

@@ -98,7 +98,18 @@ def simulate(
 def stage_times(
     costs: Sequence[LayerCost], parts: Sequence[int], micro_batches: int, frozen: int = 0, cluster: Cluster | None = None
 ) -> StageTimes:
-    """Compute each stage's costs in ticks. Arguments as in `simulate`."""
+    """Compute the costs of each stage in ticks.
+
+    Args:
+        costs: Costs of the layers, front to back.
+        parts: Bounds of the stages, as in PipelineModule.parts.
+        micro_batches: Micro-batches per step, >= 1.
+        frozen: Number of frozen front layers.
+        cluster: The cluster; None: one replica and free communication.
+
+    Raises:
+        ValueError: An argument is out of range, or the ZeRO stage is above 1 in a pipeline of several stages.
+    """
     check_frozen(costs, frozen)
     check_parts(parts, len(costs))
     if micro_batches < 1:
@@ -124,7 +135,16 @@ def stage_times(
 
 
 def timeline(times: StageTimes, micro_batches: int, schedule: Schedule, cluster: Cluster, parts: Sequence[int], frozen: int) -> Timeline:
-    """Simulate a step like `simulate`, from given stage times."""
+    """Simulate a step as `simulate` does, from given stage times.
+
+    Args:
+        times: Ticks of each stage.
+        micro_batches: Micro-batches per step, >= 1.
+        schedule: "1f1b" or "gpipe".
+        cluster: The cluster.
+        parts: Bounds of the stages, as in PipelineModule.parts.
+        frozen: Number of frozen front layers.
+    """
     stages = len(times.forward)
     clock = (_one_f_one_b if schedule == "1f1b" else _gpipe)(times, micro_batches)
     makespan = finish(clock, times, cluster, parts, frozen) * TICK
@@ -233,8 +253,15 @@ def replay(programs: Sequence[Iterable[Instruction]], times: StageTimes) -> list
 def finish(clock: list[int], times: StageTimes, cluster: Cluster, parts: Sequence[int], frozen: int) -> int:
     """Return the ticks at the end of a step, given the stages' clocks after their last backward.
 
-    Covers ReduceTiedGrads, ReduceGrads and OptimizerStep of DeepSpeed's runtime/pipe/engine.py. Modifies the clocks
-    of stages with tied weights.
+    Args:
+        clock: Ticks of each stage after its last backward. Modified for stages with tied weights.
+        times: Ticks of each stage.
+        cluster: The cluster.
+        parts: Bounds of the stages, as in PipelineModule.parts.
+        frozen: Number of frozen front layers.
+
+    Source:
+        ReduceTiedGrads, ReduceGrads and OptimizerStep of DeepSpeed's runtime/pipe/engine.py.
     """
     after = 0
     for tied in cluster.tied:

@@ -13,26 +13,54 @@ LOG_FLOOR, LOG_CAP = math.log(1e-8), math.log(1e2)  # a relative drift below the
 
 
 def ratio(top: Tensor, bottom: Tensor, zero_over_zero: float = 0.0) -> Tensor:
-    """Return top / bottom; for a zero bottom, `zero_over_zero` if top is zero, else infinity (which a log clamps)."""
+    """Divide element by element, with defined values where the divisor is zero.
+
+    Args:
+        top: Dividends, of any shape that broadcasts with `bottom`.
+        bottom: Divisors.
+        zero_over_zero: The result where both are zero. Where `bottom` alone is zero it is infinity, which a log clamps.
+
+    Returns:
+        The quotients, in the dtype of `top`.
+    """
     safe = torch.where(bottom == 0, torch.ones_like(bottom), bottom)
     at_zero = torch.where(top == 0, zero_over_zero, math.inf)
     return torch.where(bottom == 0, at_zero.to(top.dtype), top / safe)
 
 
 def log_to_mean(x: Tensor) -> Tensor:
-    """Return log(x / its mean over the window), within ±RATIO_LIMIT; zeros if the mean is zero. x: (layers, n - 1), >= 0."""
+    """Return the log of each value relative to its layer's mean over the window.
+
+    Args:
+        x: (layers, n - 1), >= 0.
+
+    Returns:
+        (layers, n - 1), clamped to ±RATIO_LIMIT; zeros for a layer whose mean is zero.
+    """
     return torch.where(x.mean(1, keepdim=True) == 0, torch.zeros_like(x), ratio(x, x.mean(1, keepdim=True)).log()).clamp(
         -RATIO_LIMIT, RATIO_LIMIT
     )
 
 
 def log(x: Tensor) -> Tensor:
-    """Return the log of x, clamped to [LOG_FLOOR, LOG_CAP]."""
+    """Return the log, clamped to [LOG_FLOOR, LOG_CAP].
+
+    Args:
+        x: Values >= 0 of any shape.
+
+    Returns:
+        Logs of the same shape and dtype.
+    """
     return x.log().clamp(LOG_FLOOR, LOG_CAP)
 
 
 def log_relative(distance: float, norm: float) -> float:
-    """Return log(distance / norm), clamped to [LOG_FLOOR, LOG_CAP]."""
+    """Return log(distance / norm), clamped to [LOG_FLOOR, LOG_CAP].
+
+    Args:
+        distance: >= 0. For 0 the result is LOG_FLOOR, whatever the norm is.
+        norm: >= 0. For 0 and a distance above 0 the result is LOG_CAP.
+    """
     if distance == 0.0:
         return LOG_FLOOR
     return LOG_CAP if norm == 0.0 else clamp(math.log(distance / norm), LOG_FLOOR, LOG_CAP)
@@ -44,5 +72,11 @@ def log_root(square: float) -> float:
 
 
 def clamp(x: float, low: float, high: float) -> float:
-    """Limit x to [low, high]."""
+    """Limit a number to an interval.
+
+    Args:
+        x: The number.
+        low: Lower end of the interval.
+        high: Upper end of the interval, >= `low`.
+    """
     return min(high, max(low, x))

@@ -94,12 +94,18 @@ class Judge(nn.Module):
         )
 
     def forward(self, tokens: Tensor, mask: Tensor, scalars: Tensor) -> Tensor:
-        """Compute logits (b,).
+        """Compute logits.
 
         Args:
             tokens: (b, n, TOKEN_FEATURES) fp32.
             mask: (b, n) bool, true in the last column.
             scalars: (b, scalars) fp32.
+
+        Returns:
+            (b,) fp32, not calibrated.
+
+        Source:
+            Li et al., ICLR 2023, arXiv 2401.16720: attention over the recent history of a layer's weights.
         """
         x = self.embed(((tokens - self.token_mean) / self.token_std).clamp(-_CLIP, _CLIP))  # (b, n, dim)
         newest = x[:, -1:]  # (b, 1, dim)
@@ -109,11 +115,25 @@ class Judge(nn.Module):
         return (self.linear(scaled) + self.verdict(torch.cat([newest[:, 0], read.flatten(1), scaled], 1)))[:, 0]
 
     def scale(self, scalars: Tensor) -> Tensor:
-        """Convert scalars (b, scalars) to standard deviations of the training set, clipped."""
+        """Convert scalars to standard deviations of the training set, clipped.
+
+        Args:
+            scalars: (b, scalars) fp32.
+
+        Returns:
+            (b, scalars) fp32.
+        """
         return ((scalars - self.scalar_mean) / self.scalar_std).clamp(-_CLIP, _CLIP)
 
     def calibrated(self, logits: Tensor) -> Tensor:
-        """Convert logits of the network to those of a calibrated probability on unseen network kinds."""
+        """Convert logits of the network to those of a calibrated probability on unseen network kinds.
+
+        Args:
+            logits: (b,) fp32.
+
+        Returns:
+            (b,) fp32.
+        """
         return self.calibration[0] * logits + self.calibration[1]
 
     def _split(self, x: Tensor) -> Tensor:
@@ -150,13 +170,16 @@ class FreezePredictor(nn.Module):
             self.probe.calibration[1] += math.log(weights / (1 - weights)) - math.log(probe / (1 - probe))
 
     def forward(self, tokens: Tensor, mask: Tensor, scalars: Tensor, probe: Tensor | None = None) -> Tensor:
-        """Compute calibrated logits (b,).
+        """Compute calibrated logits.
 
         Args:
             tokens: (b, n, TOKEN_FEATURES) fp32.
             mask: (b, n) bool, true in the last column.
             scalars: (b, SCALAR_FEATURES) fp32.
             probe: (b, PROBE_FEATURES) fp32, if known; rows with NaN are judged by the weights alone.
+
+        Returns:
+            (b,) fp32.
         """
         logits: Tensor = self.weights.calibrated(self.weights(tokens, mask, scalars))
         if probe is None:
@@ -170,6 +193,9 @@ class FreezePredictor(nn.Module):
         """Return the probability that each layer of the batch and all layers before it have converged.
 
         The probability of a prefix cannot exceed that of a shorter one, so the lowest value so far counts.
+
+        Args:
+            batch: Features of the layers, front to back.
 
         Returns:
             (layers,) fp32 in [0, 1], non-increasing.
@@ -263,7 +289,14 @@ def predictor_notes(path: str | Path) -> dict[str, Any]:
 
 
 def standardize(judge: Judge, tokens: Tensor, mask: Tensor, scalars: Tensor) -> None:
-    """Set the judge's feature statistics to those of a training set. Shapes as in `Judge.forward`."""
+    """Set the judge's feature statistics to those of a training set.
+
+    Args:
+        judge: The judge, modified in place.
+        tokens: (b, n, TOKEN_FEATURES) fp32.
+        mask: (b, n) bool; tokens at False do not count.
+        scalars: (b, scalars) fp32.
+    """
     for name, values in (("token", tokens[mask]), ("scalar", scalars)):
         std = values.double().std(0)
         getattr(judge, f"{name}_mean").copy_(values.double().mean(0))

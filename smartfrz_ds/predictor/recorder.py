@@ -239,9 +239,18 @@ class Recorder:
 def probe_outputs(
     model: nn.Module, layers: Sequence[Layer], probe: Any, forward: Callable[[nn.Module, Any], Any] | None = None
 ) -> list[Tensor]:
-    """Return each layer's representation of the probe, (rows, features...) as in `probe_rows`, in eval mode without gradients.
+    """Return each layer's representation of the probe, in eval mode and without gradients.
 
     A layer without a module (bare parameters) takes the output of the next layer.
+
+    Args:
+        model: The model. Its modes and the random state of the CPU are restored.
+        layers: The layers, front to back.
+        probe: A batch of inputs.
+        forward: How to call the model on the probe; None: model(probe), or model(**probe) for a mapping.
+
+    Returns:
+        For each layer a tensor (rows, features...), as in `probe_rows`.
 
     Raises:
         ValueError: A layer's output is not a tensor, or the layer is not used; names the layer.
@@ -279,7 +288,12 @@ def probe_outputs(
 
 
 def write_recording(recording: Recording, path: Path) -> None:
-    """Write one safetensors file, atomically; numbers and names are stored in its metadata as JSON."""
+    """Write a recording as one safetensors file, atomically. Numbers and names are JSON in its metadata.
+
+    Args:
+        recording: The recording.
+        path: The file. Missing folders are created.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     tensors = {name: getattr(recording, name).contiguous() for name in _TENSORS}

@@ -71,7 +71,12 @@ class Voice:
             make_audible()
 
     def say(self, text: str, *, level: int = logging.INFO) -> None:
-        """Write one line."""
+        """Log one line, on the rank that speaks.
+
+        Args:
+            text: The line, without the prefix "smartfrz: ".
+            level: Level of the logging module.
+        """
         if self._speaks:
             make_audible()
             LOGGER.log(level, "smartfrz: %s", text)

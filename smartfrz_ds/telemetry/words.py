@@ -19,7 +19,12 @@ def duration(seconds: float) -> str:
 
 
 def some(count: int, word: str) -> str:
-    """Format a count with its noun: "1 layer", "2 layers"."""
+    """Format a count with its noun: "1 layer", "2 layers".
+
+    Args:
+        count: The count, >= 0.
+        word: The noun in the singular; its plural ends in "s".
+    """
     return f"{count} {word}{'s' * (count != 1)}"
 
 

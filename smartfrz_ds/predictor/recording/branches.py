@@ -47,7 +47,12 @@ class Branch:
 
 
 def branched_runs(seed: int = 0, *, quick: bool = False) -> list[TaskRun]:
-    """Return the runs of planned_runs(seed) to branch: 18 without freezes, from every setting, optimizer and regime."""
+    """Return the runs of `planned_runs` to branch: 18 without freezes, from every setting, optimizer and regime.
+
+    Args:
+        seed: Seed of `planned_runs`.
+        quick: Return one short run, for a test.
+    """
     runs = [run for run in planned_runs(seed, quick=quick) if not run.freezes]
     if quick:
         return runs[:1]
@@ -100,7 +105,11 @@ def branch(run: TaskRun) -> list[Branch]:
 
 
 def collect_branches(run: TaskRun, folder: Path) -> tuple[list[Branch], float]:
-    """Load the branches of a run from `folder`, or compute and store them there.
+    """Load the branches of a run, or compute and store them.
+
+    Args:
+        run: The run.
+        folder: Folder with one JSON file per run. A file that is damaged or from another version is computed again.
 
     Returns:
         The branches and the processor seconds that they took.

@@ -11,7 +11,13 @@ if TYPE_CHECKING:
 
 
 def dataset_card(data: Dataset, *, seed: int, quick: bool) -> str:
-    """Return the README.md of a data set created by `smartfrz collect`."""
+    """Return the README.md of a data set created by `smartfrz collect`.
+
+    Args:
+        data: The data set.
+        seed: Its `--seed`.
+        quick: Whether it was collected with `--quick`.
+    """
     nets = sorted({str(r.tags.get("net")) for r in data.recordings})
     freezes = sum(bool(r.tags.get("freezes")) for r in data.recordings)
     lines = [

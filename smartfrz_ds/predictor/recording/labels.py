@@ -47,7 +47,14 @@ class LabelSettings:
 
 
 def settled(cka: Tensor) -> Tensor:
-    """Return the lowest similarity from now to the end of the run. cka: (evaluations, layers) fp64 in [0, 1]; same shape out."""
+    """Return the lowest similarity from each evaluation to the end of the run.
+
+    Args:
+        cka: (evaluations, layers) fp64 in [0, 1].
+
+    Returns:
+        (evaluations, layers) fp64, non-decreasing along the evaluations.
+    """
     return cka.flip(0).cummin(dim=0).values.flip(0)
 
 

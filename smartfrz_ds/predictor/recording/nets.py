@@ -29,7 +29,14 @@ class Net(nn.Module):
         self.stem, self.blocks, self.head = stem, nn.ModuleList(blocks), head
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run stem, blocks and head."""
+        """Run stem, blocks and head.
+
+        Args:
+            x: Images (b, 1, h, w) fp32, or codes (b, n) int64, as the stem or the first block takes them.
+
+        Returns:
+            Logits of the head.
+        """
         if self.stem is not None:
             x = self.stem(x)
         for block in self.blocks:
@@ -55,7 +62,14 @@ class TransformerBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute (b, n, d) from (b, n, d)."""
+        """Apply attention and the two-layer network, each with its norm and residual.
+
+        Args:
+            x: (b, n, d).
+
+        Returns:
+            (b, n, d).
+        """
         if self.post_norm:
             x = self.norm1(x + self._attend(x))
             return self.norm2(x + self.mlp(x))
@@ -68,7 +82,13 @@ class TransformerBlock(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions with batch norm and a shortcut: (b, i, h, w) to (b, o, h / stride, w / stride)."""
+    """Two 3 x 3 convolutions with batch norm, and a shortcut.
+
+    Args:
+        i: Input channels.
+        o: Output channels.
+        stride: Stride of the first convolution.
+    """
 
     def __init__(self, i: int, o: int, stride: int) -> None:
         super().__init__()
@@ -77,7 +97,14 @@ class ResidualBlock(nn.Module):
         self.short = nn.Identity() if i == o and stride == 1 else nn.Conv2d(i, o, 1, stride=stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute (b, o, h / stride, w / stride) from (b, i, h, w)."""
+        """Apply the block.
+
+        Args:
+            x: (b, i, h, w).
+
+        Returns:
+            (b, o, h / stride, w / stride).
+        """
         return F.relu(self.short(x) + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x))))))
 
 

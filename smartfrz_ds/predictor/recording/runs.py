@@ -209,7 +209,15 @@ class Training:
 
 
 def schedule(optimizer: OptimizerKind, done: float) -> float:
-    """Return the learning rate relative to its peak at a share `done` of the run, in [0, 1)."""
+    """Return the learning rate relative to its peak.
+
+    Args:
+        optimizer: Optimizer and schedule.
+        done: Share of the run that is done, in [0, 1).
+
+    Returns:
+        A factor in [0, 1].
+    """
     if optimizer == "adamw-constant":
         return 1.0
     if optimizer == "adamw-linear":
