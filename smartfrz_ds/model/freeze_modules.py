@@ -78,7 +78,12 @@ def thaw_modules(layer: Layer, training: bool = True) -> None:
 
 
 def thaw_module(top: nn.Module, training: bool = True) -> None:
-    """Undo `freeze_modules` for one module of a layer and its submodules."""
+    """Undo `freeze_modules` for one module of a layer and its submodules.
+
+    Args:
+        top: The module.
+        training: As in `thaw_modules`.
+    """
     for module, hook in _remove_hooks(top).items():
         module.training = training and not hook.own_eval
 
@@ -99,7 +104,15 @@ def remember_modules(tops: Iterable[nn.Module]) -> Callable[[], None]:
 
 
 def thawed_flags(top: nn.Module, training: bool = True) -> list[bool]:
-    """Return `training` of a module and its submodules as `thaw_module` would leave it; changes nothing."""
+    """Return the flags that `thaw_module` would set. Changes nothing.
+
+    Args:
+        top: The module.
+        training: As in `thaw_modules`.
+
+    Returns:
+        `training` of the module and its submodules, in the order of `top.modules()`.
+    """
     flags = []
     for module in top.modules():
         hook = next((h for h in module._forward_pre_hooks.values() if isinstance(h, _StayEval)), None)

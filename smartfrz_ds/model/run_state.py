@@ -49,7 +49,12 @@ class RunState:
         self.lr = lr
 
     def reset(self, step: int, lr: float) -> None:
-        """Start counting again at `step`. The frozen set does not change: that is the freezer's task."""
+        """Start counting again. The frozen set does not change: that is the freezer's task.
+
+        Args:
+            step: Successful optimizer steps so far.
+            lr: Learning rate of the next step.
+        """
         self.step, self.lr, self.lr_spent, self.cooldown = step, lr, 0.0, 0
         self.frozen_at.clear()
 

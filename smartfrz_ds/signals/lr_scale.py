@@ -45,6 +45,10 @@ class LrScale:
     def regroup(self, groups: Sequence[Sequence[Parameter]], layers: Sequence[Layer]) -> None:
         """Update the parameters in the groups.
 
+        Args:
+            groups: As in the constructor.
+            layers: As in the constructor.
+
         Raises:
             ValueError: As in the constructor; nothing is changed then.
         """

@@ -43,6 +43,15 @@ class RunInfo:
 class PolicyInputs:
     """Provides what the run's policy needs, and nothing else.
 
+    Args:
+        policy: The policy; `needs` names its inputs.
+        config: The settings.
+        model: The user's model.
+        layers: All layers, front to back.
+        backend: The backend, which reads weights and gradients.
+        snapshots: The snapshots of weights.
+        run: Facts about the run.
+
     Attributes:
         seen: Inputs of the policy's view at a freezing stage, on rank 0: `gradients` and `grams`.
 

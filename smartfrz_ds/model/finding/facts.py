@@ -23,14 +23,22 @@ def class_of(module: nn.Module) -> type:
 
 
 def shape_of(p: Tensor) -> tuple[int, ...]:
-    """Return the full shape of a tensor, whether partitioned by ZeRO-3 or not."""
+    """Return the full shape of a tensor.
+
+    Args:
+        p: A tensor or parameter; whole, partitioned by ZeRO-3 or sharded by FSDP1.
+    """
     # ds_shape: full shape of a parameter partitioned by ZeRO-3 (deepspeed/runtime/zero/partition_parameters.py);
     # whole_shape: full shape of a parameter sharded by FSDP1 (backends/torch/fsdp1.py)
     return tuple(getattr(p, "ds_shape", getattr(p, "whole_shape", p.shape)))
 
 
 def numel_of(p: Tensor) -> int:
-    """Return the number of elements, whether partitioned by ZeRO-3 or not."""
+    """Return the number of elements of the full tensor.
+
+    Args:
+        p: As in `shape_of`.
+    """
     return prod(shape_of(p))
 
 
@@ -55,7 +63,12 @@ def is_vectors(module: nn.Module) -> bool:
 
 
 def looks_like_embedding(path: str, module: nn.Module) -> bool:
-    """Return whether a module is an embedding, by its class or its name."""
+    """Return whether a module is an embedding, by its class or its name.
+
+    Args:
+        path: Dotted name of the module.
+        module: The module.
+    """
     if issubclass(class_of(module), nn.Embedding):
         return True
     if "embed" not in path.rsplit(".", 1)[-1].lower():
@@ -75,7 +88,12 @@ def parent_of(path: str) -> str:
 
 
 def shared_parts(a: str, b: str) -> int:
-    """Return the number of leading parts that two dotted names share."""
+    """Return the number of leading parts that two dotted names share.
+
+    Args:
+        a: A name, for example "encoder.layers.0".
+        b: Another name.
+    """
     n = 0
     for x, y in zip(a.split("."), b.split("."), strict=False):
         if x != y:

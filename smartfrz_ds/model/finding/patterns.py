@@ -13,7 +13,18 @@ from .structure import Group
 
 
 def pattern_groups(model: nn.Module, patterns: Sequence[str]) -> list[Group]:
-    """Build the groups that the user lists. See `find_layers` for the patterns."""
+    """Build the groups that the user lists.
+
+    Args:
+        model: The model.
+        patterns: Name patterns as in `find_layers`.
+
+    Returns:
+        One group for each match, in the order of the patterns.
+
+    Raises:
+        ValueError: There is no pattern, one matches nothing, or two match the same weights; names the pattern.
+    """
     if not patterns:
         raise ValueError("smartfrz.layers: got []; allowed: 'auto' or a list with at least one name")
     named = {path: module for path, module in _walk("", model, set()) if path}
@@ -79,6 +90,11 @@ def _matches(path: str, pattern: str) -> bool:
 
 
 def nearest(pattern: str, names: Sequence[str]) -> str:
-    """Name the closest matches of a pattern, for a message."""
+    """Name the closest matches of a pattern, for a message.
+
+    Args:
+        pattern: A pattern that matches no name.
+        names: All names of modules and parameters.
+    """
     near = get_close_matches(pattern, names, n=3, cutoff=0.3) or list(names)[:3]
     return f"the nearest names are {', '.join(map(repr, near))}"

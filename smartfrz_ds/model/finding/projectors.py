@@ -42,9 +42,13 @@ def named_last(path: str) -> bool:
 
 
 def projector_list(parent: nn.Module, child: nn.Module) -> bool:
-    """Return whether `child` is a list of modules of the same class as a projector beside it.
+    """Return whether a module is a list of modules of the same class as a projector beside it.
 
     Such a list contains further projectors rather than blocks (Qwen3-VL's mergers).
+
+    Args:
+        parent: The module that holds the list and the projector.
+        child: A child of it.
     """
     items = {class_of(item) for item in child.children()}
     return len(items) == 1 and any(
@@ -114,7 +118,13 @@ class Borders:
         )
 
     def is_projector(self, path: str, module: nn.Module, at: int) -> bool:
-        """Return whether a module registered between block `at` and the next one is a projector to the next tower."""
+        """Return whether a module registered between two blocks is a projector to the next tower.
+
+        Args:
+            path: Dotted name of the module.
+            module: The module.
+            at: Number of the block in front of it.
+        """
         border = self.between.get(at)
         if border is None or is_vectors(module):
             return False
@@ -183,10 +193,14 @@ class Borders:
         return takes == self._widths[at] and bool(gives) and gives not in self._widths
 
     def adopts(self, path: str, at: int) -> bool:
-        """Return whether a norm or parameter beside the towers around border `at` belongs to the projector there.
+        """Return whether a norm or parameter beside the towers belongs to the projector at their border.
 
         A norm does. A parameter does if it has the width of the tower behind and not that of the tower in front
         (LLaVA-NeXT's image_newline).
+
+        Args:
+            path: Dotted name of the norm or parameter.
+            at: Number of the block in front of the border.
         """
         border = self.between[at]
         if parent_of(path) != border.top:
