@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from smartfrz_ds.backends.base import storage_bytes
+from smartfrz_ds.backends.memory import storage_bytes
 from smartfrz_ds.bench.wire import CollectiveBytes
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +16,8 @@ from smartfrz_ds.errors import FreezeError
 from smartfrz_ds.model.layers import Layer, find_layers
 from smartfrz_ds.model.view import Need
 
-from .memory import MemoryNeed
+from .memory import MemoryNeed, storage_bytes
+from .memory import Released as Released
 from .sampler import Sampler as Sampler
 from .sampler import SampleRequest as SampleRequest
 from .state_layout import state_tensors
@@ -30,19 +30,6 @@ if TYPE_CHECKING:
 
     from .cost import Cost
     from .transaction import Transaction
-
-
-@dataclass(frozen=True)
-class Released:
-    """The result of one change of the layout on this rank.
-
-    Attributes:
-        bytes: Optimizer bytes (master weights if they are separate, and state) before minus after; negative for a thaw.
-        moved_bytes: Bytes that crossed ranks for it, over all ranks.
-    """
-
-    bytes: int
-    moved_bytes: int
 
 
 class Backend(ABC):
@@ -74,7 +61,7 @@ class Backend(ABC):
         """Return the layers, with only those parameters that the optimizer holds: the others are the user's.
 
         Raises:
-            ValueError: As in model.layers.find_layers.
+            ValueError: As in model.layers.find_layers, whose arguments these are.
         """
         held = {p for group in self.groups for p in group}
 
@@ -124,7 +111,11 @@ class Backend(ABC):
     runs_grad_hooks = True
 
     def stored(self, param: Parameter) -> Tensor:
-        """Return this rank's stored part of a parameter of the model between two steps."""
+        """Return this rank's stored part of a parameter between two steps: of its dtype, whole or a shard of any shape.
+
+        Args:
+            param: A parameter of the model.
+        """
         return param.data
 
     def takes_part(self, param: Parameter) -> bool:
@@ -137,10 +128,21 @@ class Backend(ABC):
         param.requires_grad_(False)
 
     def on_layout_changed(self, layers: Sequence[Layer], frozen: Collection[str]) -> None:  # noqa: B027 (most engines have nothing to do)
-        """Adapt the engine outside of its optimizer, after every change of the layout and at the start. frozen: names of layers."""
+        """Adapt the engine outside of its optimizer, after every change of the layout and at the start.
+
+        Args:
+            layers: All layers, front to back.
+            frozen: Names of the frozen ones.
+        """
 
     def equalize_copies(self, layers: Sequence[Layer], back: Collection[str], tx: Transaction) -> None:  # noqa: B027 (pipelines only)
-        """Give weights of the layers `back`, which train again, the optimizer state of their copies on other ranks. Collective."""
+        """Give weights that train again the optimizer state of their copies on other ranks. Collective.
+
+        Args:
+            layers: All layers, front to back.
+            back: Names of the layers that train again.
+            tx: Takes the exchange back if it fails on any rank.
+        """
 
     @property
     def sharded(self) -> bool:
@@ -278,7 +280,12 @@ class Backend(ABC):
 
     @abstractmethod
     def sampler(self, requests: Sequence[SampleRequest], numel: int) -> Sampler:
-        """Compile requests for a snapshot of `numel` elements against the current layout. The next `change` invalidates the sampler."""
+        """Compile requests for a snapshot against the current layout. The next `change` invalidates the sampler.
+
+        Args:
+            requests: The sampled weights of all layers.
+            numel: Number of elements of the snapshot, layers * sample_size.
+        """
 
     @abstractmethod
     def change_cost(self, out: Collection[Parameter], *, keep: bool) -> Cost:
@@ -290,7 +297,11 @@ class Backend(ABC):
         """
 
     def check(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter]) -> None:
-        """Check that this change is possible. Changes nothing.
+        """Check that a change is possible. Changes nothing.
+
+        Args:
+            freeze: Parameters that would leave the optimizer.
+            thaw: Parameters that would return.
 
         Raises:
             RuntimeError: This is not a step boundary.
@@ -312,7 +323,7 @@ class Backend(ABC):
         return ""
 
     def memory_need(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool) -> MemoryNeed:
-        """Return the peak memory of `change` above the level before it, on this rank. Not collective. 0 bytes refuse nothing."""
+        """Return the peak memory of `change`, with these arguments, above the level before it, on this rank. Not collective."""
         return MemoryNeed()
 
     @abstractmethod
@@ -352,7 +363,12 @@ class Backend(ABC):
 
     @abstractmethod
     def load_kept_state(self, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Restore the output of `kept_state`, on the same number of ranks. The layout has the checkpoint's frozen set already."""
+        """Restore the output of `kept_state`, on the same number of ranks. The layout has the checkpoint's frozen set already.
+
+        Args:
+            about: Its JSON data.
+            tensors: Its tensors, on the host.
+        """
 
     def leave(self) -> None:  # noqa: B027 # most backends have nothing
         """Remove, when freezing ends, everything that would outlive the engine on the model's parameters; no collective calls."""
@@ -380,18 +396,3 @@ def insert_in_order(group: list[Parameter], param: Parameter, order: Mapping[Par
     place = order[param]
     at = next((k for k, other in enumerate(group) if order.get(other, -1) > place), len(group))
     group.insert(at, param)
-
-
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of the distinct storages behind `tensors`: a view that pins a large buffer counts in full."""
-    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors) if s.nbytes()}
-    return sum(storages.values())
-
-
-def detach_from_training(param: Parameter) -> None:
-    """Make `param` a plain constant of the model that shares no storage with any flat buffer."""
-    param.grad = None
-    param.requires_grad_(False)
-    # One view would keep a whole flat buffer alive.
-    if param.data.untyped_storage().nbytes() != param.data.nbytes:
-        param.data = param.data.clone()

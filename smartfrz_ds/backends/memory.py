@@ -1,15 +1,29 @@
-"""The memory that a change of the layout needs, and the memory that is free for it."""
+"""The memory that a change of the layout needs and releases, and the memory that is free for it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from smartfrz_ds.distributed.devices import free_device_memory
+
+
+@dataclass(frozen=True)
+class Released:
+    """The result of one change of the layout on this rank.
+
+    Attributes:
+        bytes: Optimizer bytes (master weights if they are separate, and state) before minus after; negative for a thaw.
+        moved_bytes: Bytes that crossed ranks for it, over all ranks.
+    """
+
+    bytes: int
+    moved_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +73,12 @@ def free_host_memory(root: Path = Path("/")) -> int | None:
     """
     known = [*_available(root / "proc/meminfo"), *_left_in_groups(root)]
     return max(0, min(known)) if known else None
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of the distinct storages behind `tensors`: a view that pins a large buffer counts in full."""
+    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors) if s.nbytes()}
+    return sum(storages.values())
 
 
 def _available(file: Path) -> Iterator[int]:

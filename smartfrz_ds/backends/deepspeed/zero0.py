@@ -18,7 +18,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor
 from torch.nn import Parameter
 
-from smartfrz_ds.backends.base import Released, Sampler, SampleRequest, detach_from_training
+from smartfrz_ds.backends.base import Released, Sampler, SampleRequest
 from smartfrz_ds.backends.deepspeed.flat.step_counts import GroupCounts
 from smartfrz_ds.backends.entries import EntryBackend
 from smartfrz_ds.backends.state_layout import Overrides, pack_state, scalars_beside, to_device, to_host, unpack_state
@@ -50,7 +50,7 @@ class Zero0Backend(DeepSpeedBackend, EntryBackend):
         return self._optimizer
 
     @property
-    def moves_weights(self) -> bool:  # type: ignore[override] # as `detach_from_training` does
+    def moves_weights(self) -> bool:  # type: ignore[override] # as `_detach_from_training` does
         return any(p.data.untyped_storage().nbytes() != p.data.nbytes for group in self.groups for p in group)
 
     def masters(self) -> list[Tensor]:
@@ -117,7 +117,7 @@ class Zero0Backend(DeepSpeedBackend, EntryBackend):
         state = self._optimizer.state.pop(param if master is None else master, {})
         if keep:
             self._kept[param] = (None if master is None else master.detach().cpu(), to_host(state))
-        detach_from_training(param)
+        _detach_from_training(param)
 
     def _restore(self, param: Parameter) -> None:
         master, state = self._kept.pop(param, (None, {}))
@@ -177,3 +177,12 @@ class Zero0Backend(DeepSpeedBackend, EntryBackend):
         for low, high, group in zip(self.wrapper.fp16_groups, self.wrapper.fp32_groups, self._optimizer.param_groups, strict=True):
             if group["params"] is not high or len(low) != len(high):
                 raise FreezeError("FP16_UnfusedOptimizer: the masters and the optimizer's parameters no longer match")
+
+
+def _detach_from_training(param: Parameter) -> None:
+    """Make `param` a plain constant of the model that shares no storage with any flat buffer."""
+    param.grad = None
+    param.requires_grad_(False)
+    # One view would keep a whole flat buffer alive.
+    if param.data.untyped_storage().nbytes() != param.data.nbytes:
+        param.data = param.data.clone()

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from smartfrz_ds.backends.base import Released, Sampler, SampleRequest, storage_bytes
+from smartfrz_ds.backends.base import Released, Sampler, SampleRequest
 from smartfrz_ds.backends.entries import EntryBackend
+from smartfrz_ds.backends.memory import storage_bytes
 from smartfrz_ds.backends.state_layout import Overrides, pack_state, scalars_beside, state_tensors, to_device, to_host, unpack_state
 from smartfrz_ds.backends.transaction import Transaction
 from smartfrz_ds.errors import FreezeError
