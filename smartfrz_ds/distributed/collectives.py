@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from smartfrz_ds.errors import RanksDisagree
 
@@ -45,8 +47,9 @@ class Collectives:
             RanksDisagree: The texts differ. Raised on every rank, with each rank's digest and the different texts.
         """
         own = hashlib.sha256(what.encode()).digest()
-        digests = self.gather_bytes(own)
-        if any(d != own for d in digests):
+        everyone = self._gathered(own)
+        if everyone != own * self.count:
+            digests = _parts(everyone, len(own))
             listed = ", ".join(f"rank {r}: {d.hex()[:16]}" for r, d in enumerate(digests))
             texts = self.gather_objects(what)
             told = "; ".join(f"rank {r}: {text}" for r, text in enumerate(texts) if text not in texts[:r])
@@ -63,7 +66,7 @@ class Collectives:
             RuntimeError, ValueError: Another rank cannot continue; with its text. A rank with a problem returns, to raise its own error.
         """
         kind = 0 if not problem else 2 if issubclass(error, ValueError) else 1
-        kinds = [k[0] for k in self.gather_bytes(bytes([kind]))]
+        kinds = self._gathered(bytes([kind]))
         if not any(kinds):
             return
         problems = self.gather_objects(problem)
@@ -129,7 +132,7 @@ class Collectives:
             return [own]
         # Not dist.all_gather_object: it uses the process's current device, which may not be the group's before an engine exists.
         data = pickle.dumps(own)
-        sizes = [int.from_bytes(size, "little") for size in self.gather_bytes(len(data).to_bytes(8, "little"))]
+        sizes = [size for (size,) in self.gather_integers([len(data)])]
         padded = self.gather_bytes(data.ljust(max(sizes), b"\0"))
         return [pickle.loads(part[:size]) for part, size in zip(padded, sizes, strict=True)]
 
@@ -154,14 +157,23 @@ class Collectives:
         dist.broadcast(buffer, src=0)
         return buffer.cpu().numpy().tobytes()
 
+    def gather_integers(self, own: Sequence[int]) -> list[tuple[int, ...]]:
+        """Return each rank's integers, of at most 64 bits, by rank. The count must be the same on every rank."""
+        row = struct.Struct(f"<{len(own)}q")
+        return list(row.iter_unpack(self._gathered(row.pack(*own))))
+
     def gather_bytes(self, own: bytes) -> list[bytes]:
         """Return each rank's bytes, by rank. The length must be the same on every rank."""
+        return _parts(self._gathered(own), len(own))
+
+    def _gathered(self, own: bytes) -> bytes:
+        """Return the bytes of all ranks, one after the other. One copy to the host, whatever the number of ranks."""
         if self.alone:
-            return [own]
+            return own
         mine = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(self.device)
-        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyone, mine)
-        return [t.cpu().numpy().tobytes() for t in everyone]
+        everyone = torch.empty(self.count, len(own), dtype=torch.uint8, device=self.device)
+        _all_gather(everyone.view(-1), mine)
+        return everyone.cpu().numpy().tobytes()
 
     def sum(self, number: int) -> int:
         """Return the sum over all ranks, exact up to 2^53."""
@@ -181,3 +193,13 @@ class Collectives:
         tensor = torch.tensor(list(numbers), dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=how)
         return tensor.tolist()
+
+
+def _all_gather(everyone: Tensor, mine: Tensor) -> None:
+    # into one tensor: a list costs a copy for each rank; torch has renamed the function
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(everyone, mine)
+
+
+def _parts(told: bytes, length: int) -> list[bytes]:
+    return [told[begin : begin + length] for begin in range(0, len(told), length)]

@@ -52,7 +52,11 @@ class Layer:
     @property
     def numel(self) -> int:
         """Number of weights in `params`, whether partitioned by ZeRO-3 or not."""
-        return sum(numel_of(p) for p in self.params)
+        counted: tuple[object, int] | None = vars(self).get("_counted")
+        if counted is None or counted[0] is not self.params:  # every freezing stage asks for it several times
+            counted = self.params, sum(numel_of(p) for p in self.params)
+            object.__setattr__(self, "_counted", counted)
+        return counted[1]
 
     @property
     def is_borrower(self) -> bool:
@@ -127,9 +131,9 @@ def _build(model: nn.Module, groups: list[Group]) -> tuple[Layer, ...]:
         parts.append(modules)
         uses.append(used)
     layers = []
+    last = {p: position for position, used in enumerate(uses) for p in used}
     for position, (group, modules, used) in enumerate(zip(kept, parts, uses, strict=True)):
         own = [p for p in used if p.requires_grad and taken[p] == position]
-        elsewhere = {p for other in uses[position + 1 :] for p in other}
         layers.append(
             Layer(
                 name=group.name,
@@ -137,7 +141,7 @@ def _build(model: nn.Module, groups: list[Group]) -> tuple[Layer, ...]:
                 position=position,
                 modules=tuple(modules),
                 params=tuple(own),
-                tied=tuple(p for p in own if p in elsewhere),
+                tied=tuple(p for p in own if last[p] > position),
                 borrowed=tuple(p for p in used if p.requires_grad and taken[p] < position),
                 user_frozen=tuple(p for p in used if not p.requires_grad and taken[p] == position),
                 user_frozen_borrowed=tuple(p for p in used if not p.requires_grad and taken[p] < position),

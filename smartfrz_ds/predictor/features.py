@@ -9,9 +9,10 @@ mean cosine, straightness, depth, share of the run that is done.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +50,7 @@ SCALAR_FEATURES = (
 )
 
 _REMEMBERED = 64  # weights kept of a layer's first snapshot: enough for a distance within 10 %, and small enough for a checkpoint's JSON
+_CACHED = 2**17  # weights that are measured together
 _GROWTH = (0.3, 1.0)  # exponents of distance over learning rate: below a random walk's 0.5 is jitter, 1 is a straight line
 
 
@@ -88,6 +90,13 @@ def window_statistics(weights: Tensor) -> WindowStatistics:
         step=step,
         cosine=ratio(product, length).clamp(-1, 1),
     )
+
+
+def _statistics(windows: list[Tensor]) -> WindowStatistics:
+    """Return the statistics of windows of one shape, some layers at a time: all of a large model would not fit into a cache."""
+    layers = max(1, _CACHED // max(1, windows[0].numel()))
+    parts = [window_statistics(torch.stack(windows[k : k + layers]).float()) for k in range(0, len(windows), layers)]
+    return WindowStatistics(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(WindowStatistics)})
 
 
 @dataclass(kw_only=True)
@@ -176,9 +185,8 @@ class FeatureExtractor:
             layer, memory = measured.get(name), self.memory.get(name)
             judged = layer is not None and name not in frozen and layer.snapshots >= MIN_SNAPSHOTS
             if layer is not None and (judged or memory is None):
-                window = view.windows[name]
-                remaining = _log_remaining(view, window)
-                memory = self._remember(name, layer, window, remaining or 0.0, keep=judged)
+                remaining = _log_remaining(view, layer)
+                memory = self._remember(name, layer, view.windows[name].weights, remaining or 0.0, keep=judged)
             elif memory is None:
                 continue  # never observed: all of its weights were frozen by the user before the run
             sums = held if name in frozen else active
@@ -230,7 +238,7 @@ class FeatureExtractor:
             groups[tuple(window.weights.shape)].append(name)
         measured = {}
         for names in groups.values():
-            statistics = window_statistics(torch.stack([windows[name].weights for name in names]).float())
+            statistics = _statistics([windows[name].weights for name in names])
             tokens = _tokens(statistics, [windows[name] for name in names])
             finite = (statistics.to_newest.sum(1) + statistics.norm + statistics.step.sum(1)).isfinite().tolist()
             log_drift = log(ratio(statistics.to_newest[:, 0], statistics.norm, zero_over_zero=0.0)).tolist()
@@ -245,22 +253,24 @@ class FeatureExtractor:
                     log_drift=log_drift[i],
                     to_newest=statistics.to_newest[i].tolist(),
                     to_oldest=statistics.to_oldest[i].tolist(),
+                    steps=windows[name].steps.tolist(),
+                    lr_spent=windows[name].lr_spent.tolist(),
                 )
         return measured
 
-    def _remember(self, name: str, layer: _Measured, window: Window, log_remaining: float, *, keep: bool) -> LayerMemory:
+    def _remember(self, name: str, layer: _Measured, weights: Tensor, log_remaining: float, *, keep: bool) -> LayerMemory:
         """Update the layer's memory, or create a temporary one if the layer cannot be judged yet.
 
         Args:
             name: Name of the layer.
             layer: Its measurements.
-            window: Its window.
+            weights: (n, sample_size), its window.
             log_remaining: Log of the remaining learning rate; 0 if unknown.
             keep: Whether to store the memory.
         """
         memory = self.memory.get(name)
-        lr = window.lr_spent.tolist()
-        first_step = int(window.steps[0])
+        lr = layer.lr_spent
+        first_step = layer.steps[0]
         # The reference grows as long as the window starts at its original beginning.
         if memory is None or memory.log_lr is None or memory.first_step == first_step:
             half = max(2, layer.snapshots // 2)
@@ -270,7 +280,7 @@ class FeatureExtractor:
                 snapshots=half,
                 log_drift=log_relative(layer.to_oldest[half - 1], layer.norm),
                 log_lr=math.log(half_spent) if half_spent > 0 else None,
-                first=_thin(window.weights[0]) if memory is None else memory.first,
+                first=_thin(weights[0]) if memory is None else memory.first,
             )
         span = min(memory.snapshots, layer.snapshots)
         drift = log_relative(layer.to_newest[layer.snapshots - span], layer.norm)
@@ -281,8 +291,8 @@ class FeatureExtractor:
             log_spent = math.log(spent) if spent > 0 else memory.log_lr
             memory.last_log_ratio = clamp((drift - log_spent) - (memory.log_drift - memory.log_lr), -RATIO_LIMIT, RATIO_LIMIT)
         memory.last_log_drift = layer.log_drift
-        memory.last_log_future = clamp(layer.log_drift + _growth(layer, window) * log_remaining, LOG_FLOOR, LOG_CAP)
-        memory.last_log_share = clamp(memory.last_log_future - _log_displacement(memory.first, window.weights[-1]), LOG_FLOOR, LOG_CAP)
+        memory.last_log_future = clamp(layer.log_drift + _growth(layer) * log_remaining, LOG_FLOOR, LOG_CAP)
+        memory.last_log_share = clamp(memory.last_log_future - _log_displacement(memory.first, weights[-1]), LOG_FLOOR, LOG_CAP)
         if keep:
             self.memory[name] = memory
         return memory
@@ -296,6 +306,8 @@ class _Measured:
     log_drift: float
     to_newest: list[float]  # (n,)
     to_oldest: list[float]  # (n,)
+    steps: list[int]  # (n,)
+    lr_spent: list[float]  # (n,)
 
 
 def _thin(weights: Tensor) -> list[float]:
@@ -316,14 +328,14 @@ def _log_displacement(first: list[float], newest: Tensor) -> float:
     return log_relative(float(torch.linalg.vector_norm(now - torch.tensor(first))), float(torch.linalg.vector_norm(now)))
 
 
-def _growth(layer: _Measured, window: Window) -> float:
+def _growth(layer: _Measured) -> float:
     """Return the exponent by which the distance from the newest snapshot grew with learning rate, in the older half of the window."""
-    lr = window.lr_spent if float(window.lr_spent[-1]) > float(window.lr_spent[0]) else window.steps.double()
-    half = min(int(torch.searchsorted(lr.contiguous(), float(lr[0] + lr[-1]) / 2)), layer.snapshots - 2)
+    lr = layer.lr_spent if layer.lr_spent[-1] > layer.lr_spent[0] else [float(step) for step in layer.steps]
+    half = min(bisect_left(lr, (lr[0] + lr[-1]) / 2), layer.snapshots - 2)
     whole, later = layer.to_newest[0], layer.to_newest[half]
-    if half == 0 or whole <= 0.0 or later <= 0.0 or float(lr[half]) >= float(lr[-1]):
+    if half == 0 or whole <= 0.0 or later <= 0.0 or lr[half] >= lr[-1]:
         return 0.5
-    span = math.log(float(lr[-1] - lr[0]) / float(lr[-1] - lr[half]))
+    span = math.log((lr[-1] - lr[0]) / (lr[-1] - lr[half]))
     return clamp(math.log(whole / later) / span, *_GROWTH) if span > 0 else 0.5
 
 
@@ -350,16 +362,16 @@ def _tokens(statistics: WindowStatistics, windows: Sequence[Window]) -> Tensor:
     return torch.stack(columns, dim=2)
 
 
-def _log_remaining(view: View, window: Window) -> float | None:
+def _log_remaining(view: View, layer: _Measured) -> float | None:
     """Return log(remaining learning rates / learning rates in the window), clamped; None if unknown."""
-    spent = float(window.lr_spent[-1] - window.lr_spent[0])
+    spent = layer.lr_spent[-1] - layer.lr_spent[0]
     remaining = view.lr_remaining
     if remaining is None:
         if view.total_steps is None:
             return None
         # The length is known but the schedule is not: assume a constant learning rate. For a decay this is too high,
         # which is the cautious side.
-        remaining = spent * max(0, view.total_steps - view.step) / float(window.steps[-1] - window.steps[0])
+        remaining = spent * max(0, view.total_steps - view.step) / (layer.steps[-1] - layer.steps[0])
     return log_lr_ratio(remaining, spent)
 
 

@@ -21,7 +21,7 @@ class History:
 
     def __init__(self, window: int) -> None:
         self.window = window
-        self._snapshots: dict[str, deque[tuple[int, float, Tensor]]] = {}
+        self._snapshots: dict[str, _Rows] = {}
 
     def record(self, step: int, lr_spent: float | Mapping[str, float], weights: Mapping[str, Tensor]) -> None:
         """Append one snapshot.
@@ -33,7 +33,7 @@ class History:
         """
         for name, values in weights.items():
             spent = lr_spent[name] if isinstance(lr_spent, Mapping) else lr_spent
-            self._snapshots.setdefault(name, deque(maxlen=self.window)).append((step, spent, values.clone()))
+            self._snapshots.setdefault(name, _Rows(self.window)).append(step, spent, values)
 
     def forget(self, names: Iterable[str]) -> None:
         """Discard the snapshots of thawed layers: they say nothing about the layers' current behavior."""
@@ -41,26 +41,50 @@ class History:
             self._snapshots.pop(name, None)
 
     def windows(self) -> dict[str, Window]:
-        """Return the window of every layer that was ever recorded."""
-        return {
-            name: Window(
-                steps=torch.tensor([s for s, _, _ in items], dtype=torch.int64),
-                lr_spent=torch.tensor([lr for _, lr, _ in items], dtype=torch.float64),
-                weights=torch.stack([w for _, _, w in items]),
-            )
-            for name, items in self._snapshots.items()
-        }
+        """Return the window of every layer that was ever recorded. No weights are copied; later snapshots don't change it."""
+        return {name: rows.window() for name, rows in self._snapshots.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and numbers for a checkpoint: name -> (steps, lr_spent, weights)."""
-        return {name: {"steps": w.steps, "lr_spent": w.lr_spent, "weights": w.weights} for name, w in self.windows().items()}
+        return {
+            name: {"steps": w.steps, "lr_spent": w.lr_spent, "weights": w.weights.clone()}  # not a view of more than the window
+            for name, w in self.windows().items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
-        self._snapshots = {
-            name: deque(
-                ((int(s), float(lr), w.clone()) for s, lr, w in zip(item["steps"], item["lr_spent"], item["weights"], strict=True)),
-                maxlen=self.window,
-            )
-            for name, item in state.items()
-        }
+        self._snapshots = {}
+        for name, item in state.items():
+            rows = self._snapshots[name] = _Rows(self.window)
+            for step, lr, weights in zip(item["steps"].tolist(), item["lr_spent"].tolist(), item["weights"], strict=True):
+                rows.append(step, lr, weights)
+
+
+class _Rows:
+    """The last `window` snapshots of one layer, one after the other in memory, so that a window is a view."""
+
+    def __init__(self, window: int) -> None:
+        self._window = window
+        self._steps: deque[int] = deque(maxlen=window)
+        self._lr_spent: deque[float] = deque(maxlen=window)
+        self._buffer = torch.empty(0)
+        self._end = 0  # of the newest row
+
+    def append(self, step: int, lr_spent: float, weights: Tensor) -> None:
+        if self._end == len(self._buffer):  # rows that were given away are never written again
+            held = self._buffer[self._end - min(len(self._steps), self._window - 1) : self._end]
+            self._buffer = torch.empty(len(held) + self._window, len(weights), dtype=weights.dtype)
+            self._end = len(held)
+            if len(held):
+                self._buffer[: self._end] = held
+        self._buffer[self._end] = weights
+        self._end += 1
+        self._steps.append(step)
+        self._lr_spent.append(lr_spent)
+
+    def window(self) -> Window:
+        return Window(
+            steps=torch.tensor(self._steps, dtype=torch.int64),
+            lr_spent=torch.tensor(self._lr_spent, dtype=torch.float64),
+            weights=self._buffer[self._end - len(self._steps) : self._end],
+        )

@@ -3,7 +3,7 @@
 Background: `deepspeed.init_distributed` binds the process group to cuda:LOCAL_RANK, and the current device stays cuda:0 until the engine's
 constructor sets it. What is exchanged in between was made on the current device, which NCCL refuses on every rank but the first; with
 gloo nothing shows. No GPU is needed here: torch's FakeTensorMode makes tensors that have a CUDA device and no memory, its "fake" process
-group answers for the other rank, and `all_gather` is watched for the devices that it gets.
+group answers for the other rank, and the all-gather is watched for the devices that it gets.
 """
 
 from __future__ import annotations
@@ -57,14 +57,15 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    def all_gather(everyone: list[Tensor], mine: Tensor, group: Any = None) -> None:
-        assert {t.device for t in everyone} == {mine.device}
+    def all_gather(everyone: Tensor, mine: Tensor, group: Any = None) -> None:
+        assert everyone.device == mine.device
         raise Met(mine.device)
 
-    monkeypatch.setattr(dist, "all_gather", all_gather)
+    for name in ("all_gather_single", "all_gather_into_tensor"):  # torch has renamed it
+        monkeypatch.setattr(dist, name, all_gather, raising=False)
     # torch's own way to exchange objects, which takes the current device
     monkeypatch.setattr(
-        dist, "all_gather_object", lambda *_, **__: all_gather([torch.empty(1, device="cuda:0")], torch.empty(1, device="cuda:0"))
+        dist, "all_gather_object", lambda *_, **__: all_gather(torch.empty(1, device="cuda:0"), torch.empty(1, device="cuda:0"))
     )
 
 

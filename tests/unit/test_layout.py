@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +22,7 @@ def places(layout: FlatLayout) -> dict[tuple[int, int], tuple[int, int]]:
     return out
 
 
-def carry_out(moves: list[SliceMove], sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
+def carry_out(moves: Sequence[SliceMove], sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
     for m in moves:
         targets[m.target][m.target_offset : m.target_offset + m.numel] = sources[m.source][m.source_offset : m.source_offset + m.numel]
 
@@ -97,7 +99,7 @@ def test_a_group_that_only_shifts_costs_one_move_a_pair_of_ranks() -> None:
     params = tuple(Parameter(torch.zeros(10)) for _ in range(20))
     old, new = FlatLayout(params, 2), FlatLayout(params[10:], 2)
     moves = plan_moves(old, new, new.params)
-    assert moves == [SliceMove(1, 0, 0, 0, 50), SliceMove(1, 50, 1, 0, 50)]
+    assert moves == (SliceMove(1, 0, 0, 0, 50), SliceMove(1, 50, 1, 0, 50))
     assert bytes_sent(moves, 4) == 200
 
 
@@ -108,3 +110,24 @@ def test_local_moves_need_no_process_group() -> None:
     moves = plan_moves(old, new, new.params)
     assert Exchange(moves, target.dtype, target.device, rank=0, world=1, group=None).run(torch.arange(9.0), target) is None
     assert target.tolist() == [6, 7, 8, 0, 1, 2]
+
+
+@given(sizes=sizes, world=st.integers(1, 5), kept=st.data(), limit=st.integers(1, 30))
+@settings(max_examples=100, deadline=None)
+def test_derived_from_moves_once_and_as_a_filter_would(sizes: list[int], world: int, kept: st.DataObject, limit: int) -> None:
+    params = [Parameter(torch.zeros(n)) for n in sizes]
+    old = FlatLayout(tuple(params), world, 2 * world)
+    new = FlatLayout(tuple(kept.draw(st.lists(st.sampled_from(params), min_size=1, unique_by=id))), world, 2 * world)
+    moves = plan_moves(old, new, new.params)
+    staying = [sum(m.numel for m in moves if m.source == m.target == rank) for rank in range(world)]
+    assert moves.most_staying == max(staying)
+    batches = list(_rounds([m for m in moves if m.source != m.target], world, limit))
+    assert moves.rounds(world, limit) == batches
+    for rank in range(world):
+        for batch, (outgoing, incoming) in zip(batches, moves.rounds_of(rank, world, limit), strict=True):
+            assert sorted(outgoing) == sorted(m for m in batch if m.source == rank)
+            assert sorted(incoming) == sorted(m for m in batch if m.target == rank)
+        held = [(p, s) for p in old.params for s in old.segments(p) if s.rank == rank]
+        assert [(id(p), s) for p, s in old.local_segments(rank)] == [(id(p), s) for p, s in held]
+    assert plan_moves(old, FlatLayout(new.params, world, 2 * world), new.params) is moves
+    assert plan_moves(old, FlatLayout(new.params, world, 4 * world), new.params) is not moves

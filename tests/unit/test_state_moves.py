@@ -54,7 +54,7 @@ def test_what_leaves_waits_and_the_rest_moves_up(room: int) -> None:
     assert holder.tensor.tolist() == [*range(9, 19), 0, 0]
     assert move.waiting.tolist() == list(range(1, 9))
     assert freed == (0 if state_moves.HOST == "cpu" else 4 * (ALL.numel - REST.numel))
-    back = tuple(plan_moves(moves.kept, ALL, PARAMS[:2]))
+    back = plan_moves(moves.kept, ALL, PARAMS[:2])
     tx = transaction()
     again = TensorMove(holder.tensor, GroupMoves.plan(REST, ALL, [], rank=0, group=None), HostLink(), room)
     move_tensor(tx, "m", again, [Returning(back, move.waiting)], holder.install)

@@ -18,7 +18,6 @@ changed, what DeepSpeedZeroOptimizer.__init__ does once:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -32,7 +31,7 @@ from torch.nn import Parameter
 
 from smartfrz_ds.backends.deepspeed.flat.backend import FlatBackend
 from smartfrz_ds.backends.deepspeed.flat.buffers import link, unlink
-from smartfrz_ds.backends.deepspeed.flat.partition import FlatLayout
+from smartfrz_ds.backends.deepspeed.flat.partition import FlatLayout, padded_layout
 
 
 class Zero12Backend(FlatBackend):
@@ -59,13 +58,7 @@ class Zero12Backend(FlatBackend):
         order = list(params)
         if zero.round_robin_gradients:
             order, _ = zero._round_robin_reorder(order, world)
-        align = 16 // math.gcd(16, order[0].element_size()) if zero.parameter_alignment else 1
-        padding, end = [], 0
-        for position, param in enumerate(order):
-            end += param.numel()
-            padding.append(0 if position == len(order) - 1 else -end % align)
-            end += padding[-1]
-        return FlatLayout(tuple(order), world, zero.nccl_start_alignment_factor * world, tuple(padding))
+        return padded_layout(order, world, zero.nccl_start_alignment_factor, aligned=bool(zero.parameter_alignment))
 
     def gradients_pending(self) -> bool:
         zero = self.wrapper

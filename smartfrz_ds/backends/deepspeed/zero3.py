@@ -27,13 +27,10 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils.torch import register_grad_hook
 from torch import Tensor
 
-from smartfrz_ds.backends.base import Sampler, SampleRequest
 from smartfrz_ds.backends.cost import Cost
-from smartfrz_ds.backends.deepspeed.flat.backend import FlatBackend
 from smartfrz_ds.backends.deepspeed.flat.cost import gather_cost
-from smartfrz_ds.backends.deepspeed.flat.partition import FlatLayout
+from smartfrz_ds.backends.deepspeed.flat.shards import ShardedBackend
 from smartfrz_ds.backends.deepspeed.flat.step_counts import step_from_json, step_to_json
-from smartfrz_ds.backends.deepspeed.flat.weights import Arrangement, FlatWeights, Place
 from smartfrz_ds.backends.transaction import Transaction
 from smartfrz_ds.errors import FreezeError
 
@@ -45,15 +42,12 @@ _GRAD_PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 FrozenStorage = Literal["sharded", "replicated", "auto"]
 
 
-class Zero3Backend(FlatBackend):
+class Zero3Backend(ShardedBackend):
     """A "group" of this backend is one of DeepSpeed's sub-groups. An empty one leaves DeepSpeed's lists and comes back with a thaw.
 
     `frozen` is the place of the weights of frozen layers: "sharded" as before, "replicated" whole on every rank (never gathered again), or
     "auto": replicated as long as they fit into the memory that the freezes have released on this rank.
     """
-
-    needs_placeholder = False
-    shares_one_buffer = makes_gradient_buffer = True
 
     def __init__(self, engine: Any, frozen: FrozenStorage = "sharded") -> None:
         zero = engine.optimizer
@@ -72,10 +66,6 @@ class Zero3Backend(FlatBackend):
 
     # --- FlatBackend ----------------------------------------------------------------------------------------------------------
 
-    @property
-    def sharded(self) -> bool:
-        return dist.get_world_size() > 1
-
     def low_precision_groups(self) -> list[list[ZeroParam]]:
         return self.wrapper.fp16_groups
 
@@ -86,24 +76,8 @@ class Zero3Backend(FlatBackend):
             groups[index] += params
         return groups
 
-    def stored(self, param: ZeroParam) -> Tensor:
-        # the parameter itself is empty; a model may hold others, which ZeRO-3 does not shard
-        return getattr(param, "ds_tensor", param.data)
-
-    def holder(self, param: ZeroParam) -> Any:
-        return param.ds_tensor
-
-    def layout(self, index: int, params: Sequence[ZeroParam]) -> FlatLayout:
-        return FlatLayout(tuple(params), 1, sizes=tuple(p.partition_numel() for p in params))
-
     def master(self, index: int) -> Tensor:
         return self._masters[index]
-
-    def process_group(self, index: int) -> dist.ProcessGroup | None:
-        return None
-
-    def low_precision(self, param: ZeroParam, start: int, numel: int) -> Tensor:
-        return param.ds_tensor.data.view(-1)[start : start + numel]
 
     def change_cost(self, out: Collection[ZeroParam], *, keep: bool) -> Cost:
         return super().change_cost(out, keep=keep) + gather_cost(self._replicas.gathered_by(set(out), self._released_by(out)))
@@ -118,18 +92,6 @@ class Zero3Backend(FlatBackend):
     def pending_params(self) -> list[ZeroParam]:
         return super().pending_params() or (self.trained() if self.gradients_pending() else [])
 
-    def sampler(self, requests: Sequence[SampleRequest], numel: int) -> Sampler:
-        sampler = Sampler(numel)
-        rank = dist.get_rank()
-        where = {p: (i, layout.offsets[p]) for i, layout in enumerate(self.layouts) for p in layout.params}
-        for r in requests:
-            param: ZeroParam = r.param
-            index, offset = where[param]
-            size = param.partition_numel()  # rank r owns the flat elements [r * size, (r + 1) * size)
-            mine = r.elements // size == rank
-            sampler.add(self.master(index), r.elements[mine] % size + offset, r.slots[mine])
-        return sampler
-
     def flat_weights(self, index: int) -> Tensor:
         zero = self.wrapper
         if not zero.offload_param:
@@ -137,51 +99,12 @@ class Zero3Backend(FlatBackend):
         # One host buffer for each parameter group of the optimizer (_create_param_groups_fp16_flat_cpu_memory).
         return zero.param_groups_fp16_flat_cpu_memory[list(dict.fromkeys(self._group_ids)).index(self._group_ids[index])]
 
-    def weight_buffers(self) -> dict[int, FlatWeights]:
-        """Return the buffers, which sub-groups share: one for the whole model, or one for each parameter group."""
-        made: dict[int, FlatWeights] = {}
-        for i in range(len(self.groups)):
-            first = next(k for k in range(len(self.groups)) if self._buffer_of(k) == self._buffer_of(i))
-            made[i] = made[first] if first in made else FlatWeights(self.flat_weights(i))
-        return made
-
-    def _buffer_of(self, index: int) -> int:
+    def buffer_of(self, index: int) -> int:
         return self._group_ids[index] if self.wrapper.offload_param else 0
 
-    def _members(self) -> list[list[int]]:
-        """Return the sub-groups that share a buffer, buffer by buffer."""
-        members: dict[int, list[int]] = {}
-        for i in range(len(self.groups)):
-            members.setdefault(self._buffer_of(i), []).append(i)
-        return list(members.values())
-
-    def weight_plans(self, changed: Collection[int], layouts: Sequence[FlatLayout]) -> list[tuple[FlatWeights, Arrangement]]:
-        plans = []
-        for members in self._members():
-            if not set(members).isdisjoint(changed):
-                weights = self.weights[members[0]]
-                if not self.wrapper.offload_param:
-                    weights.follow(self.wrapper.lp_param_buffer)
-                plans.append((weights, self._shared_arrangement(members, layouts)))
-        return plans
-
-    def _shared_arrangement(self, members: Sequence[int], layouts: Sequence[FlatLayout]) -> Arrangement:
-        places: list[Place] = []
-        frozen: list[Any] = []
-        begin = 0
-        for i in members:
-            layout, held = layouts[i], set(layouts[i].params)
-            param: ZeroParam
-            for param, size in zip(layout.params, layout.sizes, strict=True):
-                places.append(Place(param.ds_tensor, begin + layout.offsets[param], size))
-            frozen_params: list[ZeroParam] = [p for p in self.groups[i] if p not in held]
-            frozen += [p.ds_tensor for p in frozen_params]
-            begin += layout.numel
-        return self.weights[members[0]].plan(places, begin, frozen)
-
-    def detach(self, param: ZeroParam) -> None:
-        param.grad = None
-        param.requires_grad_(False)
+    def follow_weights(self, index: int) -> None:
+        if not self.wrapper.offload_param:
+            self.weights[index].follow(self.wrapper.lp_param_buffer)
 
     def before_change(self) -> None:
         zero = self.wrapper
@@ -195,9 +118,6 @@ class Zero3Backend(FlatBackend):
         if zero.offload_optimizer:
             for master in self._masters:
                 master.grad = None
-
-    def install(self, index: int, layout: FlatLayout) -> None:
-        pass  # the weights of all sub-groups share a buffer: after_change makes it
 
     def after_change(self) -> None:
         zero = self.wrapper
@@ -241,7 +161,7 @@ class Zero3Backend(FlatBackend):
     def _lay_out_weights(self, live: list[int]) -> None:
         """Give DeepSpeed its views of the front of the buffers, sub-group by sub-group."""
         zero, fronts, flats = self.wrapper, [], {}
-        for members in self._members():
+        for members in self.members():
             numel = sum(self.layouts[i].numel for i in members)
             if not numel:
                 continue
@@ -383,17 +303,7 @@ class Zero3Backend(FlatBackend):
         self._replicas.leave()
 
     def verify_weights(self) -> None:
-        param: ZeroParam
-        for i, layout in enumerate(self.layouts):
-            for param in layout.params:
-                if param.ds_tensor.numel() != param.partition_numel():
-                    raise FreezeError(f"sub-group {i}: a shard has {param.ds_tensor.numel()} elements, not {param.partition_numel()}")
-        for members in self._members():
-            arrangement = self._shared_arrangement(members, self.layouts)
-            weights = self.weights[members[0]]
-            if any(weights.offset(place.holder) != place.offset for place in arrangement.active):
-                raise FreezeError("an active shard is not at its place in the buffer of the shards")
-            self.verify_frozen(weights, arrangement.front, [place.holder for place in arrangement.frozen])
+        super().verify_weights()
         frozen: set[ZeroParam] = set(self.frozen)
         if any(p.ds_status == ZeroParamStatus.INFLIGHT for p in frozen):
             raise FreezeError("a frozen parameter is being gathered")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from smartfrz_ds.backends.memory import MemoryNeed
 from smartfrz_ds.errors import NotEnoughMemory
 from smartfrz_ds.runtime.run_context import RunContext
 from smartfrz_ds.telemetry.words import size
+
+UNKNOWN = -1
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,16 @@ class Place:
     need: MemoryNeed
     free: memory.FreeMemory
 
+    @property
+    def numbers(self) -> list[int]:
+        """A number of the machine, then needed and free bytes of device and host; UNKNOWN where free memory can't be read."""
+        machine = int.from_bytes(hashlib.sha256(self.machine.encode()).digest()[:7], "little")
+        device, host = (UNKNOWN if free is None else free for free in (self.free.device, self.free.host))
+        return [machine, self.need.device, device, self.need.host, host]
+
 
 def check_memory(run: RunContext, need: MemoryNeed, what: str, *, keep: bool) -> None:
-    """Check that every rank, and every host with all of its ranks, has the memory that a change needs. Collective, one gather.
+    """Check that every rank, and every host with all of its ranks, has the memory that a change needs. Collective, one gather of numbers.
 
     Args:
         run: The run.
@@ -39,14 +49,25 @@ def check_memory(run: RunContext, need: MemoryNeed, what: str, *, keep: bool) ->
     """
     device, host = run.backend.device, socket.gethostname()
     here = Place(f"{host} {_boot_id()}", host, str(device), need, memory.free_memory(device))
+    if not any_short(run.ranks.gather_integers(here.numbers)):
+        return
     places: list[Place] = run.ranks.gather_objects(here)
     short = [*short_devices(places), *short_hosts(places)]
-    if not short:
-        return
     ways = ["freeze or thaw fewer layers at once", "give the run more memory"]
     if keep:
         ways.insert(0, "set smartfrz.keep_state to 0 (released optimizer state is then not kept on the host)")
     raise NotEnoughMemory(f"not enough memory to {what}: {'; '.join(short)}. Nothing was changed. What helps: {', or '.join(ways)}")
+
+
+def any_short(numbers: Sequence[Sequence[int]]) -> bool:
+    """Whether any device, or any host with all of its ranks, is too full. numbers: `Place.numbers` of all ranks."""
+    hosts: dict[int, tuple[int, int]] = {}  # by machine: needed, and the smallest known free memory
+    for machine, need_device, free_device, need_host, free_host in numbers:
+        if free_device != UNKNOWN and need_device > free_device:
+            return True
+        needed, free = hosts.get(machine, (0, UNKNOWN))
+        hosts[machine] = needed + need_host, free_host if free == UNKNOWN else free if free_host == UNKNOWN else min(free, free_host)
+    return any(free != UNKNOWN and needed > free for needed, free in hosts.values())
 
 
 def short_devices(places: Sequence[Place]) -> list[str]:
@@ -61,8 +82,10 @@ def short_devices(places: Sequence[Place]) -> list[str]:
 def short_hosts(places: Sequence[Place]) -> list[str]:
     """Return, as text, the hosts that are too full for their ranks together. places: all ranks."""
     short = []
-    for machine in dict.fromkeys(place.machine for place in places):
-        ranks = [rank for rank, place in enumerate(places) if place.machine == machine]
+    machines: dict[str, list[int]] = {}
+    for rank, place in enumerate(places):
+        machines.setdefault(place.machine, []).append(rank)
+    for ranks in machines.values():
         needed = sum(places[rank].need.host for rank in ranks)
         known = [free for rank in ranks if (free := places[rank].free.host) is not None]
         if needed and known and needed > min(known):

@@ -182,14 +182,14 @@ class FlatBackend(DeepSpeedBackend):
     def sampler(self, requests: Sequence[SampleRequest], numel: int) -> Sampler:
         sampler = Sampler(numel)
         where = {p: i for i in range(len(self.groups)) for p in self.layouts[i].params}
+        ranks = [self.group_rank(i) for i in range(len(self.groups))]
         for r in requests:
             index = where[r.param]
             if self.layouts[index].world == 1 and not self.is_sampling_rank:
                 continue  # every rank holds everything; one is enough
-            for s in self.layouts[index].segments(r.param):
-                if s.rank == self.group_rank(index):
-                    mine = (r.elements >= s.start) & (r.elements < s.start + s.numel)
-                    sampler.add(self.master(index), r.elements[mine] - s.start + s.offset, r.slots[mine])
+            if (s := self.layouts[index].segment_on(r.param, ranks[index])) is not None:
+                mine = (r.elements >= s.start) & (r.elements < s.start + s.numel)
+                sampler.add(self.master(index), r.elements[mine] - s.start + s.offset, r.slots[mine])
         return sampler
 
     def change_cost(self, out: Collection[Parameter], *, keep: bool) -> Cost:

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from smartfrz_ds.backends.cost import Cost
 
-from .partition import STAGING_BYTES, FlatLayout, PackedLayout, SliceMove, _rounds, bytes_sent, plan_moves
+from .partition import STAGING_BYTES, FlatLayout, PackedLayout, SliceMove, bytes_sent, plan_moves
 
 if TYPE_CHECKING:
     from .backend import FlatBackend
@@ -64,14 +64,14 @@ def layout_cost(
         keep: Whether the state that leaves is also copied to the host.
     """
     moves = plan_moves(old, new, new.params)
-    crossing = [m for m in moves if m.source != m.target]
-    staying = max((sum(m.numel for m in moves if m.source == m.target == rank) for rank in range(new.world)), default=0)
+    staying, at_once = moves.most_staying, _busiest(moves.crossing, new.world)
     cost = Cost(copied_bytes=weight_bytes)
+    in_rounds: dict[int, tuple[int, int]] = {}  # by bytes per element: what the busiest ranks send or receive, and the exchanges
     for size in element_sizes:
-        busiest = exchanges = 0
-        for batch in _rounds(crossing, new.world, max(1, STAGING_BYTES // size)):
-            busiest += _busiest(batch, new.world)
-            exchanges += 1
+        if size not in in_rounds:
+            batches = moves.rounds(new.world, max(1, STAGING_BYTES // size))
+            in_rounds[size] = sum(_busiest(batch, new.world) for batch in batches), len(batches)
+        busiest, exchanges = in_rounds[size]
         # state_moves.py and partition.py: a new partition is cleared. Elements that stay are copied into it, the others are staged on both
         # sides. On a device, the old partition is first copied to the host, from which all elements then come.
         if isinstance(old, FlatLayout):
@@ -82,7 +82,7 @@ def layout_cost(
         cost += Cost(
             moved_bytes=bytes_sent(moves, size),
             busiest_bytes=busiest * size,
-            least_busiest_bytes=_busiest(crossing, new.world) * size,
+            least_busiest_bytes=at_once * size,
             exchanges=exchanges,
             copied_bytes=copied * size,
             linked_bytes=linked * size,

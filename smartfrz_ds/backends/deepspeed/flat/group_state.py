@@ -48,7 +48,7 @@ def move_group_state(
     kept.step = {p: backend.step_of(p, entries) for p in leaving}
     coming = [p for p in new.params if p not in old.offsets and p is not backend.placeholders.get(index)]
     back: dict[int, Kept] = {id(waiting[p]): waiting[p] for p in coming if p in waiting}
-    returns = [(k, tuple(plan_moves(k.layout, new, [p for p in coming if waiting.get(p) is k]))) for k in back.values()]
+    returns = [(k, plan_moves(k.layout, new, [p for p in coming if waiting.get(p) is k])) for k in back.values()]
     bare = [p for p in coming if p not in waiting]
 
     def fill(target: Tensor) -> None:

@@ -7,11 +7,14 @@ carries it out, `Exchange`.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,8 +26,7 @@ from torch.nn import Parameter
 STAGING_BYTES = 32 * 2**20
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """Elements [start, start + numel) of a parameter, held by `rank` from `offset` on in its local buffer."""
 
     start: int
@@ -33,8 +35,7 @@ class Segment:
     offset: int
 
 
-@dataclass(frozen=True)
-class SliceMove:
+class SliceMove(NamedTuple):
     """A copy of consecutive elements between two ranks' partitions.
 
     Attributes:
@@ -50,6 +51,47 @@ class SliceMove:
     target: int
     target_offset: int
     numel: int
+
+
+class Moves(tuple[SliceMove, ...]):
+    """The moves of one tensor between two layouts, of all ranks.
+
+    What is derived from them is computed once, for all the tensors that move alike and for the prediction of their cost.
+    """
+
+    @cached_property
+    def crossing(self) -> tuple[SliceMove, ...]:
+        """Those between two ranks."""
+        return tuple(m for m in self if m.source != m.target)
+
+    @cached_property
+    def most_staying(self) -> int:
+        """Elements that stay on the rank on which the most stay."""
+        staying: dict[int, int] = {}
+        for m in self:
+            if m.source == m.target:
+                staying[m.source] = staying.get(m.source, 0) + m.numel
+        return max(staying.values(), default=0)
+
+    def rounds(self, world: int, limit: int) -> list[list[SliceMove]]:
+        """Return the rounds of an exchange in which no rank sends or receives more than `limit` elements."""
+        known: dict[tuple[int, int], list[list[SliceMove]]] = vars(self).setdefault("_rounds", {})
+        if (world, limit) not in known:
+            known[world, limit] = list(_rounds(self.crossing, world, limit))
+        return known[world, limit]
+
+    def rounds_of(self, rank: int, world: int, limit: int) -> list[tuple[list[SliceMove], list[SliceMove]]]:
+        """Return what one rank sends, by target, and receives, by source, in each of the `rounds`."""
+        known: dict[tuple[int, int, int], list[tuple[list[SliceMove], list[SliceMove]]]] = vars(self).setdefault("_rounds_of", {})
+        if (rank, world, limit) not in known:
+            known[rank, world, limit] = [
+                (
+                    sorted((m for m in batch if m.source == rank), key=lambda m: m.target),
+                    sorted((m for m in batch if m.target == rank), key=lambda m: m.source),
+                )
+                for batch in self.rounds(world, limit)
+            ]
+        return known[rank, world, limit]
 
 
 @dataclass(frozen=True)
@@ -72,6 +114,7 @@ class FlatLayout:
     offsets: dict[Parameter, int] = field(init=False, compare=False)
     numel: int = field(init=False, compare=False)
     _size_of: dict[Parameter, int] = field(init=False, compare=False, repr=False)
+    _planned: dict[str, Any] = field(init=False, compare=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         padding = self.padding or (0,) * len(self.params)
@@ -104,9 +147,38 @@ class FlatLayout:
             position = stop
         return pieces
 
+    def segment_on(self, param: Parameter, rank: int) -> Segment | None:
+        """Return the piece of `param` on `rank`; None if there is none."""
+        size, begin = self.partition_size, self.offsets[param]
+        first, end = max(begin, rank * size), min(begin + self._size_of[param], (rank + 1) * size)
+        return Segment(first - begin, end - first, rank, first - rank * size) if first < end else None
+
     def local_segments(self, rank: int) -> list[tuple[Parameter, Segment]]:
         """Return the pieces on `rank`, in buffer order."""
-        return [(p, s) for p in self.params for s in self.segments(p) if s.rank == rank]
+        return [(p, s) for p in self.params if (s := self.segment_on(p, rank)) is not None]
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What determines the position of each element, for comparisons while the parameters live."""
+        return tuple(id(p) for p in self.params), self.world, self.alignment, self.padding, self.sizes
+
+
+def padded_layout(order: Sequence[Parameter], world: int, factor: int, *, aligned: bool) -> FlatLayout:
+    """Return the layout that ZeRO-1/2 gives one parameter group.
+
+    Args:
+        order: The group's parameters in buffer order, at least one.
+        world: Number of partitions.
+        factor: Elements of each partition to which the end of the buffer is padded (`nccl_start_alignment_factor`).
+        aligned: Whether each parameter begins at a multiple of 16 bytes (`parameter_alignment`).
+    """
+    align = 16 // math.gcd(16, order[0].element_size()) if aligned else 1
+    padding, end = [], 0
+    for position, param in enumerate(order):
+        end += param.numel()
+        padding.append(0 if position == len(order) - 1 else -end % align)
+        end += padding[-1]
+    return FlatLayout(tuple(order), world, factor * world, tuple(padding))
 
 
 @dataclass(frozen=True)
@@ -136,11 +208,23 @@ class PackedLayout:
         return self.pieces.get(param, [])
 
 
-def plan_moves(source: FlatLayout | PackedLayout, target: FlatLayout | PackedLayout, params: Iterable[Parameter]) -> list[SliceMove]:
+def plan_moves(source: FlatLayout | PackedLayout, target: FlatLayout | PackedLayout, params: Iterable[Parameter]) -> Moves:
     """Return the moves that bring `params` from one layout to the other; parameters that either lacks are left out.
 
-    Every rank computes the same list. Neighbouring moves are merged, so a group that only shifts costs one move per pair of ranks.
+    Every rank computes the same moves. Neighbouring ones are merged, so a group that only shifts costs one move per pair of ranks. The last
+    plan between two flat layouts is remembered with `source`: a change is planned for its prediction and when it is carried out.
     """
+    params = tuple(params)
+    if not (isinstance(source, FlatLayout) and isinstance(target, FlatLayout)):
+        return _planned(source, target, params)
+    asked = target.key, tuple(id(p) for p in params)
+    if source._planned.get("asked") != asked:
+        source._planned.update(asked=asked, moves=_planned(source, target, params))
+    moves: Moves = source._planned["moves"]
+    return moves
+
+
+def _planned(source: FlatLayout | PackedLayout, target: FlatLayout | PackedLayout, params: Iterable[Parameter]) -> Moves:
     moves: list[SliceMove] = []
     for param in params:
         sources = source.segments(param)
@@ -155,7 +239,7 @@ def plan_moves(source: FlatLayout | PackedLayout, target: FlatLayout | PackedLay
                 stop = min(end, s.start + s.numel)
                 _append(moves, SliceMove(s.rank, s.offset + position - s.start, t.rank, t.offset + position - t.start, stop - position))
                 position, index = stop, index + 1
-    return moves
+    return Moves(moves)
 
 
 def _append(moves: list[SliceMove], new: SliceMove) -> None:
@@ -195,7 +279,7 @@ class Exchange:
 
     def __init__(
         self,
-        moves: Sequence[SliceMove],
+        moves: Moves,
         dtype: torch.dtype,
         device: torch.device,
         *,
@@ -204,12 +288,11 @@ class Exchange:
         group: dist.ProcessGroup | None,
         staging_bytes: int = STAGING_BYTES,
     ) -> None:
-        self._rank, self._world, self._group = rank, world, group
+        self._world, self._group = world, group
         self._staying = [m for m in moves if m.source == m.target == rank]
-        crossing = [m for m in moves if m.source != m.target]
-        self._rounds = list(_rounds(crossing, world, max(1, staging_bytes // dtype.itemsize)))
-        sent = max((sum(m.numel for m in batch if m.source == rank) for batch in self._rounds), default=0)
-        received = max((sum(m.numel for m in batch if m.target == rank) for batch in self._rounds), default=0)
+        self._rounds = moves.rounds_of(rank, world, max(1, staging_bytes // dtype.itemsize))
+        sent = max((sum(m.numel for m in outgoing) for outgoing, _ in self._rounds), default=0)
+        received = max((sum(m.numel for m in incoming) for _, incoming in self._rounds), default=0)
         # NCCL takes no host memory: offloaded state is staged on the device.
         on_host = bool(self._rounds) and device.type == "cpu" and dist.get_backend(group) == "nccl"
         staged = torch.device(get_accelerator().current_device_name()) if on_host else device
@@ -238,9 +321,7 @@ class Exchange:
                 errors.append(error)
 
         copied((_part(target, m.target_offset, m.numel), _part(source, m.source_offset, m.numel)) for m in self._staying)
-        for batch in self._rounds:
-            outgoing = sorted((m for m in batch if m.source == self._rank), key=lambda m: m.target)
-            incoming = sorted((m for m in batch if m.target == self._rank), key=lambda m: m.source)
+        for outgoing, incoming in self._rounds:
             sent, received = sum(m.numel for m in outgoing), sum(m.numel for m in incoming)
             starts = accumulate((m.numel for m in outgoing), initial=0)
             copied(
@@ -249,8 +330,8 @@ class Exchange:
             dist.all_to_all_single(
                 self._receive[:received],
                 self._send[:sent],
-                output_split_sizes=[sum(m.numel for m in incoming if m.source == r) for r in range(self._world)],
-                input_split_sizes=[sum(m.numel for m in outgoing if m.target == r) for r in range(self._world)],
+                output_split_sizes=_splits(((m.source, m.numel) for m in incoming), self._world),
+                input_split_sizes=_splits(((m.target, m.numel) for m in outgoing), self._world),
                 group=self._group,
             )
             starts = accumulate((m.numel for m in incoming), initial=0)
@@ -265,9 +346,17 @@ def _part(tensor: Tensor, begin: int, numel: int) -> Tensor:
     return tensor[begin : begin + numel]
 
 
-def reversed_moves(moves: Iterable[SliceMove]) -> list[SliceMove]:
+def _splits(parts: Iterable[tuple[int, int]], world: int) -> list[int]:
+    """Return the elements of each rank. parts: (rank, elements)."""
+    sizes = [0] * world
+    for rank, numel in parts:
+        sizes[rank] += numel
+    return sizes
+
+
+def reversed_moves(moves: Iterable[SliceMove]) -> Moves:
     """Return the moves that bring everything back."""
-    return [SliceMove(m.target, m.target_offset, m.source, m.source_offset, m.numel) for m in moves]
+    return Moves(SliceMove(m.target, m.target_offset, m.source, m.source_offset, m.numel) for m in moves)
 
 
 def _rounds(moves: Sequence[SliceMove], world: int, limit: int) -> Iterable[list[SliceMove]]:
@@ -285,7 +374,7 @@ def _rounds(moves: Sequence[SliceMove], world: int, limit: int) -> Iterable[list
             sent = 0
             while queue and (size := min(queue[0].numel, limit - sent, limit - received[queue[0].target])) > 0:
                 m = queue.popleft()
-                batch.append(SliceMove(source, m.source_offset, m.target, m.target_offset, size))
+                batch.append(m if size == m.numel else SliceMove(source, m.source_offset, m.target, m.target_offset, size))
                 if size < m.numel:
                     queue.appendleft(SliceMove(source, m.source_offset + size, m.target, m.target_offset + size, m.numel - size))
                 sent += size

@@ -18,7 +18,7 @@ from torch.nn import Parameter
 
 from smartfrz_ds.backends.transaction import Transaction
 
-from .partition import STAGING_BYTES, Exchange, FlatLayout, PackedLayout, SliceMove, bytes_sent, plan_moves, reversed_moves
+from .partition import STAGING_BYTES, Exchange, FlatLayout, Moves, PackedLayout, bytes_sent, plan_moves, reversed_moves
 
 HOST = "cpu"
 """The kind of device where what leaves can wait."""
@@ -61,8 +61,8 @@ class GroupMoves:
     old: FlatLayout
     new: FlatLayout
     kept: PackedLayout
-    stay: tuple[SliceMove, ...]
-    leave: tuple[SliceMove, ...]
+    stay: Moves
+    leave: Moves
     rank: int
     group: dist.ProcessGroup | None
 
@@ -75,14 +75,14 @@ class GroupMoves:
         leaving = [p for p in old.params if p in gone]
         kept = PackedLayout.of(old, leaving)
         stay, leave = plan_moves(old, new, new.params), plan_moves(old, kept, leaving)
-        return cls(old, new, kept, tuple(stay), tuple(leave), rank, group)
+        return cls(old, new, kept, stay, leave, rank, group)
 
 
 @dataclass(frozen=True)
 class Returning:
     """State that waits on the host and comes back: its own layout there, and this rank's part of one tensor."""
 
-    moves: tuple[SliceMove, ...]
+    moves: Moves
     tensor: Tensor
 
 
@@ -138,7 +138,7 @@ class TensorMove:
         self._exchanges = [(self._exchange(moves.stay, staging), held)]
         self._exchanges += [(self._exchange(r.moves, staging), r.tensor) for r in returning]
 
-    def _exchange(self, moves: Sequence[SliceMove], staging: int = STAGING_BYTES) -> Exchange:
+    def _exchange(self, moves: Moves, staging: int = STAGING_BYTES) -> Exchange:
         m = self._moves
         return Exchange(moves, self._dtype, self._device, rank=m.rank, world=m.old.world, group=m.group, staging_bytes=staging)
 
