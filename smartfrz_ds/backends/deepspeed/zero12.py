@@ -6,8 +6,8 @@ changed, what DeepSpeedZeroOptimizer.__init__ does once:
                parallel_partitioned_bit16_groups, groups_padding, single_partition_of_fp32_groups, partition_size, params_in_partition,
                params_not_in_partition, first_offset, param_buffer_of_bit16_for_cpu_offload_groups, real_dp_process_group
   numbering    param_id, param_dict, params_already_reduced, is_param_in_current_partition, Parameter.param_idx_in_group
-  gradients    averaged_gradients, all_grad_tensors, previous_reduced_grads, extra_large_param_to_reduce and the dictionaries that
-               initialize_gradient_partitioning_data_structures fills; Parameter.grad_accum
+  gradients    averaged_gradients, all_grad_tensors, previous_reduced_grads, extra_large_param_to_reduce; Parameter.grad_accum; the
+               dictionaries of `gradient_tables`, reset_partition_gradient_structures
   offload      accumulated_grads_in_cpu, norm_for_param_grads, grad_position, _offload_accumulated_param_ids,
                temp_grad_buffer_for_{cpu,gpu}_offload, offload_gradient_dict
   dropping     micro_step_id, _epilogue_ran_this_backward
@@ -18,7 +18,7 @@ changed, what DeepSpeedZeroOptimizer.__init__ does once:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,7 +31,45 @@ from torch.nn import Parameter
 
 from smartfrz_ds.backends.deepspeed.flat.backend import FlatBackend
 from smartfrz_ds.backends.deepspeed.flat.buffers import link, unlink
-from smartfrz_ds.backends.deepspeed.flat.partition import FlatLayout, padded_layout
+from smartfrz_ds.backends.deepspeed.flat.partition import FlatLayout, Segment, padded_layout
+
+
+def gradient_tables(layout: FlatLayout, ids: Mapping[int, int]) -> dict[str, dict[int, Any]]:
+    """Return what DeepSpeedZeroOptimizer.initialize_gradient_partitioning_data_structures notes of one parameter group.
+
+    DeepSpeed looks at each parameter for each partition; this takes one step for each piece of a parameter.
+
+    Args:
+        layout: The group's layout.
+        ids: The number of each parameter (`param_id`), by its identity.
+    """
+    partitions = range(layout.world)
+    where: dict[int, list[int]] = {}
+    count = dict.fromkeys(partitions, 0)
+    computed: dict[int, dict[int, bool]] = {k: {} for k in partitions}
+    target: dict[int, dict[int, int]] = {k: {} for k in partitions}
+    begin: dict[int, dict[int, int]] = {k: {} for k in partitions}
+    first: dict[int, int | None] = dict.fromkeys(partitions)
+    for index, param in enumerate(layout.params):
+        number, at = ids[id(param)], layout.offsets[param]
+        empty = [] if param.numel() or at >= layout.numel else [Segment(0, 0, *divmod(at, layout.partition_size))]
+        for s in layout.segments(param) or empty:
+            where.setdefault(number, []).append(s.rank)
+            count[s.rank] += 1
+            computed[s.rank][number] = False
+            target[s.rank][number], begin[s.rank][number] = s.offset, s.start
+            if first[s.rank] is None:
+                first[s.rank] = index
+    return {
+        "param_to_partition_ids": where,
+        "is_partition_reduced": dict.fromkeys(partitions, False),
+        "remaining_grads_in_partition": {},
+        "total_grads_in_partition": count,
+        "is_grad_computed": computed,
+        "grad_partition_insertion_offset": target,
+        "grad_start_offset": begin,
+        "first_param_index_in_partition": first,
+    }
 
 
 class Zero12Backend(FlatBackend):
@@ -166,7 +204,9 @@ class Zero12Backend(FlatBackend):
             "first_param_index_in_partition",
         ):
             setattr(zero, name, {})
-        zero.initialize_gradient_partitioning_data_structures()
+        for i, layout in enumerate(self.layouts):
+            for name, table in gradient_tables(layout, zero.param_id).items():
+                getattr(zero, name)[i] = table
         zero.reset_partition_gradient_structures()
         zero._release_ipg_buffers()
         if zero.partition_gradients or zero.overlap_comm or zero.use_grad_accum_attribute or zero.contiguous_gradients:
