@@ -199,9 +199,7 @@ class FlatBackend(DeepSpeedBackend):
         before, old = self.optimizer_bytes(), self.layouts
         self.room = 0
         after = (self.frozen | set(freeze)) - set(thaw)
-        new = [self.new_layout(i, after) for i in range(len(self.groups))]
-        changed = [i for i in range(len(self.groups)) if not same_params(old[i].params, new[i].params)]
-        plans = self.weight_plans(changed, new)
+        new, changed, plans = self.plan_change(after)
         with tx.step("rebuild the wrapper", undo=lambda: self._rebuild(old, changed)):
             synchronize(self.device)
             self.before_change()
@@ -235,6 +233,12 @@ class FlatBackend(DeepSpeedBackend):
         tx.on_commit(lambda: empty_cache(self.device))
         synchronize(self.device)
         return Released(before - self.optimizer_bytes(), moved)
+
+    def plan_change(self, frozen: Collection[Parameter]) -> tuple[list[FlatLayout], list[int], list[tuple[FlatWeights, Arrangement]]]:
+        """Plan the change after which exactly these parameters are frozen: all layouts, the groups that change, the weights' moves."""
+        new = [self.new_layout(i, frozen) for i in range(len(self.groups))]
+        changed = [i for i in range(len(self.groups)) if not same_params(self.layouts[i].params, new[i].params)]
+        return new, changed, self.weight_plans(changed, new)
 
     def _rebuild(self, layouts: list[FlatLayout], changed: Sequence[int]) -> None:
         """Give the wrapper these layouts; weights and state are in their places already."""

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from smartfrz_ds.backends.memory import MemoryNeed
 
 from .group_state import tensors_of
-from .partition import STAGING_BYTES, PackedLayout, same_params
+from .partition import STAGING_BYTES, PackedLayout
 from .permute import PIECE_BYTES
 
 if TYPE_CHECKING:
@@ -83,22 +83,16 @@ def with_staging(tensors: Sequence[TensorBytes], weights: int, grown: int, *, on
 
 def flat_memory_need(backend: FlatBackend, freeze: Sequence[Parameter], thaw: Sequence[Parameter]) -> MemoryNeed:
     """Return the need as `Backend.memory_need` does, staging included."""
-    tensors, changed, layouts, grown = [], [], [], 0
-    after = (backend.frozen | set(freeze)) - set(thaw)
-    for index, old in enumerate(backend.layouts):
-        new = backend.new_layout(index, after)
-        layouts.append(new)
-        held = [p for p in backend.groups[index] if p not in after]
-        if same_params(held, backend.active(index)):
-            continue
-        changed.append(index)
-        grown += 4 * max(0, new.numel - old.numel) if backend.makes_gradient_buffer else 0  # the old one goes first
+    tensors, grown = [], 0
+    new, changed, plans = backend.plan_change((backend.frozen | set(freeze)) - set(thaw))
+    for index in changed:
+        old = backend.layouts[index]
+        grown += 4 * max(0, new[index].numel - old.numel) if backend.makes_gradient_buffer else 0  # the old one goes first
         gone = [p for p in freeze if p in old.offsets]
         waiting = PackedLayout.of(old, gone).sizes[backend.group_rank(index)]
         for tensor in tensors_of(backend.master(index), backend.base_optimizer()).values():
             size = tensor.element_size()
-            tensors.append(TensorBytes(tensor.numel() * size, new.partition_size * size, waiting * size))
-    plans = backend.weight_plans(changed, layouts)
+            tensors.append(TensorBytes(tensor.numel() * size, new[index].partition_size * size, waiting * size))
     weights = sum(plan.extra * buffer.element_size for buffer, plan in plans)
     on_host = not backend.masters() or backend.masters()[0].device.type == "cpu"
     return with_staging(tensors, weights, grown, on_host=on_host, device=backend.device)
