@@ -8,44 +8,25 @@
 #
 # What else stands before `--` goes to deepspeed. The master is the hostfile's first host, unless --master_addr says otherwise.
 # Variables that the other hosts' ranks need and that DeepSpeed doesn't take along by itself: FORWARD="NAME …", besides those below.
+# shellcheck disable=SC1091,SC2154 # _starter.sh sets options and script
 set -euo pipefail
+. "$(dirname "$0")/_starter.sh"
 where=${1:?"usage: launch/deepspeed.sh RANKS|HOSTFILE [DEEPSPEED OPTIONS] [-- SCRIPT ARGUMENTS]"}
-shift
-options=() addressed='' made=''
-while [ $# -gt 0 ] && [ "$1" != -- ]; do
-    case $1 in --master_addr | --master_addr=*) addressed=1 ;; esac
-    options+=("$1")
-    shift
-done
-[ $# -eq 0 ] || shift
-if [ $# -eq 0 ]; then
-    set -- launch/examples/train.py --deepspeed_config configs/zero1.json
+split_at_dashes "${@:2}"
+[[ $where == *[!0-9]* ]] || exec deepspeed --num_accelerators "$where" "${options[@]}" "${script[@]}"
+
+[ -r "$where" ] || refuse "$where is neither a number of ranks nor a hostfile"
+if [[ " ${options[*]} " != *" --master_addr"[=\ ]* ]]; then
+    options+=(--master_addr "$(sed -n 's/#.*//; s/^[[:space:]]*//; /./{s/[[:space:]].*//p;q;}' "$where")")
 fi
-case $where in
-*[!0-9]*)
-    [ -r "$where" ] || {
-        echo "launch/deepspeed.sh: $where is neither a number of ranks nor a hostfile" >&2
-        exit 2
-    }
-    first=$(sed -n 's/#.*//; s/^[[:space:]]*//; /./{s/[[:space:]].*//p;q;}' "$where")
-    options=(--hostfile "$where" ${options[@]+"${options[@]}"})
-    [ -n "$addressed" ] || options=(--master_addr "$first" "${options[@]}")
-    if [ -z "${DS_ENV_FILE:-}" ]; then # where the launcher finds what it is to take along; your ~/.deepspeed_env is kept
-        DS_ENV_FILE=$(mktemp) made=1
-        for file in "$HOME/.deepspeed_env" .deepspeed_env; do
-            [ ! -r "$file" ] || cat "$file" >>"$DS_ENV_FILE"
-        done
-        for name in PATH OMP_NUM_THREADS DS_ACCELERATOR TORCH_EXTENSIONS_DIR GLOO_SOCKET_IFNAME ${FORWARD:-}; do
-            [ -z "${!name:-}" ] || echo "$name=${!name}" >>"$DS_ENV_FILE"
-        done
-        export DS_ENV_FILE
-    fi
-    ;;
-*) options=(--num_accelerators "$where" ${options[@]+"${options[@]}"}) ;;
-esac
-[ -n "$made" ] || exec deepspeed "${options[@]}" "$@"
-trap 'rm -f "$DS_ENV_FILE"' EXIT
-deepspeed "${options[@]}" "$@" &
-trap 'kill -TERM "$!"' INT TERM
-wait "$!" || code=$?
-wait "$!" 2>/dev/null || exit "${code:-1}" # a signal ends the first wait, not the ranks
+if [ -z "${DS_ENV_FILE:-}" ]; then # where the launcher finds what it is to take along; your ~/.deepspeed_env is kept
+    file=$(mktemp)
+    cat "$HOME/.deepspeed_env" .deepspeed_env >"$file" 2>/dev/null || true # either may be missing
+    for name in PATH OMP_NUM_THREADS DS_ACCELERATOR TORCH_EXTENSIONS_DIR GLOO_SOCKET_IFNAME ${FORWARD:-}; do
+        [ -z "${!name:-}" ] || echo "$name=${!name}" >>"$file"
+    done
+    exec 9<"$file" # the launcher reads the open file, and no path is left to be removed at its end
+    rm "$file"
+    export DS_ENV_FILE=/proc/self/fd/9
+fi
+exec deepspeed --hostfile "$where" "${options[@]}" "${script[@]}"

@@ -1,4 +1,4 @@
-"""The parts that all examples share: options, the DeepSpeed JSON, errors of the user, the progress bar."""
+"""The parts that all examples share: options, the DeepSpeed JSON, and errors of the user."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """Return the type of an option that takes an integer >= `least`."""
+def whole(least: int, *, multiple_of: int = 1) -> Callable[[str], int]:
+    """Return the type of an option that takes an integer >= `least`, divisible by `multiple_of`."""
+    allowed = f"a whole number of at least {least}" + (f", a multiple of {multiple_of}" if multiple_of > 1 else "")
 
     def number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"got {text}; allowed: a whole number of at least {least}")
+        if int(text) < least or int(text) % multiple_of:
+            raise argparse.ArgumentTypeError(f"got {text}; allowed: {allowed}")
         return int(text)
 
     return number
@@ -30,33 +31,30 @@ def positive(text: str) -> float:
     return float(text)
 
 
-def parser_of(
-    doc: str | None, *, out: Path | None, config: Path | None = None, deepspeed: bool = True, **defaults: Any
-) -> argparse.ArgumentParser:
-    """Create a parser with the options that the scripts share.
+def parser_of(doc: str | None, *, config: Path | None = None, deepspeed: bool = True, **defaults: Any) -> argparse.ArgumentParser:
+    """Create a parser with the options of all scripts.
 
     Args:
         doc: The script's description.
-        out: Default of `--out`.
         config: Default of `--deepspeed_config`; None: the option is required.
         deepspeed: Whether the script has a DeepSpeed engine, with its settings in a JSON file.
-        defaults: Of `policy`, `steps` and `lr`.
+        defaults: Of `policy`, `steps`, `lr` and `out`.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
     if deepspeed:
-        add("--deepspeed_config", type=Path, default=config, required=config is None, help="JSON with a 'smartfrz' section")
-        add("--local_rank", type=int, default=-1, help="set by the launcher")
-    settings = {
-        "--policy": (str, "a policy of smartfrz_ds, or 'none' for a run without freezing"),
-        "--steps": (whole(1), "optimizer steps"),
-        "--lr": (positive, "highest learning rate"),
-    }
-    for name, (kind, text) in settings.items():
-        default = defaults.get(name[2:])
-        add(name, type=kind, default=default, help=f"{text} (default: {default or 'as in the JSON'})")
-    add("--seed", type=int, default=0, help="default: 0")
-    add("--out", type=Path, default=out, help=f"output folder (default: {out or 'nothing is written'})")
+        text = "JSON with a 'smartfrz' section"
+        parser.add_argument("--deepspeed_config", type=Path, default=config, required=config is None, help=text)
+        parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
+    for option, kind, text in (
+        ("--policy", str, "a policy of smartfrz_ds, or 'none' for a run without freezing"),
+        ("--steps", whole(1), "optimizer steps"),
+        ("--lr", positive, "highest learning rate"),
+        ("--out", Path, "output folder"),
+    ):
+        default = defaults.get(option[2:])
+        otherwise = "nothing is written" if option == "--out" else "as in the JSON"
+        parser.add_argument(option, type=kind, default=default, help=f"{text} (default: {default or otherwise})")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
     return parser
 
 
@@ -64,24 +62,18 @@ def gpt_parser(doc: str | None, *, blocks: int, width: int, **more: Any) -> argp
     """Create the same for a script that pre-trains model.py's GPT on data.py's text; `blocks` and `width` are defaults."""
     parser = parser_of(doc, **more)
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of text files, UTF-8 (default: Python's documentation)")
-    for name, size in {"--length": 64, "--blocks": blocks, "--width": width, "--heads": 4}.items():
-        parser.add_argument(name, type=whole(1), default=size, help="of the model (default: %(default)s)")
+    parser.add_argument("--length", type=whole(1), default=64, help="tokens per sequence (default: 64)")
+    parser.add_argument("--blocks", type=whole(1), default=blocks, help="of the model (default: %(default)s)")
+    parser.add_argument("--width", type=whole(4, multiple_of=4), default=width, help="of the model (default: %(default)s)")
     parser.add_argument("--stop-after", type=whole(1), metavar="STEP", help="save a checkpoint at this step and end")
     return parser
-
-
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Parse the options, and check the shape of the model."""
-    args = parser.parse_args(argv)
-    if args.width % args.heads:
-        parser.error(f"--width {args.width} --heads {args.heads}: allowed is a width that the number of heads divides")
-    return args
 
 
 def read_config(args: argparse.Namespace, *, stages: tuple[int, ...]) -> dict[str, Any]:
     """Read the DeepSpeed JSON of `--deepspeed_config` and apply `--steps`, `--lr` and `--policy`; sets `args.steps`.
 
     Args:
+        args: Options of `parser_of`.
         stages: The ZeRO stages that the script works with.
 
     Raises:
@@ -121,10 +113,3 @@ def one_line_errors() -> Iterator[None]:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def bar(steps: int, *, done: int = 0, rank: int) -> Any:
-    """Create the progress bar of a run: shown on rank 0, and redrawn rarely if the output is a file."""
-    from tqdm import tqdm
-
-    return tqdm(total=steps, initial=done, disable=rank != 0, unit="step", mininterval=0.5 if sys.stderr.isatty() else 15.0)

@@ -5,29 +5,21 @@ from __future__ import annotations
 import csv
 import hashlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-BYTES = 256  # the vocabulary of a byte tokeniser
-
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """Documents in a fixed order.
+    """Documents in a fixed order."""
 
-    Attributes:
-        train: The part of each document that is trained on.
-        held_out: The last tenth of each document.
-        skipped: Number of files that are not UTF-8 text.
-    """
-
-    train: list[str]
-    held_out: list[str]
-    skipped: int = 0
+    train: list[str]  # the part of each document that is trained on
+    held_out: list[str]  # the last tenth of each document
+    skipped: int  # files that are not UTF-8 text
 
     @property
     def digest(self) -> str:
@@ -44,7 +36,7 @@ def read_texts(folder: Path | None) -> Texts:
     Raises:
         ValueError: The folder does not exist or has no text.
     """
-    documents, skipped = [], 0
+    documents = []
     if folder is None:
         from pydoc_data.topics import topics
 
@@ -52,22 +44,19 @@ def read_texts(folder: Path | None) -> Texts:
     elif not folder.is_dir():
         raise ValueError(f"--data {folder}: no such folder")
     else:
-        visible = (p for p in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-        for path in filter(Path.is_file, visible):
-            try:
-                documents.append(path.read_text(encoding="utf-8-sig"))
-            except UnicodeDecodeError:
-                skipped += 1
-        skipped += sum("\0" in text for text in documents)
-    documents = [text for text in documents if text.strip() and "\0" not in text]
-    if not documents:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+                try:
+                    documents.append(path.read_text(encoding="utf-8-sig"))
+                except UnicodeDecodeError:
+                    documents.append("\0")
+    texts = [text for text in documents if text.strip() and "\0" not in text]
+    skipped = sum("\0" in text for text in documents)
+    if not texts:
         raise ValueError(f"--data {folder}: no text file in it ({skipped} other files)")
-    halves = [(text[:cut], text[cut:]) for text in documents for cut in [round(len(text) * 0.9)]]
-    return Texts(train=[head for head, _ in halves], held_out=[tail for _, tail in halves], skipped=skipped)
-
-
-def as_bytes(text: str) -> list[int]:
-    return list(text.encode())
+    ends = [round(len(text) * 0.9) for text in texts]
+    train = [text[:end] for text, end in zip(texts, ends, strict=True)]
+    return Texts(train=train, held_out=[text[end:] for text, end in zip(texts, ends, strict=True)], skipped=skipped)
 
 
 def train_bpe(texts: Sequence[str], vocabulary: int, file: Path) -> None:
@@ -87,8 +76,8 @@ def load_bpe(file: Path) -> tuple[Callable[[str], list[int]], int]:
     return lambda text: tokenizer.encode(text).ids, tokenizer.get_vocab_size()
 
 
-def as_tokens(texts: Sequence[str], encode: Callable[[str], list[int]] = as_bytes) -> Tensor:
-    """Return all texts as tokens, joined by two newlines: (n,) int32."""
+def as_tokens(texts: Sequence[str], encode: Callable[[str], Iterable[int]] = str.encode) -> Tensor:
+    """Return all texts as tokens (default: bytes), joined by two newlines: (n,) int32."""
     return torch.tensor([token for text in texts for token in encode(text + "\n\n")], dtype=torch.int32)
 
 
@@ -100,22 +89,13 @@ def windows(tokens: Tensor, *, rows: int, length: int, draw: Sequence[int]) -> t
     return cut[:, :-1].contiguous(), cut[:, 1:].contiguous()
 
 
-# --- labelled texts -------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Labelled texts.
-
-    Attributes:
-        texts: Each text once, in a fixed order.
-        labels: Index of the class of each text.
-        classes: Names of the classes, sorted.
-    """
+    """Labelled texts, each once, in a fixed order."""
 
     texts: list[str]
-    labels: list[int]
-    classes: list[str]
+    labels: list[int]  # of each text, the index of its class
+    classes: list[str]  # sorted
 
 
 def bbc_news() -> Corpus:
@@ -134,35 +114,35 @@ def read_csv(path: Path) -> Corpus:
         ValueError: no such file, a missing column, an empty text or label, fewer than two labels. It names the file and line.
     """
     csv.field_size_limit(2**31 - 1)
-    rows: list[tuple[str, str]] = []
+    where, rows = f"--train {path}", []
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            columns = list(reader.fieldnames or [])
-            if missing := [need for need in ("text", "label") if need not in columns]:
-                raise ValueError(f"--train {path}: no column {missing[0]!r}; the first line has {columns}; it must have 'text' and 'label'")
+            columns = reader.fieldnames or []
+            for column in ("text", "label"):
+                if column not in columns:
+                    raise ValueError(f"{where}: no column {column!r}; the first line has {columns}; it must have 'text' and 'label'")
             for row in reader:
-                text, label = (row["text"] or "").strip(), (row["label"] or "").strip()
-                if not (text and label):
-                    raise ValueError(f"--train {path}: line {reader.line_num}: the column {'label' if text else 'text'!r} is empty")
-                rows.append((row["text"], label))
+                for column in ("text", "label"):
+                    if not (row[column] or "").strip():
+                        raise ValueError(f"{where}: line {reader.line_num}: the column {column!r} is empty")
+                rows.append((row["text"], row["label"].strip()))
     except FileNotFoundError as error:
-        raise ValueError(f"--train {path}: no such file") from error
+        raise ValueError(f"{where}: no such file") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"--train {path}: not a UTF-8 CSV file: {error}") from error
-    return _corpus(rows, where=f"--train {path}")
+        raise ValueError(f"{where}: not a UTF-8 CSV file: {error}") from error
+    return _corpus(rows, where=where)
 
 
-def _corpus(rows: list[tuple[str, str]], *, where: str) -> Corpus:
+def _corpus(rows: Sequence[tuple[str, str]], *, where: str) -> Corpus:
     """Keep each text once, with its first label: copies (BBC News has a hundred) could be on both sides of a split."""
     kept: dict[str, tuple[str, str]] = {}
     for text, label in rows:
         kept.setdefault(" ".join(text.split()), (text, label))
-    texts, names = [text for text, _ in kept.values()], [label for _, label in kept.values()]
-    classes = sorted(set(names))
+    classes = sorted({label for _, label in kept.values()})
     if len(classes) < 2:
         raise ValueError(f"{where}: {len(kept)} different texts with {len(classes)} label(s) {classes}; at least two labels are needed")
-    return Corpus(texts=texts, labels=[classes.index(name) for name in names], classes=classes)
+    return Corpus(texts=[text for text, _ in kept.values()], labels=[classes.index(label) for _, label in kept.values()], classes=classes)
 
 
 def package_dir(name: str) -> Path:

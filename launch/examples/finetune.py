@@ -11,25 +11,27 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from installed packages or the user's disk
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from common import bar, one_line_errors, parser_of, read_config, whole
+from common import one_line_errors, parser_of, read_config, whole
 from data import bbc_news, package_dir, read_csv
 from sklearn.model_selection import train_test_split
-from table import StepLog, optimizer_bytes, table
+from table import StepLog, gathered_bytes, optimizer_bytes, table
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
-from transformers.utils import logging as hf_logging
 
 import smartfrz_ds
 from smartfrz_ds.bench.wire import CollectiveBytes
@@ -48,7 +50,6 @@ def read_model(directory: Path, classes: list[str], seed: int) -> tuple[torch.nn
     """Load the pretrained model with a new head for these classes, the same on every rank, and its tokenizer."""
     if not (directory / "config.json").is_file():
         raise ValueError(f"--model {directory}: no config.json there; a directory written by save_pretrained is needed")
-    hf_logging.disable_progress_bar()
     torch.manual_seed(seed)
     names = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
     model = AutoModelForSequenceClassification.from_pretrained(directory, **names, use_safetensors=True)
@@ -105,25 +106,21 @@ def main() -> None:
     stream = endless(loader)
     torch.manual_seed(args.seed + 1 + rank)  # every rank drops out on its own
     engine.train()
-    log, held = StepLog(counted), []
-    with bar(args.steps, rank=rank) as shown:
-        for _ in range(args.steps):
-            losses = []
-            with log.step():
-                for _ in range(engine.gradient_accumulation_steps()):
-                    loss = engine(**next(stream).to(engine.device)).loss
-                    engine.backward(loss)
-                    log.backward_done()
-                    engine.step()
-                    losses.append(loss.item())
-            log.series["loss"].append(sum(losses) / len(losses))
-            held = held or [optimizer_bytes(engine)]
-            shown.set_postfix({"loss": f"{losses[-1]:.3f}"}, refresh=False)
-            shown.update()
+    log = StepLog(range(1, args.steps + 1), getattr(engine, "smartfrz", None), memory=partial(optimizer_bytes, engine))
+    for _ in log.steps:
+        with log.step() as seen:
+            losses, gradients = [], 0
+            for _ in range(engine.gradient_accumulation_steps()):
+                counted.take()
+                loss = engine(**next(stream).to(engine.device)).loss
+                engine.backward(loss)
+                gradients += sum(counted.take().values())
+                engine.step()
+                losses.append(loss.item())
+            seen |= {"loss": fmean(losses), "gradient_bytes": gradients, "weight_bytes": gathered_bytes(counted)}
 
     held_out = DataLoader(test[rank::world], 32, collate_fn=pad)
-    scores = {"accuracy on held-out texts": accuracy(engine, held_out, len(test)), "held-out texts": len(test)}
-    result = log.result(getattr(engine, "smartfrz", None), optimizer_bytes=(*held, optimizer_bytes(engine)), scores=scores)
+    result = log.result(scores={"accuracy on held-out texts": accuracy(engine, held_out, len(test)), "held-out texts": len(test)})
     if rank == 0:
         engine.module.save_pretrained(args.out / "model")
         tokenizer.save_pretrained(args.out / "model")

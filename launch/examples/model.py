@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,24 +10,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 
+HEADS = 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The shape of the network.
-
-    Attributes:
-        vocabulary: Number of different tokens.
-        length: Tokens per sequence.
-        blocks: Number of blocks.
-        width: Width of the residual stream, a multiple of `heads`.
-        heads: Attention heads.
-    """
+    """The shape of the network."""
 
     vocabulary: int = 256
-    length: int = 64
+    length: int = 64  # tokens per sequence
     blocks: int = 6
-    width: int = 64
-    heads: int = 4
+    width: int = 64  # of the residual stream, a multiple of HEADS
 
 
 class Tokens(nn.Embedding):
@@ -48,9 +40,6 @@ class Positions(Tokens):
 class Head(nn.Linear):
     """Logits: (batch, length, width) to (batch, length, vocabulary)."""
 
-    def __init__(self, vocabulary: int, width: int) -> None:
-        super().__init__(width, vocabulary, bias=False)
-
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=0.02)
 
@@ -59,12 +48,12 @@ class Block(nn.Module):
     """Causal attention and a two-layer network, each behind a norm: (batch, length, width) to the same.
 
     Args:
-        blocks: of the whole model; the deeper it is, the smaller each block's contribution at the start (GPT-2).
+        width: Width of the residual stream.
+        blocks: Of the whole model; the deeper it is, the smaller each block's contribution at the start (GPT-2).
     """
 
-    def __init__(self, width: int, heads: int, blocks: int) -> None:
+    def __init__(self, width: int, blocks: int) -> None:
         super().__init__()
-        self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
@@ -74,16 +63,16 @@ class Block(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
 def entries(shape: Shape) -> list[tuple[type[nn.Module], tuple[int, ...]]]:
     """Return class and arguments of each of the blocks + 4 modules, in the order of the forward pass."""
-    size, block = (shape.vocabulary, shape.width), (shape.width, shape.heads, shape.blocks)
-    first = [(Tokens, size), (Positions, (shape.length, shape.width))]
-    return [*first, *[(Block, block)] * shape.blocks, (nn.LayerNorm, (shape.width,)), (Head, size)]
+    first = [(Tokens, (shape.vocabulary, shape.width)), (Positions, (shape.length, shape.width))]
+    blocks = [(Block, (shape.width, shape.blocks))] * shape.blocks
+    return [*first, *blocks, (nn.LayerNorm, (shape.width,)), (Head, (shape.width, shape.vocabulary, False))]  # False: no bias
 
 
 class Gpt(nn.Module):
@@ -118,17 +107,13 @@ class Gpt(nn.Module):
                 param.copy_(value)
 
 
-def pipeline_layers(shape: Shape, *, tied: bool) -> list[Any]:
-    """The same network as a list of blocks + 4 entries for DeepSpeed's PipelineModule. tied: the head uses the token embedding's weight."""
-    from deepspeed.pipe import LayerSpec, TiedLayerSpec
+def pipeline_layers(shape: Shape) -> list[Any]:
+    """Return the same network as a list of blocks + 4 entries for DeepSpeed's PipelineModule."""
+    from deepspeed.pipe import LayerSpec
 
-    specs = [LayerSpec(kind, *args) for kind, args in entries(shape)]
-    if tied:
-        one = partial(TiedLayerSpec, "tokens", Tokens, shape.vocabulary, shape.width, tied_weight_attr="weight")
-        specs[0], specs[-1] = one(), one(forward_fn=lambda tokens, x: F.linear(x, tokens.weight))
-    return specs
+    return [LayerSpec(kind, *args) for kind, args in entries(shape)]
 
 
 def loss_of(output: Tensor, y: Tensor) -> Tensor:
-    """Mean loss of the next token; output: (batch, length, vocabulary), y: (batch, length) int64."""
+    """Return the mean loss of the next token; output: (batch, length, vocabulary), y: (batch, length) int64."""
     return F.cross_entropy(output.flatten(0, 1).float(), y.flatten())

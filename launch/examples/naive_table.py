@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from data import as_tokens, read_texts, windows
 from model import Gpt, Shape, loss_of
-from table import optimizer_bytes
+from table import gathered_bytes, optimizer_bytes
 
 import smartfrz_ds
 from smartfrz_ds.bench.wire import CollectiveBytes
@@ -54,8 +54,7 @@ def line(stage: int, dtype: str, way: str, counted: CollectiveBytes) -> str:
             engine.backward(loss_of(engine(x.to(engine.device)), y.to(engine.device)))
             reduced = sum(counted.take().values())
             engine.step()
-            gathered = sum(size for name, size in counted.take().items() if name.startswith("all_gather"))
-        return optimizer_bytes(engine), reduced, gathered
+        return optimizer_bytes(engine), reduced, gathered_bytes(counted)
 
     before = train(range(1, STEPS // 2 + 1))
     if way == "smartfrz_ds":

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from common import bar, gpt_parser, one_line_errors, parse, whole
+from common import gpt_parser, one_line_errors, whole
 from data import as_tokens, read_texts, windows
 from model import Gpt, Shape, loss_of
 from table import StepLog, table
@@ -32,8 +32,8 @@ import smartfrz_ds
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    defaults = {"policy": "attention", "steps": 600, "lr": 3e-3}
-    parser = gpt_parser(__doc__, blocks=6, width=64, out=Path("runs/fsdp"), deepspeed=False, **defaults)
+    defaults = {"policy": "attention", "steps": 600, "lr": 3e-3, "out": Path("runs/fsdp")}
+    parser = gpt_parser(__doc__, blocks=6, width=64, deepspeed=False, **defaults)
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--ddp", action="store_true", help="DistributedDataParallel instead of FSDP2")
     way.add_argument("--fsdp1", action="store_true", help="FullyShardedDataParallel instead of FSDP2")
@@ -42,35 +42,34 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save-every", type=whole(1), default=200, help="steps from one checkpoint to the next (default: 200)")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out, where there is one")
     parser.add_argument("--timeout", type=float, default=600, help="seconds after which a rank that waits for another gives up (600)")
-    return parse(parser, argv)
+    return parser.parse_args(argv)
 
 
 def build(args: argparse.Namespace, device: torch.device) -> nn.Module:
-    """The wrapped model: a unit for the embeddings and one for each block, so that each can freeze as a whole; the root has the head."""
-    shape = Shape(length=args.length, blocks=args.blocks, width=args.width, heads=args.heads)
-    if not (args.ddp or args.fsdp1):
-        with torch.device("meta"):  # no rank ever holds the whole model
-            model = Gpt(shape)
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if args.bf16 else MixedPrecisionPolicy()
-        for module in (model.embeddings, *model.blocks, model):
-            fully_shard(module, mp_policy=policy)
-        model.to_empty(device=device)
+    """Return the wrapped model: a unit for the embeddings and one for each block, each of which can freeze; the root has the head."""
+    with torch.device(device if args.ddp or args.fsdp1 else "meta"):  # under FSDP2 no rank ever holds the whole model
+        model = Gpt(Shape(length=args.length, blocks=args.blocks, width=args.width))
+    if args.ddp or args.fsdp1:
         model.load_initial_weights(args.seed)
-        return model
-    model = Gpt(shape).to(device)
-    model.load_initial_weights(args.seed)
     if args.ddp:
         return DistributedDataParallel(model)
-    units = {"use_orig_params": True, "device_id": device}
-    model.embeddings = FullyShardedDataParallel(model.embeddings, **units)  # type: ignore[assignment]
-    for i, block in enumerate(model.blocks):
-        model.blocks[i] = FullyShardedDataParallel(block, **units)
-    return FullyShardedDataParallel(model, **units)
+    if args.fsdp1:
+        units = {"use_orig_params": True, "device_id": device}
+        model.embeddings = FullyShardedDataParallel(model.embeddings, **units)  # type: ignore[assignment]
+        for i, block in enumerate(model.blocks):
+            model.blocks[i] = FullyShardedDataParallel(block, **units)
+        return FullyShardedDataParallel(model, **units)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if args.bf16 else MixedPrecisionPolicy()
+    for module in (model.embeddings, *model.blocks, model):
+        fully_shard(module, mp_policy=policy)
+    model.to_empty(device=device)
+    model.load_initial_weights(args.seed)
+    return model
 
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, tokens: Tensor, args: argparse.Namespace, device: torch.device) -> float:
-    """Nats a byte, over 16 batches a rank; the mean of the ranks. Collective."""
+    """Return nats a byte, over 16 batches a rank; the mean of the ranks. Collective."""
     model.eval()
     total = torch.zeros((), device=device)
     for i in range(16):
@@ -81,22 +80,16 @@ def held_out_loss(model: nn.Module, tokens: Tensor, args: argparse.Namespace, de
     return total.item() / dist.get_world_size()
 
 
-# --- checkpoints ----------------------------------------------------------------------------------------------------------------
-
-
-def save(where: Path, model: nn.Module, optimizer: Any, scheduler: Any, controller: smartfrz_ds.TorchController) -> None:
-    """The freeze state first: torch writes `.metadata`, by which a checkpoint counts as whole, at its end."""
-    controller.save(where)
+def state_of(model: nn.Module, optimizer: Any, scheduler: Any) -> dict[str, Any]:
     weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments, "scheduler": scheduler.state_dict()}, checkpoint_id=where)
+    return {"model": weights, "optimizer": moments, "scheduler": scheduler.state_dict()}
 
 
 def load(where: Path, model: nn.Module, optimizer: Any, scheduler: Any, controller: smartfrz_ds.TorchController) -> None:
     controller.restore(where)  # first: the optimizer must hold what the checkpoint's holds
-    weights, moments = get_state_dict(model, optimizer)
-    state = {"model": weights, "optimizer": moments, "scheduler": scheduler.state_dict()}
+    state = state_of(model, optimizer, scheduler)
     dcp.load(state, checkpoint_id=where)
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
 
 
@@ -113,9 +106,6 @@ def newest(args: argparse.Namespace) -> Path | None:
     if found and not (args.resume or again):
         raise ValueError(f"--out {args.out} holds a run that got to step {found[-1][0]}: give --resume to continue it, or another --out")
     return found[-1][1] if found else None
-
-
-# --- the run --------------------------------------------------------------------------------------------------------------------
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
@@ -143,27 +133,23 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         load(resumed, model, optimizer, scheduler, controller)
         if rank == 0:
             print(f"continuing after step {controller.step}, frozen: {', '.join(controller.frozen) or 'nothing'}")
-    last, held = min(args.steps, args.stop_after or args.steps), controller.report().optimizer_bytes
-    log, shown = StepLog(first_step=controller.step + 1), bar(args.steps, done=controller.step, rank=rank)
-    while controller.step < last:
-        with log.step():
-            x, y = windows(tokens, rows=args.batch_size, length=args.length, draw=(1, controller.step, rank))
+    last = min(args.steps, args.stop_after or args.steps)
+    log = StepLog(range(controller.step + 1, last + 1), controller, memory=lambda: controller.report().optimizer_bytes)
+    for step in log.steps:
+        with log.step() as seen:
+            x, y = windows(tokens, rows=args.batch_size, length=args.length, draw=(1, step, rank))
             loss = loss_of(model(x.to(device)), y.to(device))
             with smartfrz_ds.explained(controller, "backward"):  # in the forward and in its step the controller sees to it itself
                 loss.backward()
-            controller.observe(loss=loss.item())  # for the log, and for a guard
+            seen["loss"] = loss.item()
+            controller.observe(loss=seen["loss"])  # for the log, and for a guard
             optimizer.step()  # the controller acts in here
             scheduler.step()
             optimizer.zero_grad()
-        log.series["loss"].append(loss.item())
-        held = held or controller.report().optimizer_bytes  # moments are made in the first step
-        shown.set_postfix({"loss": f"{loss.item():.3f}", "frozen": f"{len(controller.frozen)}/{len(controller.layers)}"}, refresh=False)
-        shown.update()
-        if controller.step % args.save_every == 0 or controller.step == last:
-            save(args.out / f"step-{controller.step}", model, optimizer, scheduler, controller)
-    shown.close()
-    scores = {"held-out loss (nats a byte)": held_out_loss(model, held_out, args, device)}
-    result = log.result(controller, optimizer_bytes=(held, controller.report().optimizer_bytes), scores=scores)
+        if step % args.save_every == 0 or step == last:
+            controller.save(args.out / f"step-{step}")  # first: torch's `.metadata`, by which a checkpoint counts as whole, comes last
+            dcp.save(state_of(model, optimizer, scheduler), checkpoint_id=args.out / f"step-{step}")
+    result = log.result(scores={"held-out loss (nats a byte)": held_out_loss(model, held_out, args, device)})
     if rank == 0:
         result.save(args.out / "results.json")
         print(f"\nmodel held by {controller.backend.name}\n{table([result])}\n\nresults, events and checkpoints: {args.out}")

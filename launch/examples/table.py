@@ -15,6 +15,8 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from tqdm import tqdm
 
 from smartfrz_ds.backends.memory import storage_bytes
 from smartfrz_ds.bench.wire import CollectiveBytes
@@ -22,40 +24,24 @@ from smartfrz_ds.bench.wire import CollectiveBytes
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One run, or the part of it after a resume, as rank 0 sees it.
+    """One run, or the part of it after a resume, as rank 0 sees it."""
 
-    Attributes:
-        policy: Name of the policy; "none" without freezing.
-        layers: Number of layers that can freeze.
-        scores: Final scores by name.
-        first_step: The first step of this process.
-        tokens: Tokens per step, 0 where this has no meaning.
-        series: One value per step: `seconds`, `loss`, and if they are counted the bytes of gradients passed to reductions
-            (`gradient_bytes`) and of weights gathered after the update (`weight_bytes`).
-        optimizer_bytes: Live optimizer tensors, master weights included, after the first step and at the end.
-        changed: Steps at whose end layers froze, thawed or moved.
-        frozen: (layer, step) in the order of freezing.
-        moves: (step, bounds of the pipeline's stages, predicted gain).
-        plugin_seconds: Seconds in the plugin's hooks, without freezes.
-        pause_seconds: Seconds in freezes.
-        saved_flops_fraction: Fraction of the run's training FLOPs that freezing saved, in [0, 1].
-        stages: For each rank of a pipeline its stage, the stage's entries at the start and at the end, frozen ones, optimizer bytes.
-    """
-
-    policy: str = "none"
-    layers: int = 0
-    scores: dict[str, float]
-    first_step: int = 1
-    tokens: int = 0
-    series: dict[str, list[float]]
-    optimizer_bytes: tuple[float, float]
-    changed: list[int] = field(default_factory=list)
-    frozen: list[tuple[str, int]] = field(default_factory=list)
-    moves: list[tuple[int, list[int], float]] = field(default_factory=list)
-    plugin_seconds: float = 0.0
-    pause_seconds: float = 0.0
-    saved_flops_fraction: float = 0.0
-    stages: list[dict[str, Any]] = field(default_factory=list)
+    policy: str = "none"  # "none" without freezing
+    layers: int = 0  # that can freeze
+    scores: dict[str, float]  # at the end, by name
+    first_step: int = 1  # of this process
+    tokens: int = 0  # per step, 0 where this has no meaning
+    series: dict[
+        str, list[float]
+    ]  # one value a step: seconds, loss; if counted, gradient_bytes (reduced), weight_bytes (gathered after it)
+    optimizer_bytes: tuple[float, float]  # live optimizer tensors, master weights included, after the first step and at the end
+    changed: list[int] = field(default_factory=list)  # steps at whose end layers froze, thawed or moved
+    frozen: list[tuple[str, int]] = field(default_factory=list)  # (layer, step) in the order of freezing
+    moves: list[tuple[int, list[int], float]] = field(default_factory=list)  # (step, bounds of the pipeline's stages, predicted gain)
+    plugin_seconds: float = 0.0  # in the plugin's hooks, without freezes
+    pause_seconds: float = 0.0  # in freezes
+    saved_flops_fraction: float = 0.0  # of the run's training FLOPs, in [0, 1]
+    stages: list[dict[str, Any]] = field(default_factory=list)  # for each rank of a pipeline its stage, entries, frozen ones, bytes
 
     @property
     def steps(self) -> int:
@@ -87,43 +73,48 @@ class Result:
 
 
 class StepLog:
-    """Measures a run step by step, on each rank for itself.
+    """Measures a run step by step, on each rank for itself, and shows its progress on rank 0.
 
     Args:
-        counted: the bytes that this rank hands to torch.distributed; None: not counted.
-        first_step: Number of the first step.
+        steps: The steps of this process, the first of a run being 1.
+        controller: None without freezing.
+        memory: Returns the live bytes of the optimizer.
+
+    Raises:
+        ValueError: There is no step to do.
     """
 
-    def __init__(self, counted: CollectiveBytes | None = None, *, first_step: int = 1) -> None:
-        self.series: dict[str, list[float]] = defaultdict(list)
-        self._counted, self._gradients, self._first = counted, 0, first_step
+    def __init__(self, steps: range, controller: Any, *, memory: Callable[[], int]) -> None:
+        if not steps:
+            raise ValueError(f"nothing to do: {steps.start - 1} steps are done, and --steps or --stop-after ask for {steps.stop - 1}")
+        self.steps, self.series = steps, defaultdict[str, list[float]](list)
+        self._controller, self._memory, self._held = controller, memory, 0
+        redrawn = 0.5 if sys.stderr.isatty() else 15.0  # seconds; rarely, if the output is a file
+        self._bar = tqdm(total=steps.stop - 1, initial=steps.start - 1, disable=dist.get_rank() != 0, unit="step", mininterval=redrawn)
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """Measure a step, which is the block: its seconds, and the bytes of weights gathered since `backward_done`."""
-        start, self._gradients = time.perf_counter(), 0
-        if self._counted is not None:
-            self._counted.take()
-        yield
-        self.series["seconds"].append(time.perf_counter() - start)
-        if self._counted is not None:
-            self.series["gradient_bytes"].append(self._gradients)
-            self.series["weight_bytes"].append(sum(n for name, n in self._counted.take().items() if name.startswith("all_gather")))
+    def step(self) -> Iterator[dict[str, float]]:
+        """Measure a step, which is the block; it puts the loss and other values of this step into the yielded dict."""
+        start, values = time.perf_counter(), dict[str, float]()
+        yield values
+        for name, value in {"seconds": time.perf_counter() - start, **values}.items():
+            self.series[name].append(value)
+        if len(self.series["seconds"]) == 1:  # moments are made in the first step
+            self._held = self._memory()
+        frozen = "off" if self._controller is None else f"{len(self._controller.frozen)}/{len(self._controller.layers)}"
+        self._bar.set_postfix({"loss": f"{values['loss']:.3f}", "frozen": frozen}, refresh=False)
+        self._bar.update()
 
-    def backward_done(self) -> None:
-        """Note the end of a backward: the bytes sent since the step began are gradients."""
-        assert self._counted is not None
-        self._gradients += sum(self._counted.take().values())
-
-    def result(self, controller: Any, **more: Any) -> Result:
-        """Return the run's result; controller: None without freezing; more: all other fields of `Result`."""
-        more |= {"series": dict(self.series), "first_step": self._first}
-        if controller is None:
+    def result(self, **more: Any) -> Result:
+        """End the progress bar, and return the run's result; more: the fields of `Result` that are not measured here."""
+        self._bar.close()
+        more |= {"series": dict(self.series), "first_step": self.steps.start, "optimizer_bytes": (self._held, self._memory())}
+        if self._controller is None:
             return Result(**more)
-        report = controller.report()
+        report = self._controller.report()
         changes = [event for event in report.events if event.kind in ("freeze", "thaw", "rebalance")]
         return Result(
-            policy=controller.config.policy,
+            policy=self._controller.config.policy,
             layers=len(report.layers),
             changed=sorted({event.step for event in changes}),
             frozen=[(name, event.step) for event in changes if event.kind == "freeze" for name in event.layers],
@@ -143,6 +134,11 @@ def optimizer_bytes(engine: Any) -> int:
     return storage_bytes(tensors)
 
 
+def gathered_bytes(counted: CollectiveBytes) -> int:
+    """Bytes of weights that this rank gathered since the last `take`."""
+    return sum(size for name, size in counted.take().items() if name.startswith("all_gather"))
+
+
 def sizes(bounds: Iterable[int]) -> str:
     """How many layers each stage of a pipeline holds: 3+2+3."""
     return "+".join(str(b - a) for a, b in pairwise(bounds))
@@ -150,46 +146,45 @@ def sizes(bounds: Iterable[int]) -> str:
 
 def table(results: Sequence[Result]) -> str:
     """The results as text, one column a run. A cell `a -> b` is before the first freeze -> after the last."""
-    rows: dict[str, list[str]] = {"policy": [r.policy for r in results]}
-    rows |= {name: [f"{r.scores[name]:.4g}" if name in r.scores else "-" for r in results] for name in results[0].scores}
-    rows |= {
-        "training loss, last 20 steps": [f"{fmean(r.series['loss'][-20:]):.4f}" for r in results],
-        "frozen": ["freezing is off" if r.policy == "none" else _how_many(r) for r in results],
-        "time per step, median": [_pair(r, "seconds", lambda s: f"{s * 1e3:.0f} ms") for r in results],
-        "  steps behind that median": [" -> ".join(str(len(part)) for part in r.usual("seconds") if part) for r in results],
-        "tokens per second": [_pair(r, "seconds", lambda s, r=r: f"{r.tokens / s:,.0f}") if r.tokens else "" for r in results],
-        "whole training": [f"{sum(r.series['seconds']):.1f} s" for r in results],
-        "optimizer memory, this rank": [" -> ".join(map(_size, r.optimizer_bytes[: 1 + bool(r.frozen)])) for r in results],
-        "gradients reduced per step": [_pair(r, "gradient_bytes", _size) for r in results],
-        "weights gathered per step": [_pair(r, "weight_bytes", _size) for r in results],
-        "plugin's share of the time": [
-            "-" if r.policy == "none" else f"{r.plugin_seconds / sum(r.series['seconds']):.2%}" for r in results
-        ],
-        "pause for freezing, in all": [f"{r.pause_seconds:.2f} s" if r.frozen else "-" for r in results],
-        "arithmetic saved, whole run": [f"{r.saved_flops_fraction:.1%}" if r.frozen else "-" for r in results],
-    }
-    lines = _aligned([[name, *cells] for name, cells in rows.items() if any(cells)])
+    columns = [_cells(result) for result in results]
+    shown = [name for name in columns[0] if any(cells.get(name) for cells in columns)]
+    lines = _aligned([[name, *(cells.get(name, "-") for cells in columns)] for name in shown])
     lines.insert(1, "-" * len(lines[0]))
     for result in results:
         lines += ["", *_stages(result), *_story(result)]
     return "\n".join(line.rstrip() for line in lines)
 
 
+def _cells(result: Result) -> dict[str, str]:
+    seconds, freezing, froze = result.series["seconds"], result.policy != "none", len(result.frozen)
+
+    def usual(name: str, show: Callable[[float], str]) -> str:
+        return " -> ".join(show(median(part)) for part in result.usual(name) if part)
+
+    def size(number: float) -> str:
+        return f"{number / 1e6:.2f} MB"
+
+    return {
+        "policy": result.policy,
+        **{name: f"{score:.4g}" for name, score in result.scores.items()},
+        "training loss, last 20 steps": f"{fmean(result.series['loss'][-20:]):.4f}",
+        "frozen": (f"{froze} of {result.layers} layers" if froze else "nothing") if freezing else "freezing is off",
+        "time per step, median": usual("seconds", lambda s: f"{s * 1e3:.0f} ms"),
+        "  steps behind that median": " -> ".join(str(len(part)) for part in result.usual("seconds") if part),
+        "tokens per second": usual("seconds", lambda s: f"{result.tokens / s:,.0f}") if result.tokens else "",
+        "whole training": f"{sum(seconds):.1f} s",
+        "optimizer memory, this rank": " -> ".join(map(size, result.optimizer_bytes[: 2 if froze else 1])),
+        "gradients reduced per step": usual("gradient_bytes", size),
+        "weights gathered per step": usual("weight_bytes", size),
+        "plugin's share of the time": f"{result.plugin_seconds / sum(seconds):.2%}" if freezing else "-",
+        "pause for freezing, in all": f"{result.pause_seconds:.2f} s" if froze else "-",
+        "arithmetic saved, whole run": f"{result.saved_flops_fraction:.1%}" if froze else "-",
+    }
+
+
 def _aligned(rows: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-
-
-def _pair(result: Result, name: str, show: Callable[[float], str]) -> str:
-    return " -> ".join(show(median(part)) for part in result.usual(name) if part)
-
-
-def _size(number: float) -> str:
-    return f"{number / 1e6:.2f} MB"
-
-
-def _how_many(result: Result) -> str:
-    return f"{len(result.frozen)} of {result.layers} layers" if result.frozen else "nothing"
 
 
 def _stages(result: Result) -> list[str]:
@@ -207,13 +202,12 @@ def _story(result: Result) -> list[str]:
         return ["none: the same training without freezing."]
     if not result.frozen:
         return [f"{result.policy}: froze nothing in {result.steps} steps, so every number above is that of an ordinary run."]
-    happened: dict[int, list[str]] = defaultdict(list)
-    for name, step in result.frozen:
-        happened[step].append(name)
-    lines = {step: ", ".join(names) for step, names in happened.items()}
-    for step, bounds, gain in result.moves:
-        lines[step] = "; ".join([*filter(None, [lines.get(step)]), f"stages of {sizes(bounds)} layers, {gain:.2f}x predicted"])
-    return [f"{result.policy}, {result.steps} steps:", *(f"  step {step:>5}: {lines[step]}" for step in sorted(lines))]
+    lines = [f"{result.policy}, {result.steps} steps:"]
+    for step in sorted({step for _, step in result.frozen} | {step for step, *_ in result.moves}):
+        names = ", ".join(name for name, at in result.frozen if at == step)
+        moved = [f"stages of {sizes(bounds)} layers, {gain:.2f}x predicted" for at, bounds, gain in result.moves if at == step]
+        lines.append(f"  step {step:>5}: {'; '.join(filter(None, [names, *moved]))}")
+    return lines
 
 
 if __name__ == "__main__":

@@ -2,9 +2,8 @@
 
     deepspeed --num_accelerators 2 launch/examples/train.py --deepspeed_config configs/zero1.json --policy linear
 
-It needs no data but Python's, and does what a script for many nodes should do: a time limit for every collective (`--timeout`), and with
-`--out DIR` a checkpoint every `--save-every` steps, from which it continues when it is started again. The last line has a digest of the
-weights, the same under every launcher with the same number of ranks. docs/launching.md has the commands.
+does what a script for many nodes should do: a time limit for every collective (`--timeout`), and with `--out DIR` a checkpoint every
+`--save-every` steps, from which it continues when it is started again. The last line has a digest of the weights.
 """
 
 from __future__ import annotations

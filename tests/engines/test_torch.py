@@ -302,7 +302,7 @@ def test_hybrid_sharding(tmp_path: Path) -> None:
 
 def pretrain(out: Path, *options: str, env: dict[str, str] | None = None, launcher: tuple[str, ...] = ()) -> Any:
     """results.json of launch/examples/pretrain_fsdp.py under torchrun, on two ranks."""
-    small = ["--blocks", "3", "--width", "16", "--heads", "2", "--length", "16", "--batch-size", "2", "--steps", "40", "--policy", "linear"]
+    small = ["--blocks", "3", "--width", "16", "--length", "16", "--batch-size", "2", "--steps", "40", "--policy", "linear"]
     command = [
         sys.executable,
         "-m",

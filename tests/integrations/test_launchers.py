@@ -100,7 +100,7 @@ def test_gpu_check_on_cpus(check: tuple[str, ...], tmp_path: Path) -> None:
     assert (tmp_path / "table").read_text().count("|") == 3
 
 
-@pytest.mark.parametrize("script", ["slurm.sbatch", "mpirun.sh", "torchrun.sh", "deepspeed.sh", "gpu_check.sh"])
+@pytest.mark.parametrize("script", ["slurm.sbatch", "mpirun.sh", "torchrun.sh", "deepspeed.sh", "_starter.sh", "gpu_check.sh"])
 def test_shell_scripts_pass_the_linter(script: str) -> None:
     done = run([str(BIN / "shellcheck"), f"launch/{script}"])
     assert done.returncode == 0, done.stdout

@@ -16,7 +16,7 @@ from reference.bounds import rounding
 
 sys.path.insert(0, str(ROOT / "launch" / "examples"))  # the scripts there import each other in this way too
 
-from data import as_bytes, as_tokens, load_bpe, read_texts, train_bpe, windows
+from data import as_tokens, load_bpe, read_texts, train_bpe, windows
 from model import Gpt, Shape, loss_of, pipeline_layers
 from pretrain_pipeline import arguments, settings
 
@@ -54,7 +54,7 @@ def test_a_folder_without_text_is_named(tmp_path: Path) -> None:
 
 def test_bytes_and_bpe_give_the_text_back(tmp_path: Path) -> None:
     texts = read_texts(folder_of_texts(tmp_path / "texts")).train
-    assert bytes(as_bytes(texts[1])).decode() == texts[1]
+    assert bytes(as_tokens(texts[1:]).tolist()).decode() == texts[1] + "\n\n"
     train_bpe(texts, 300, tmp_path / "tokenizer.json")
     encode, vocabulary = load_bpe(tmp_path / "tokenizer.json")
     assert 256 < vocabulary <= 300 and len(encode(texts[0])) < len(texts[0]) / 2
@@ -76,8 +76,8 @@ def test_windows_are_drawn_alike_for_the_same_step_and_show_the_next_token() -> 
 
 
 def test_the_list_of_layers_is_a_causal_language_model() -> None:
-    shape = Shape(vocabulary=50, length=12, blocks=3, width=16, heads=4)
-    specs = pipeline_layers(shape, tied=False)
+    shape = Shape(vocabulary=50, length=12, blocks=3, width=16)
+    specs = pipeline_layers(shape)
     torch.manual_seed(0)
     net = torch.nn.Sequential(*(spec.build() for spec in specs))
     x = torch.randint(50, (2, 12))
@@ -87,8 +87,7 @@ def test_the_list_of_layers_is_a_causal_language_model() -> None:
     moved = (net(x).detach() - before).abs().amax((0, 2))  # of each position
     off = rounding(3 * (4 * 16 + 12), float(before.abs().max()))  # three blocks, each a hidden layer of 4 x 16 and 12 positions
     assert moved[:8].max() <= off and moved[8:].min() > 3 * off
-    tied = pipeline_layers(shape, tied=True)
-    assert len(tied) == len(specs) == 7 and tied[0].key == tied[-1].key == "tokens"
+    assert len(specs) == 7
     whole = Gpt(shape)  # the same network as one module
     whole.load_state_dict(dict(zip(whole.state_dict(), net.state_dict().values(), strict=True)))
     assert torch.equal(whole(x), net(x))
@@ -97,7 +96,7 @@ def test_the_list_of_layers_is_a_causal_language_model() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--width", "10"], "--width 10 --heads 4"),
+        (["--width", "10"], "--width: got 10; allowed: a whole number of at least 4, a multiple of 4"),
         (["--steps", "0"], "--steps: got 0; allowed: a whole number of at least 1"),
         (["--micro-batches", "-1"], "--micro-batches: got -1"),
         (["--tokenizer", "bpe", "--vocabulary", "256"], "--vocabulary: got 256; allowed: a whole number of at least 257"),
@@ -107,7 +106,6 @@ def test_the_list_of_layers_is_a_causal_language_model() -> None:
             ["--deepspeed_config", str(ROOT / "configs" / "zero2.json")],
             "zero_optimization.stage: got 2; allowed in this script: 0, 1",
         ),
-        (["--policy", "none", "--rebalance", "off"], "--rebalance and --policy none"),
     ],
 )
 def test_wrong_options_are_named(options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,11 +120,10 @@ def test_wrong_options_are_named(options: list[str], words: str, capsys: pytest.
 
 
 def test_options_go_over_the_file() -> None:
-    config = settings(arguments(["--steps", "50", "--lr", "0.5", "--policy", "linear", "--rebalance", "off", "--recompute", "2"]))
+    config = settings(arguments(["--steps", "50", "--lr", "0.5", "--policy", "linear", "--micro-batches", "2"]))
     assert config["scheduler"]["params"]["total_num_steps"] == 50 and config["scheduler"]["params"]["warmup_num_steps"] == 5
     assert config["optimizer"]["params"]["lr"] == config["scheduler"]["params"]["warmup_max_lr"] == 0.5
-    assert config["smartfrz"]["policy"] == "linear" and config["smartfrz"]["pipeline"]["rebalance"] == "off"
-    assert config["pipeline"] == {"use_reentrant": False, "activation_checkpoint_interval": 2}
+    assert config["smartfrz"]["policy"] == "linear" and config["gradient_accumulation_steps"] == 2
     assert "smartfrz" not in settings(arguments(["--policy", "none"]))
 
 
@@ -144,11 +141,12 @@ def test_help_comes_at_once_and_a_start_without_the_launcher_says_how() -> None:
 # --- on real stages --------------------------------------------------------------------------------------------------------------
 
 
-def config_file(folder: Path, **smartfrz: Any) -> Path:
+def config_file(folder: Path, *, recompute: int = 0) -> Path:
     """configs/pipeline.json with a linear policy that freezes from step 4 to step 10."""
     config = json.loads((ROOT / "configs" / "pipeline.json").read_text())
     config["smartfrz"] |= {"policy": "linear", "warmup_steps": 2, "snapshot_interval": 1, "freeze_interval": 2, "cooldown": 0}
-    config["smartfrz"] |= {"linear": {"start_step": 4, "end_step": 10}, "max_frozen_fraction": 0.75, **smartfrz}
+    config["pipeline"]["activation_checkpoint_interval"] = recompute
+    config["smartfrz"] |= {"linear": {"start_step": 4, "end_step": 10}, "max_frozen_fraction": 0.75}
     file = folder / "ds.json"
     file.write_text(json.dumps(config))
     return file
@@ -167,9 +165,9 @@ def bounds(got: dict[str, Any], when: str) -> list[int]:
 def test_two_stages_train_freeze_and_tell(tmp_path: Path) -> None:
     """A folder of texts, BPE, recomputation; 16 steps of two stages."""
     texts, out = folder_of_texts(tmp_path / "texts"), tmp_path / "out"
-    options = [*TINY, "--data", str(texts), "--tokenizer", "bpe", "--vocabulary", "300", "--recompute", "1", "--steps", "16"]
+    options = [*TINY, "--data", str(texts), "--tokenizer", "bpe", "--vocabulary", "300", "--steps", "16"]
     options += ["--validate-every", "8", "--save-every", "16"]
-    run = launch(SCRIPT, *options, "--deepspeed_config", str(config_file(tmp_path)), "--out", str(out), timeout=120)
+    run = launch(SCRIPT, *options, "--deepspeed_config", str(config_file(tmp_path, recompute=1)), "--out", str(out), timeout=120)
     got = read(out)
     assert [name for name, _ in got["frozen"]] == ["embeddings", *(f"layers.{i}" for i in range(2, 7))] and got["layers"] == 8
     assert bounds(got, "start") == [0, 5, 10] and bounds(got, "end") == (got["moves"][-1][1] if got["moves"] else [0, 5, 10])
