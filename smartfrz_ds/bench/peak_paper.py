@@ -48,7 +48,7 @@ def need_of(layers: Sequence[Sequence[Parameter]], frozen: int, ranks: int, *, s
     staying = [p for layer in layers[frozen:] for p in layer]
     world = 1 if sharded else ranks
     old, new = (FlatLayout(tuple(params), world, 1 if sharded else 2 * ranks) for params in ([*leaving, *staying], staying))
-    moves, arrangement = GroupMoves.plan(old, new, leaving, rank=0, group=None), arrangement_of(old, new, leaving)
+    moves, arrangement = GroupMoves.plan(old, new, leaving, rank=0, group=None, keep=False), arrangement_of(old, new, leaving)
     needs = [
         with_staging(
             [TensorBytes(old.partition_size * size, new.partition_size * size, waiting * size) for size in STATE],
@@ -57,7 +57,7 @@ def need_of(layers: Sequence[Sequence[Parameter]], frozen: int, ranks: int, *, s
             on_host=False,
             device=DEVICE,
         )
-        for waiting in set(moves.kept.sizes)
+        for waiting in {moves.waiting_elements(rank) for rank in range(world)}
     ]
     return MemoryNeed(device=max(n.device for n in needs), host=max(n.host for n in needs))
 

@@ -26,7 +26,8 @@ _OWN = (
     "torch.optim",
     "torch.distributed.fsdp._fully_shard",
 )
-# The way back to the whole engine; clocks; what is looked up once, when it is first needed; a hook that stays once it is there.
+# The way back to the whole engine; clocks; what is looked up once, when it is first needed; a plan that is compared before its use; a hook
+# that stays once it is there.
 _SKIPPED = {
     "engine",
     "module",
@@ -34,6 +35,7 @@ _SKIPPED = {
     "timers",
     "_handles",
     "_whole_of",
+    "_planned",
     "_hooked",
     "_optimizer_step_pre_hooks",
     "_optimizer_step_post_hooks",

@@ -45,7 +45,13 @@ def test_blocks_are_sorted(order: list[int], data: st.DataObject, limit: int) ->
 def test_a_frozen_prefix_costs_one_rotation() -> None:
     assert sorting([2, 0, 1], [40, 30, 30], 8) == rotation(0, 40, 60, 8)
     assert sorting([0, 1, 2], [5, 5, 5], 8) == []
-    assert moved([Swap(0, 5, 5), Shift(0, 2, 3)]) == 3 * 5 + 2 * 5
+    assert moved([Swap(0, 5, 5), Shift(0, 2, 3)]) == 3 * 5 + (2 * 2 + 3)
+    assert moved([Shift(0, 2, 300)]) == 2 * 2 + 2 * 300
+
+
+def test_a_shift_by_a_large_distance_stages_no_pieces() -> None:
+    assert Permutation(torch.zeros(100), [Shift(0, 30, 70)], 50)._sizes == (30, 0)
+    assert Permutation(torch.zeros(100), [Shift(0, 1, 99)], 50)._sizes == (1, 50)
 
 
 class Failing:

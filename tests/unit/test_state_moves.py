@@ -62,10 +62,15 @@ def test_what_leaves_waits_and_the_rest_moves_up(room: int) -> None:
     assert torch.equal(holder.tensor, state())
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("fails", ["fill", "exchange", "install", "later"])
-def test_an_error_brings_the_tensor_back(room: int, fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_brings_the_tensor_back(room: int, fails: str, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a copy of what leaves waits, or the old tensor with all of its elements."""
     holder, tx = Holder(state()), transaction()
-    moves = GroupMoves.plan(ALL, REST, PARAMS[:2], rank=0, group=None)
+    if whole:
+        monkeypatch.setattr(state_moves, "WHOLE_FROM", 0.4)
+    moves = GroupMoves.plan(ALL, REST, PARAMS[:2], rank=0, group=None, keep=not whole)
+    assert moves.waiting_elements(0) == (ALL.numel if whole else 8)
     move = TensorMove(holder.tensor, moves, HostLink(), room)
     armed = [True]
 

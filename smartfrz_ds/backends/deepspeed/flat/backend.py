@@ -284,7 +284,7 @@ class FlatBackend(DeepSpeedBackend):
             self._rebuild(self.layouts, range(len(self.groups)))
 
     def memory_need(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool) -> MemoryNeed:
-        return flat_memory_need(self, freeze, thaw)
+        return flat_memory_need(self, freeze, thaw, keep=keep)
 
     def beyond_the_optimizer(self, tx: Transaction) -> int:
         """Carry out the parts of a change that concern neither state nor weights, within its transaction.

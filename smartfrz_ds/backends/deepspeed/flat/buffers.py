@@ -66,3 +66,13 @@ def set_flags(flags: Sequence[tuple[Parameter, Tensor | None, bool]]) -> None:
     for param, gradient, trains in flags:
         param.grad = gradient
         param.requires_grad_(trains)
+
+
+def clear_between(buffer: Tensor, held: Iterable[tuple[int, int]]) -> None:
+    """Write zeros into the elements of `buffer` that are in none of these (begin, elements), which are sorted."""
+    position = 0
+    for begin, numel in held:
+        if begin > position:
+            buffer[position:begin].zero_()
+        position = begin + numel
+    buffer[position:].zero_()

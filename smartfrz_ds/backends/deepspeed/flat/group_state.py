@@ -43,7 +43,7 @@ def move_group_state(
     master, waiting = backend.master(index), backend.kept_entries()
     entries = backend.base_optimizer().state.get(master, {})
     tensors = tensors_of(master, backend.base_optimizer())
-    moves = GroupMoves.plan(old, new, leaving, rank=backend.group_rank(index), group=backend.process_group(index))
+    moves = GroupMoves.plan(old, new, leaving, rank=backend.group_rank(index), group=backend.process_group(index), keep=keep)
     kept = Kept(moves.kept)
     kept.step = {p: backend.step_of(p, entries) for p in leaving}
     coming = [p for p in new.params if p not in old.offsets and p is not backend.placeholders.get(index)]

@@ -14,6 +14,7 @@ from smartfrz_ds.backends.memory import MemoryNeed
 from .group_state import tensors_of
 from .partition import STAGING_BYTES, PackedLayout
 from .permute import PIECE_BYTES
+from .state_moves import waiting_elements
 
 if TYPE_CHECKING:
     from .backend import FlatBackend
@@ -81,7 +82,7 @@ def with_staging(tensors: Sequence[TensorBytes], weights: int, grown: int, *, on
     return need + MemoryNeed.at(device, staging) + MemoryNeed(host=SMALL_BYTES if on_host else STAGING_BYTES + SMALL_BYTES)
 
 
-def flat_memory_need(backend: FlatBackend, freeze: Sequence[Parameter], thaw: Sequence[Parameter]) -> MemoryNeed:
+def flat_memory_need(backend: FlatBackend, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool) -> MemoryNeed:
     """Return the need as `Backend.memory_need` does, staging included."""
     tensors, grown = [], 0
     new, changed, plans = backend.plan_change((backend.frozen | set(freeze)) - set(thaw))
@@ -89,7 +90,7 @@ def flat_memory_need(backend: FlatBackend, freeze: Sequence[Parameter], thaw: Se
         old = backend.layouts[index]
         grown += 4 * max(0, new[index].numel - old.numel) if backend.makes_gradient_buffer else 0  # the old one goes first
         gone = [p for p in freeze if p in old.offsets]
-        waiting = PackedLayout.of(old, gone).sizes[backend.group_rank(index)]
+        waiting = waiting_elements(PackedLayout.of(old, gone), old, backend.group_rank(index), keep=keep)
         for tensor in tensors_of(backend.master(index), backend.base_optimizer()).values():
             size = tensor.element_size()
             tensors.append(TensorBytes(tensor.numel() * size, new[index].partition_size * size, waiting * size))

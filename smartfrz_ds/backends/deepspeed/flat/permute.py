@@ -15,6 +15,12 @@ from torch import Tensor
 PIECE_BYTES = 32 * 2**20
 """What a rearrangement stages at most, twice: a small block, and pieces of what is shifted."""
 
+HOST_PIECE_BYTES = 2**20
+"""Bytes of one piece on a host, at most."""
+
+DIRECT_PIECES = 64
+"""In how many pieces a shift is carried out without staging, at most."""
+
 
 @dataclass(frozen=True)
 class Swap:
@@ -121,7 +127,11 @@ def _size(runs: Sequence[Run]) -> int:
 
 def moved(operations: Sequence[Operation]) -> int:
     """Return how many elements the operations write, staging included."""
-    return sum(3 * op.numel if isinstance(op, Swap) else 2 * (op.left + op.right) for op in operations)
+    return sum(3 * op.numel if isinstance(op, Swap) else _shifted(*sorted((op.left, op.right))) for op in operations)
+
+
+def _shifted(small: int, large: int) -> int:
+    return 2 * small + (large if _slides_directly(large, small) else 2 * large)
 
 
 class Permutation:
@@ -138,7 +148,10 @@ class Permutation:
     def __init__(self, buffer: Tensor, operations: Sequence[Operation], limit: int) -> None:
         self._buffer, self._operations = buffer, list(operations)
         self._done = 0
-        self._staged = min(limit, max((max(_staged(op, limit)) for op in self._operations), default=0))
+        # On a host, small pieces stay in the cache; on a device, each copy is a launch.
+        piece = min(limit, HOST_PIECE_BYTES // buffer.element_size()) if buffer.device.type == "cpu" else limit
+        staged = [_staged(op, piece) for op in self._operations]
+        self._sizes = max((b for b, _ in staged), default=0), max((p for _, p in staged), default=0)
 
     def run(self) -> None:
         """Carry out the remaining operations."""
@@ -159,7 +172,7 @@ class Permutation:
 
     @contextmanager
     def _staging(self) -> Iterator[None]:
-        self._block, self._piece = (self._buffer.new_empty(self._staged) for _ in range(2))
+        self._block, self._piece = (self._buffer.new_empty(size) for size in self._sizes)
         try:
             yield
         finally:
@@ -172,7 +185,7 @@ class Permutation:
             self._shift(operation)
 
     def _swap(self, swap: Swap) -> None:
-        step, position = len(self._block), 0
+        step, position = len(self._piece), 0
         try:
             while position < swap.numel:
                 size = min(step, swap.numel - position)
@@ -186,7 +199,7 @@ class Permutation:
             raise
 
     def _exchange(self, first: int, second: int, size: int) -> None:
-        a, b, staged = self._buffer[first : first + size], self._buffer[second : second + size], self._block[:size]
+        a, b, staged = self._buffer[first : first + size], self._buffer[second : second + size], self._piece[:size]
         staged.copy_(a)
         overwritten = False
         try:
@@ -225,7 +238,7 @@ class Permutation:
         Returns:
             `numel`. After an error the elements are where they were.
         """
-        direct = abs(distance) >= len(self._piece)  # source and target of a piece don't overlap
+        direct = _slides_directly(numel, abs(distance))
         step = abs(distance) if direct else len(self._piece)
         positions = [(p, min(step, numel - p)) for p in range(0, numel, step)]
         if distance > 0:
@@ -248,9 +261,14 @@ class Permutation:
         self._buffer[target : target + size].copy_(values)
 
 
-def _staged(operation: Operation, limit: int) -> tuple[int, int]:
-    """Return the elements of the block that an operation sets aside, and of a piece that it stages."""
+def _staged(operation: Operation, piece: int) -> tuple[int, int]:
+    """Return the elements of the block that an operation sets aside, and of the pieces that it stages: at most `piece`."""
     if isinstance(operation, Swap):
-        return min(limit, operation.numel), 0
+        return 0, min(piece, operation.numel)
     small, large = sorted((operation.left, operation.right))
-    return small, 0 if small >= limit else min(limit, large)
+    return small, 0 if _slides_directly(large, small) else min(piece, large)
+
+
+def _slides_directly(numel: int, distance: int) -> bool:
+    """Whether elements slide by `distance` in pieces of that size, whose source and target don't overlap: not in too many pieces."""
+    return numel <= DIRECT_PIECES * distance

@@ -18,10 +18,14 @@ from torch.nn import Parameter
 
 from smartfrz_ds.backends.transaction import Transaction
 
+from .buffers import clear_between
 from .partition import STAGING_BYTES, Exchange, FlatLayout, Moves, PackedLayout, bytes_sent, plan_moves, reversed_moves
 
 HOST = "cpu"
 """The kind of device where what leaves can wait."""
+
+WHOLE_FROM = 0.75
+"""Share of an old tensor from which on all of it waits for the end of the change, not a copy of what leaves."""
 
 
 class HostLink:
@@ -56,6 +60,7 @@ class GroupMoves:
         leave: Moves from `old` to `kept`; on each rank alone.
         rank: This process's partition.
         group: The ranks that share the group.
+        keep: Whether the elements that leave are kept after the change.
     """
 
     old: FlatLayout
@@ -65,17 +70,44 @@ class GroupMoves:
     leave: Moves
     rank: int
     group: dist.ProcessGroup | None
+    keep: bool
 
     @classmethod
     def plan(
-        cls, old: FlatLayout, new: FlatLayout, leaving: Sequence[Parameter], *, rank: int, group: dist.ProcessGroup | None
+        cls,
+        old: FlatLayout,
+        new: FlatLayout,
+        leaving: Sequence[Parameter],
+        *,
+        rank: int,
+        group: dist.ProcessGroup | None,
+        keep: bool = True,
     ) -> GroupMoves:
-        """Plan the moves of a change after which the parameters `leaving` are gone. They wait in the order that they have in `old`."""
+        """Plan the moves of a change after which the parameters `leaving` are gone. They wait in the order that they have in `old`.
+
+        Args:
+            old: The layout before.
+            new: The layout afterwards.
+            leaving: The parameters that only `old` has.
+            rank: This process's partition.
+            group: The ranks that share the group.
+            keep: Whether the leaving elements are kept after the change, packed; False: they wait for its end, for an undo.
+        """
         gone = set(leaving)
         leaving = [p for p in old.params if p in gone]
         kept = PackedLayout.of(old, leaving)
         stay, leave = plan_moves(old, new, new.params), plan_moves(old, kept, leaving)
-        return cls(old, new, kept, stay, leave, rank, group)
+        return cls(old, new, kept, stay, leave, rank, group, keep)
+
+    def waiting_elements(self, rank: int) -> int:
+        """Return how many elements of each tensor wait on the host of `rank`."""
+        return waiting_elements(self.kept, self.old, rank, keep=self.keep)
+
+
+def waiting_elements(kept: PackedLayout, old: FlatLayout, rank: int, *, keep: bool) -> int:
+    """Return how many elements of an old tensor wait on the host: those that leave, or all, which saves a copy that few others pay for."""
+    leaving = kept.sizes[rank]
+    return old.partition_size if not keep and leaving >= WHOLE_FROM * old.partition_size else leaving
 
 
 @dataclass(frozen=True)
@@ -105,6 +137,7 @@ class TensorMove:
         self._by_host = self._device.type != HOST and new_bytes > room
         self._host: Tensor | None = None
         self.waiting = torch.empty(0, dtype=self._dtype)
+        self._whole = False  # whether `waiting` is the old tensor, with elements that stay
         self.target = torch.empty(0, dtype=self._dtype)
         self._exchanges: list[tuple[Exchange, Tensor]] = []
         self._back: tuple[Tensor, Tensor, Exchange] | None = None
@@ -123,8 +156,10 @@ class TensorMove:
             self._link.copy(host, source)
             self._host = host
         held = source if self._host is None else self._host
-        if (self._host is not None or self._device.type == HOST) and moves.kept.sizes[moves.rank] == held.numel():
-            self.waiting = held  # all of it leaves, in its order: it waits where it is
+        on_host = self._host is not None or self._device.type == HOST
+        if on_host and moves.waiting_elements(moves.rank) == held.numel():
+            # It waits where it is. If all of it leaves, in its order, its layout is that of a copy.
+            self.waiting, self._whole = held, moves.kept.sizes[moves.rank] < held.numel()
         else:
             self.waiting = torch.empty(moves.kept.sizes[moves.rank], dtype=self._dtype)
             for m in moves.leave:
@@ -133,7 +168,9 @@ class TensorMove:
                     self._link.copy(to, held[m.source_offset : m.source_offset + m.numel])
         if self._host is not None:
             source.untyped_storage().resize_(0)
-        self.target = torch.zeros(moves.new.partition_size, dtype=self._dtype, device=self._device)
+        self.target = torch.empty(moves.new.partition_size, dtype=self._dtype, device=self._device)
+        arriving = [m for m in (*moves.stay, *(m for r in returning for m in r.moves)) if m.target == moves.rank]
+        clear_between(self.target, sorted((m.target_offset, m.numel) for m in arriving))
         staging = STAGING_BYTES // (1 + len(returning))  # together no more than one exchange has
         self._exchanges = [(self._exchange(moves.stay, staging), held)]
         self._exchanges += [(self._exchange(r.moves, staging), r.tensor) for r in returning]
@@ -157,7 +194,7 @@ class TensorMove:
                 tx.fail_later(error)
 
     def finish(self) -> int:
-        """Release the old tensor, which `target` has replaced.
+        """Release the old tensor, which `target` has replaced, unless it waits.
 
         Returns:
             Bytes that this has freed on the device, negative if the tensor has grown.
@@ -182,7 +219,8 @@ class TensorMove:
         for m in reversed_moves(moves.leave):
             if m.target == moves.rank:
                 to = old[m.target_offset : m.target_offset + m.numel]
-                self._link.copy(to, self.waiting[m.source_offset : m.source_offset + m.numel])
+                begin = m.target_offset if self._whole else m.source_offset
+                self._link.copy(to, self.waiting[begin : begin + m.numel])
         self._back = source, old, self._exchange(reversed_moves(moves.stay))
 
     def take_back(self) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .buffers import is_pinned, pinned_if
+from .buffers import clear_between, is_pinned, pinned_if
 from .permute import PIECE_BYTES, Operation, Permutation, moved, rotation, sorting
 
 # A parameter; under ZeRO-3 the object whose data is this rank's shard.
@@ -74,6 +74,7 @@ class FlatWeights:
 
     def __init__(self, flat: Tensor) -> None:
         self._buffer = _whole(flat)
+        self._planned: tuple[object, Arrangement] | None = None
 
     @property
     def capacity(self) -> int:
@@ -108,6 +109,8 @@ class FlatWeights:
     def plan(self, active: Sequence[Place], front: int, frozen: Iterable[Holder]) -> Arrangement:
         """Plan an order of the buffer. Changes nothing; the same on every rank that holds the same parameters.
 
+        A change is planned three times (its memory, its pause, itself), so the last plan is remembered as long as nothing moves.
+
         Args:
             active: New positions of the active parameters, in buffer order.
             front: Elements of the part that DeepSpeed sees, padding included.
@@ -115,8 +118,14 @@ class FlatWeights:
         """
         frozen = list(frozen)
         holders = [*(place.holder for place in active), *frozen]
+        where = [(id(h), h.data.data_ptr()) for h in holders]
+        asked = (self._buffer.data_ptr(), len(active), front, [place.offset for place in active], where)
+        if self._planned is not None and self._planned[0] == asked:
+            return self._planned[1]
         at = {h: begin for h in holders if (begin := self.offset(h)) is not None}
-        return arrange(active, front, frozen, at=at, capacity=self.capacity, limit=piece_elements(self._buffer))
+        arrangement = arrange(active, front, frozen, at=at, capacity=self.capacity, limit=piece_elements(self._buffer))
+        self._planned = asked, arrangement
+        return arrangement
 
     def trim(self, arrangement: Arrangement) -> bool:
         """Move the weights to a storage without unused elements, if there are any and memory allows it.
@@ -184,7 +193,7 @@ class Rearrangement:
             holder.data = clone
         weights._buffer = buffer
         # DeepSpeed reduces and steps its part as a whole, the padding too
-        _clear_between(buffer[: to.front], ((place.offset, place.numel) for place in to.active))
+        clear_between(buffer[: to.front], ((place.offset, place.numel) for place in to.active))
 
     @torch.no_grad()
     def undo(self) -> None:
@@ -200,7 +209,7 @@ class Rearrangement:
     def _clear_free(self) -> None:
         """Write zeros into elements that hold no parameter, which include padding that DeepSpeed sees."""
         held = [(begin, h.numel()) for h in self._old if (begin := self._weights.offset(h)) is not None]
-        _clear_between(self._old_buffer, sorted(held))
+        clear_between(self._old_buffer, sorted(held))
 
 
 def arrange(
@@ -306,12 +315,3 @@ def _shifted_blocks(packed: Sequence[tuple[int, Place]]) -> list[tuple[int, int,
         elif distance:
             blocks.append((begin, distance, place.numel))
     return blocks
-
-
-def _clear_between(buffer: Tensor, held: Iterable[tuple[int, int]]) -> None:
-    """Write zeros into the elements of `buffer` that are in none of these (begin, elements), which are sorted."""
-    position = 0
-    for begin, numel in held:
-        buffer[position:begin].zero_()
-        position = begin + numel
-    buffer[position:].zero_()
