@@ -79,13 +79,16 @@ SLOW: dict[str, dict[str, Any]] = {
     "own-fsdp2-shards": {"model": "llama", "how": "fsdp2", "format": "SHARDED_STATE_DICT", "run": "accelerate", "resumes": [4]},
 }
 SLOW_OTHERS: dict[str, dict[str, Any]] = {
+    "bf16-unfrozen-z2": zero("llama", 2, bf16=True, smartfrz={"policy": "manual"}, resumes=[]),
     "best-ddp": {"model": "llama", "how": "ddp", "run": "best"},
     "again-ddp": {"model": "llama", "how": "ddp", "run": "again"},
     **{f"again-z{z}": zero("llama", z, run="again") for z in (2, 3)},
 }
-# DeepSpeed's ZeRO-3 sums in another order than one process in some of these, with nothing frozen too; so does the norm for clipping. And
-# bf16 is held against fp32. Of each the roundings that the sums are kept in.
-ROUNDED = dict.fromkeys(("lora-z3", "own-z3", "bert-z3", "llama-z3", "t5-z3", "clip-z2"), torch.float32) | {"bf16-z2": torch.bfloat16}
+# DeepSpeed's ZeRO-3 sums in another order than one process in some of these, with nothing frozen too; so does the norm for clipping. Of
+# each the roundings that the sums are kept in.
+ROUNDED = dict.fromkeys(("lora-z3", "own-z3", "bert-z3", "llama-z3", "t5-z3", "clip-z2"), torch.float32)
+# DeepSpeed's bf16 keeps the weights themselves in bf16, the oracle's autocast does not: here the engine with nothing frozen is the measure.
+UNFROZEN, NEAR = {"bf16-z2": "bf16-unfrozen-z2"}, 1.25
 # T5 hands its position bias from block to block. In the first forward after a resume it is asked to require grad (nobody knows yet whether
 # layers are checkpointed), and torch takes another attention kernel; with the plain one (SDPBackend.MATH) the difference is 0.
 RESUMED = {f"t5-{how}" for how in ("z1", "z2", "z3", "ddp")}
@@ -130,6 +133,8 @@ def check(folder: Path, name: str, case: dict[str, Any]) -> None:
         assert sorted(facts["resumed"]) == sorted(map(str, case["resumes"]))
     got = load_file(folder / f"{name}.safetensors")
     bound = spread(noisy(oracle, dtype=ROUNDED[name]), expected, ROUNDED[name]) if name in ROUNDED else 0.0
+    if name in UNFROZEN:
+        bound = NEAR * distance(plain, load_file(folder / f"{UNFROZEN[name]}.safetensors"))
     assert distance(expected, got) <= bound
     assert distance(plain, got) > max(3 * bound, 1e-3), "a step of AdamW is up to 1e-2 here"
 
