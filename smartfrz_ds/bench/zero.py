@@ -1,6 +1,6 @@
 """`smartfrz bench zero`: what freezing half of a model saves on each ZeRO engine, compared with the ideal and with naive freezing.
 
-Each engine is one launch of two ranks (zero_worker.py) that trains four copies of a network side by side and alternates their steps:
+Each engine is one launch of a few ranks (zero_worker.py) that trains four copies of a network side by side and alternates their steps:
 nothing frozen; half frozen during training with requires_grad_(False) ("naive"); half frozen by this package ("ours"); half frozen before
 DeepSpeed created its engine ("fresh"). A busy machine thus affects all copies alike: ratios are reliable, milliseconds are not.
 """

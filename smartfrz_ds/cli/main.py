@@ -218,13 +218,14 @@ def bench_zero(
     params: Annotated[float, typer.Option(help="Size of the network in millions of weights.")] = 38.0,
     rounds: Annotated[int, typer.Option(help="Number of rounds; results are medians over them.")] = 5,
     steps: Annotated[int, typer.Option(help="Timed steps per round and copy.")] = 3,
+    ranks: Annotated[int, typer.Option(help="Number of ranks.")] = 2,
     out: Annotated[Path, typer.Option(file_okay=False, help="Results folder; existing results are not measured again.")] = Path(
         "bench-zero"
     ),
 ) -> None:
     """Measure freezing half of a network on each ZeRO engine.
 
-    Runs two ranks on the CPU. Compares step time, communicated bytes, memory and pause with the ideal and with requires_grad_(False).
+    Runs ranks on the CPU. Compares step time, communicated bytes, memory and pause with the ideal and with requires_grad_(False).
     """
     with _plain_errors():
         from smartfrz_ds.bench.zero import bench_zero as measure
@@ -234,7 +235,7 @@ def bench_zero(
             wanted = [int(stage) for stage in stages.split(",")]
         except ValueError:
             raise ValueError(f"--stages: got {stages!r}; allowed: a comma-separated list of 0, 1, 2, 3") from None
-        text = measure(engine or engines_of(wanted), out, params=params, rounds=rounds, steps=steps)
+        text = measure(engine or engines_of(wanted), out, params=params, rounds=rounds, steps=steps, ranks=ranks)
     typer.echo(text)
 
 

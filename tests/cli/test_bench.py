@@ -91,6 +91,11 @@ def test_command_measures_an_engine_once(tmp_path: Path) -> None:
     assert (tmp_path / "z1-fp32.json").stat().st_mtime_ns == stamp
 
 
+def test_command_names_a_wrong_number_of_ranks() -> None:
+    run = CliRunner().invoke(app, ["bench", "zero", "--ranks", "1"])
+    assert run.exit_code == 2 and "ranks: got 1; allowed: at least 2" in run.stderr
+
+
 def test_command_names_a_wrong_stage() -> None:
     run = CliRunner().invoke(app, ["bench", "zero", "--stages", "1,5"])
     assert run.exit_code == 2 and "--stages" in run.stderr and "0, 1, 2, 3" in run.stderr
