@@ -197,6 +197,52 @@ def test_optimizer_bytes_follow_the_active_share(outcomes: Outcomes, name: str) 
             assert abs(count - expected) <= 0.01 * expected
 
 
+EIGHT = {
+    cell.name: cell
+    for cell in [
+        Cell("eight-z1", 1, plan=PREFIX, keep_state=100),
+        Cell("eight-z1-bf16optimizer", 1, "bf16", plan=PREFIX, config=BF16_OPTIMIZER),
+        Cell("eight-z2", 2, plan=MIDDLE),
+        Cell("eight-z2-groups3", 2, plan=PREFIX, groups=3, keep_state=100),  # the prefix empties two groups
+        Cell("eight-z3", 3, plan=PREFIX, keep_state=100),
+        Cell("eight-z3-subgroups", 3, plan=MIDDLE, **zero(sub_group_size=300)),
+    ]
+}
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    job = [dataclasses.asdict(cell) for cell in EIGHT.values()]
+    return run_worker("exact", job, tmp_path_factory.mktemp("eight"), ranks=8, timeout=400)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.distributed(8)
+@pytest.mark.parametrize("name", EIGHT)
+def test_eight_ranks_equal_the_single_process(eight: Path, name: str) -> None:
+    """Partitions of a few elements: most parameters are cut several times, some ranks hold nothing but frozen ones or padding.
+
+    Eight gradients are added in another order than in one process, so the bound is what their roundings make of the oracle.
+    """
+    cell, dtype = EIGHT[name], DTYPES[EIGHT[name].dtype]
+    expected, control = (reference(cell, world=8, freezes=freezes) for freezes in (True, False))
+    samples = noisy(lambda noise: reference(cell, world=8, noise=noise), dtype=dtype)
+    samples.append(reference(cell, world=8, backwards=True))
+    of_weights = spread([s.weights for s in samples], expected.weights, dtype)
+    of_masters = spread([s.masters for s in samples], expected.masters, dtype)
+    first = load_file(eight / f"{name}.0.safetensors")
+    for rank in range(8):
+        got = load_file(eight / f"{name}.{rank}.safetensors")
+        assert all(torch.equal(got[key], first[key]) for key in first), "ranks differ"
+        fact = json.loads((eight / f"{name}.{rank}.json").read_text())
+        assert (fact["groups"], fact["drift"], fact["step"], fact["lr"]) == (cell.groups, 0.0, cell.steps, expected.lr)
+    assert distance(first["weights"], expected.weights) <= of_weights
+    masters = {key.removeprefix("master."): value for key, value in first.items() if key.startswith("master.")}
+    assert masters and distance(masters, expected.masters) <= of_masters
+    assert distance(first["weights"][-1], control.weights[-1]) > max(3 * of_weights, 1e-3)
+
+
 @pytest.mark.distributed(1)
 def test_one_rank_equals_plain_torch(tmp_path: Path) -> None:
     """On a single rank ZeRO-3's gathered parameters are views of their shards, which a freeze moves within their buffer."""

@@ -45,7 +45,9 @@ FOUR = [
     case("dp2-z0", 2),
     case("dp2-z1", 2, stage=1, saves=[5]),
 ]
-CASES = {c["name"]: c for c in [*TWO, *FOUR]}
+# Eight ranks: two replicas of four stages.
+EIGHT = [case("pp4-dp2-z0", 4), case("pp4-dp2-z1", 4, stage=1, saves=[5]), case("pp4-dp2-bf16", 4, dtype="bf16", stage=1)]
+CASES = {c["name"]: c for c in [*TWO, *FOUR, *EIGHT]}
 # Clipping adds the squares of the norm stage by stage, in another order than one process. (Two replicas' gradients are a + b in both.)
 ROUNDED = {"z0-clip", "z1-clip"}
 Saw = Callable[..., dict[str, Any]]
@@ -59,6 +61,11 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_worker("pipeline", FOUR, tmp_path_factory.mktemp("pipeline4"), ranks=4, timeout=500)
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_worker("pipeline", EIGHT, tmp_path_factory.mktemp("pipeline8"), ranks=8, timeout=500)
 
 
 def saw(folder: Path, name: str, rank: int) -> dict[str, Any]:
@@ -109,6 +116,14 @@ def test_two_stages_equal_the_single_process(two: Path, name: str) -> None:
 @pytest.mark.parametrize("name", [c["name"] for c in FOUR])
 def test_four_ranks_equal_the_single_process(four: Path, name: str) -> None:
     check(four, name, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.distributed(8)
+@pytest.mark.parametrize("name", [c["name"] for c in EIGHT])
+def test_eight_ranks_equal_the_single_process(eight: Path, name: str) -> None:
+    check(eight, name, 8)
 
 
 @pytest.mark.distributed(2)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from smartfrz_ds.backends.deepspeed.model_files import read_client_state
+from smartfrz_ds.backends.deepspeed.model_files import ModelStates, read_client_state
 from smartfrz_ds.backends.state_layout import pack_state
 from smartfrz_ds.checkpoint import tensor_file
 from smartfrz_ds.checkpoint.files import digest_of
@@ -194,3 +194,21 @@ def test_the_marker_is_read_from_one_file(tmp_path: Path) -> None:
     for rank in (1, 2, 10):
         (tmp_path / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt").write_bytes(b"not opened")
     assert read_client_state(tmp_path)["smartfrz_ds"] == {"tag": "a"}
+
+
+def test_a_frozen_weight_is_read_from_the_files_of_the_ranks_that_hold_it(tmp_path: Path) -> None:
+    """A universal load under ZeRO-3. Background: every rank opened the files of all ranks, for its own part of each weight."""
+    whole = torch.arange(22.0)
+    cut = torch.cat([whole, torch.zeros(3)]).view(5, 5)  # five ranks, three elements of padding
+    for rank, part in enumerate(cut):
+        torch.save({"frozen_param_fragments": {"w": part.clone()}}, tmp_path / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+    for begin in range(22):
+        for end in range(begin, 23):
+            states = ModelStates(tmp_path)
+            assert torch.equal(states.frozen_elements("w", begin, end), whole[begin:end])
+    for rank in (1, 4):
+        (tmp_path / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt").write_bytes(b"not opened")
+    states = ModelStates(tmp_path)
+    assert torch.equal(states.frozen_elements("w", 11, 18), whole[11:18]) and len(states) == 5
+    with pytest.raises(ValueError, match=r"zero_pp_rank_1_mp_rank_00_model_states\.pt can't be read"):
+        states.frozen_elements("w", 9, 18)

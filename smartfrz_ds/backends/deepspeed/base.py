@@ -23,7 +23,7 @@ from torch.nn import Parameter
 from smartfrz_ds.backends.base import Backend
 from smartfrz_ds.model.layers import shape_of
 
-from .model_files import read_model_states
+from .model_files import ModelStates
 from .weight_state import WeightState
 
 # A torch Parameter with the ds_* attributes that ZeRO-3 hangs on it (runtime/zero/partition_parameters.py).
@@ -148,7 +148,7 @@ class DeepSpeedBackend(Backend):
         A universal load (runtime/engine.py, _load_checkpoint) reads zero/<name>/ for what the optimizer holds and skips the module's own
         state, so that everything else silently stays as it was initialised.
         """
-        states = read_model_states(folder, self.model_files)
+        states = ModelStates(folder, self.model_files)
         for name, buffer in self.engine.module.named_buffers():
             if name in states[0]["module"]:
                 buffer.copy_(states[0]["module"][name])
@@ -156,7 +156,7 @@ class DeepSpeedBackend(Backend):
             if not param.requires_grad:
                 self.load_frozen_weight(param, name, states)
 
-    def load_frozen_weight(self, param: Parameter, name: str, states: Sequence[Mapping[str, Any]]) -> None:
+    def load_frozen_weight(self, param: Parameter, name: str, states: ModelStates) -> None:
         """Load one frozen weight from the model files (of all ranks, if `weights_are_cut`)."""
         param.copy_(states[0]["module"][name])
 

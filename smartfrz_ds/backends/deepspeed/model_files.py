@@ -2,28 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _MODEL_STATES = "*mp_rank_00_model_states.pt"  # DeepSpeed's file with the client_state (runtime/engine.py, _get_ckpt_name)
 
 
-def read_model_states(folder: Path, pattern: str = _MODEL_STATES) -> list[dict[str, Any]]:
-    """Load DeepSpeed's model files of a tag, mapped into memory if their format allows.
+class ModelStates(Sequence[dict[str, Any]]):
+    """DeepSpeed's model files of a tag, in the order of the ranks. Each is loaded when it is asked for, mapped into memory if it can be.
 
     Args:
         folder: The tag's folder.
         pattern: Glob pattern of the file names.
-
-    Returns:
-        The contents, in the order of the ranks.
-
-    Raises:
-        ValueError: A file cannot be read.
     """
-    return [_read(path) for path in _paths(folder, pattern)]
+
+    def __init__(self, folder: Path, pattern: str = _MODEL_STATES) -> None:
+        self._paths = _paths(folder, pattern)
+        self._read: dict[int, dict[str, Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, rank: Any) -> Any:
+        """Return the content of one file.
+
+        Raises:
+            ValueError: It cannot be read.
+        """
+        if rank not in self._read:
+            self._read[rank] = _read(self._paths[rank])
+        return self._read[rank]
+
+    def frozen_elements(self, name: str, begin: int, end: int) -> Tensor:
+        """Return elements [begin, end) of a frozen weight that ZeRO-3 has cut, from the files of those ranks alone that hold them."""
+        first = self[0]["frozen_param_fragments"][name].view(-1)
+        size = first.numel()  # the same on every rank, padding of the last one included
+        ranks = range(begin // size, -(-end // size))
+        if begin == end:
+            return first[:0]
+        parts = [self[rank]["frozen_param_fragments"][name].view(-1) for rank in ranks]
+        return torch.cat(parts)[begin - ranks.start * size : end - ranks.start * size]
 
 
 def read_client_state(folder: Path) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from smartfrz_ds.backends.transaction import Transaction
 from smartfrz_ds.errors import FreezeError
 
 from .base import ZeroParam
+from .model_files import ModelStates
 from .replicas import Replicas
 from .trace import renew_trace
 
@@ -291,11 +292,11 @@ class Zero3Backend(ShardedBackend):
     def emptied_groups(self, frozen: Sequence[ZeroParam]) -> list[int]:
         return []  # DeepSpeed doesn't know of an emptied one
 
-    def load_frozen_weight(self, param: ZeroParam, name: str, states: Sequence[Mapping[str, Any]]) -> None:
-        full = torch.cat([s["frozen_param_fragments"][name].view(-1) for s in states])
+    def load_frozen_weight(self, param: ZeroParam, name: str, states: ModelStates) -> None:
         # This rank's part: the padding of another number of ranks is cut off, that of this one put on.
         size, rank = param.partition_numel(), dist.get_rank()
-        part = full[: param.ds_numel][rank * size : (rank + 1) * size]
+        begin = min(rank * size, param.ds_numel)
+        part = states.frozen_elements(name, begin, min(begin + size, param.ds_numel))
         shard = torch.cat([part, part.new_zeros(size - part.numel())])
         param.ds_tensor.data.copy_(shard.view_as(param.ds_tensor))
 
