@@ -258,11 +258,31 @@ def bench_peak(
         from smartfrz_ds.bench.peak import ENGINES
         from smartfrz_ds.bench.peak import bench_peak as measure
 
-        try:
-            wanted = [int(count) for count in ranks.split(",")]
-        except ValueError:
-            raise ValueError(f"--ranks: got {ranks!r}; allowed: a comma-separated list of numbers of at least 2") from None
-        text = measure(out, ranks=wanted, engines=engine or ENGINES, params=params, staging=staging)
+        text = measure(out, ranks=_counts("--ranks", ranks), engines=engine or ENGINES, params=params, staging=staging)
+    typer.echo(text)
+
+
+@bench.command("scale")
+def bench_scale(
+    model: Annotated[list[str] | None, typer.Option(help="Only this model: llama-7b, llama-13b, llama-70b, ... Repeatable.")] = None,
+    ranks: Annotated[str, typer.Option(help="Comma-separated numbers of ranks.")] = "8,64,256,1024",
+    engine: Annotated[list[str] | None, typer.Option(help="Only this engine: zero-1, zero-2, zero-3 or pipeline. Repeatable.")] = None,
+    repeats: Annotated[int, typer.Option(help="Number of timed calls of each part; the fastest counts.")] = 5,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Results folder; existing results are not measured again.")] = Path(
+        "bench-scale"
+    ),
+) -> None:
+    """Measure this package's Python on a large cluster, without the cluster.
+
+    One process plays rank 0 of 8 to 1024, on tensors without storage: seconds and collectives of a snapshot, a freezing stage, a freeze and
+    a checkpoint, the bytes that a freeze moves, and how all of it grows with ranks and layers.
+    """
+    with _plain_errors():
+        from smartfrz_ds.bench.scale.command import bench_scale as measure
+        from smartfrz_ds.bench.scale.measure import ENGINES
+        from smartfrz_ds.bench.scale.shapes import MODELS
+
+        text = measure(out, models=model or MODELS, ranks=_counts("--ranks", ranks), engines=engine or ENGINES, repeats=repeats)
     typer.echo(text)
 
 
@@ -327,3 +347,11 @@ def bench_policies(
             run=not tables,
         )
     typer.echo(text)
+
+
+def _counts(option: str, text: str) -> list[int]:
+    """Read a comma-separated list of numbers."""
+    try:
+        return [int(count) for count in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option}: got {text!r}; allowed: a comma-separated list of numbers of at least 2") from None
