@@ -29,7 +29,7 @@ from smartfrz_ds.errors import FreezeError
 from .buffers import flatten, set_flags
 from .cost import flat_change_cost
 from .group_state import move_group_state, tensors_of
-from .kept import Kept
+from .kept import Kept, grouped_kept
 from .memory import flat_memory_need
 from .partition import FlatLayout, PackedLayout, same_params
 from .state_moves import HostLink
@@ -296,8 +296,8 @@ class FlatBackend(DeepSpeedBackend):
 
     def kept_layouts(self, params: Sequence[Parameter]) -> list[PackedLayout]:
         """Return the layouts of the kept state of these parameters on the host; each with these parameters only."""
-        kept: dict[int, Kept] = {id(k): k for k in (self._kept[p] for p in params if p in self._kept)}
-        return [PackedLayout({p: k.layout.pieces[p] for p in params if self._kept.get(p) is k}, k.layout.sizes) for k in kept.values()]
+        waiting = grouped_kept((p, self._kept[p]) for p in params if p in self._kept)
+        return [PackedLayout({p: k.layout.pieces[p] for p in some}, k.layout.sizes) for k, some in waiting]
 
     def verify(self) -> None:
         super().verify()
@@ -368,8 +368,7 @@ class FlatBackend(DeepSpeedBackend):
         names = {p: n for p, n in self.names().items() if only is None or p in only}
         about: list[dict[str, Any]] = []
         tensors: dict[str, Tensor] = {}
-        for k, kept in enumerate({id(v): v for p, v in self._kept.items() if p in names}.values()):
-            waiting = [p for p, v in self._kept.items() if v is kept and p in names]
+        for k, (kept, waiting) in enumerate(grouped_kept((p, v) for p, v in self._kept.items() if p in names)):
             if only is not None:
                 kept = kept.part(waiting, self.group_rank(next(i for i, g in enumerate(self.groups) if waiting[0] in set(g))))
             about.append(kept.about(waiting, names))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,3 +59,11 @@ class Kept:
         kept.tensors = tensors
         kept.step = dict.fromkeys(pieces) | {params[n]: step_from_json(s) for n, s in about["steps"].items()}
         return kept
+
+
+def grouped_kept(entries: Iterable[tuple[Parameter, Kept]]) -> list[tuple[Kept, list[Parameter]]]:
+    """Return each released state once, with those of its parameters that `entries` names, in their order."""
+    groups: dict[int, tuple[Kept, list[Parameter]]] = {}
+    for param, kept in entries:
+        groups.setdefault(id(kept), (kept, []))[1].append(param)
+    return list(groups.values())

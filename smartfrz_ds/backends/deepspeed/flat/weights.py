@@ -230,7 +230,8 @@ def arrange(
     evicted, larger = _evict(staying, front + sum(h.numel() for h in staying) - capacity), 0
     if front > capacity:
         evicted, larger = (), front + sum(h.numel() for h in staying)
-    staying = [h for h in staying if h not in set(evicted)]
+    outside = set(evicted)
+    staying = [h for h in staying if h not in outside]
     places = _to_the_end(staying, larger or capacity)
     operations = () if larger else _operations(active, staying, at, capacity, limit)
     arriving = tuple(h for h in holders if h not in at)
