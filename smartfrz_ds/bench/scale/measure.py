@@ -136,8 +136,9 @@ class Cell:
         backend = self.backend
         backend.layouts = [backend.layout(i, group) for i, group in enumerate(backend.groups)]  # which remember no plan
         change = self.parts.freezer.prepare(self.half, "freeze")
-        new, changed, _ = backend.plan_change(set(change.freeze))
-        self.moves = {index: backend.plan_group(index, new[index], change.freeze) for index in changed}
+        gone = set(change.freeze)
+        new, changed, _ = backend.plan_change(gone)
+        self.moves = {index: backend.plan_group(index, new[index], gone) for index in changed}
         for index, moves in self.moves.items():
             for tensor in tensors_of(backend.master(index), backend.base_optimizer()).values():
                 moves.stay.rounds_of(moves.rank, moves.old.world, STAGING_BYTES // tensor.element_size())

@@ -6,7 +6,7 @@ agreements are those of the real backends.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,10 +87,10 @@ class OnPaper(FlatBackend):
         finally:
             self._weighs = False
 
-    def plan_group(self, index: int, new: FlatLayout, leaving: Sequence[Parameter]) -> GroupMoves:
+    def plan_group(self, index: int, new: FlatLayout, leaving: Collection[Parameter]) -> GroupMoves:
         """Plan what the tensors of a group share in a change."""
         old, rank, group = self.layouts[index], self.group_rank(index), self.process_group(index)
-        return GroupMoves.plan(old, new, [p for p in leaving if p in old.offsets], rank=rank, group=group)
+        return GroupMoves.plan(old, new, [p for p in old.params if p in leaving], rank=rank, group=group)
 
     def sampler(self, requests: Sequence[SampleRequest], numel: int) -> Sampler:
         """Return the backend's own sampler, which reads zeros instead of the masters."""

@@ -207,9 +207,9 @@ class FlatBackend(DeepSpeedBackend):
             self.frozen = after
         own = sum(len(tensors_of(self.master(i), self.base_optimizer())) for i in changed if old[i].world > 1)
         others = tx.most(own) - own if self.is_pipeline else 0  # every rank votes as often as the stage with the most tensors
-        moved = 0
+        moved, gone = 0, set(freeze)
         for i in changed:
-            moved += move_group_state(self, i, old[i], new[i], [p for p in freeze if p in old[i].offsets], keep=keep, tx=tx)
+            moved += move_group_state(self, i, old[i], new[i], [p for p in old[i].params if p in gone], keep=keep, tx=tx)
         tx.wait(others)
         for weights, arrangement in plans:
             with tx.step("make room for the weights"):

@@ -84,13 +84,13 @@ def with_staging(tensors: Sequence[TensorBytes], weights: int, grown: int, *, on
 
 def flat_memory_need(backend: FlatBackend, freeze: Sequence[Parameter], thaw: Sequence[Parameter], *, keep: bool) -> MemoryNeed:
     """Return the need as `Backend.memory_need` does, staging included."""
-    tensors, grown = [], 0
+    tensors, grown, gone = [], 0, set(freeze)
     new, changed, plans = backend.plan_change((backend.frozen | set(freeze)) - set(thaw))
     for index in changed:
         old = backend.layouts[index]
         grown += 4 * max(0, new[index].numel - old.numel) if backend.makes_gradient_buffer else 0  # the old one goes first
-        gone = [p for p in freeze if p in old.offsets]
-        waiting = waiting_elements(PackedLayout.of(old, gone), old, backend.group_rank(index), keep=keep)
+        kept = PackedLayout.of(old, [p for p in old.params if p in gone])
+        waiting = waiting_elements(kept, old, backend.group_rank(index), keep=keep)
         for tensor in tensors_of(backend.master(index), backend.base_optimizer()).values():
             size = tensor.element_size()
             tensors.append(TensorBytes(tensor.numel() * size, new[index].partition_size * size, waiting * size))
