@@ -29,7 +29,9 @@ def flat_change_cost(backend: FlatBackend, out: Collection[Parameter], *, keep: 
     for index, group in enumerate(backend.groups):
         held = backend.active(index)
         left = [p for p in group if p not in out]
-        old, new = (_layout(backend, index, params, held or left) for params in (held, left))
+        # the layout itself, which remembers the plan for the change that follows
+        old = backend.layouts[index] if held else _layout(backend, index, [], left)
+        new = _layout(backend, index, left, held or left)
         layouts.append(new)
         if set(left) != set(held):
             changed.append(index)
