@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
+
+from .lr_curves import Rates, rates_ahead
 
 # A longer forecast would delay a freezing stage noticeably.
 MAX_FORECAST = 2_000_000
+# Steps of a scheduler without a formula at one freezing stage, each about 10 microseconds.
+STEPS_PER_STAGE = 20_000
+# Relative difference from which the current learning rate is another one than the forecast's.
+TOLERANCE = 1e-6
 
 # Attributes in which schedulers store the length of their schedule: WarmupDecayLR and WarmupCosineLR of DeepSpeed,
 # OneCycleLR and CosineAnnealingLR of torch.
@@ -104,7 +113,11 @@ def current_lr(optimizer: Any) -> float:
 
 
 class RemainingLr:
-    """Forecasts the remaining learning rates by running a copy of the scheduler ahead.
+    """Knows the remaining learning rates, by formula (lr_curves.py) or by stepping a copy of the scheduler.
+
+    Both happen once; a stage then reads them. They happen again only if the learning rate departs from them by more than `TOLERANCE` (a
+    loaded checkpoint, a change by the user). A scheduler without a formula is stepped at most `STEPS_PER_STAGE` times at each stage: its
+    future is unknown until the copy has reached the end of the run.
 
     Args:
         scheduler: The run's scheduler; None if it is unknown.
@@ -114,36 +127,87 @@ class RemainingLr:
     def __init__(self, scheduler: Any, total_steps: int | None) -> None:
         self.scheduler = scheduler
         self.total_steps = total_steps
-        self._ahead: list[float] = []  # learning rates of the steps after `_at`
-        self._at = 0
+        self._at = 0  # the step of the first of `_rates`
+        self._rates: Rates = np.empty(0)
+        self._sums: Rates = np.empty(0)  # of each of `_rates` and all behind it
+        self._stepped: SteppedCopy | None = None
 
-    def ahead(self, step: int) -> list[float] | None:
-        """Return the learning rates of the steps step+1 .. total_steps.
+    def ahead(self, step: int) -> Rates | None:
+        """Return the learning rates of the steps step+1 .. total_steps, a view that must not be changed.
 
         Returns:
-            None if the run's length or the schedule is unknown.
+            (remaining steps,) fp64; None if the run's length or the schedule is unknown.
         """
+        return None if (begin := self._find(step)) is None else self._rates[begin:]
+
+    def remaining(self, step: int) -> float | None:
+        """Return the sum of the learning rates of the steps step+1 .. total_steps; None as in `ahead`."""
+        begin = self._find(step)
+        return None if begin is None else float(self._sums[begin]) if begin < len(self._sums) else 0.0
+
+    def _find(self, step: int) -> int | None:
+        """Return the position of step+1 in `_rates`, after a forecast if there is none that fits."""
         if self.scheduler is None or self.total_steps is None or self.total_steps - step > MAX_FORECAST:
             return None
         if step >= self.total_steps:
-            return []
+            return len(self._rates)
+        try:
+            return self._forecast(step, self.total_steps)
+        except Exception as error:
+            name = type(self.scheduler).__name__
+            warnings.warn(f"smartfrz: cannot run {name} ahead ({error}): the remaining learning rate is unknown", stacklevel=2)
+            self.scheduler = None
+            return None
+
+    def _forecast(self, step: int, total: int) -> int | None:
         now = current_lr(self.scheduler.optimizer)
+        if not self._fits(self._rates, step, now):
+            if self._stepped is None or not self._fits(self._stepped.rates, step, now):
+                self._at, self._stepped = step, None
+                rates = rates_ahead(self.scheduler, total - step)
+                if rates is None:
+                    self._stepped = SteppedCopy(self.scheduler)
+            if self._stepped is not None:
+                self._stepped.run(min(STEPS_PER_STAGE, total - self._at - len(self._stepped.rates)))
+                if len(self._stepped.rates) < total - self._at:
+                    self._rates = np.empty(0)
+                    return None
+                rates, self._stepped = np.array(self._stepped.rates), None
+            assert rates is not None
+            self._rates, self._sums = rates, np.cumsum(rates[::-1])[::-1]
+        return step - self._at
+
+    def _fits(self, rates: Sequence[float] | Rates, step: int, now: float) -> bool:
         offset = step - self._at
-        # The learning rate differs from the forecast (a loaded checkpoint, a manual change): forecast again.
-        if not 0 <= offset < len(self._ahead) or abs(self._ahead[offset] - now) > 1e-9 * max(now, 1e-30):
-            try:
-                self._ahead, self._at = forecast(self.scheduler, self.total_steps - step), step
-            except Exception as error:
-                name = type(self.scheduler).__name__
-                warnings.warn(f"smartfrz: cannot run {name} ahead ({error}): the remaining learning rate is unknown", stacklevel=2)
-                self.scheduler = None
-                return None
-            offset = 0
-        return self._ahead[offset:]
+        return 0 <= offset < len(rates) and abs(rates[offset] - now) <= TOLERANCE * max(now, 1e-30)
+
+
+class SteppedCopy:
+    """A copy of a scheduler that runs ahead of it.
+
+    Args:
+        scheduler: Any scheduler with an `optimizer`; it is not modified.
+
+    Attributes:
+        rates: The highest learning rate of each step so far, starting with the current one.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        # The memo inserts the replacement wherever the copy (or a scheduler inside it) refers to the optimizer.
+        self._copy = copy.deepcopy(scheduler, {id(scheduler.optimizer): _OptimizerStub(scheduler.optimizer)})
+        self.rates: list[float] = []
+
+    def run(self, steps: int) -> None:
+        """Take this number of steps."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(steps):
+                self.rates.append(current_lr(self._copy.optimizer))
+                self._copy.step()
 
 
 def forecast(scheduler: Any, steps: int) -> list[float]:
-    """Forecast the highest learning rate of each of the next steps.
+    """Forecast the highest learning rate of each of the next steps by stepping a copy: the reference for the formulas.
 
     Args:
         scheduler: Any scheduler with an `optimizer`; it is not modified.
@@ -152,12 +216,6 @@ def forecast(scheduler: Any, steps: int) -> list[float]:
     Returns:
         `steps` learning rates, starting with the current one.
     """
-    # The memo inserts the replacement wherever the copy (or a scheduler inside it) refers to the optimizer.
-    ahead = copy.deepcopy(scheduler, {id(scheduler.optimizer): _OptimizerStub(scheduler.optimizer)})
-    rates = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for _ in range(steps):
-            rates.append(current_lr(ahead.optimizer))
-            ahead.step()
-    return rates
+    ahead = SteppedCopy(scheduler)
+    ahead.run(steps)
+    return ahead.rates
