@@ -18,6 +18,8 @@ from smartfrz_ds.model.view import Need
 
 from .memory import MemoryNeed, storage_bytes
 from .memory import Released as Released
+from .param_order import insert_in_order
+from .rank_groups import RankGroups as RankGroups
 from .sampler import Sampler as Sampler
 from .sampler import SampleRequest as SampleRequest
 from .state_layout import state_tensors
@@ -162,6 +164,13 @@ class Backend(ABC):
     @abstractmethod
     def loss_scale(self) -> float:
         """Return the current factor of losses before backward (fp16), else 1."""
+
+    def rank_groups(self) -> RankGroups:
+        """Return the groups of ranks that have something of their own to exchange."""
+        return RankGroups()
+
+    #: whether a forward of the model communicates, as it gathers weights
+    gathers_in_forward = False
 
     @property
     def device(self) -> torch.device:
@@ -389,10 +398,3 @@ class Backend(ABC):
     def step_count(self) -> int:
         """Return the steps that the optimizer has taken, from its own counter if it has one, else 0. A thawed layer counts anew."""
         return max((int(state["step"]) for state in self.base_optimizer().state.values() if "step" in state), default=0)
-
-
-def insert_in_order(group: list[Parameter], param: Parameter, order: Mapping[Parameter, int]) -> None:
-    """Insert `param` in front of the first parameter of `group` that follows it in the model. order: positions in the model."""
-    place = order[param]
-    at = next((k for k, other in enumerate(group) if order.get(other, -1) > place), len(group))
-    group.insert(at, param)

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.nn import Parameter
 
 from smartfrz_ds.distributed.devices import synchronize
 
-from .base import Backend
-
-_PROBE_BYTES = 4 * 2**20
+# Bytes with which a bandwidth is measured.
+PROBE_BYTES = 4 * 2**20
 # Exchanges of a few bytes in which the ranks agree before and after (distributed/collectives.py).
 _AGREEMENTS = 3
 
@@ -29,10 +27,11 @@ class Bandwidths:
     """Measured bandwidths of the cluster.
 
     Attributes:
-        network: Bytes/s that one rank sends, and receives at the same time, in an all-to-all of the data-parallel ranks.
+        network: Bytes/s that one rank sends, and receives at the same time, in an all-to-all of the ranks that exchange state; infinite if
+            it was not measured.
         memory: Bytes/s of a copy into new memory on the device of the weights.
         host_link: Bytes/s between the device and the host; infinite if both are the same memory.
-        latency: Seconds of the smallest exchange.
+        latency: Seconds of the smallest exchange; 0 if it was not measured.
     """
 
     network: float
@@ -84,46 +83,53 @@ class PausePrediction:
     moved_bytes: int
     cost: Cost
 
+    @classmethod
+    def of(cls, cost: Cost, speed: Bandwidths) -> PausePrediction:
+        """Predict the pause of a change with this cost."""
+        return cls(seconds=cost.seconds(speed), moved_bytes=cost.moved_bytes, cost=cost)
+
     def __str__(self) -> str:
         return f"predicted pause {self.seconds:.3g} s, {self.moved_bytes / 1e6:.1f} MB move between ranks"
 
 
-def predict_pause(backend: Backend, out: Collection[Parameter], speed: Bandwidths, *, keep: bool = False) -> PausePrediction:
-    """Predict the pause of a freeze or thaw. Changes nothing and communicates nothing; the same on every rank.
-
-    Args:
-        backend: The engine's backend.
-        out: All parameters that are outside of the optimizer afterwards.
-        speed: Measured bandwidths.
-        keep: Whether the released state is kept on the host (`keep_state`).
-    """
-    cost = backend.change_cost(set(out), keep=keep)
-    return PausePrediction(seconds=cost.seconds(speed), moved_bytes=cost.moved_bytes, cost=cost)
-
-
-def measure_bandwidths(device: torch.device) -> Bandwidths:
-    """Measure the bandwidths with a few megabytes, in some milliseconds. Collective; every rank returns rank 0's values.
+def measure_memory(device: torch.device) -> tuple[float, float]:
+    """Measure the bytes/s of a copy into new memory, and between device and host (infinite if both are the same memory). Not collective.
 
     Args:
         device: The device of the engine's parameters.
     """
-    probe = torch.ones(_PROBE_BYTES, dtype=torch.uint8, device=device)
-    memory = _PROBE_BYTES / _best_of(lambda: probe.clone(), device)
-    link, network, latency = math.inf, math.inf, 0.0
-    if device.type != "cpu":
-        link = _PROBE_BYTES / _best_of(lambda: probe.cpu(), device)
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    if world > 1:
-        size = _PROBE_BYTES // world * world
-        send, receive = torch.ones(size, dtype=torch.uint8, device=device), torch.empty(size, dtype=torch.uint8, device=device)
-        small = torch.ones(world, dtype=torch.uint8, device=device)
-        out = torch.empty_like(small)
-        latency = _best_of(lambda: dist.all_to_all_single(out, small), device)
-        network = size * (world - 1) / world / max(1e-9, _best_of(lambda: dist.all_to_all_single(receive, send), device) - latency)
-        told = torch.tensor([network, memory, link, latency], dtype=torch.float64, device=device)
-        dist.broadcast(told, src=0)
-        network, memory, link, latency = told.tolist()
-    return Bandwidths(network=network, memory=memory, host_link=link, latency=latency)
+    probe = torch.ones(PROBE_BYTES, dtype=torch.uint8, device=device)
+    memory = PROBE_BYTES / _best_of(lambda: probe.clone(), device)
+    return memory, math.inf if device.type == "cpu" else PROBE_BYTES / _best_of(lambda: probe.cpu(), device)
+
+
+def measure_latency(device: torch.device, group: dist.ProcessGroup | None) -> float:
+    """Measure the seconds of the smallest exchange in a group. Collective in it, and the same on all of its ranks."""
+    small = torch.ones(dist.get_world_size(group), dtype=torch.uint8, device=device)
+    out = torch.empty_like(small)
+    return _of_first(_best_of(lambda: dist.all_to_all_single(out, small, group=group), device), device, group)
+
+
+def measure_network(device: torch.device, group: dist.ProcessGroup | None, latency: float) -> float:
+    """Measure the bytes/s that a rank sends in an all-to-all of a group. Collective in it, and the same on all of its ranks.
+
+    Args:
+        device: The device of the engine's parameters.
+        group: The group.
+        latency: The output of `measure_latency`.
+    """
+    world = dist.get_world_size(group)
+    size = PROBE_BYTES // world * world
+    send, receive = torch.ones(size, dtype=torch.uint8, device=device), torch.empty(size, dtype=torch.uint8, device=device)
+    seconds = _best_of(lambda: dist.all_to_all_single(receive, send, group=group), device)
+    return _of_first(size * (world - 1) / world / max(1e-9, seconds - latency), device, group)
+
+
+def _of_first(value: float, device: torch.device, group: dist.ProcessGroup | None) -> float:
+    """Return the value of the group's first rank."""
+    told = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.broadcast(told, src=0 if group is None else dist.get_global_rank(group, 0), group=group)
+    return float(told.item())
 
 
 def _best_of(action: Callable[[], object], device: torch.device, times: int = 3) -> float:

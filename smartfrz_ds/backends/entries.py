@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Parameter
 
-from .base import Backend, insert_in_order
+from .base import Backend
 from .cost import Cost
 from .memory import MemoryNeed
+from .param_order import insert_in_order
 from .state_layout import tensors_in
 
 

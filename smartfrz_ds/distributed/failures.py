@@ -139,21 +139,37 @@ def share_timeout() -> None:
     DeepSpeed 0.19.8 creates its groups without the timeout passed to init_distributed (comm/torch.py: new_group), and so does torch for the
     dimensions of a device mesh. A lost rank would be noticed after torch's 10 minutes (NCCL) or 30 (gloo) even if the user set less, and
     a slow rank would not be waited for if the user set more.
+
+    A group has one backend for each kind of device ("cpu:gloo,cuda:nccl"), each with a timeout of its own. Each takes that of the main
+    group's backend for the same kind; without one, that of the device on which this process trains.
     """
     if not dist.is_initialized():
         return
-    device = device_kind()
-    wanted = _timeout(dist.group.WORLD, device)
+    main = {kind: timeout for kind, (_, timeout) in _timeouts(dist.group.WORLD).items()}
+    otherwise = main.get(device_kind().type, next(iter(main.values()), None))
     for group in list(c10d._world.pg_map):
-        own = _timeout(group, device)
-        if wanted is not None and own is not None and own != wanted and own == c10d._get_default_timeout(dist.get_backend(group)):
-            c10d._set_pg_timeout(wanted, group)
+        for kind, (backend, own) in _timeouts(group).items():
+            wanted = main.get(kind, otherwise)
+            if wanted is not None and own != wanted and own in _default_timeouts(group, backend):
+                backend._set_default_timeout(wanted)
 
 
-def _timeout(group: Any, device: torch.device) -> Any:
-    if c10d._rank_not_in_group(group) or device not in group._device_types:
-        return None
-    return getattr(getattr(group._get_backend(device), "options", None), "_timeout", None)
+def _timeouts(group: Any) -> dict[str, tuple[Any, Any]]:
+    """Return the backend and the timeout for each kind of device of this process's group, as far as the backend has one."""
+    found: dict[str, tuple[Any, Any]] = {}
+    if c10d._rank_not_in_group(group):
+        return found
+    for device in group._device_types:
+        backend = group._get_backend(device)
+        timeout = getattr(getattr(backend, "options", None), "_timeout", None)
+        if timeout is not None and hasattr(backend, "_set_default_timeout"):
+            found[torch.device(device).type] = backend, timeout
+    return found
+
+
+def _default_timeouts(group: Any, backend: Any) -> set[Any]:
+    """Return torch's defaults for a backend of a group: it takes the one of the group's whole string, or of the backend alone."""
+    return {c10d._get_default_timeout(kind) for kind in (dist.get_backend(group), c10d.Backend(backend.name()))}
 
 
 @contextmanager

@@ -129,7 +129,7 @@ def assemble(
         run, snapshots, history, tally, kept_active=kept_active, scheduler=scheduler, probe_batch=probe_batch, deferred=defer_policy
     )
     run.ranks.assert_same(f"settings {digest(config)}, package {version}, layers {run.names}", "settings, package versions or layers")
-    policy.inputs.try_probe()
+    policy.try_probe()
     run.journal = Journal(run, layers, monitor=monitor, saved=lambda: tally.saved_fraction)
     status = StatusLines(run, tally)
     # It compares in the first forward, then removes its hooks. A pipeline's order is its list of layers; "any" asks for none.

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from smartfrz_ds.config.settings import FreezeConfig
-from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.model.flops import FlopTally
 from smartfrz_ds.model.layers import Layer
 from smartfrz_ds.model.view import View, layer_infos
@@ -24,24 +22,9 @@ from smartfrz_ds.signals.policy_inputs import PolicyInputs, RunInfo
 from smartfrz_ds.signals.snapshots import Snapshots
 from smartfrz_ds.telemetry.speaking import scheduler_name
 
+from .decision import StageDecision as StageDecision
+from .decision import broadcast_decision, decide
 from .run_context import RunContext
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageDecision:
-    """The decision of one freezing stage, as every rank received it.
-
-    Attributes:
-        chosen: Layers to freeze now.
-        failure: Why the policy could not decide, "" if it could. Ranks other than 0 have a general text.
-        probabilities: Probability of each judged layer, in [0, 1].
-        reasons: Reasons by layer, on rank 0 only.
-    """
-
-    chosen: frozenset[str] = frozenset()
-    failure: str = ""
-    probabilities: Mapping[str, float] = field(default_factory=dict)
-    reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 class PolicyStage(StepObserver):
@@ -134,10 +117,30 @@ class PolicyStage(StepObserver):
         if run.config.total_steps == "auto":
             run.total_steps = total_steps or total_steps_of(scheduler) or known
         self._build()
-        self.inputs.try_probe()
+        self.try_probe()
         self._remaining_lr = RemainingLr(scheduler if scheduler is not None else self._remaining_lr.scheduler, run.total_steps)
         self._unit = ScheduleUnit(self._remaining_lr.scheduler)
         return run.total_steps != known
+
+    def try_probe(self) -> None:
+        """Run the probe batch once, so that an unsuitable batch is found before training. Collective.
+
+        Raises:
+            ValueError: The model's forward does not accept it, on this rank or another one.
+        """
+        if self.inputs.has_probe:
+            self._together(self.inputs.try_probe)
+
+    def _together(self, forward: Callable[[], None]) -> None:
+        """Run a forward on all ranks; an error on one rank is raised on all of them.
+
+        Where the forward itself communicates (ZeRO-3, FSDP), the others wait within it for the rank that failed, and can't be told: the
+        error is raised on that rank alone, and the others lose contact when it ends.
+        """
+        if self._run.backend.gathers_in_forward and not self._run.ranks.alone:
+            forward()
+        else:
+            self._run.ranks.run_on_all_ranks(forward)
 
     def drop_schedule(self) -> bool:
         """Drop the scheduler if it does not count steps. Call at a freezing stage; collective until the answer is known.
@@ -202,6 +205,8 @@ class PolicyStage(StepObserver):
         """
         run = self._run
         self.inputs.gather(recorded(run.layers, run.state.frozen))
+        if self.inputs.has_probe:
+            self._together(self.inputs.run_probe)
         own: tuple[Decision, frozenset[str], str] = (Decision(), frozenset(), "")
         if run.ranks.rank == 0:
             own = decide(self.policy, lambda: self._view(waiting), self._allowed, step=run.state.step)
@@ -346,50 +351,3 @@ def build_policy(config: FreezeConfig, layers: Sequence[Layer], total_steps: int
     if isinstance(policy, ChecksStart):
         policy.check_start(total_steps, layer_infos(layers))
     return policy
-
-
-def decide(
-    policy: Policy, look: Callable[[], View], allow: Callable[[Sequence[str]], frozenset[str]], *, step: int
-) -> tuple[Decision, frozenset[str], str]:
-    """Let a policy decide. A policy that fails freezes nothing.
-
-    Args:
-        policy: The policy.
-        look: Creates the view. Its errors are caught too, as the other ranks wait for an answer.
-        allow: Applies the rules: returns those of the named layers that may freeze.
-        step: The current step, for the message.
-
-    Returns:
-        The decision, the layers to freeze, and why the policy failed ("" if it did not).
-    """
-    try:
-        view = look()
-        decision = policy.decide(view)
-        unknown = set(decision.freeze) - set(view.candidates)
-        if unknown:
-            raise ValueError(f"it named {sorted(unknown)}, which are not candidates")
-        return decision, allow(decision.freeze), ""
-    except Exception as error:
-        return Decision(), frozenset(), f"policy {policy.name!r} failed at step {step}, nothing was frozen: {error}"
-
-
-def broadcast_decision(ranks: Collectives, names: Sequence[str], own: tuple[Decision, frozenset[str], str], about: str) -> StageDecision:
-    """Broadcast rank 0's result of `decide`, and check that every rank received the same. Collective.
-
-    Args:
-        ranks: The collectives of all ranks.
-        names: Names of all layers.
-        own: Result of `decide`; only rank 0's is used.
-        about: Step and frozen set, which are compared too.
-
-    Raises:
-        RanksDisagree: The ranks differ. Raised on all ranks.
-    """
-    decision, chosen, failure = own
-    flags = [float(bool(failure))] + [float(name in chosen) for name in names]
-    told = ranks.broadcast([*flags, *(decision.probabilities.get(name, float("nan")) for name in names)])
-    heard = frozenset(name for name, flag in zip(names, told[1 : 1 + len(names)], strict=True) if flag)
-    ranks.assert_same(f"{about}, decision {sorted(heard)}", "freezing decisions")
-    known: dict[str, Any] = {n: p for n, p in zip(names, told[1 + len(names) :], strict=True) if p == p}
-    told_failure = (failure or "rank 0: the policy failed; nothing was frozen") if told[0] else ""
-    return StageDecision(chosen=heard, failure=told_failure, probabilities=known, reasons=dict(decision.reasons))

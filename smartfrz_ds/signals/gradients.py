@@ -42,6 +42,7 @@ class GradientSums:
         self._names, self._size, self._loss_scale = tuple(names), sample_size, loss_scale
         self._total = torch.zeros(len(names) * sample_size, dtype=torch.float32, device=device)
         self._step = torch.zeros_like(self._total)  # of the current step; discarded if the step is skipped
+        self._scale: float | None = None  # of the current step's losses; None: not asked yet, which makes the host wait for a GradScaler
         self._stale: set[str] = set()  # layers that were not watched during the whole interval
         self._handles: list[Any] = []
         self.watch(requests)
@@ -74,6 +75,7 @@ class GradientSums:
         """
         if applied:
             self._total += self._step
+        self._scale = None
         self._step.zero_()
 
     def restart(self) -> None:
@@ -123,6 +125,7 @@ class GradientSums:
             state: Rank 0's state, the same on every rank. None, or a state with another sample size, makes this
                 interval unknown.
         """
+        self._scale = None
         self._step.zero_()
         self._total.zero_()
         sums = None if state is None else decode(state["sums"])
@@ -139,7 +142,9 @@ class GradientSums:
     def _add(self, elements: Tensor, slots: Tensor, gradient: Tensor) -> None:
         # A micro-batch may bring a gradient in several parts (regions under reentrant checkpointing), which add up.
         values = gradient.reshape(-1).index_select(0, elements).to(self._step.device, torch.float32)
-        self._step.index_add_(0, slots, values / self._loss_scale())
+        if self._scale is None:
+            self._scale = self._loss_scale()
+        self._step.index_add_(0, slots, values / self._scale)
 
 
 def _world() -> int:

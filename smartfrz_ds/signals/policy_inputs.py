@@ -109,7 +109,7 @@ class PolicyInputs:
         self.seen: dict[str, Mapping[str, Tensor]] = {}
 
     def try_probe(self) -> None:
-        """Run the probe batch once, so that an unsuitable batch is found before training. Collective.
+        """Run the probe batch once, so that an unsuitable batch is found before training. A forward of the engine, as `run_probe`.
 
         Raises:
             ValueError: The model's forward does not accept `probe_batch`.
@@ -153,13 +153,21 @@ class PolicyInputs:
     # --- at a freezing stage --------------------------------------------------------------------------------------------------
 
     def gather(self, active: Collection[str]) -> None:
-        """Fill `seen`. Collective if there is anything to gather.
+        """Fill `seen`, except for the probe. Collective if there is anything to gather.
 
         Args:
             active: Names of the layers whose gradients are wanted.
         """
         if self._sums is not None:
             self.seen["gradients"] = self._sums.take(active)
+
+    @property
+    def has_probe(self) -> bool:
+        """Whether the policy's inputs include the outputs of a probe batch."""
+        return self._probe is not None
+
+    def run_probe(self) -> None:
+        """Run the probe batch, and add its outputs to `seen`, on all ranks together. A forward of the engine: it can fail on one rank."""
         if self._probe is not None:
             self.seen["grams"] = self._probe.grams(keep=self._backend.rank == 0)
 

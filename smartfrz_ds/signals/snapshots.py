@@ -39,6 +39,7 @@ class Snapshots:
         self._seed = seed
         self.choose_weights(layers)
         self._sampler: Sampler | None = None
+        self._groups = backend.rank_groups()
 
     def choose_weights(self, layers: Sequence[Layer]) -> None:
         """Choose the weights. Called again after layers have moved between ranks, it chooses the same weights at their new place."""
@@ -66,6 +67,7 @@ class Snapshots:
             active: Positions of the layers to sample.
         """
         requests = [r for row in active for r in self.requests[row]]
+        self._groups = self.backend.rank_groups()
         self._sampler = self.backend.sampler(requests, self.rows * self.sample_size)
 
     def take(self) -> Tensor | None:
@@ -76,8 +78,10 @@ class Snapshots:
             elsewhere.
         """
         assert self._sampler is not None
+        if not self._groups.holds_samples:
+            return None
         values = self._sampler.read(self.backend.device)
         if self.backend.sharded:
             # Each weight has one owner and zeros elsewhere, so the sum equals the value bit for bit.
-            dist.reduce(values, dst=0)
+            dist.reduce(values, dst=0, group=self._groups.sampling)
         return values.view(self.rows, self.sample_size).cpu() if self.backend.rank == 0 else None

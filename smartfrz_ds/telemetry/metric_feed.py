@@ -45,6 +45,15 @@ class MetricFeed:
 
     def take(self) -> list[float]:
         """Return the values since the last call, one for each step that has any."""
-        values = [float(v) for v in self._steps]
+        tensors = [v for v in self._steps if isinstance(v, Tensor)]
+        # One copy to the host for all steps.
+        read = iter(torch.stack([t.to(tensors[0].device) for t in tensors]).tolist() if tensors else [])
+        values = [next(read) if isinstance(v, Tensor) else v for v in self._steps]
         self._steps = []
         return values
+
+    def take_last(self) -> Tensor | float | None:
+        """Return the value of the newest step since the last call, which may be a tensor that was not read yet; None: there is none."""
+        last = self._steps[-1] if self._steps else None
+        self._steps = []
+        return last

@@ -127,6 +127,25 @@ def test_eight_ranks_equal_the_single_process(eight: Path, name: str) -> None:
 
 
 @pytest.mark.distributed(2)
+def test_a_snapshot_has_the_weights_of_all_stages(two: Path) -> None:
+    for name in ("z0", "z1"):
+        assert [saw(two, name, rank)["samples"] for rank in (0, 1)] == [
+            {"takes_part": True, "equal": True},
+            {"takes_part": True, "equal": None},
+        ], name
+
+
+@pytest.mark.slow
+@pytest.mark.distributed(4)
+@pytest.mark.parametrize(("name", "ranks"), [("dp2-z0", {0, 2}), ("dp2-z1", {0, 1, 2, 3}), ("pp4", {0, 1, 2, 3})])
+def test_the_ranks_that_hold_samples_combine_them(four: Path, name: str, ranks: set[int]) -> None:
+    """One of two replicas holds them all, unless ZeRO-1 spreads each stage over both."""
+    seen = [saw(four, name, rank)["samples"] for rank in range(4)]
+    assert {rank for rank in range(4) if seen[rank]["takes_part"]} == ranks
+    assert [s["equal"] for s in seen] == [True, None, None, None]
+
+
+@pytest.mark.distributed(2)
 @pytest.mark.parametrize("name", ["z0", "z1", "bf16-z0"])
 def test_a_frozen_stage_runs_no_backward_and_sends_no_gradient(two: Path, name: str) -> None:
     first, second = (saw(two, name, rank)["counts"] for rank in (0, 1))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 import smartfrz_ds
-from smartfrz_ds.backends.base import insert_in_order
+from smartfrz_ds.backends.param_order import insert_in_order
 from smartfrz_ds.model.layers import find_layers
 from smartfrz_ds.signals.lr_scale import layer_groups
 

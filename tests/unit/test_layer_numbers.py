@@ -150,6 +150,23 @@ def test_sums_run_over_steps_and_micro_batches_and_leave_out_skipped_steps() -> 
     assert sums.take(names)[names[0]].count_nonzero() == 0
 
 
+def test_the_loss_scale_is_read_once_a_step() -> None:
+    """Background: a GradScaler's scale is on the device; it was read for each sampled parameter of each micro-batch."""
+    model, reads = net(), []
+
+    def scale() -> float:
+        reads.append(1)
+        return 1.0
+
+    sums = sums_of(model, [1.0])
+    sums._loss_scale = scale
+    for step in range(3):
+        for micro in range(2):
+            backward(model, 2 * step + micro)
+        sums.end_step(applied=step != 1)
+    assert len(reads) == 3
+
+
 def test_sums_are_of_the_unscaled_loss() -> None:
     model, scale = net(), [1.0]
     sums, names = sums_of(model, scale), [layer.name for layer in find_layers(model)]

@@ -128,6 +128,18 @@ def counting_bytes() -> Iterator[list[int]]:
         p2p.send = send
 
 
+def sampled_right(controller: Any, replica: int) -> dict[str, Any]:
+    """Whether a snapshot has the weights of all stages (on the rank that gets it), and whether this rank took part in it."""
+    snapshots, recorded = controller._recording.snapshots, controller._recording._recorded
+    expected = torch.zeros(snapshots.rows * snapshots.sample_size, device=controller.backend.device)
+    for request in (r for layer in controller._run.layers if layer.name in recorded for r in snapshots.requests[layer.position]):
+        if replica == 0:
+            expected[request.slots] = request.param.detach().flatten()[request.elements].float()
+    dist.all_reduce(expected)
+    taken = snapshots.take()
+    return {"takes_part": snapshots._groups.holds_samples, "equal": None if taken is None else torch.equal(taken.flatten(), expected)}
+
+
 def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     engine = engine_for(case)
     seen = count_instructions(engine)
@@ -165,6 +177,7 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         "history": digest(controller.state_dict()["history"]),
         "sent": sent_bytes,
         "saved": report.saved_flops_fraction,
+        "samples": sampled_right(controller, replica),
     }
     if "keep_active" in case.get("smartfrz", {}):
         try:

@@ -50,6 +50,8 @@ class Zero3Backend(ShardedBackend):
     "auto": replicated as long as they fit into the memory that the freezes have released on this rank.
     """
 
+    gathers_in_forward = True
+
     def __init__(self, engine: Any, frozen: FrozenStorage = "sharded") -> None:
         zero = engine.optimizer
         self._masters: list[Tensor] = list(zero.fp32_partitioned_groups_flat)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import nn
 from torch.nn import Parameter
 
+from smartfrz_ds.backends.base import RankGroups
 from smartfrz_ds.backends.deepspeed.base import DeepSpeedBackend
 from smartfrz_ds.backends.memory import MemoryNeed
 from smartfrz_ds.backends.transaction import Transaction
@@ -310,6 +312,11 @@ class PipelineStage(_Base):
     @property
     def is_sampling_rank(self) -> bool:
         return bool(self.engine.grid.get_data_parallel_id() == 0)
+
+    def rank_groups(self) -> RankGroups:
+        """Add the ranks of this replica, one of each stage. Those of the first replica hold all samples unless stages are sharded."""
+        groups = replace(super().rank_groups(), stages=self.engine.grid.get_pipe_parallel_group())
+        return groups if super().sharded else replace(groups, sampling=groups.stages, holds_samples=self.is_sampling_rank)
 
     def check(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter]) -> None:
         """Check as Backend.check does, but allow a stage without anything to train."""

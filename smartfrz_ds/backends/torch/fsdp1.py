@@ -33,6 +33,7 @@ class Fsdp1Backend(TorchBackend):
     knows_reductions = False  # its parameters do not have their full shapes
     takes_none = "FSDP1 decides which part of a unit's flat parameter trains when the unit is created"
     missing = FSDP_MISSING
+    gathers_in_forward = True
     runs_grad_hooks = False  # a flat parameter's gradient is accumulated as a whole
 
     def __init__(self, wrapped: FullyShardedDataParallel, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:

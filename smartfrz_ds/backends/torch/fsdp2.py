@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn import Parameter
 
-from smartfrz_ds.backends.base import Sampler, SampleRequest
+from smartfrz_ds.backends.base import RankGroups, Sampler, SampleRequest
 from smartfrz_ds.errors import FreezeError
 from smartfrz_ds.model.layers import Layer
 
@@ -49,6 +49,7 @@ class Fsdp2Backend(TorchBackend):
     name = "FSDP2"
     knows_reductions = True
     missing = FSDP_MISSING
+    gathers_in_forward = True
 
     def __init__(self, wrapped: nn.Module, module: nn.Module, optimizer: torch.optim.Optimizer, *, frozen: FrozenUnits = "sharded") -> None:
         for sharded in wrapped.modules():
@@ -78,6 +79,15 @@ class Fsdp2Backend(TorchBackend):
     @property
     def sharded(self) -> bool:
         return dist.get_world_size() > 1
+
+    def rank_groups(self) -> RankGroups:
+        """Return, with replicas of shards (HSDP), those of the first replica: all replicas hold the same."""
+        sharded = [p for group in self.groups for p in group if isinstance(p, DTensor)]
+        mesh = sharded[0].device_mesh
+        hybrid = mesh.ndim == 2 and all(p.device_mesh == mesh and isinstance(p.placements[0], Replicate) for p in sharded)
+        if not hybrid or 0 not in mesh.mesh[0]:
+            return RankGroups()
+        return RankGroups(sampling=mesh.get_group(1), holds_samples=mesh.get_local_rank(0) == 0)
 
     def gradient_itemsize(self, param: Parameter) -> int:
         for group in (g for groups in self._units.values() for g in groups):

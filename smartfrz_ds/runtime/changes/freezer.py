@@ -18,7 +18,6 @@ from torch.nn import Parameter
 
 from smartfrz_ds.backends.base import Released
 from smartfrz_ds.backends.cost import PausePrediction
-from smartfrz_ds.backends.memory import MemoryNeed
 from smartfrz_ds.backends.transaction import Transaction
 from smartfrz_ds.errors import ChangeUndone, FreezeError, NotEnoughMemory
 from smartfrz_ds.model.freeze_modules import check_tied, freeze_modules, leaving_params, remember_modules, thaw_modules
@@ -28,7 +27,7 @@ from smartfrz_ds.runtime.rules.user_frozen import Restored, UserFrozen
 from smartfrz_ds.runtime.run_context import RunContext
 from smartfrz_ds.telemetry.events import FreezeEvent
 
-from .memory_check import check_memory
+from .memory_check import NUMBERS, Place, check_memory, place_of
 from .pauses import Pauses
 from .transact import transact
 
@@ -128,7 +127,7 @@ class Freezer:
         leaving = dict.fromkeys(self.leaving(frozen))
         keep = run.keep_steps > 0 and kind != "restore"
 
-        def plan() -> tuple[LayoutChange, MemoryNeed]:
+        def plan() -> tuple[tuple[LayoutChange, Place], Sequence[int]]:
             self._check_set(frozen, kind)
             freeze = tuple(p for p in leaving if p not in run.backend.frozen)
             own = [p for layer in run.layers for p in (*layer.params, *layer.copies)]
@@ -137,10 +136,11 @@ class Freezer:
             gone, back = frozenset(frozen - before), frozenset(before - frozen)
             change = LayoutChange(kind=kind, frozen=frozenset(frozen), gone=gone, back=back, freeze=freeze, thaw=thaw, adopted=adopted)
             self.await_others(change)
-            return change, run.backend.memory_need(freeze, thaw, keep=keep)
+            here = place_of(run, run.backend.memory_need(freeze, thaw, keep=keep))
+            return (change, here), here.numbers
 
-        change, need = run.ranks.run_on_all_ranks(plan)
-        check_memory(run, need, f"{kind} {', '.join(run.state.in_order(change.gone | change.back))}", keep=keep)
+        (change, here), numbers = run.ranks.gather_results(plan, NUMBERS)
+        check_memory(run, here, numbers, f"{kind} {', '.join(run.state.in_order(change.gone | change.back))}", keep=keep)
         if kind != "restore":
             self.predicted = self._pauses.predict(self.leaving(frozen))
         return change

@@ -15,6 +15,7 @@ from smartfrz_ds.runtime.run_context import RunContext
 from smartfrz_ds.telemetry.words import size
 
 UNKNOWN = -1
+NUMBERS = 5
 
 
 @dataclass(frozen=True)
@@ -32,24 +33,29 @@ class Place:
         """A number of the machine, then needed and free bytes of device and host; UNKNOWN where free memory can't be read."""
         machine = int.from_bytes(hashlib.sha256(self.machine.encode()).digest()[:7], "little")
         device, host = (UNKNOWN if free is None else free for free in (self.free.device, self.free.host))
-        return [machine, self.need.device, device, self.need.host, host]
+        return [machine, self.need.device, device, self.need.host, host]  # `NUMBERS` of them
 
 
-def check_memory(run: RunContext, need: MemoryNeed, what: str, *, keep: bool) -> None:
-    """Check that every rank, and every host with all of its ranks, has the memory that a change needs. Collective, one gather of numbers.
+def place_of(run: RunContext, need: MemoryNeed) -> Place:
+    """Return this rank's place. need: the need of the change on this rank."""
+    device, host = run.backend.device, socket.gethostname()
+    return Place(f"{host} {_boot_id()}", host, str(device), need, memory.free_memory(device))
+
+
+def check_memory(run: RunContext, here: Place, numbers: Sequence[Sequence[int]], what: str, *, keep: bool) -> None:
+    """Check that every rank, and every host with all of its ranks, has the memory that a change needs. Collective if it lacks.
 
     Args:
         run: The run.
-        need: The need of the change on this rank.
+        here: This rank.
+        numbers: `Place.numbers` of all ranks.
         what: The change, for the message: "freeze blocks.0".
         keep: Whether released state is kept on the host.
 
     Raises:
         NotEnoughMemory: A device or a host is too full; lists all of them, on every rank. Not raised if free memory can't be read.
     """
-    device, host = run.backend.device, socket.gethostname()
-    here = Place(f"{host} {_boot_id()}", host, str(device), need, memory.free_memory(device))
-    if not any_short(run.ranks.gather_integers(here.numbers)):
+    if not any_short(numbers):
         return
     places: list[Place] = run.ranks.gather_objects(here)
     short = [*short_devices(places), *short_hosts(places)]

@@ -17,7 +17,7 @@ from smartfrz_ds.runtime.run_context import RunContext
 from smartfrz_ds.telemetry.events import FreezeEvent
 
 from .freezer import Freezer
-from .memory_check import check_memory
+from .memory_check import check_memory, place_of
 from .pauses import Pauses
 from .transact import transact
 
@@ -65,7 +65,7 @@ class StageMoves(StepObserver):
     def _look(self, *, moves: bool) -> None:
         """Look for a better cut with the layers that are frozen now. moves: whether layers may move."""
         run = self._run
-        move, self.width = self.rebalancer.decide(self._pauses.bandwidths(), moves=moves)
+        move, self.width = self.rebalancer.decide(self._pauses.between_stages(), moves=moves)
         if self.width is not None:
             run.journal.note(self.width.advice(run.checkpoint_folder))
         if move is not None and move.problem:
@@ -85,7 +85,8 @@ class StageMoves(StepObserver):
         Raises:
             ValueError, RuntimeError: The bounds are not possible. Raised on every rank; nothing was changed.
         """
-        check_memory(self._run, self.rebalancer.memory_need(bounds), f"move layers to the bounds {list(bounds)}", keep=False)
+        run, here = self._run, place_of(self._run, self.rebalancer.memory_need(bounds))
+        check_memory(run, here, run.ranks.gather_integers(here.numbers), f"move layers to the bounds {list(bounds)}", keep=False)
         self.rebalancer.check(bounds)
         self._run.ranks.run_on_all_ranks(lambda: self._freezer.await_others(self._change()))
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from smartfrz_ds.backends.base import Released, Sampler, SampleRequest
+from smartfrz_ds.backends.base import RankGroups, Released, Sampler, SampleRequest
 from smartfrz_ds.backends.cost import Cost
 from smartfrz_ds.backends.deepspeed.base import DeepSpeedBackend
 from smartfrz_ds.backends.deepspeed.weight_state import FlatWeightState, WeightState
@@ -175,18 +175,20 @@ class FlatBackend(DeepSpeedBackend):
     def _partitions(self) -> list[Partition]:
         return [(self.master(i), self.layouts[i], self.group_rank(i)) for i in range(len(self.groups))]
 
+    def rank_groups(self) -> RankGroups:
+        return RankGroups(exchange=next((self.process_group(i) for i, layout in enumerate(self.layouts) if layout.world > 1), None))
+
     def group_rank(self, index: int) -> int:
         """Return the number of this process's partition of group `index`."""
         return dist.get_rank(self.process_group(index)) if self.layouts[index].world > 1 else 0
 
     def sampler(self, requests: Sequence[SampleRequest], numel: int) -> Sampler:
-        sampler = Sampler(numel)
-        where = {p: i for i in range(len(self.groups)) for p in self.layouts[i].params}
+        sampler, where = Sampler(numel), {p: i for i in range(len(self.groups)) for p in self.layouts[i].params}
         ranks = [self.group_rank(i) for i in range(len(self.groups))]
         for r in requests:
             index = where[r.param]
-            if self.layouts[index].world == 1 and not self.is_sampling_rank:
-                continue  # every rank holds everything; one is enough
+            if self.layouts[index].world == 1 and not self.is_sampling_rank:  # every rank holds everything; one is enough
+                continue
             if (s := self.layouts[index].segment_on(r.param, ranks[index])) is not None:
                 mine = (r.elements >= s.start) & (r.elements < s.start + s.numel)
                 sampler.add(self.master(index), r.elements[mine] - s.start + s.offset, r.slots[mine])

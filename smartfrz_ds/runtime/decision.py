@@ -1,0 +1,75 @@
+"""One decision of a policy: made on rank 0, received by every rank, and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from smartfrz_ds.distributed.collectives import Collectives
+from smartfrz_ds.model.view import View
+from smartfrz_ds.policies.base import Decision, Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageDecision:
+    """The decision of one freezing stage, as every rank received it.
+
+    Attributes:
+        chosen: Layers to freeze now.
+        failure: Why the policy could not decide, "" if it could. Ranks other than 0 have a general text.
+        probabilities: Probability of each judged layer, in [0, 1].
+        reasons: Reasons by layer, on rank 0 only.
+    """
+
+    chosen: frozenset[str] = frozenset()
+    failure: str = ""
+    probabilities: Mapping[str, float] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+def decide(
+    policy: Policy, look: Callable[[], View], allow: Callable[[Sequence[str]], frozenset[str]], *, step: int
+) -> tuple[Decision, frozenset[str], str]:
+    """Let a policy decide. A policy that fails freezes nothing.
+
+    Args:
+        policy: The policy.
+        look: Creates the view. Its errors are caught too, as the other ranks wait for an answer.
+        allow: Applies the rules: returns those of the named layers that may freeze.
+        step: The current step, for the message.
+
+    Returns:
+        The decision, the layers to freeze, and why the policy failed ("" if it did not).
+    """
+    try:
+        view = look()
+        decision = policy.decide(view)
+        unknown = set(decision.freeze) - set(view.candidates)
+        if unknown:
+            raise ValueError(f"it named {sorted(unknown)}, which are not candidates")
+        return decision, allow(decision.freeze), ""
+    except Exception as error:
+        return Decision(), frozenset(), f"policy {policy.name!r} failed at step {step}, nothing was frozen: {error}"
+
+
+def broadcast_decision(ranks: Collectives, names: Sequence[str], own: tuple[Decision, frozenset[str], str], about: str) -> StageDecision:
+    """Broadcast rank 0's result of `decide`, and check that every rank received the same. Collective.
+
+    Args:
+        ranks: The collectives of all ranks.
+        names: Names of all layers.
+        own: Result of `decide`; only rank 0's is used.
+        about: Step and frozen set, which are compared too.
+
+    Raises:
+        RanksDisagree: The ranks differ. Raised on all ranks.
+    """
+    decision, chosen, failure = own
+    flags = [float(bool(failure))] + [float(name in chosen) for name in names]
+    told = ranks.broadcast([*flags, *(decision.probabilities.get(name, float("nan")) for name in names)])
+    heard = frozenset(name for name, flag in zip(names, told[1 : 1 + len(names)], strict=True) if flag)
+    ranks.assert_same(f"{about}, decision {sorted(heard)}", "freezing decisions")
+    known: dict[str, Any] = {n: p for n, p in zip(names, told[1 + len(names) :], strict=True) if p == p}
+    told_failure = (failure or "rank 0: the policy failed; nothing was frozen") if told[0] else ""
+    return StageDecision(chosen=heard, failure=told_failure, probabilities=known, reasons=dict(decision.reasons))
