@@ -19,8 +19,8 @@ from torch import Tensor
 CPU = torch.device("cpu")
 
 
-def collective_device(tensors: Iterable[Tensor] = ()) -> torch.device:
-    """Return the device, with index, on which the default process group exchanges this process's tensors. Not collective.
+def collective_device(tensors: Iterable[Tensor] = (), group: dist.ProcessGroup | None = None) -> torch.device:
+    """Return the device, with index, on which a process group exchanges this process's tensors. Not collective.
 
     Before an engine exists, this need not be the process's current device: `deepspeed.init_distributed` binds the group to
     cuda:LOCAL_RANK, and only the engine's constructor makes that the current device.
@@ -28,6 +28,7 @@ def collective_device(tensors: Iterable[Tensor] = ()) -> torch.device:
     Args:
         tensors: Tensors that the caller trains on the group's kind of device, such as a model's parameters. They determine the device if
             the group itself is not bound to one.
+        group: The process group; None: the default group.
 
     Returns:
         The CPU if there is no process group, or if the group has a backend for the CPU (gloo, mpi, "cpu:gloo,cuda:nccl"). Otherwise a
@@ -36,16 +37,35 @@ def collective_device(tensors: Iterable[Tensor] = ()) -> torch.device:
     """
     if not dist.is_initialized():
         return CPU
-    group: Any = dist.group.WORLD
-    kinds = [torch.device(kind).type for kind in group._device_types]
+    kinds = _kinds(group)
     if CPU.type in kinds or not kinds:
         return CPU
     kind = kinds[0]
-    bound = group.bound_device_id
+    used: Any = group or dist.group.WORLD
+    bound = used.bound_device_id
     if bound is not None and bound.type == kind and bound.index is not None:
         return torch.device(bound)
     placed = next((t.device for t in tensors if t.device.type == kind and t.device.index is not None), None)
     return placed or torch.device(kind, _local_index(kind))
+
+
+def exchange_device(device: torch.device, group: dist.ProcessGroup | None = None) -> torch.device:
+    """Return the device on which a process group exchanges tensors of `device`: NCCL, for one, takes no host memory. Not collective.
+
+    Args:
+        device: Where the tensors are.
+        group: The process group; None: the default group.
+
+    Returns:
+        `device` if the group has a backend for its kind, else as `collective_device`.
+    """
+    return device if device.type in _kinds(group) else collective_device(group=group)
+
+
+def _kinds(group: dist.ProcessGroup | None) -> list[str]:
+    """Return the kinds of devices for which a process group has a backend."""
+    known: Any = group or dist.group.WORLD
+    return [torch.device(kind).type for kind in known._device_types]
 
 
 def _local_index(kind: str) -> int:

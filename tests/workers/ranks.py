@@ -16,11 +16,16 @@ import torch.distributed as dist
 from deepspeed.utils import logger
 
 
+def read_job() -> tuple[Any, Path]:
+    """The job (whatever JSON the test wrote) and the folder for results."""
+    logger.setLevel(logging.ERROR)
+    return json.loads(Path(sys.argv[-2]).read_text()), Path(sys.argv[-1])
+
+
 @contextmanager
 def job() -> Iterator[tuple[Any, Path]]:
     """The job (whatever JSON the test wrote) and the folder for results, inside of the process group."""
-    logger.setLevel(logging.ERROR)
-    work, folder = json.loads(Path(sys.argv[-2]).read_text()), Path(sys.argv[-1])
+    work, folder = read_job()
     deepspeed.init_distributed(dist_backend="gloo")
     yield work, folder
     dist.barrier()
@@ -37,6 +42,6 @@ def case(name: str) -> Iterator[None]:
     gc.collect()
 
 
-def write(folder: Path, name: str, result: Any) -> None:
+def write(folder: Path, name: str, result: Any, *, rank: int | None = None) -> None:
     """This rank's result of a case: NAME.RANK.json."""
-    (folder / f"{name}.{dist.get_rank()}.json").write_text(json.dumps(result))
+    (folder / f"{name}.{dist.get_rank() if rank is None else rank}.json").write_text(json.dumps(result))

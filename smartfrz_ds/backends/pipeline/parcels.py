@@ -12,6 +12,7 @@ from torch import Tensor
 
 from smartfrz_ds.backends.deepspeed.flat.partition import STAGING_BYTES
 from smartfrz_ds.backends.memory import MemoryNeed
+from smartfrz_ds.distributed.devices import exchange_device
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Shipment:
         self, outgoing: Mapping[int, Sequence[Tensor]], incoming: Mapping[int, Sequence[Tensor]], group: Any, device: torch.device
     ) -> None:
         self._group = group
-        staged = torch.device("cpu") if dist.get_backend(group) == "gloo" else device
+        staged = torch.device("cpu") if dist.get_backend(group) == "gloo" else exchange_device(device, group)
         self._sends = {rank: _rounds(tensors) for rank, tensors in outgoing.items()}
         self._receives = {rank: _rounds(tensors) for rank, tensors in incoming.items()}
         self._buffers = {

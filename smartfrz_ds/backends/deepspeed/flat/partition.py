@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.nn import Parameter
+
+from smartfrz_ds.distributed.devices import exchange_device
 
 # Bytes that one rank stages for one exchange. Bounds the extra memory of a move, on the device and on the host.
 STAGING_BYTES = 32 * 2**20
@@ -293,9 +294,7 @@ class Exchange:
         self._rounds = moves.rounds_of(rank, world, max(1, staging_bytes // dtype.itemsize))
         sent = max((sum(m.numel for m in outgoing) for outgoing, _ in self._rounds), default=0)
         received = max((sum(m.numel for m in incoming) for _, incoming in self._rounds), default=0)
-        # NCCL takes no host memory: offloaded state is staged on the device.
-        on_host = bool(self._rounds) and device.type == "cpu" and dist.get_backend(group) == "nccl"
-        staged = torch.device(get_accelerator().current_device_name()) if on_host else device
+        staged = exchange_device(device, group) if self._rounds else device  # offloaded state crosses ranks by way of the device
         self._send = torch.empty(sent, dtype=dtype, device=staged)
         self._receive = torch.empty(received, dtype=dtype, device=staged)
 
