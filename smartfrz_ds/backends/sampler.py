@@ -75,6 +75,7 @@ class Sampler:
         self._addresses: list[int] | None = None
         self._gathers: list[_Gather] = []
         self._others: list[int] = []  # positions of the tensors that no gather reads
+        self._other_elements: Sequence[Tensor] = []  # of each of them, on its device
         self._other_slots = torch.arange(0)
 
     def add(self, tensor: Tensor, elements: Tensor, slots: Tensor) -> None:
@@ -109,7 +110,7 @@ class Sampler:
         for gather in self._gathers:
             out.index_copy_(0, gather.slots, gather.values().to(device=device, dtype=torch.float32))
         if self._others:
-            values = read_each([tensors[i] for i in self._others], self._elements_of(self._others), device)
+            values = read_each([tensors[i] for i in self._others], self._other_elements, device)
             out.index_copy_(0, self._other_slots, values)
         return out
 
@@ -130,6 +131,7 @@ class Sampler:
             else:
                 others += positions
         self._others = others
+        self._other_elements = _beside([tensors[i] for i in others], self._elements_of(others))
         self._other_slots = self._slots_of(others).to(device)
         self._addresses = _addresses(tensors)
 
@@ -179,6 +181,17 @@ def read_each(tensors: Sequence[Tensor], elements: Sequence[Tensor], device: tor
         values = data.view(-1).index_select(0, where) if data.is_contiguous() else data[torch.unravel_index(where, data.shape)]
         parts.append(values.to(device=device, dtype=torch.float32))
     return torch.cat(parts)
+
+
+def _beside(tensors: Sequence[Tensor], elements: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Copy the indices to the devices of their tensors, those of one device together."""
+    placed = list(elements)
+    for device in dict.fromkeys(t.device for t in tensors):
+        numbers = [k for k, t in enumerate(tensors) if t.device == device]
+        together = torch.cat([elements[k] for k in numbers]).to(device)
+        for k, part in zip(numbers, together.split([len(elements[k]) for k in numbers]), strict=True):
+            placed[k] = part
+    return placed
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:

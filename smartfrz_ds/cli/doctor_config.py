@@ -62,7 +62,7 @@ def traps(raw: Mapping[str, Any], settings: FreezeConfig, *, gpus: int | None = 
         Pairs of text and remedy.
     """
     zero, optimizer = _sub(raw, "zero_optimization"), _sub(raw, "optimizer")
-    gpus = torch.cuda.device_count() if gpus is None else gpus
+    gpus = torch.accelerator.device_count() if gpus is None else gpus
     cpu = gpus == 0 or os.environ.get("DS_ACCELERATOR") == "cpu"
     found: list[tuple[str, str]] = []
     if SECTION not in raw:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from smartfrz_ds.distributed.devices import own_random_numbers
 from smartfrz_ds.model.layers import Layer
 from smartfrz_ds.predictor.similarity import centered_gram, probe_rows
 
@@ -81,8 +82,10 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Run the body in eval mode; restore each module's mode and all random states afterwards."""
     modes = {module: module.training for module in model.modules()}
     here, numbers = random.getstate(), np.random.get_state()
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None})
-    with torch.random.fork_rng(devices=devices):
+    devices = dict.fromkeys(p.device for p in model.parameters() if p.device.type not in ("cpu", "meta"))
+    with ExitStack() as stack:
+        for device in (torch.device("cpu"), *devices):
+            stack.enter_context(own_random_numbers(device))
         for module in modes:
             module.training = False  # not train(False), with which some modules do more, such as merging weights
         try:

@@ -100,11 +100,17 @@ def _real_on_host(value: Any) -> Any:
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).zero_()
 
 
+_storage_address, _true_address = torch.UntypedStorage.data_ptr, Tensor.data_ptr
+
+
 def _address(self: torch.UntypedStorage) -> int:
-    return int(self._cdata) if self.nbytes() else 0
+    fake = self.device.type == "meta" and self.nbytes()
+    return int(self._cdata) if fake else _storage_address(self)
 
 
 def _tensor_address(self: Tensor) -> int:
+    if not isinstance(self, FakeTensor):
+        return _true_address(self)
     return _address(self.untyped_storage()) + self.storage_offset() * self.element_size()
 
 

@@ -8,8 +8,10 @@ group answers for the other rank, and the all-gather is watched for the devices 
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +25,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import smartfrz_ds
 from smartfrz_ds.config.settings import FreezeConfig
 from smartfrz_ds.distributed.collectives import Collectives
-from smartfrz_ds.distributed.devices import collective_device, own_random_numbers
+from smartfrz_ds.distributed.devices import collective_device, exchange_device, own_random_numbers
 from smartfrz_ds.distributed.failures import compare_before_start
 
 OWN = torch.device("cuda", 1)
@@ -132,6 +134,42 @@ def test_what_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("LOCAL_RANK")
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
         assert collective_device() == OWN
+
+
+PACKAGE = Path(smartfrz_ds.__file__).parent
+CUDA_ALONE = {
+    "backends/readers.py": "looks for CUDA graphs, which no other accelerator has under these names",
+    "cli/doctor.py": "reports on torch's CUDA build and the driver",
+}
+
+
+def test_devices_are_asked_through_the_accelerator() -> None:
+    """XPU, NPU and HPU have no torch.cuda: DeepSpeed's get_accelerator(), torch.accelerator or torch.get_device_module reach all."""
+    kinds = {"cuda", "xpu", "npu", "hpu", "mtia", "mps"}
+    found = {}
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            owner = node.value if isinstance(node, ast.Attribute) else None
+            module = isinstance(owner, ast.Name) and owner.id == "torch" and node.attr in kinds  # torch.cuda
+            method = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in kinds  # tensor.cuda()
+            imported = isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch.cuda")
+            if module or method or imported:
+                found.setdefault(str(file.relative_to(PACKAGE)), []).append(node.lineno)
+    assert found.keys() == CUDA_ALONE.keys(), found
+
+
+def test_an_exchange_goes_over_a_device_that_the_group_knows() -> None:
+    """NCCL, like the groups of other accelerators, takes no host memory, and gloo alone may take no other."""
+    host, gpu = torch.device("cpu"), OWN
+    for backend, device, expected in [
+        ("cuda:fake", host, gpu),
+        ("cuda:fake", gpu, gpu),
+        ("cpu:fake", gpu, host),
+        ("cpu:fake,cuda:fake", host, host),
+        ("cpu:fake,cuda:fake", gpu, gpu),
+    ]:
+        with second_of_two(backend, gpu):
+            assert exchange_device(device) == expected, (backend, device)
 
 
 def test_random_numbers_touch_one_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,11 +19,14 @@ from statistics import median
 from typing import Any, Literal, TypeAlias
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
+
+from smartfrz_ds.distributed.devices import synchronize
 
 # The gradients that a backward computed in an entry: of weights and of the input, or of one of them.
 Computed = Literal["both", "weight", "input"]
-Moment: TypeAlias = Any  # seconds, or a torch.cuda.Event
+Moment: TypeAlias = Any  # seconds, or an event of the accelerator
 KEPT = 64  # number of newest micro-batches over which medians are taken
 ENOUGH = 2  # smallest number of micro-batches for a median
 
@@ -68,11 +71,12 @@ class StageClock:
     Args:
         pipe: The PipelineModule.
         optimizer: The stage's torch optimizer.
-        device: The stage's device. On a GPU, CUDA events are read at the end of a step; that path has not been run.
+        device: The stage's device. Where it has events, as a GPU does, they are read at the end of a step; that path has not been run.
     """
 
     def __init__(self, pipe: Any, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        self._pipe, self._device, self._cuda = pipe, device, device.type == "cuda"
+        self._pipe, self._device = pipe, device
+        self._event = get_accelerator().Event  # a class; None on the CPU
         self._handles: list[Any] = []
         self._optimizer = [optimizer.register_step_pre_hook(self._update_begins), optimizer.register_step_post_hook(self._update_ends)]
         self._updates: deque[float] = deque(maxlen=KEPT)
@@ -185,8 +189,7 @@ class StageClock:
         Args:
             trained: Number of weights of this stage that the optimizer updated in it.
         """
-        if self._cuda:
-            torch.cuda.synchronize(self._device)
+        synchronize(self._device)
         if self._warm:
             for values, start, end in self._spans:
                 values.append(self._seconds(start, end))
@@ -247,11 +250,11 @@ class StageClock:
         self._update.append((self._began, self._now()))
 
     def _now(self) -> Moment:
-        if not self._cuda:
+        if self._event is None:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = self._event(enable_timing=True)
         event.record()
         return event
 
     def _seconds(self, start: Moment, end: Moment) -> float:
-        return start.elapsed_time(end) / 1000 if self._cuda else end - start
+        return start.elapsed_time(end) / 1000 if self._event is not None else end - start

@@ -53,7 +53,7 @@ def link(wrapper: Any, masters: Sequence[Tensor]) -> None:
 
 def is_pinned(tensor: Tensor) -> bool:
     """Whether a tensor is page-locked host memory (offloaded state with pin_memory)."""
-    return tensor.device.type == "cpu" and torch.cuda.is_available() and tensor.is_pinned()
+    return tensor.device.type == "cpu" and bool(get_accelerator().is_pinned(tensor))
 
 
 def pinned_if(tensor: Tensor, pinned: bool) -> Tensor:
