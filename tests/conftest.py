@@ -1,4 +1,4 @@
-"""Shared set-up: tests run on one thread and on the CPU accelerator, like the ranks that they launch. And what the markers mean."""
+"""Shared set-up: tests run on one thread and on the accelerator of helpers.py, like their ranks. And what the markers mean."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import helpers
@@ -25,7 +24,7 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
         if needed := gpus_needed(item):
             import torch  # here: collecting the other tests does without
 
-            found = torch.cuda.device_count()
+            found = 0 if helpers.ACCELERATOR == "cpu" else torch.accelerator.device_count()
             if found < needed:
                 item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPU{'s' * (needed > 1)}, found {found}"))
 

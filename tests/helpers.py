@@ -18,6 +18,9 @@ from smartfrz_ds.integrations import build_locks
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 
+ACCELERATOR = os.environ.setdefault("DS_ACCELERATOR", "cpu")
+"""Of the tests and of every rank that they start: "cpu", or "cuda" with `./tests/run.sh --gpu`. This is the only place that decides."""
+
 ranks_allowed = True
 """False while a test marked `unit` runs (conftest.py): such a test starts no ranks."""
 
@@ -37,7 +40,6 @@ def environment() -> dict[str, str]:
     ONEDNN_MAX_CPU_ISA, OMP_NUM_THREADS) is the same in a rank as in the oracle."""
     return os.environ | {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        "DS_ACCELERATOR": "cpu",
         # this environment's ninja: two versions don't know each other's logs, and would build DeepSpeed's ops anew in turns
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": f"{TESTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep),

@@ -1,5 +1,7 @@
 """A session's pool of ranks: importing DeepSpeed is paid once, and each job gets fresh processes.
 
+With an accelerator other than the CPU every rank is a process of its own from the start: a driver does not survive a fork.
+
 `RankPool` starts one process that imports torch, DeepSpeed, transformers and the package, and waits. For each job it forks the ranks, which
 set the environment that the deepspeed launcher would set and run the worker as `__main__`. A fork has all imports and none of an earlier
 job's state: no process group, no engine, no hook. The parent never starts a thread of torch's or a process group, which would not survive
@@ -22,6 +24,8 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+
+FORKS = os.environ.get("DS_ACCELERATOR", "cpu") == "cpu"
 
 
 class RankPool:
@@ -70,7 +74,8 @@ def serve() -> None:
     """The pool's process: reads a job a line from standard input, answers with a line each."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not look like an answer
-    preload()
+    if FORKS:
+        preload()
     gc.collect()
     gc.freeze()
     assert threading.active_count() == 1, threading.enumerate()
@@ -98,7 +103,8 @@ def preload() -> None:
 
 def run_job(job: dict[str, Any]) -> int:
     """Fork the ranks of a job and wait for them. A rank that fails ends the others, as the launcher does."""
-    children = [os.fork() or become_rank(rank, job) for rank in range(job["ranks"])]
+    start = fork_rank if FORKS else start_rank
+    children = [start(rank, job) for rank in range(job["ranks"])]
     deadline, code, left = time.monotonic() + job["timeout"], 0, set(children)
     while left:
         pid, status = os.waitpid(-1, os.WNOHANG)
@@ -122,6 +128,23 @@ def run_job(job: dict[str, Any]) -> int:
     return code
 
 
+def fork_rank(rank: int, job: dict[str, Any]) -> int:
+    """Fork a rank, and return its process's number."""
+    return os.fork() or become_rank(rank, job)
+
+
+def own_device(rank: int) -> int:
+    """The index of a rank's device, which it shares with others where there are fewer."""
+    import torch
+
+    return rank % max(1, torch.accelerator.device_count())
+
+
+def start_rank(rank: int, job: dict[str, Any]) -> int:
+    """Start a rank as a process of its own, and return its number. `run_job` waits for it."""
+    return subprocess.Popen([sys.executable, str(Path(__file__)), str(rank), json.dumps(job)]).pid
+
+
 def become_rank(rank: int, job: dict[str, Any]) -> int:
     """In the fork: run the worker, and never return."""
     code = 1
@@ -131,7 +154,13 @@ def become_rank(rank: int, job: dict[str, Any]) -> int:
         os.dup2(out, 1)
         os.dup2(out, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["ranks"], "LOCAL_WORLD_SIZE": job["ranks"], "CROSS_RANK": 0}
+        numbers = {
+            "RANK": rank,
+            "LOCAL_RANK": rank if FORKS else own_device(rank),
+            "WORLD_SIZE": job["ranks"],
+            "LOCAL_WORLD_SIZE": job["ranks"],
+            "CROSS_RANK": 0,
+        }
         os.environ.update({key: str(number) for key, number in numbers.items()} | {"CROSS_SIZE": "1", "LOCAL_SIZE": str(job["ranks"])})
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job["port"]))
         import faulthandler
@@ -155,4 +184,6 @@ def become_rank(rank: int, job: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        become_rank(int(sys.argv[1]), json.loads(sys.argv[2]))
     serve()

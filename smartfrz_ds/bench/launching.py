@@ -15,6 +15,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from smartfrz_ds.distributed.devices import accelerator_for
+
 Settings = dict[str, Any]
 
 
@@ -30,7 +32,8 @@ def run_cases(
 ) -> list[Settings]:
     """Run a worker with the deepspeed launcher for each case: `python -m MODULE CASE FILE SETTINGS`.
 
-    A case that was already measured with the same settings is not run again.
+    A case that was already measured with the same settings is not run again. The ranks use this host's accelerators if there are enough of
+    them, else its CPU; DS_ACCELERATOR decides otherwise.
 
     Args:
         module: The worker's module.
@@ -51,8 +54,10 @@ def run_cases(
     results = []
     for name in tqdm(list(cases), desc=f"{unit}s", unit=unit):
         file = out / f"{name}.json"
-        if not _measured(file, settings):
-            _launch(module, name, file, settings, ranks(name), environment or {})
+        accelerator = (environment or {}).get("DS_ACCELERATOR") or accelerator_for(ranks(name))
+        case_settings = settings if accelerator == "cpu" else settings | {"accelerator": accelerator}
+        if not _measured(file, case_settings):
+            _launch(module, name, file, case_settings, ranks(name), environment or {})
         results.append(json.loads(file.read_text()))
     return results
 
@@ -69,7 +74,7 @@ def worker_main(measure: Callable[[str, Settings], Settings]) -> None:
 
     name, file, settings = sys.argv[-3], Path(sys.argv[-2]), json.loads(sys.argv[-1])
     logger.setLevel(logging.ERROR)
-    deepspeed.init_distributed(dist_backend="gloo")
+    deepspeed.init_distributed()  # over the backend of DeepSpeed's accelerator
     result = measure(name, settings)
     if dist.get_rank() == 0:
         new = file.with_suffix(".new")
@@ -93,7 +98,7 @@ def _launch(module: str, name: str, file: Path, settings: Settings, ranks: int, 
         port = s.getsockname()[1]
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks), "--master_port", str(port)]
     command += ["--module", module, name, str(file), json.dumps(settings)]
-    every = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | dict(environment)
+    every = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": accelerator_for(ranks)} | dict(environment)
     run = subprocess.run(command, env=every, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     # DeepSpeed's CPU communication op leaves 69 MB per rank in shared memory (ops/csrc cpu/comm/shm.cpp) under the port's name.
     for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):

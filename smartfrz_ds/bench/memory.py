@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 MMAP_THRESHOLD = 2**20
 
@@ -23,9 +24,20 @@ def resident_bytes(*, peak: bool = False) -> int:
     return int(line.split()[1]) * 1024
 
 
-def reset_peak() -> None:
-    """Reset the peak to the current resident memory."""
-    Path("/proc/self/clear_refs").write_text("5")
+def reset_peak(device: torch.device) -> None:
+    """Reset the peak of `held_bytes` to the current level."""
+    if device.type == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")
+    else:
+        get_accelerator().reset_peak_memory_stats()
+
+
+def held_bytes(device: torch.device, *, peak: bool = False) -> int:
+    """Return the bytes of live tensors on an accelerator, or of resident memory for the CPU; or their peak since `reset_peak`."""
+    if device.type == "cpu":
+        return resident_bytes(peak=peak)
+    accelerator = get_accelerator()
+    return int(accelerator.max_memory_allocated() if peak else accelerator.memory_allocated())
 
 
 class AllocatorTrace:

@@ -14,6 +14,7 @@ from typing import Any
 from . import peak_paper
 from .launching import Settings, run_cases
 
+HOST = {"DS_ACCELERATOR": "cpu"}  # the trace of peak_worker.py is of torch's CPU allocator
 _BF16: Settings = {"bf16": {"enabled": True}}
 
 
@@ -64,7 +65,9 @@ def bench_peak(
             raise ValueError(f"{name}: got {value}; allowed: at least {least}")
     settings = {"engines": chosen, "params": params, "staging": staging * 1024}
     cases = [f"{world}-ranks" for world in ranks]
-    results = run_cases("smartfrz_ds.bench.peak_worker", cases, out, settings, lambda case: int(case.split("-")[0]), unit="run")
+    results = run_cases(
+        "smartfrz_ds.bench.peak_worker", cases, out, settings, lambda case: int(case.split("-")[0]), unit="run", environment=HOST
+    )
     text = f"{measured_table(results)}\n{peak_paper.WORDS}\n\n{peak_paper.table()}"
     (out / "peak.md").write_text(text)
     return text

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import smartfrz_ds
 from smartfrz_ds.backends.pipeline.schedule import wrap_instruction
+from smartfrz_ds.distributed.devices import synchronize
 from smartfrz_ds.planner import LayerCost, simulate
 
 from .launching import Settings, worker_main
@@ -105,7 +106,8 @@ class TimedPipeline:
         dist.barrier()
         began = time.perf_counter()
         self.engine.train_batch(iter(self.batches))
-        taken = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
+        synchronize(self.engine.device)
+        taken = torch.tensor(time.perf_counter() - began, dtype=torch.float64, device=self.engine.device)
         dist.all_reduce(taken, op=dist.ReduceOp.MAX)
         return float(taken)
 

@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import smartfrz_ds
+from smartfrz_ds.distributed.devices import synchronize
 
 from .launching import Settings, worker_main
-from .memory import reset_peak, resident_bytes
+from .memory import held_bytes, reset_peak
 from .wire import CollectiveBytes
 from .zero import ENGINES, KINDS
 
@@ -81,27 +82,32 @@ class TimedEngine:
         self.engine: Any = make(model=self.model, model_parameters=params, config=full)[0]
         generator = torch.Generator().manual_seed(dist.get_rank())
         dtype = torch.bfloat16 if "bf16" in config else torch.float32
-        self.x = torch.randn(settings["batch"], FEATURES, generator=generator).to(dtype)
-        self.y = torch.randint(0, FEATURES, (settings["batch"],), generator=generator)
+        self.x = torch.randn(settings["batch"], FEATURES, generator=generator).to(self.engine.device, dtype)
+        self.y = torch.randint(0, FEATURES, (settings["batch"],), generator=generator).to(self.engine.device)
 
     def step(self) -> tuple[list[float], dict[str, dict[str, int]]]:
         """Run one step. Returns seconds (slowest rank) and bytes (this rank) of forward, backward and step."""
         dist.barrier()
         counts = {}
         self.wire.take()
-        times = [time.perf_counter()]
+        times = [self._now()]
         loss = nn.functional.cross_entropy(self.engine(self.x).float(), self.y)
-        times.append(time.perf_counter())
+        times.append(self._now())
         counts["forward"] = self.wire.take()
         self.engine.backward(loss)
-        times.append(time.perf_counter())
+        times.append(self._now())
         counts["backward"] = self.wire.take()
         self.engine.step()
-        times.append(time.perf_counter())
+        times.append(self._now())
         counts["step"] = self.wire.take()
-        taken = torch.tensor([b - a for a, b in itertools.pairwise(times)], dtype=torch.float64)
+        taken = torch.tensor([b - a for a, b in itertools.pairwise(times)], dtype=torch.float64, device=self.engine.device)
         dist.all_reduce(taken, op=dist.ReduceOp.MAX)
         return taken.tolist(), counts
+
+    def _now(self) -> float:
+        """Seconds, once all queued work is done."""
+        synchronize(self.engine.device)
+        return time.perf_counter()
 
     def warm_up(self, steps: int = 3) -> dict[str, dict[str, int]]:
         """Run a few steps. Returns the bytes of the last."""
@@ -114,18 +120,19 @@ def first_freeze(ours: TimedEngine, layers: list[str]) -> dict[str, Any]:
     predicted = controller.predict_pause(layers)
     need = controller.backend.memory_need(front_half(ours.model), (), keep=False)
     gc.collect()
-    before = resident_bytes()
-    reset_peak()
+    device = ours.engine.device
+    before = held_bytes(device)
+    reset_peak(device)
     controller.freeze(layers)
     gc.collect()
-    peak, after = resident_bytes(peak=True), resident_bytes()
+    peak, after = held_bytes(device, peak=True), held_bytes(device)
     event = controller.report().events[-1]
-    seen = torch.tensor([peak - before, before - after])
+    seen = torch.tensor([peak - before, before - after], device=device)
     dist.all_reduce(seen, op=dist.ReduceOp.MAX)
     return {
         "rise": int(seen[0]),
         "fall": int(seen[1]),
-        "allowed": need.host + need.device,
+        "allowed": need.host + need.device if device.type == "cpu" else need.device,
         "seconds": event.seconds,
         "moved_bytes": event.moved_bytes,
         "predicted_bytes": predicted.moved_bytes,

@@ -84,6 +84,21 @@ def _deepspeed_accelerator() -> Any:
     return None if get_accelerator is None else get_accelerator()
 
 
+def accelerator_for(ranks: int) -> str:
+    """Return the accelerator of processes that this one starts on its host, in the terms of DeepSpeed's DS_ACCELERATOR.
+
+    Args:
+        ranks: Their number. Each needs a device of its own.
+
+    Returns:
+        The value of DS_ACCELERATOR if it is set. Otherwise the kind of this host's accelerators if there are enough of them, else "cpu".
+    """
+    if chosen := os.environ.get("DS_ACCELERATOR"):
+        return chosen
+    found = torch.accelerator.current_accelerator() if torch.accelerator.device_count() >= ranks else None
+    return CPU.type if found is None else found.type
+
+
 def device_kind() -> torch.device:
     """Return the kind of device on which this process trains, without an index, as process groups list it."""
     if (accelerator := _deepspeed_accelerator()) is not None:

@@ -70,7 +70,7 @@ class Noise:
     def __call__(self, step: int, gradient: Tensor) -> Tensor:
         if step < self.since or gradient.numel() == 0:
             return gradient
-        drawn = 2 * torch.rand(gradient.shape, generator=self.generator) - 1
+        drawn = (2 * torch.rand(gradient.shape, generator=self.generator) - 1).to(gradient.device)
         return gradient + (self.relative * gradient * drawn).to(gradient.dtype)
 
 

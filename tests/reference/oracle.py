@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 WIDTH, INPUTS, CLASSES, BLOCKS, BATCH = 16, 7, 3, 5, 4
 LR, DECAY = 1e-2, 0.1
+# of the models: where the engines have theirs, so that the same kernels run
+DEVICE = torch.device(os.environ.get("DS_ACCELERATOR", "cpu"))
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))  # of the oracle and of every rank: a gradient summed by two threads may differ
 
 
@@ -77,7 +79,8 @@ class Cell:
 def data(step: int, micro: int, rank: int) -> tuple[Tensor, Tensor]:
     """The micro-batch of one rank: (BATCH, INPUTS) fp32 and (BATCH,) int64."""
     generator = torch.Generator().manual_seed(1000 * step + 10 * micro + rank)
-    return torch.randn(BATCH, INPUTS, generator=generator), torch.randint(0, CLASSES, (BATCH,), generator=generator)
+    x, y = torch.randn(BATCH, INPUTS, generator=generator), torch.randint(0, CLASSES, (BATCH,), generator=generator)
+    return x.to(DEVICE), y.to(DEVICE)
 
 
 def loss_of(model: Any, x: Tensor, y: Tensor, dtype: str) -> Tensor:
@@ -126,12 +129,14 @@ def reference(cell: Cell, *, world: int = 2, freezes: bool = True, noise: Noisy 
         backwards: Whether the ranks' gradients are added from the last rank to the first.
     """
     torch.set_num_threads(THREADS)
-    model: nn.Module = cell.net()
+    model: nn.Module = cell.net().to(DEVICE)
     if cell.dtype == "bf16":
         model = model.bfloat16()
     names = [n for n, _ in model.named_parameters()]
     params = list(model.parameters())
-    master = {p: p.detach().float().clone().requires_grad_() for p in params}
+    # an offloaded optimizer steps with the host's kernels
+    home = torch.device("cpu") if "offload_optimizer" in cell.config.get("zero_optimization", {}) else DEVICE
+    master = {p: p.detach().float().to(home, copy=True).requires_grad_() for p in params}
     optimizer = torch.optim.AdamW(groups_of([master[p] for p in params], params, cell.groups), lr=LR, weight_decay=DECAY)
     scheduler = schedule(optimizer)
     if cell.stage == 0 and cell.dtype == "bf16":
@@ -145,7 +150,7 @@ def reference(cell: Cell, *, world: int = 2, freezes: bool = True, noise: Noisy 
                     _freeze_or_thaw(event[0], p, master[p], optimizer, kept if cell.keep_state else None)
         live = [p for p in params if p.requires_grad]
         for p, gradient in _gradients(model, live, cell, step, range(world)[:: -1 if backwards else 1]).items():
-            master[p].grad = noise(step, gradient.float())
+            master[p].grad = noise(step, gradient.float()).to(home)
         if cell.clip:
             norm = torch.stack([master[p].grad.norm() for p in live]).norm()
             factor = (norm + 1e-6) / cell.clip
@@ -157,12 +162,12 @@ def reference(cell: Cell, *, world: int = 2, freezes: bool = True, noise: Noisy 
         scheduler.step()
         for p in live:
             p.data.copy_(master[p].data)
-        history.append(torch.cat([p.detach().float().view(-1) for p in params]))
+        history.append(torch.cat([p.detach().float().view(-1) for p in params]).cpu())
     state = {n: optimizer.state.get(master[p], {}) for n, p in zip(names, params, strict=True) if p.requires_grad}
     return Outcome(
         weights=torch.stack(history),
-        masters={n: master[p].detach() for n, p in zip(names, params, strict=True) if p.requires_grad},
-        moments={f"{n}.{k}": s[k] for n, s in state.items() for k in ("exp_avg", "exp_avg_sq")},
+        masters={n: master[p].detach().cpu() for n, p in zip(names, params, strict=True) if p.requires_grad},
+        moments={f"{n}.{k}": s[k].cpu() for n, s in state.items() for k in ("exp_avg", "exp_avg_sq")},
         counts={n: int(s["step"]) for n, s in state.items()},
         lr=optimizer.param_groups[0]["lr"],
     )

@@ -31,7 +31,7 @@ def wrap(kind: str, net: oracle.Net, **options: Any) -> nn.Module:
     if kind == "fsdp1":
 
         def unit(module: nn.Module) -> nn.Module:
-            return FullyShardedDataParallel(module, **({"use_orig_params": True, "device_id": torch.device("cpu")} | options))
+            return FullyShardedDataParallel(module, **({"use_orig_params": True, "device_id": oracle.DEVICE} | options))
 
         net.inp = unit(net.inp)
         for i, block in enumerate(net.blocks):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,15 @@ from typing import Any
 
 import deepspeed
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
+
+
+def communication_backend() -> str:
+    """The accelerator's, or gloo where ranks share a device, which NCCL refuses."""
+    accelerator = get_accelerator()
+    alone = accelerator.device_name() != "cpu" and accelerator.device_count() >= int(os.environ["WORLD_SIZE"])
+    return str(accelerator.communication_backend_name()) if alone else "gloo"
 
 
 def read_job() -> tuple[Any, Path]:
@@ -26,7 +35,7 @@ def read_job() -> tuple[Any, Path]:
 def job() -> Iterator[tuple[Any, Path]]:
     """The job (whatever JSON the test wrote) and the folder for results, inside of the process group."""
     work, folder = read_job()
-    deepspeed.init_distributed(dist_backend="gloo")
+    deepspeed.init_distributed(dist_backend=communication_backend())
     yield work, folder
     dist.barrier()
     dist.destroy_process_group()

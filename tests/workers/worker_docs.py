@@ -17,6 +17,7 @@ from docs_blocks import Block, blocks
 from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from workers import ranks
 from workers.worker_hf import reset
 
 import smartfrz_ds
@@ -164,7 +165,7 @@ def arguments(**settings: Any) -> TrainingArguments:
 
 if __name__ == "__main__":
     os.chdir(sys.argv[-1])
-    deepspeed.init_distributed("gloo")
+    deepspeed.init_distributed(ranks.communication_backend())
     if dist.get_rank() == 0:
         for name in ("ds_config.json", "ds.json"):
             Path(name).write_text(json.dumps(CONFIG))

@@ -32,6 +32,7 @@ from reference import oracle
 from reference.torch_models import full as whole
 from reference.torch_models import load, save, wrap
 from safetensors.torch import save_file
+from workers import ranks
 from workers.worker_exact import engine_for, full
 
 import smartfrz_ds
@@ -121,7 +122,7 @@ def other_version() -> None:
 
 def train(run: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
     """One rank of one run, as a user would write it."""
-    deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=run["timeout"]), verbose=False)
+    deepspeed.init_distributed(dist_backend=ranks.communication_backend(), timeout=timedelta(seconds=run["timeout"]), verbose=False)
     mine = run["fault"] if run["rank"] == rank else ""
     cell = oracle.Cell(**run["cell"])
     if mine == "other version":
@@ -157,7 +158,7 @@ def train(run: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
 
 def train_torch(run: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
     """The same without DeepSpeed."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=run["timeout"]))
+    dist.init_process_group(ranks.communication_backend(), timeout=timedelta(seconds=run["timeout"]))
     mine, cell = run["fault"] if run["rank"] == rank else "", oracle.Cell(**run["cell"])
     model = wrap(run["kind"], cell.net() if mine != "other model" else oracle.Net(cell.width, 4))
     params = dict(model.named_parameters())

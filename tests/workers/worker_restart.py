@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from reference import oracle
 from safetensors.torch import save_file
+from workers import ranks
 from workers.worker_exact import engine_for, full
 from workers.worker_faults import SETTINGS
 
@@ -25,7 +26,7 @@ from workers.worker_faults import SETTINGS
 def main() -> None:
     torch.set_num_threads(oracle.THREADS)
     folder = Path(sys.argv[-1])
-    deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=60), verbose=False)
+    deepspeed.init_distributed(dist_backend=ranks.communication_backend(), timeout=timedelta(seconds=60), verbose=False)
     rank = dist.get_rank()
     cell = oracle.Cell("faults", 1, steps=8, width=32, config={"smartfrz": SETTINGS | {"total_steps": 8}})
     engine = engine_for(cell, cell.net())[0]

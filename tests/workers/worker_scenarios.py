@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from workers import ranks
 
 import smartfrz_ds
-from smartfrz_ds.bench.memory import reset_peak, resident_bytes
+from smartfrz_ds.bench.memory import held_bytes, reset_peak
 from smartfrz_ds.bench.wire import CollectiveBytes
 from smartfrz_ds.model.view import View
 from smartfrz_ds.policies.base import Decision
@@ -106,11 +106,11 @@ def memory_of_a_freeze(name: str) -> dict[str, Any]:
     gc.collect()
     half = [p for n, p in model.named_parameters() if oracle.layer_of(n) in HALF]
     need = engine.smartfrz.backend.memory_need(half, (), keep=False)
-    before, state_before = resident_bytes(), engine.smartfrz.report().optimizer_bytes
-    reset_peak()
+    before, state_before = held_bytes(engine.device), engine.smartfrz.report().optimizer_bytes
+    reset_peak(engine.device)
     engine.smartfrz.freeze(HALF)
     gc.collect()
-    peak, after, report = resident_bytes(peak=True), resident_bytes(), engine.smartfrz.report()
+    peak, after, report = held_bytes(engine.device, peak=True), held_bytes(engine.device), engine.smartfrz.report()
     out = {
         "rise": peak - before,
         "need": need.host + need.device,

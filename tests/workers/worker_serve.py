@@ -19,13 +19,14 @@ import torch.distributed as dist
 from deepspeed.utils import logger
 from reference import oracle
 from safetensors.torch import save_file
+from workers import ranks
 from workers.worker_exact import run
 
 
 def main() -> None:
     logger.setLevel(logging.ERROR)
     folder = Path(sys.argv[-1])
-    deepspeed.init_distributed(dist_backend="gloo")
+    deepspeed.init_distributed(dist_backend=ranks.communication_backend())
     rank, number, deadline = dist.get_rank(), 0, time.monotonic() + 900
     while not (folder / "stop").exists() and time.monotonic() < deadline:
         job = folder / f"job-{number}.json"

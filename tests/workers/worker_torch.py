@@ -336,7 +336,7 @@ def refusals(folder: Path) -> Any:
     said = {}
 
     def shared_unit() -> None:
-        model = FullyShardedDataParallel(oracle.Net(), use_orig_params=True, device_id=torch.device("cpu"))
+        model = FullyShardedDataParallel(oracle.Net(), use_orig_params=True, device_id=oracle.DEVICE)
         smartfrz_ds.attach_torch(model, torch.optim.AdamW(model.parameters()), settings())
 
     def made_before() -> None:
@@ -388,7 +388,7 @@ def refusals(folder: Path) -> Any:
 
 def hybrid(folder: Path) -> Any:
     """HSDP: two replicas of two shards (four ranks)."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(oracle.DEVICE.type, (2, 2), mesh_dim_names=("replicate", "shard"))
     model, optimizer, controller = made("fsdp2", options={"mesh": mesh})
     params = dict(model.named_parameters())
     equal = sampled_right(controller)
@@ -462,7 +462,7 @@ def built(folder: Path) -> Any:
     found = {}
     for name, options in {"fsdp2": [], "bf16": ["--bf16"], "ddp": ["--ddp"], "another seed": ["--seed", "6"]}.items():
         small = ["--blocks", "3", "--width", "20", "--length", "7", "--seed", "5", *options]
-        model = pretrain_fsdp.build(pretrain_fsdp.arguments(small), torch.device("cpu"))
+        model = pretrain_fsdp.build(pretrain_fsdp.arguments(small), oracle.DEVICE)
         pairs = list(zip(model.parameters(), expected.parameters(), strict=True))
         largest = max((whole(p) - q).abs().max().item() for p, q in pairs)
         local = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p, _ in pairs)

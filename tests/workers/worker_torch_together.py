@@ -146,13 +146,13 @@ def tensor_parallel(folder: Path) -> Any:
     plan = {f"blocks.{i}.up": ColwiseParallel(use_local_output=False) for i in range(5)}
 
     def both() -> None:
-        mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+        mesh = init_device_mesh(oracle.DEVICE.type, (1, 2), mesh_dim_names=("data", "tensor"))
         net = parallelize_module(oracle.Net(), mesh["tensor"], plan)
         model = fully_shard(net, mesh=mesh["data"])
         smartfrz_ds.attach_torch(model, torch.optim.AdamW(model.parameters()), settings())
 
     def bare() -> None:
-        net = parallelize_module(oracle.Net(), init_device_mesh("cpu", (2,)), plan)
+        net = parallelize_module(oracle.Net(), init_device_mesh(oracle.DEVICE.type, (2,)), plan)
         smartfrz_ds.attach_torch(net, torch.optim.AdamW(net.parameters()), settings())
 
     return {"with fsdp2": refusal(both), "bare": refusal(bare)}

@@ -12,6 +12,8 @@ from collections.abc import Generator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from smartfrz_ds.distributed.devices import accelerator_for
+
 from .files import Job
 
 _TAIL = 3000  # characters of a dead worker's output in the message
@@ -108,7 +110,7 @@ class _Worker:
     def _start(self) -> subprocess.Popen[str]:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "smartfrz_ds.bench.policies.worker", str(self._out / "cache")]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": accelerator_for(1), "TOKENIZERS_PARALLELISM": "false"}
         with self._log.open("a") as log:  # the process has its own handle
             return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
 

@@ -65,7 +65,7 @@ def run(job: Job, cache_dir: Path) -> Result:
     engine.train()
     start, cpu_start = time.perf_counter(), time.process_time()
     for _ in range(task.steps):
-        inputs, answers = next(training.batches)
+        inputs, answers = _on(engine.device, next(training.batches))
         engine.backward(_loss(engine(**inputs), answers))
         engine.step()
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
@@ -111,7 +111,7 @@ def deepspeed_config(task: TaskFile, zero_stage: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def alone() -> Any:
-    """Provide a gloo process group of this process alone, with one thread."""
+    """Provide a process group of this process alone, with one thread."""
     torch.set_num_threads(1)
     logger.setLevel(logging.ERROR)
     with socket.socket() as s:
@@ -120,7 +120,7 @@ def alone() -> Any:
     with tempfile.TemporaryDirectory() as folder:
         # The rendezvous is a file, so that no port can be taken. DeepSpeed requires the variables all the same (deepspeed/comm/comm.py).
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        deepspeed.init_distributed(dist_backend="gloo", init_method=f"file://{folder}/store", rank=0, world_size=1, verbose=False)
+        deepspeed.init_distributed(init_method=f"file://{folder}/store", rank=0, world_size=1, verbose=False)
         try:
             yield
         finally:
@@ -128,6 +128,11 @@ def alone() -> Any:
             # DeepSpeed's CPU communication op leaves 69 MB in shared memory (ops/csrc cpu/comm/shm.cpp) under the port's name.
             for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
                 left.unlink(missing_ok=True)
+
+
+def _on(device: torch.device, batch: Batch) -> Batch:
+    inputs, answers = batch
+    return {name: x.to(device) for name, x in inputs.items()}, answers.to(device)
 
 
 def _groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -145,7 +150,7 @@ def _evaluate(engine: Any, batches: tuple[Batch, ...]) -> tuple[float, float]:
     """Accuracy and mean loss."""
     engine.eval()
     right, loss, count = 0, 0.0, 0
-    for inputs, answers in batches:
+    for inputs, answers in (_on(engine.device, batch) for batch in batches):
         output = engine(**inputs)
         logits = output if isinstance(output, torch.Tensor) else output.logits
         right += int((logits.argmax(-1) == answers).sum())
