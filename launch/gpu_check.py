@@ -1,7 +1,9 @@
 """One check of launch/gpu_check.sh, on every rank: freezing on this machine's accelerators. Prints one row of its table on rank 0.
 
-    deepspeed --num_accelerators 2 launch/gpu_check.py zero 2 --dtype bf16 --out FILE
-    deepspeed --num_accelerators 2 launch/gpu_check.py fsdp2 | 8bit | profile --out FILE
+    deepspeed --num_accelerators 2 launch/gpu_check.py zero 2 [--dtype bf16] [--offload] --out FILE
+    deepspeed --num_accelerators 2 launch/gpu_check.py fsdp2 | 8bit | pipeline | profile --out FILE
+
+More ranks than accelerators share them, over gloo.
 
 Exact means: the freeze moves no weight, frozen weights stay as they are, and ranks hold the same, each to the last bit. The distance
 from one process in plain torch is a figure (sums over ranks and fused kernels round in another order), bounded by `FAR`.
@@ -10,7 +12,9 @@ from one process in plain torch is a figure (sums over ranks and fused kernels r
 from __future__ import annotations
 
 import argparse
+import os
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.pipe import PipelineModule
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
@@ -97,12 +102,13 @@ def plain(dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Tensor], 
     return begin, full(model)
 
 
-def engine_of(stage: int, dtype: torch.dtype, optimizer: Any = None) -> Any:
+def engine_of(stage: int, dtype: torch.dtype, optimizer: Any = None, *, model: Any = None, offload: bool = False) -> Any:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": BATCH,
         "gradient_clipping": 0.0,
         "steps_per_print": 10**9,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage} | ({"offload_optimizer": {"device": "cpu", "pin_memory": True}} if offload else {}),
+        "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "smartfrz": {"policy": "manual"},
     }
@@ -110,7 +116,7 @@ def engine_of(stage: int, dtype: torch.dtype, optimizer: Any = None) -> Any:
         config["bf16"] = {"enabled": True}
     if optimizer is None:
         config["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.01, "torch_adam": True}}
-    model = Net()
+    model = model or Net()
     made = optimizer(model.parameters()) if optimizer is not None else None
     return smartfrz_ds.initialize(model=model, model_parameters=model.parameters(), optimizer=made, config=config)[0]
 
@@ -121,14 +127,14 @@ def train(engine: Any, steps: range, dtype: torch.dtype) -> None:
         engine.step()
 
 
-def reserved() -> float:
-    """MB that the allocator holds at most since the last call."""
+def peak() -> tuple[float, float]:
+    """MB that tensors, and the allocator, hold at most since the last call; 0 on a CPU."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
-        return 0.0
-    most = accelerator.max_memory_reserved() / 1e6
+        return 0.0, 0.0
+    most = accelerator.max_memory_allocated() / 1e6, accelerator.max_memory_reserved() / 1e6
     accelerator.reset_peak_memory_stats()
-    return float(most)
+    return most
 
 
 def judge(before: dict[str, Tensor], after: dict[str, Tensor], end: dict[str, Tensor]) -> str:
@@ -154,32 +160,58 @@ def distance(end: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -
     return f"from plain torch {max((end[n] - expected[n]).abs().max().item() for n in end):.1e}"
 
 
-def zero(stage: int, dtype: torch.dtype) -> str:
-    engine = engine_of(stage, dtype)
+def zero(stage: int, dtype: torch.dtype, offload: bool) -> str:
+    engine = engine_of(stage, dtype, offload=offload)
     train(engine, range(STEPS // 2), dtype)
-    before, peak_before = full(engine.module), reserved()
-    began, held = time.perf_counter(), engine.smartfrz.report().optimizer_bytes
-    engine.smartfrz.freeze(FIRST)
+    before, controller = full(engine.module), engine.smartfrz
+    need = controller.backend.memory_need([p for n, p in engine.module.named_parameters() if is_first(n)], (), keep=False).device / 1e6
+    peak()
+    level, reserved = peak()
+    began, held = time.perf_counter(), controller.report().optimizer_bytes
+    controller.freeze(FIRST)
     get_accelerator().synchronize()
-    pause, peak = time.perf_counter() - began, reserved()
-    after, left = full(engine.module), engine.smartfrz.report().optimizer_bytes
+    pause, (most, most_reserved) = time.perf_counter() - began, peak()
+    after, left = full(engine.module), controller.report().optimizer_bytes
     train(engine, range(STEPS // 2, STEPS), dtype)
     end = full(engine.module)
     text = f"{judge(before, after, end)}, {distance(end, dtype, engine.device)}"
     assert left < held, "no optimizer memory was released"
+    # the allocator rounds each tensor up to 512 bytes
+    assert most <= level + need + 1, f"the freeze held {most - level:.1f} MB above the level before, by the formula {need:.1f} MB"
     return (
-        f"{text}; optimizer {held / 1e6:.1f} -> {left / 1e6:.1f} MB, reserved {peak_before:.0f}, in the freeze {peak:.0f} MB; {pause:.3f} s"
+        f"{text}; optimizer {held / 1e6:.1f} -> {left / 1e6:.1f} MB; the freeze held {most - level:.1f} MB more (allowed {need:.1f}), "
+        f"reserved {reserved:.0f} -> {most_reserved:.0f} MB; {pause:.3f} s"
     )
+
+
+def pipeline(dtype: torch.dtype) -> str:
+    """The clock of a pipeline's entries, with the accelerator's events."""
+    torch.manual_seed(0)
+    entries = [nn.Linear(32, WIDTH), *(Block() for _ in range(BLOCKS)), nn.Linear(WIDTH, 10)]
+    module = PipelineModule(entries, num_stages=dist.get_world_size(), loss_fn=nn.CrossEntropyLoss(), partition_method="uniform")
+    engine = engine_of(0, torch.float32, model=module)
+    engine.smartfrz.backend.time_entries()
+    began = time.perf_counter()
+    for step in range(6):
+        if step == 3:
+            engine.smartfrz.freeze(list(engine.smartfrz.layers)[:2])
+        engine.train_batch(iter([batch(step, 0, engine.device, torch.float32)]))
+    seconds = time.perf_counter() - began
+    times = engine.smartfrz.backend.clock.times()
+    forwards = [entry.forward for entry in times.values()]
+    assert all(f is not None and 0 < f < seconds for f in forwards), f"forwards of {forwards} s in {seconds} s"
+    return f"{len(times)} entries here, forward {min(forwards) * 1e6:.0f} to {max(forwards) * 1e6:.0f} microseconds"
 
 
 def fsdp2(dtype: torch.dtype) -> str:
     """Fused AdamW where there is a GPU, each block compiled."""
     device = torch.device(get_accelerator().current_device_name())
+    fused = device.type != "cpu"
     model = Net().to(device)
     for i, block in enumerate(model.blocks):
-        model.blocks[i] = fully_shard(torch.compile(block) if device.type != "cpu" else block)
+        model.blocks[i] = fully_shard(torch.compile(block) if fused else block)
     fully_shard(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=device.type != "cpu")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
     controller = smartfrz_ds.attach_torch(model, optimizer, {"policy": "manual", "keep_state": 100})
 
     def steps(numbers: range) -> None:
@@ -230,24 +262,40 @@ def profile(dtype: torch.dtype, out: Path) -> str:
     return f"operations by time: {out.with_suffix('.profile.txt').name}"
 
 
-def main() -> None:
+def row(args: argparse.Namespace) -> str:
+    """Run a check on every rank. Returns its row of the table."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    checks = {"fsdp2": fsdp2, "8bit": eight_bit, "pipeline": pipeline, "profile": lambda dtype: profile(dtype, args.out)}
+    text = zero(args.stage, dtype, args.offload) if args.check == "zero" else checks[args.check](dtype)
+    name = f"ZeRO-{args.stage} {args.dtype}{' offloaded' * args.offload}" if args.check == "zero" else args.check
+    return f"| {name}, {dist.get_world_size()} x {get_accelerator().device_name()} over {dist.get_backend()} | {text} |\n"
+
+
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("check", choices=["zero", "fsdp2", "8bit", "profile"])
+    parser.add_argument("check", choices=["zero", "fsdp2", "8bit", "pipeline", "profile"])
     parser.add_argument("stage", type=int, nargs="?", default=2, choices=range(4), help="of zero (default: 2)")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of DeepSpeed's weights (default: fp32)")
+    parser.add_argument("--offload", action="store_true", help="of zero: the optimizer in page-locked host memory")
     parser.add_argument("--out", type=Path, required=True, help="the row is appended to this file")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher's
-    args = parser.parse_args()
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    deepspeed.init_distributed(timeout=timedelta(seconds=90), verbose=False)
-    if args.check == "fsdp2":  # DeepSpeed's engine does this itself
-        get_accelerator().set_device(args.local_rank)
-    checks = {"fsdp2": lambda: fsdp2(dtype), "8bit": lambda: eight_bit(dtype), "profile": lambda: profile(dtype, args.out)}
-    text = zero(args.stage, dtype) if args.check == "zero" else checks[args.check]()
-    name = f"ZeRO-{args.stage} {args.dtype}" if args.check == "zero" else args.check
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    args, accelerator, local = arguments(), get_accelerator(), int(os.environ["LOCAL_RANK"])
+    on_cpu = accelerator.device_name() == "cpu"
+    shared = not on_cpu and accelerator.device_count() < int(os.environ["WORLD_SIZE"])
+    if shared:  # NCCL refuses two ranks on one device
+        local %= accelerator.device_count()
+        os.environ["LOCAL_RANK"] = str(local)
+    if not on_cpu:
+        accelerator.set_device(local)
+    deepspeed.init_distributed("gloo" if shared else None, timeout=timedelta(seconds=90), verbose=False)
+    text = row(args)
     if dist.get_rank() == 0:
         with args.out.open("a") as file:
-            file.write(f"| {name} | {text} |\n")
+            file.write(text)
     dist.barrier()
     dist.destroy_process_group()
 

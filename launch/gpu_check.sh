@@ -1,30 +1,34 @@
 #!/usr/bin/env bash
-# Freezing on this machine's GPUs, the first time: what to run where there are two, in less than eight minutes. Prints one table.
+# Freezing on this machine's GPUs, the first time: what to run where there are one or two, in less than eight minutes. Prints one table.
 #
-#   ./launch/gpu_check.sh [OUT]     OUT: a folder for the table and the output of each check (default: runs/gpu_check)
+#   ./launch/gpu_check.sh [--cpu] [OUT]     OUT: a folder for the table and the output of each check (default: runs/gpu_check)
+#                                           --cpu: checks this script itself, on one and on two CPU ranks
 #
-# Exit code: 0 all passed, 1 a check failed, 2 fewer than two GPUs here. SMARTFRZ_VENV: where the environment lies.
+# Exit code: 0 all passed, 1 a check failed, 2 no GPU here. SMARTFRZ_VENV: where the environment lies.
 # Nothing of this has been run on a machine with GPUs yet. bitsandbytes is used where it is installed.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck disable=SC1091 # _venv.sh is followed with -x only
 . "$root/launch/_venv.sh"
-out=${1:-runs/gpu_check}
+cpu=false
+if [ "${1:-}" = --cpu ]; then
+    cpu=true
+    export DS_ACCELERATOR=cpu
+    shift
+fi
+out=${1:-runs/gpu_check} gpus=0
 
-too_few() { # how many
-    [ "$1" -lt 2 ] || return 0
-    echo "launch/gpu_check.sh: $1 GPU(s) here, two are needed: one process alone exchanges nothing" >&2
-    if [ "$1" -eq 1 ]; then
-        echo "with one: deepspeed --num_accelerators 1 launch/gpu_check.py zero 2 --dtype bf16 --out FILE (also: fsdp2, 8bit, profile)" >&2
-    else
-        echo "with none: ./launch/demo.sh and ./tests/run.sh run on two CPU processes" >&2
-    fi
+none() {
+    echo "launch/gpu_check.sh: no GPU here; --cpu checks this script, ./launch/demo.sh and ./tests/run.sh run on two CPU processes" >&2
     exit 2
 }
 
-too_few "$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)" # before an environment is made
+[ "$cpu" = true ] || nvidia-smi -L 2>/dev/null | grep -q '^GPU' || none # before an environment is made
 smartfrz_venv demo
-too_few "$(python -c 'import torch; print(torch.cuda.device_count())')"
+if [ "$cpu" = false ]; then
+    gpus=$(python -c 'import torch; print(torch.accelerator.device_count())')
+    [ "$gpus" -gt 0 ] || none
+fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}
 mkdir -p "$out"
 table=$out/table.md failed=0
@@ -41,21 +45,36 @@ check() { # seconds, name, command …: its output goes to OUT/NAME.txt
     fi
 }
 
-on_two() { # seconds, name, arguments of gpu_check.py
-    local limit=$1 name=$2 port
-    shift 2
+on() { # ranks, seconds, name, arguments of gpu_check.py
+    local ranks=$1 limit=$2 name=$3-$1 port
+    shift 3
     port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-    check "$limit" "$name" deepspeed --num_accelerators 2 --master_port "$port" --log_level warning \
+    # two ranks on one GPU: deepspeed would refuse to start more ranks than there are devices
+    check "$limit" "$name" python -m torch.distributed.run --nproc-per-node "$ranks" --master-port "$port" \
         "$root/launch/gpu_check.py" "$@" --out "$table"
 }
 
-check 150 demo "$root/launch/demo.sh" --steps 60 --out "$out/demo"
-on_two 45 zero0-fp32 zero 0
-on_two 45 zero1-bf16 zero 1 --dtype bf16
-on_two 45 zero2-fp32 zero 2
-on_two 45 zero3-bf16 zero 3 --dtype bf16
-on_two 70 fsdp2-fused-compiled fsdp2
-on_two 35 adamw8bit 8bit --dtype bf16
-on_two 35 profile profile --dtype bf16
+all_on() { # ranks
+    on "$1" 45 zero0-fp32 zero 0
+    on "$1" 45 zero1-bf16 zero 1 --dtype bf16
+    on "$1" 45 zero2-fp32 zero 2
+    on "$1" 45 zero2-offloaded zero 2 --offload
+    on "$1" 45 zero3-bf16 zero 3 --dtype bf16
+    on "$1" 70 fsdp2-fused-compiled fsdp2
+    on "$1" 35 adamw8bit 8bit --dtype bf16
+    on "$1" 35 pipeline pipeline
+    on "$1" 35 profile profile --dtype bf16
+}
+
+if [ "$cpu" = true ]; then
+    all_on 1
+    all_on 2
+elif [ "$gpus" -eq 1 ]; then
+    all_on 1
+    on 2 45 zero2-fp32-shared zero 2 # an exchange between ranks, over gloo
+else
+    check 150 demo "$root/launch/demo.sh" --steps 60 --out "$out/demo"
+    all_on 2
+fi
 cat "$table"
 exit "$failed"
