@@ -4,6 +4,7 @@
 #   ./tests/run.sh               what runs at every change
 #   ./tests/run.sh --slow        all, the long proofs too
 #   ./tests/run.sh -m unit       the tests that start no ranks; -m takes any expression of the markers in pyproject.toml
+#   ./tests/run.sh --gpu         on this machine's GPUs: the exactness matrix, and what only a GPU shows (tests/gpu). Exit code 2 without one
 #   ./tests/run.sh --system      as root: first installs what tests on two hosts and of HTML pages need (iproute2, pdsh, sshd, Chromium)
 #   ./tests/run.sh -k freeze …   everything else goes to pytest
 #   ATEN_CPU_CAPABILITY=default ./tests/run.sh
@@ -25,10 +26,11 @@ smartfrz_system() {
     fi
 }
 
-slow=false marks="" rest=()
+slow=false gpu=false marks="" rest=()
 while [ $# -gt 0 ]; do
     case $1 in
     --slow) slow=true ;;
+    --gpu) gpu=true ;;
     --system) smartfrz_system ;;
     -m)
         [ $# -gt 1 ] || die "-m: expected an expression of markers, for example -m unit"
@@ -45,7 +47,21 @@ if [ "$slow" = false ] && ! grep -qw slow <<<"$marks"; then
     marks=${marks:+($marks) and }"not slow"
 fi
 
+# DeepSpeed's name of the accelerator here; nothing on a CPU.
+accelerator() {
+    python -c 'import torch; print(torch.accelerator.current_accelerator() if torch.accelerator.device_count() else "")'
+}
+
 smartfrz_venv test
+if [ "$gpu" = true ]; then
+    DS_ACCELERATOR=$(accelerator)
+    if [ -z "$DS_ACCELERATOR" ]; then
+        echo "tests/run.sh --gpu: torch sees no GPU here. Run ./tests/run.sh, which tests everything on the CPU;" \
+            "tests/engines/test_fake_gpu.py among it finds tensors on the wrong device" >&2
+        exit 2
+    fi
+    [ ${#rest[@]} -gt 0 ] || rest=(tests/gpu tests/engines/test_exact.py)
+fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 python "$root/smartfrz_ds/integrations/build_locks.py" # the lock of a killed build would make this start wait indefinitely
 cd "$root"

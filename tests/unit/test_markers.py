@@ -58,6 +58,28 @@ def test_a_unit_test_cannot_start_ranks(tmp_path: Path) -> None:
         run_worker("exact", {}, tmp_path)
 
 
+GPU_RUN = "-m not slow tests/gpu tests/engines/test_exact.py"
+
+
+@pytest.mark.parametrize(
+    ("found", "arguments", "code", "expected"),
+    [
+        ("cuda", ["--gpu"], 0, f"cuda {GPU_RUN}"),
+        ("xpu", ["--gpu", "tests/gpu", "-x"], 0, "xpu -m not slow tests/gpu -x"),
+        ("", ["--gpu"], 2, "torch sees no GPU here. Run ./tests/run.sh,"),
+    ],
+)
+def test_run_sh_takes_the_accelerator_of_the_machine(project: Path, found: str, arguments: list[str], code: int, expected: str) -> None:
+    launch = project / "launch"
+    launch.mkdir()
+    python = f'case $1 in -c) echo "{found}" ;; *) echo "$DS_ACCELERATOR ${{*:3}}" ;; esac'
+    (launch / "_venv.sh").write_text(f'smartfrz_venv() {{ python() {{ {python}; }}; }}\nexec() {{ "$@"; }}\n')
+    command = ["bash", "tests/run.sh", *arguments]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert (done.stderr if code else done.stdout.splitlines()[-1]).find(expected) >= 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
