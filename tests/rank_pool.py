@@ -142,7 +142,7 @@ def own_device(rank: int) -> int:
 
 def start_rank(rank: int, job: dict[str, Any]) -> int:
     """Start a rank as a process of its own, and return its number. `run_job` waits for it."""
-    return subprocess.Popen([sys.executable, str(Path(__file__)), str(rank), json.dumps(job)]).pid
+    return os.posix_spawn(sys.executable, [sys.executable, str(Path(__file__)), str(rank), json.dumps(job)], os.environ)
 
 
 def become_rank(rank: int, job: dict[str, Any]) -> int:

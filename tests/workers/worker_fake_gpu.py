@@ -112,6 +112,7 @@ def devices(backend: Backend, model: nn.Module) -> dict[str, list[str]]:
     state = [t for entry in backend.base_optimizer().state.values() for t in entry.values() if isinstance(t, Tensor)]
     where = {
         "weights": [backend.stored(p) for p in model.parameters()],
+        "parameters": [p.data for p in model.parameters()],  # under ZeRO-3 not the weights, but empty
         "masters": backend.masters(),
         "moments": [t for t in state if t.ndim],
         "steps": [t for t in state if not t.ndim],
