@@ -20,7 +20,7 @@ FLAT: dict[str, Any] = {
     "z2-groups": {"stage": 2, "groups": 3, "bf16": True},
     "bf16optimizer": {"stage": 1, "bf16": True, "config": {"data_types": {"grad_accum_dtype": "fp32"}}},
     "z3": {"stage": 3, "bf16": True},
-    "z3-replicated": {"stage": 3, "bf16": True, "frozen": "replicated"},
+    "z3-replicated": {"stage": 3, "bf16": True, "frozen": "replicated", "zero": {"stage3_param_persistence_threshold": 0}},
     "pipeline-z1": {"stage": 1, "bf16": True, "pipeline": True},
     "pipeline-z1-last": {"stage": 1, "pipeline": True, "rank": 1},
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from workers import ranks, worker_pipeline
 
 from smartfrz_ds.backends.base import Backend
+from smartfrz_ds.backends.deepspeed.base import DeepSpeedBackend
 from smartfrz_ds.backends.factory import make_backend
 from smartfrz_ds.backends.pipeline.move_layers import _Told, build, rebalance
 from smartfrz_ds.backends.pipeline.parcels import Shipment
@@ -184,6 +185,8 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         run.sample("full")
         run.change("undone", front, [], fails=True)
         run.change("freeze", front, [])
+        with backend.saving() if isinstance(backend, DeepSpeedBackend) else nullcontext():
+            run.note("saving")
         run.sample("frozen")
         run.change("thaw", [], front)
         run.change("freeze for good", front, [], keep=False)
