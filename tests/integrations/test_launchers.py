@@ -96,8 +96,8 @@ GPU_CHECKS = [
     ["zero", "2", "--offload"],
     ["fsdp2"],
     ["8bit", "--dtype", "bf16"],
-    ["pipeline"],
     ["profile", "--dtype", "bf16"],
+    ["pipeline"],  # last: afterwards DeepSpeed takes this process's other engines for parts of a pipeline
 ]
 
 
