@@ -73,6 +73,7 @@ class Sampler:
         self._slots: list[list[Tensor]] = []
         self._position: dict[int, int] = {}  # of each tensor, by identity
         self._addresses: list[int] | None = None
+        self._plain = False  # whether none of the tensors is of a subclass
         self._gathers: list[_Gather] = []
         self._others: list[int] = []  # positions of the tensors that no gather reads
         self._other_elements: Sequence[Tensor] = []  # of each of them, on its device
@@ -104,7 +105,8 @@ class Sampler:
     def read(self, device: torch.device) -> Tensor:
         """Return a (numel,) fp32 tensor on `device` with this rank's samples in their slots and zeros elsewhere. Waits for nothing."""
         tensors = self.sources()
-        if self._addresses != _addresses(tensors):
+        # The kinds of the tensors never change, only what they hold.
+        if self._addresses is None or self._addresses != (list(map(Tensor.data_ptr, tensors)) if self._plain else _addresses(tensors)):
             self._compile(tensors, device)
         out = torch.zeros(self.numel, dtype=torch.float32, device=device)
         for gather in self._gathers:
@@ -134,6 +136,7 @@ class Sampler:
         self._other_elements = _beside([tensors[i] for i in others], self._elements_of(others))
         self._other_slots = self._slots_of(others).to(device)
         self._addresses = _addresses(tensors)
+        self._plain = all(type(tensor) in (Tensor, Parameter) for tensor in tensors)
 
     def _elements_of(self, positions: Sequence[int]) -> list[Tensor]:
         return [torch.cat(self._elements[i]) for i in positions]

@@ -33,7 +33,10 @@ class History:
         """
         for name, values in weights.items():
             spent = lr_spent[name] if isinstance(lr_spent, Mapping) else lr_spent
-            self._snapshots.setdefault(name, _Rows(self.window)).append(step, spent, values)
+            rows = self._snapshots.get(name)
+            if rows is None:
+                rows = self._snapshots[name] = _Rows(self.window)
+            rows.append(step, spent, values)
 
     def forget(self, names: Iterable[str]) -> None:
         """Discard the snapshots of thawed layers: they say nothing about the layers' current behavior."""
@@ -71,7 +74,7 @@ class _Rows:
         self._end = 0  # of the newest row
 
     def append(self, step: int, lr_spent: float, weights: Tensor) -> None:
-        if self._end == len(self._buffer):  # rows that were given away are never written again
+        if self._end == self._buffer.shape[0]:  # rows that were given away are never written again
             held = self._buffer[self._end - min(len(self._steps), self._window - 1) : self._end]
             self._buffer = torch.empty(len(held) + self._window, len(weights), dtype=weights.dtype)
             self._end = len(held)
