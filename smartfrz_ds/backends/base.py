@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from smartfrz_ds.errors import FreezeError
+from smartfrz_ds.model.hooks import PluginTime
 from smartfrz_ds.model.layers import Layer, find_layers
 from smartfrz_ds.model.view import Need
 
@@ -47,6 +48,7 @@ class Backend(ABC):
         self.engine = engine
         self.frozen: set[Parameter] = set()
         self._kept: dict[Parameter, Any] = {}  # released state that waits on the host for a thaw
+        self.time = PluginTime()  # of the whole run: the first hooks are the backend's
         self.warnings: list[str] = []
 
     @property
@@ -172,6 +174,10 @@ class Backend(ABC):
     #: whether a forward of the model communicates, as it gathers weights
     gathers_in_forward = False
 
+    def loss_scale_on_device(self) -> float | Tensor:
+        """Return `loss_scale`, as a tensor where reading its value would make the host wait for the device."""
+        return self.loss_scale()
+
     @property
     def device(self) -> torch.device:
         """The device of this engine's parameters."""
@@ -261,14 +267,11 @@ class Backend(ABC):
         names = {p: name.removeprefix("module.") for name, p in module.named_parameters()}
         held = [names.get(p, f"one of shape {tuple(p.shape)}") for p in self.pending_params()]
         some = f"{', '.join(held[:3])}{', …' if len(held) > 3 else ''}"
-        text = f"freeze and thaw only at a step boundary: {self.boundary_words}. "
-        if held:
-            text += f"Gradients are pending that no step has used: of {len(held)} parameters ({some}). "
-        else:
-            text += "A step has begun. "
+        why = f"Gradients are pending that no step has used: of {len(held)} parameters ({some})" if held else "A step has begun"
         return (
-            f"{text}Finish the step first; or, where these are left over because another model's backward went through this one (a GAN, a "
-            "reward model), call drop_gradients() of the controller (engine.smartfrz, or what attach_torch returned), which forgets them"
+            f"freeze and thaw only at a step boundary: {self.boundary_words}. {why}. Finish the step first; or, where these are left over "
+            "because another model's backward went through this one (a GAN, a reward model), call drop_gradients() of the controller "
+            "(engine.smartfrz, or what attach_torch returned), which forgets them"
         )
 
     @abstractmethod

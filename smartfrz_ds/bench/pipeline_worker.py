@@ -94,6 +94,7 @@ class TimedPipeline:
         params = list(module.parameters())
         self.engine: Any = smartfrz_ds.initialize(model=module, model_parameters=params, config=config)[0]
         sent.watch(self.engine)
+        self.engine.smartfrz._moves.rebalancer.measure()  # by itself it measures only where layers move by themselves
         self.warm_up()
 
     @property

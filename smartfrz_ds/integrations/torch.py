@@ -23,6 +23,7 @@ from smartfrz_ds.config.settings import FreezeConfig
 from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.distributed.devices import collective_device
 from smartfrz_ds.distributed.failures import compare_before_attach, explained, note_lost_contact, share_timeout
+from smartfrz_ds.errors import FreezeError
 from smartfrz_ds.model.hooks import ModuleHook
 from smartfrz_ds.runtime.controller import Controller
 
@@ -96,13 +97,14 @@ class TorchController(Controller):
         Raises:
             ValueError: The policy refuses the run.
         """
-        super().set_schedule(scheduler=scheduler, total_steps=total_steps, told_by=told_by)
-        self._hooks.come_last()  # after the hooks of a new policy
+        if self._policy_stage.deferred:
+            super().set_schedule(scheduler=scheduler, total_steps=total_steps, told_by=told_by)
+            self._hooks.come_last()  # after the hooks of a new policy
 
     def _listen(self, hooks: _Hooks) -> None:
         self._hooks = hooks
         self.backend.on_skipped = self.step_skipped
-        self._forwards = self.backend.wrapped.register_forward_hook(ModuleHook(self._end_forward), always_call=True)
+        self._forwards = self.backend.wrapped.register_forward_hook(ModuleHook(self._end_forward, self.backend.time), always_call=True)
 
     def _end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         """Run after a forward, also one that raised: FSDP gathers weights in it, so a lost rank can show there."""
@@ -147,6 +149,10 @@ class _Hooks:
             if handle is not None:
                 handle.remove()
 
+    def _explain(self, error: RuntimeError) -> None:
+        if not isinstance(error, FreezeError):  # whose own text is complete
+            note_lost_contact(self.controller, error, "the optimizer's step")
+
     def _incomplete(self) -> None:
         """Count a step as skipped: some of several optimizers began the next step before the others had taken this one."""
         assert self.controller is not None
@@ -166,10 +172,13 @@ class _Hooks:
         refuse_step_within_backward()
         if any(x is not None for x in (*args[1:], *kwargs.values())):
             raise ValueError("optimizer.step(closure): smartfrz_ds does not support a closure; allowed: optimizer.step() after backward")
-        with explained(self.controller, "the optimizer's step"):
+        try:  # not `with explained(…)`, which costs more than the rest of a plain step
             self._counts = not _only_makes_state(optimizer, self.controller)
             if self._counts:
                 self.controller.before_step()
+        except RuntimeError as error:
+            self._explain(error)
+            raise
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self.controller is None or not self._counts:
@@ -180,8 +189,11 @@ class _Hooks:
         if isinstance(found_inf, Tensor) and found_inf.item():
             self.controller.step_skipped()
             return
-        with explained(self.controller, "the optimizer's step"):
+        try:
             self.controller.after_step()
+        except RuntimeError as error:
+            self._explain(error)
+            raise
 
 
 def _only_makes_state(optimizer: torch.optim.Optimizer, controller: TorchController) -> bool:
@@ -257,7 +269,7 @@ def attach_torch(
     ranks.assert_same(f"smartfrz_ds {__version__}, torch {torch.__version__}", "package versions")
     settings, backend = ranks.run_on_all_ranks(lambda: _prepare(model, bare, config))
     compare_before_attach(settings, model, bare, ranks)
-    backend.scaler = scaler
+    backend.use_scaler(scaler)
     backend.listen()
     hooks = _Hooks(bare)
     try:

@@ -176,7 +176,7 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             self._attach(settings)
         self.controller = self._attached
         if self.controller is not None:
-            self._watch = model.register_forward_hook(ModuleHook(self._saw_output))
+            self._watch = model.register_forward_hook(ModuleHook(self._saw_output, self.controller.backend.time))
 
     def _saw_output(self, module: Any, args: Any, output: Any) -> None:
         """Record the loss of a micro-batch. With DeepSpeed the engine's backward does that."""

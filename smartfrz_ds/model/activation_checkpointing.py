@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from .forward_mode import ForwardMode
-from .hooks import ModuleHook
+from .hooks import ModuleHook, PluginTime
 from .layers import Layer
 
 
@@ -40,11 +40,14 @@ class RecomputeBoundary:
             layer is first seen under reentrant checkpointing after it had run without: the gradients of that forward
             are lost.
         mode: The forward mode of their model.
+        time: Counts the seconds of the hooks, if given.
     """
 
-    def __init__(self, layers: Sequence[Layer], on_late: Callable[[nn.Module], None], mode: ForwardMode) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], on_late: Callable[[nn.Module], None], mode: ForwardMode, time: PluginTime | None = None
+    ) -> None:
         self._layers = layers
-        self._mode = mode
+        self._mode, self._time = mode, time
         self._on_late = on_late
         self._anchors: dict[torch.device, Tensor] = {}
         self._under: dict[int, bool] = {}  # position of a layer -> seen under reentrant checkpointing
@@ -100,7 +103,7 @@ class RecomputeBoundary:
     def _mark(self, layer: Layer, function: Callable[..., Any]) -> None:
         for module in layer.modules:
             if next(module.parameters(), None) is not None:
-                self._marks.append(module.register_forward_hook(ModuleHook(function)))
+                self._marks.append(module.register_forward_hook(ModuleHook(function, self._time)))
 
     def _watch_region(self, layer: Layer) -> list[RemovableHandle]:
         """Register hooks on the layer itself for its first forward with nothing frozen."""
@@ -116,7 +119,7 @@ class RecomputeBoundary:
                 handle.remove()
 
         # In front of ZeRO-3's own hooks, whose copies of the inputs do not require grad inside a region.
-        mine = [top.register_forward_pre_hook(ModuleHook(note), with_kwargs=True, prepend=True) for top in layer.modules]
+        mine = [top.register_forward_pre_hook(ModuleHook(note, self._time), with_kwargs=True, prepend=True) for top in layer.modules]
         return mine
 
     def _watch(self, layer: Layer, *, once: bool) -> list[RemovableHandle]:
@@ -137,7 +140,7 @@ class RecomputeBoundary:
                 mine.pop(module).remove()
 
         modules = [m for top in layer.modules for m in top.modules() if next(m.parameters(recurse=False), None) is not None]
-        mine = {m: m.register_forward_pre_hook(ModuleHook(note)) for m in dict.fromkeys(modules)}
+        mine = {m: m.register_forward_pre_hook(ModuleHook(note, self._time)) for m in dict.fromkeys(modules)}
         return list(mine.values())
 
     def _open(self, module: nn.Module, args: Any, output: Any) -> Any:

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .freeze_modules import TiedMode
-from .hooks import ModuleHook
+from .hooks import ModuleHook, PluginTime
 from .layers import Layer, shape_of
 
 aten = torch.ops.aten
@@ -210,22 +210,23 @@ class FlopMeter:
         model: The model to measure.
         layers: From `find_layers`, with nothing frozen yet.
         tied: As in the settings: whether a shared weight outlives its front layer.
+        time: Counts the seconds of the hooks, if given.
 
     Attributes:
         profile: None until that forward has ended.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer], tied: TiedMode = "train") -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], tied: TiedMode = "train", time: PluginTime | None = None) -> None:
         self.profile: FlopProfile | None = None
         self._mode = _Count(layers, tied)
         self._entered = False
         self._handles = [
-            model.register_forward_pre_hook(ModuleHook(self._enter), prepend=True),
-            model.register_forward_hook(ModuleHook(self._seal)),
-            model.register_forward_hook(ModuleHook(self._leave), always_call=True),
+            model.register_forward_pre_hook(ModuleHook(self._enter, time), prepend=True),
+            model.register_forward_hook(ModuleHook(self._seal, time)),
+            model.register_forward_hook(ModuleHook(self._leave, time), always_call=True),
         ]
         # Under FSDP the forward uses whole parameters that temporarily replace the model's.
-        self._handles += [module.register_forward_pre_hook(ModuleHook(self._meet)) for module in self._mode.places]
+        self._handles += [module.register_forward_pre_hook(ModuleHook(self._meet, time)) for module in self._mode.places]
 
     def remove(self) -> None:
         """Remove the hooks; `profile` is kept."""

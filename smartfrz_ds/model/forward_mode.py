@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.autograd.function import FunctionCtx
 
-from .hooks import ModuleHook
+from .hooks import ModuleHook, PluginTime
 
 
 class ForwardMode:
@@ -25,13 +25,14 @@ class ForwardMode:
 
     Args:
         model: The model to watch.
+        time: Counts the seconds of the hooks, if given.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, time: PluginTime | None = None) -> None:
         self._called: list[bool] = []  # for each active call of the model: whether it may be trained on
         self._handles = [
-            model.register_forward_pre_hook(ModuleHook(self._enter), prepend=True),
-            model.register_forward_hook(ModuleHook(self._leave), always_call=True),
+            model.register_forward_pre_hook(ModuleHook(self._enter, time), prepend=True),
+            model.register_forward_hook(ModuleHook(self._leave, time), always_call=True),
         ]
 
     def region(self) -> Any:

@@ -44,8 +44,8 @@ def check_tied(layers: Sequence[Layer], tied: TiedMode) -> None:
 def freeze_modules(layer: Layer, mode: FrozenMode = "eval", tied: TiedMode = "train") -> None:
     """Make the layer's modules behave as frozen. Idempotent.
 
-    `requires_grad`, gradients and the optimizer are left to the backend. The hooks are part of the modules: they add
-    no key to state_dict, and are pickled and copied with them.
+    `requires_grad`, gradients and the optimizer are left to the backend. What is added to the modules adds no key to
+    state_dict, and is pickled and copied with them.
 
     Args:
         layer: The layer to freeze.
@@ -56,11 +56,12 @@ def freeze_modules(layer: Layer, mode: FrozenMode = "eval", tied: TiedMode = "tr
     """
     before = {module: hook for top in layer.modules for module, hook in _remove_hooks(top).items()}
     for top in layer.modules if mode == "eval" else ():
-        was_training = top.training
+        was_training, own_eval = top.training, {}
         for module in top.modules():
-            own_eval = before[module].own_eval if module in before else was_training and not module.training
-            module.register_forward_pre_hook(_StayEval(own_eval))
+            own_eval[module] = before[module].own_eval if module in before else was_training and not module.training
         top.eval()
+        for module in own_eval:
+            vars(module)["train"] = _StayEval(module, own_eval[module])
     for leaf in _tied_embeddings(layer) if tied == "train" else ():
         leaf.register_forward_hook(_cut_use)
 
@@ -91,11 +92,15 @@ def thaw_module(top: nn.Module, training: bool = True) -> None:
 def remember_modules(tops: Iterable[nn.Module]) -> Callable[[], None]:
     """Return the action that brings flags and hooks of these modules, and of those in them, back to what they are now."""
     modules = dict.fromkeys(m for top in tops for m in top.modules())
-    before = [(m, m.training, list(m._forward_pre_hooks.items()), list(m._forward_hooks.items())) for m in modules]
+    before = [(m, m.training, _stays_eval(m), list(m._forward_pre_hooks.items()), list(m._forward_hooks.items())) for m in modules]
 
     def restore() -> None:
-        for module, training, pre_hooks, hooks in before:
+        for module, training, stays_eval, pre_hooks, hooks in before:
             module.training = training
+            if stays_eval is not None:
+                vars(module)["train"] = stays_eval
+            elif _stays_eval(module) is not None:
+                del vars(module)["train"]
             for held, items in ((module._forward_pre_hooks, pre_hooks), (module._forward_hooks, hooks)):
                 held.clear()  # in place: the handles of hooks know the dictionary
                 held.update(items)
@@ -115,7 +120,7 @@ def thawed_flags(top: nn.Module, training: bool = True) -> list[bool]:
     """
     flags = []
     for module in top.modules():
-        hook = next((h for h in module._forward_pre_hooks.values() if isinstance(h, _StayEval)), None)
+        hook = _stays_eval(module)
         flags.append(module.training if hook is None else training and not hook.own_eval)
     return flags
 
@@ -142,17 +147,23 @@ def use_is_cut(module: nn.Module) -> bool:
 
 
 class _StayEval:
-    """Forward pre-hook that returns the module to eval after model.train().
+    """Replaces `train` of one module of a frozen layer, so that model.train() leaves it in eval mode. Costs nothing in a forward.
 
-    A class, so that it can be found again in a pickled or copied model.
+    nn.Module.train calls `train` of each child, and nn.Module.eval is train(False). A class, so that it can be found again
+    in a pickled or copied model.
     """
 
-    def __init__(self, own_eval: bool) -> None:
+    def __init__(self, module: nn.Module, own_eval: bool) -> None:
+        self._module = module
         self.own_eval = own_eval  # the user had put this module, but not the layer, into eval mode
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        if module.training:
-            module.eval()
+    def __call__(self, mode: bool = True) -> nn.Module:
+        return self._module
+
+
+def _stays_eval(module: nn.Module) -> _StayEval | None:
+    found = vars(module).get("train")
+    return found if isinstance(found, _StayEval) else None
 
 
 def _cut_use(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -160,13 +171,12 @@ def _cut_use(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 
 
 def _remove_hooks(top: nn.Module) -> dict[nn.Module, _StayEval]:
-    # Handles do not survive a copy of the model; torch/nn/modules/module.py keeps the hooks in these two dicts.
+    # Handles do not survive a copy of the model; torch/nn/modules/module.py keeps the hooks in this dict.
     removed = {}
     for module in top.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, _StayEval):
-                removed[module] = hook
-                del module._forward_pre_hooks[key]
+        if (hook := _stays_eval(module)) is not None:
+            removed[module] = hook
+            del vars(module)["train"]
         for key in [k for k, hook in module._forward_hooks.items() if hook is _cut_use]:
             del module._forward_hooks[key]
     return removed

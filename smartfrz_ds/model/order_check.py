@@ -12,7 +12,7 @@ from torch import nn
 
 from smartfrz_ds.model.finding.facts import class_of
 
-from .hooks import ModuleHook
+from .hooks import ModuleHook, PluginTime
 from .layers import Layer
 
 _SHOWN = 60  # entries of the forward in a message
@@ -34,12 +34,13 @@ class OrderCheck:
         model: The model to watch.
         layers: Its layers, front to back.
         strict: Whether to raise rather than warn.
+        time: Counts the seconds of the hooks, if given.
 
     Attributes:
         done: Whether the comparison has taken place.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer], strict: bool = True) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], strict: bool = True, time: PluginTime | None = None) -> None:
         self.done = False
         self._layers = layers
         self._strict = strict
@@ -57,10 +58,10 @@ class OrderCheck:
             self._names.append(paths.get(module, type(module).__name__))
             if layers[position].kind == "block" and issubclass(class_of(module), nn.Embedding):
                 self._free.add(number)
-            self._handles.append(module.register_forward_pre_hook(ModuleHook(partial(self._note, position, number))))
+            self._handles.append(module.register_forward_pre_hook(ModuleHook(partial(self._note, position, number), time)))
         # before all other pre-hooks of the root, which may itself be a layer's module
-        self._handles.append(model.register_forward_pre_hook(ModuleHook(self._start), prepend=True))
-        self._handles.append(model.register_forward_hook(ModuleHook(self._compare)))
+        self._handles.append(model.register_forward_pre_hook(ModuleHook(self._start, time), prepend=True))
+        self._handles.append(model.register_forward_hook(ModuleHook(self._compare, time)))
 
     def remove(self) -> None:
         """Remove the hooks; nothing is compared any more."""

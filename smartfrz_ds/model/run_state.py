@@ -32,7 +32,7 @@ class RunState:
     @property
     def frozen_in_order(self) -> tuple[str, ...]:
         """The frozen layers, front to back."""
-        return tuple(name for name in self.layers if name in self.frozen)
+        return tuple(name for name in self.layers if name in self.frozen) if self.frozen else ()
 
     def in_order(self, names: Iterable[str]) -> tuple[str, ...]:
         """Sort names of layers front to back."""

@@ -122,6 +122,7 @@ def assemble(
         state=RunState(tuple(layer.name for layer in layers)),
         total_steps=total_steps_of(scheduler) if config.total_steps == "auto" else config.total_steps,
     )
+    run.time.watch_device(backend.device)
     kept_active = find_kept_active(run)
     snapshots, history = Snapshots(layers, backend, sample_size=config.sample_size, seed=config.seed), History(config.window)
     tally = FlopTally(layers)
@@ -135,10 +136,10 @@ def assemble(
     # It compares in the first forward, then removes its hooks. A pipeline's order is its list of layers; "any" asks for none.
     order = None if backend.is_pipeline or config.order == "any" else OrderWatch(run)
     flops = FlopCount(run, tally, lambda: flags.cost)
-    mode = ForwardMode(model)
+    mode = ForwardMode(model, run.time)
     gradients = GradientWatch(run, policy, mode)
     # In a pipeline the schedule keeps the boundary open, and reentrant checkpointing is refused.
-    boundary = RecomputeBoundary(() if backend.is_pipeline else layers, on_late=gradients.check_late, mode=mode)
+    boundary = RecomputeBoundary(() if backend.is_pipeline else layers, on_late=gradients.check_late, mode=mode, time=run.time)
     kept = KeptFrozen(backend.forward_module(model), backend)
     flags = FlagWatch(run, kept)
     guard = None if config.guard is None else GuardedRun(run, config.guard, take_back)

@@ -6,7 +6,7 @@ count, on settings whose digest was compared at the start, and on what rank 0 br
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,7 @@ from smartfrz_ds.backends.cost import PausePrediction
 from smartfrz_ds.config.settings import FreezeConfig
 from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.runtime.observers.guard import TakeBack
-from smartfrz_ds.runtime.observers.protocol import LayoutChange
+from smartfrz_ds.runtime.observers.protocol import LayoutChange, Listeners
 from smartfrz_ds.runtime.rules.eligibility import check_known
 from smartfrz_ds.runtime.rules.intervals import Intervals
 from smartfrz_ds.signals.lr_forecast import current_lr
@@ -70,6 +70,7 @@ class Controller(GuardedAttributes, FormerNames):
         )
         run = self._run = parts.run
         self._policy_stage, self._freezer, self._observers = parts.policy, parts.freezer, parts.observers
+        self._every_step, self._time = Listeners(parts.observers), run.time
         self._freeze_state, self._recording = parts.freeze_state, parts.recording
         self._guard, self._moves, self._readers = parts.guard, parts.moves, parts.readers
         self._users, self._kept_active, self._kept, self._tally = parts.users, parts.kept_active, parts.kept, parts.tally
@@ -128,7 +129,7 @@ class Controller(GuardedAttributes, FormerNames):
         blocked = sorted((wanted - theirs) & self._kept_active)
         if blocked:
             raise ValueError(f"freeze: {blocked} stay active by smartfrz.keep_active {list(self.config.keep_active)}")
-        self._note_users(theirs, "freeze: already frozen by the user: {}")
+        self._run.journal.note_layers(theirs, "freeze: already frozen by the user: {}")
         if self._freezer.change(state.frozen | (wanted - theirs), kind="freeze"):
             self._rebalance_if_due()
 
@@ -149,7 +150,7 @@ class Controller(GuardedAttributes, FormerNames):
         theirs = wanted.intersection(self._users.names)
         check_known(self._run.layers, wanted - theirs, "thaw")
         for name, params in self._users.partly(wanted - state.frozen).items():
-            self._note_users(params, f"thaw: {name} is active; a part of it was frozen by the user and stays so: {{}}")
+            self._run.journal.note_layers(params, f"thaw: {name} is active; a part of it was frozen by the user and stays so: {{}}")
         if self._freezer.change(state.frozen - wanted, kind="thaw", adopt=theirs):
             self._rebalance_if_due()
 
@@ -226,8 +227,7 @@ class Controller(GuardedAttributes, FormerNames):
         Raises:
             ValueError: The policy refuses the run.
         """
-        policy = self._policy_stage
-        if not policy.deferred:
+        if not (policy := self._policy_stage).deferred:
             return
         if policy.set_schedule(scheduler, total_steps):
             self._run.journal.speaker.length_from = told_by if total_steps else scheduler_name(scheduler)
@@ -250,8 +250,9 @@ class Controller(GuardedAttributes, FormerNames):
         """Report metrics of the run (`observe(loss=0.3)`). The newest value of each goes into the log."""
         values = {name: float(value) for name, value in metrics.items()}
         self._run.metrics.update(values)
-        for observer in self._observers:
-            observer.observe(values)
+        with self._time:
+            for observer in self._observers:
+                observer.observe(values)
 
     @property
     def metrics(self) -> Mapping[str, float]:
@@ -315,8 +316,9 @@ class Controller(GuardedAttributes, FormerNames):
 
     def record_loss(self, loss: Any) -> None:
         """Record a micro-batch's loss, as it goes into backward."""
-        for observer in self._observers:
-            observer.record_loss(loss)
+        with self._time:
+            for observer in self._every_step.record_loss:
+                observer.record_loss(loss)
 
     def before_step(self) -> None:
         """Call this on every rank after the last micro-batch of a step, before the optimizer.
@@ -324,35 +326,38 @@ class Controller(GuardedAttributes, FormerNames):
         Raises:
             MissingGradients: The last freeze cut off an active layer's gradients. Raised once per freeze.
         """
-        self.set_schedule()
-        # A scheduler, or a load, of the user's comes after `after_step`.
-        self._run.state.lr = current_lr(self.backend.base_optimizer())
-        for observer in self._observers:
-            observer.before_step()
+        with self._time:
+            self.set_schedule()
+            # A scheduler, or a load, of the user's comes after `after_step`.
+            self._run.state.lr = current_lr(self._run.backend.base_optimizer())
+            for observer in self._every_step.before_step:
+                observer.before_step()
 
     def step_skipped(self) -> None:
         """Call this where the optimizer skipped a step (overflow). The step, its loss and its gradients are not counted."""
-        for observer in self._observers:
-            observer.step_skipped()
+        with self._time:
+            for observer in self._every_step.step_skipped:
+                observer.step_skipped()
 
     def after_step(self) -> None:
         """Call this on every rank after every successful optimizer step."""
-        with self._run.time.after_step():
+        run = self._run
+        with self._time.after_step:
             self.set_schedule()  # where the caller did not
-            self._run.state.count_step(current_lr(self.backend.base_optimizer()))
-            for observer in self._observers:
+            run.state.count_step(current_lr(run.backend.base_optimizer()))
+            for observer in self._every_step.after_step:
                 observer.after_step()
-            if self._policy_stage.is_stage(self.step):
+            if self._policy_stage.is_stage(run.state.step):
                 self._freezing_stage()
                 for observer in self._observers:
                     observer.stage_passed()
             self._rebalance_if_due()
-            for observer in reversed(self._observers):
+            for observer in self._every_step.step_ended:
                 observer.step_ended()
 
     def _freezing_stage(self) -> None:
         """Let the policy judge, and freeze what it has chosen."""
-        run = self._run
+        run, began = self._run, self._run.start_of_change()
         if self._policy_stage.drop_schedule():
             for observer in self._observers:
                 observer.on_schedule()
@@ -368,7 +373,7 @@ class Controller(GuardedAttributes, FormerNames):
         about: dict[str, Any] = {"probabilities": decision.probabilities, "reasons": decision.reasons}
         frozen, dry_run = run.state.frozen | decision.chosen, self.config.dry_run
         begins = decision.chosen and not dry_run and self._freezer.can_cut(frozen)
-        if begins and self._freezer.try_change(frozen, kind="freeze", about=about, began=run.time.began):
+        if begins and self._freezer.try_change(frozen, kind="freeze", about=about, began=began):
             run.state.cooldown = self.config.cooldown
         elif decision.chosen or decision.probabilities:
             layers = run.state.in_order(decision.chosen)
@@ -389,11 +394,6 @@ class Controller(GuardedAttributes, FormerNames):
                 f"{call}: this controller was released, and no longer acts on its engine; allowed: attach again, and {call} with the new "
                 "controller"
             )
-
-    def _note_users(self, names: Collection[str], text: str) -> None:
-        """Log the layers that are left to the user."""
-        if names:
-            self._run.journal.note(text.format(", ".join(sorted(names))))
 
 
 def _as_set(names: Iterable[str]) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,11 @@ class Journal(StepObserver):
     def note(self, text: str) -> None:
         """Write a console line that is not an event."""
         self.speaker.note(f"step {self._state.step:,}: {text}")
+
+    def note_layers(self, names: Collection[str], text: str) -> None:
+        """Write a console line about layers, or parameters, if there are any. text: has {} where their names go."""
+        if names:
+            self.note(text.format(", ".join(sorted(names))))
 
     def resumed(self, state: Mapping[str, Any] | None, folder: str) -> None:
         """Note a checkpoint that was loaded before the first step.

@@ -67,6 +67,7 @@ class PolicyStage(StepObserver):
         self.note = ""
         self._warned_failure = False
         self._early_state: Mapping[str, Any] | None = None
+        self._watches: bool | None = None  # `watches` with the current layout; None: not asked yet
         self._build(manual=deferred)
         self._remaining_lr = RemainingLr(scheduler, run.total_steps)
         self._unit = ScheduleUnit(scheduler)
@@ -186,7 +187,9 @@ class PolicyStage(StepObserver):
     @property
     def watches(self) -> bool:
         """Whether a policy is active: it is not "manual", and there is a layer that it may freeze."""
-        return self._run.config.policy != "manual" and bool(self._candidates())
+        if self._watches is None:  # asked several times a step
+            self._watches = self._run.config.policy != "manual" and bool(self._candidates())
+        return self._watches
 
     def is_stage(self, step: int) -> bool:
         """Whether a step ends in a freezing stage."""
@@ -267,9 +270,11 @@ class PolicyStage(StepObserver):
         self._unit.after_step(self._run.state.step)
 
     def on_layers_changed(self) -> None:
+        self._watches = None
         self.inputs.regroup()
 
     def on_layout_change(self, change: LayoutChange) -> None:
+        self._watches = None
         if change.kind in ("freeze", "thaw", "restore"):
             self.inputs.thawed(change.back)
             self.inputs.watch(self._snapshots.requests)

@@ -1,12 +1,10 @@
-"""The state that the parts of one run share, and the time that they take."""
+"""The state that the parts of one run share."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -14,46 +12,14 @@ from torch import nn
 from smartfrz_ds.backends.base import Backend
 from smartfrz_ds.config.settings import FreezeConfig
 from smartfrz_ds.distributed.collectives import Collectives
+from smartfrz_ds.distributed.devices import synchronize
+from smartfrz_ds.model.hooks import PluginTime
 from smartfrz_ds.model.layers import Layer
 from smartfrz_ds.model.run_state import RunState
 from smartfrz_ds.runtime.rules.intervals import Intervals
 
 if TYPE_CHECKING:
     from .journal import Journal
-
-
-class PluginTime:
-    """Seconds that this package has used on this rank.
-
-    Attributes:
-        freeze_seconds: Seconds in freezes, thaws and moves of layers.
-        began: Start of the work after the current step (time.perf_counter), None outside of it.
-    """
-
-    def __init__(self) -> None:
-        self._seconds = self.freeze_seconds = 0.0
-        self.began: float | None = None
-
-    @property
-    def seconds(self) -> float:
-        """Seconds in all hooks, freezes, thaws and moves so far, the current step included."""
-        return self._seconds + (0.0 if self.began is None else time.perf_counter() - self.began)
-
-    @contextmanager
-    def after_step(self) -> Iterator[None]:
-        """Measure the work after a step, which is the block."""
-        began = self.began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.began = None
-            self._seconds += time.perf_counter() - began
-
-    def add_change(self, seconds: float) -> None:
-        """Add the seconds of a freeze, thaw or move. Within `after_step`, `seconds` already includes them."""
-        self.freeze_seconds += seconds
-        if self.began is None:
-            self._seconds += seconds
 
 
 @dataclass(kw_only=True)
@@ -83,12 +49,23 @@ class RunContext:
     ranks: Collectives
     state: RunState
     journal: Journal = field(init=False)
-    time: PluginTime = field(default_factory=PluginTime)
     total_steps: int | None = None
     intervals: Intervals = field(init=False)
     threshold: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     last_checkpoint: str | None = None
+
+    def start_of_change(self) -> float:
+        """Return the start of the work for a change, in time.perf_counter() seconds: not before the device has finished the step."""
+        if self.backend.device.type == "cpu":
+            return perf_counter() if self.time.began is None else self.time.began
+        synchronize(self.backend.device)  # a change waits for it in any case
+        return perf_counter()
+
+    @property
+    def time(self) -> PluginTime:
+        """The time that this package takes."""
+        return self.backend.time
 
     @property
     def names(self) -> tuple[str, ...]:

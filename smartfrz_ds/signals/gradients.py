@@ -28,7 +28,8 @@ class GradientSums:
         requests: The sampled weights of each layer, as for its snapshots.
         sample_size: Number of columns.
         device: Where the sums are kept.
-        loss_scale: Returns the factor by which losses are currently multiplied (fp16); 1 without loss scaling.
+        loss_scale: Returns the factor by which losses are currently multiplied (fp16); 1 without loss scaling. A tensor
+            is not read.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class GradientSums:
         requests: Sequence[Sequence[SampleRequest]],
         sample_size: int,
         device: torch.device,
-        loss_scale: Callable[[], float],
+        loss_scale: Callable[[], float | Tensor],
     ) -> None:
         self._names, self._size, self._loss_scale = tuple(names), sample_size, loss_scale
         self._total = torch.zeros(len(names) * sample_size, dtype=torch.float32, device=device)

@@ -104,7 +104,7 @@ class PolicyInputs:
             self._scale.start()
         if "gradients" in policy.needs:
             names = [layer.name for layer in layers]
-            self._sums = GradientSums(names, snapshots.requests, config.sample_size, backend.device, backend.loss_scale)
+            self._sums = GradientSums(names, snapshots.requests, config.sample_size, backend.device, backend.loss_scale_on_device)
         self._spent: dict[str, float] = {}
         self.seen: dict[str, Mapping[str, Tensor]] = {}
 

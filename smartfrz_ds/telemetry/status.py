@@ -84,8 +84,12 @@ class RunStatus:
             self._told_start = True
             self._log.write(self._start(run))
 
-    def end(self, run: RunView, *, own_seconds: float, lr: float, saved: float) -> None:
-        """End the work after a step, after all other observers. Collective when a status line is due.
+    def is_due(self, step: int, total_steps: int | None) -> bool:
+        """Whether a status line is due after this step."""
+        return self._on and (step % self.interval == 0 or step == total_steps)
+
+    def write(self, run: RunView, *, own_seconds: float, lr: float, saved: float) -> None:
+        """Write a status line. Collective.
 
         Args:
             run: The run.
@@ -93,11 +97,12 @@ class RunStatus:
             lr: The highest learning rate of the parameter groups.
             saved: Fraction of the training FLOPs saved so far, in [0, 1].
         """
-        if not self._on:
-            return
-        if run.step % self.interval == 0 or run.step == run.total_steps:
-            self._log.write(self._status(run, own_seconds, lr, saved))
-        self._left = time.perf_counter()
+        self._log.write(self._status(run, own_seconds, lr, saved))
+
+    def end(self) -> None:
+        """End the work after a step, after all other observers."""
+        if self._on:
+            self._left = time.perf_counter()
 
     def restart(self, state: Mapping[str, Any] | None = None) -> None:
         """Start over after a checkpoint load.

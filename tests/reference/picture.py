@@ -117,7 +117,8 @@ class _Walk:
         for name, module in top.named_modules():
             hooks = [*module._forward_pre_hooks.values(), "|", *module._forward_hooks.values()]
             named = [getattr(h, "__qualname__", None) or f"{type(h).__name__}({getattr(h, 'own_eval', '')})" for h in hooks if h != "|"]
-            yield f"{path}<{name}>", f"training {module.training}, hooks {named}"
+            stays = getattr(vars(module).get("train"), "own_eval", None)
+            yield f"{path}<{name}>", f"training {module.training}, stays in eval {stays}, hooks {named}"
         for kind, tensors in (("", top.named_parameters()), ("buffer ", top.named_buffers())):
             for name, tensor in tensors:
                 yield from self.of(tensor, f"{path}:{kind}{name}")

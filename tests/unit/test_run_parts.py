@@ -12,7 +12,7 @@ from reference.oracle import Net
 
 import smartfrz_ds
 from smartfrz_ds.model.run_state import RunState
-from smartfrz_ds.runtime.observers.protocol import StepObserver
+from smartfrz_ds.runtime.observers.protocol import Listeners, StepObserver
 
 HOOKS = [name for name in vars(StepObserver) if not name.startswith("_")]
 
@@ -23,10 +23,17 @@ class Spy(StepObserver):
     def __init__(self) -> None:
         self.called: list[str] = []
 
-    def __getattribute__(self, name: str) -> Any:
-        if name in HOOKS:
-            self.called.append(name)
-        return super().__getattribute__(name)
+
+def _noting(name: str) -> Any:
+    def call(self: Spy, *args: Any) -> Any:
+        self.called.append(name)
+        return getattr(StepObserver, name)(self, *args)
+
+    return call
+
+
+for _name in HOOKS:
+    setattr(Spy, _name, _noting(_name))
 
 
 def attach(**more: Any) -> tuple[Any, Any, Any]:
@@ -57,6 +64,7 @@ def test_every_event_of_a_run_reaches_the_observers(run: tuple[Any, Any, Any]) -
     _, optimizer, controller = run
     spy = Spy()
     controller._observers.append(spy)
+    controller._every_step = Listeners(controller._observers)  # made once, when the run is assembled
 
     def heard() -> list[str]:
         called, spy.called = spy.called, []
@@ -87,6 +95,7 @@ def test_what_prepare_refuses_changes_nothing_and_tells_nobody(run: tuple[Any, A
     step(optimizer)
     spy = Spy()
     controller._observers.append(spy)
+    controller._every_step = Listeners(controller._observers)  # made once, when the run is assembled
     before = {name: p.clone() for name, p in model.named_parameters()}
 
     def refuse(freeze: Any, thaw: Any) -> None:

@@ -32,11 +32,17 @@ class Pipeline(Protocol):
 
     Attributes:
         first_bounds: Bounds of the stages in the user's PipelineModule, (stages + 1,).
-        due: Whether layers were frozen, thawed or moved since the last `decide`.
     """
 
     first_bounds: tuple[int, ...]
-    due: bool
+
+    @property
+    def due(self) -> bool:
+        """Whether layers were frozen, thawed or moved since the last `decide`, and that can matter here."""
+        ...
+
+    @due.setter
+    def due(self, value: bool) -> None: ...
 
     @property
     def bounds(self) -> tuple[int, ...]:

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 class Rebalancer(Pipeline):
     """The rebalancer of one pipeline. All methods are collective, in the same order on every rank.
 
-    Attributes:
-        due: Whether the layout has changed since the last `decide`.
+    Entries are timed in every step only where layers may move by themselves (`rebalance: "on_freeze"`). Otherwise they are timed after a
+    change of the layout, or after `rebalance()` of the user, until the costs are known.
     """
 
     def __init__(self, backend: PipelineStage, ranks: Collectives, settings: PipelineSettings) -> None:
@@ -43,9 +43,32 @@ class Rebalancer(Pipeline):
         self._weights: dict[int, tuple[int, int]] = {}  # of each entry: elements that train while it is active, bytes
         self._rates = (0.0, 0.0)  # of an active weight: seconds of its update, bytes of gradient and optimizer state
         self._built: dict[int, nn.Module] = {}  # of the move that was checked last
-        self.due = False
         self.first_bounds = self.bounds  # as the user's PipelineModule was cut
-        backend.time_entries()
+        self._due = self._always = False
+        if settings.rebalance == "on_freeze" and backend.can_move:
+            self.measure()
+
+    @property
+    def due(self) -> bool:
+        """Whether the layout has changed since the last `decide`, so that a move, or fewer stages, may be worth it."""
+        return self._due
+
+    @due.setter
+    def due(self, value: bool) -> None:
+        self._look_for(moves=self._always, wanted=value)
+
+    def _look_for(self, *, moves: bool, wanted: bool) -> None:
+        """Set `due`, and time the entries while it is set. moves: whether layers may move; else only fewer stages may be worth it."""
+        self._due = wanted and self._backend.can_move and (moves or self._backend.can_be_reshaped)
+        if self._due:
+            self._backend.time_entries()
+        elif not self._always:
+            self._backend.stop_timing()
+
+    def measure(self) -> None:
+        """Time the entries from now on, until `remove`."""
+        self._always = True
+        self._backend.time_entries()
 
     @property
     def bounds(self) -> tuple[int, ...]:
@@ -54,8 +77,7 @@ class Rebalancer(Pipeline):
 
     def remove(self) -> None:
         """Remove all hooks."""
-        if self._backend.clock is not None:
-            self._backend.clock.remove()
+        self._backend.stop_timing()
 
     def decide(self, bandwidths: Bandwidths, *, moves: bool) -> tuple[StageMove | None, Width | None]:
         """Decide whether moving layers is worth it. If some costs are not measured yet, the decision stays due.
@@ -79,7 +101,7 @@ class Rebalancer(Pipeline):
                 move = StageMove(bounds=self.bounds, gain=1.0, problem=f"the layers stay where they are: {type(error).__name__}: {error}")
             told = json.dumps([move and asdict(move), width and asdict(width)]).encode()
         told = self._ranks.broadcast_bytes(told)
-        self.due = not told
+        self._look_for(moves=moves, wanted=not told)
         move, width = json.loads(told) if told else (None, None)
         return move and StageMove(**_tuple_of(move, "bounds")), width and Width(**_tuple_of(width, "parts"))
 
@@ -134,14 +156,13 @@ class Rebalancer(Pipeline):
         """
         backend = self._backend
         clock, pipe = backend.clock, backend.engine.module
-        assert clock is not None
         own = backend.entry_weights()
         active = sum(elements for index, (elements, _) in own.items() if index in backend.computed[0])
         told = self._ranks.gather_objects(
             {
-                "times": {index: asdict(times) for index, times in clock.times().items()},
+                "times": {} if clock is None else {index: asdict(times) for index, times in clock.times().items()},
                 "weights": own,
-                "update": clock.update_seconds,
+                "update": None if clock is None else clock.update_seconds,
                 "held": 0.0 if not active else (backend.optimizer_bytes() + backend.gradient_bytes()) / active,
             }
         )
@@ -151,9 +172,10 @@ class Rebalancer(Pipeline):
         updates = [t["update"] for t in told if t["update"] is not None]
         # If a freeze has just emptied a stage, its earlier measurements come from the others.
         self._rates = (fmean(updates) if updates else self._rates[0], max([t["held"] for t in told] + [self._rates[1]]))
-        if any(self._known[index].forward is None for index in self._known):
+        entries = range(len(pipe._layer_specs))
+        if any(index not in self._known or self._known[index].forward is None for index in entries):
             return None
-        return [self._cost(index) for index in range(len(pipe._layer_specs))]
+        return [self._cost(index) for index in entries]
 
     def _merge(self, index: int, seen: Sequence[EntryTimes]) -> None:
         """Merge the measurements of the replicas of one entry; values that none has measured stay as they were."""

@@ -121,14 +121,16 @@ class PrunedPipeline:
         """
         engine: Any = self
         params = [p for p in engine.module.parameters() if p.grad is not None]
+        gradients = [p.grad for p in params]
+        # one of two copies of a tied weight counts
+        counted = [p.grad for p in params if not getattr(p, "ds_pipe_replicated", False)]
         square = torch.zeros((), dtype=torch.float32, device=engine.device)
-        for param in params:
-            if not getattr(param, "ds_pipe_replicated", False):  # one of two copies of a tied weight counts
-                square += param.grad.float().norm() ** 2
+        if counted:
+            square += torch.stack(torch._foreach_norm(counted)).square().sum()  # few kernels, however many parameters
         dist.all_reduce(square, group=engine.grid.get_pipe_parallel_group())
         factor = torch.clamp(engine.gradient_clipping() / (square.sqrt() + 1e-6), max=1.0)
-        for param in params:
-            param.grad.mul_(factor)
+        if gradients:
+            torch._foreach_mul_(gradients, factor)
 
 
 class PipelineStage(_Base):
@@ -190,6 +192,17 @@ class PipelineStage(_Base):
         """Start measuring the cost of each entry of the list (`clock`)."""
         if self.clock is None:
             self.clock = StageClock(self.engine.module, self.base_optimizer(), self.device)
+
+    def stop_timing(self) -> None:
+        """Remove the hooks of the clock."""
+        if self.clock is not None:
+            self.clock.remove()
+            self.clock = None
+
+    @property
+    def can_move(self) -> bool:
+        """Whether this pipeline has stages between which layers can move."""
+        return self.engine.num_stages > 1 and not self.engine.is_compiled
 
     def entry_weights(self) -> dict[int, tuple[int, int]]:
         """Return, for each module entry that this rank holds, the number of its weights in the optimizer, and all of its bytes."""

@@ -57,11 +57,13 @@ class TiedWeights:
     def __init__(self, backend: DeepSpeedBackend, mode: TiedMode) -> None:
         self._backend, self.mode = backend, mode
         self.cut: frozenset[str] = frozenset()
+        self._agreed: set[str] = set()  # keys whose weights have gradients on all stages, as the ranks have told each other
 
     def on_layout_changed(self, layers: Sequence[Layer], frozen: Collection[str]) -> None:
         """Follow a change of the layout."""
         pipe = self._backend.engine.module
         self.cut = self._keys_of(layers, frozen)
+        self._agreed.clear()
         for key, uses in tied_uses(pipe).items():
             if self.mode == "train" and all(module_at(pipe, i) is not None for i in uses):
                 self._cut_function(uses[0], cut=key in self.cut)
@@ -91,7 +93,8 @@ class TiedWeights:
         """Add the gradients of the two copies of each weight that trains in both.
 
         Raises:
-            RuntimeError: A weight has a gradient on one stage but not on another, on the ranks of both; DeepSpeed would wait indefinitely.
+            RuntimeError: A weight has a gradient on one stage but not on another; DeepSpeed would wait indefinitely. In the first step
+                after a change of the layout on the ranks of both stages, later on the rank on which `requires_grad` was switched off.
         """
         engine = self._backend.engine
         pipe, comms = engine.module, engine.module.tied_comms
@@ -113,12 +116,25 @@ class TiedWeights:
                 dist.broadcast(weight.data, src=self._rear(key), group=pipe.tied_comms[key]["group"])
 
     def _check_gradients(self, key: str, comm: dict[str, Any]) -> None:
+        """Check that the stages agree. Collective in the first step after a change of the layout, and until all weights have gradients."""
         engine = self._backend.engine
         weights = shared_weights(engine.module, key)
         own = [(getattr(w, "_hp_grad", None) if engine.using_bf16_optimizer else w.grad) is not None for w in weights]
-        have = torch.tensor(own, dtype=torch.int32, device=engine.device)
-        dist.all_reduce(have, group=comm["group"])
-        if any(0 < count < len(comm["ranks"]) for count in have.tolist()):
+        if key in self._agreed:
+            missing = [w for w, has in zip(weights, own, strict=True) if not has]
+            alone = engine.using_bf16_optimizer or not all(w.requires_grad for w in missing)
+            if not missing or not alone:
+                for weight in missing:  # not used in this step; the other stage waits for its part of the sum
+                    weight.grad = torch.zeros_like(weight)
+                return
+        else:
+            have = torch.tensor(own, dtype=torch.int32, device=engine.device)
+            dist.all_reduce(have, group=comm["group"])
+            counts = have.tolist()
+            alone = any(0 < count < len(comm["ranks"]) for count in counts)
+            if all(count == len(comm["ranks"]) for count in counts):
+                self._agreed.add(key)
+        if alone:
             raise RuntimeError(
                 f"the weight that the pipeline ties by the key {key!r} has a gradient on one of its two stages only (on stage "
                 f"{engine.stage_id}: {all(own)}). A usual cause is requires_grad_(False) on one of the two copies: freeze with "

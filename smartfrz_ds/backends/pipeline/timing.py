@@ -22,7 +22,6 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from smartfrz_ds.distributed.devices import synchronize
 
 # The gradients that a backward computed in an entry: of weights and of the input, or of one of them.
 Computed = Literal["both", "weight", "input"]
@@ -63,6 +62,16 @@ class EntryTimes:
     output_bytes: int | None = None
 
 
+@dataclass
+class _StepSpans:
+    """The times of one step. update: begin and end of the optimizer's work on `trained` weights. ended: the end of the step."""
+
+    spans: list[tuple[deque[float], Moment, Moment]]
+    update: list[tuple[Moment, Moment]]
+    trained: int
+    ended: Moment
+
+
 class StageClock:
     """Measures the current stage of this rank.
 
@@ -71,7 +80,8 @@ class StageClock:
     Args:
         pipe: The PipelineModule.
         optimizer: The stage's torch optimizer.
-        device: The stage's device. Where it has events, as a GPU does, they are read at the end of a step; that path has not been run.
+        device: The stage's device. On an asynchronous one, times are those of device events. They are read in later steps, when they are
+            complete, so that nothing waits for them. That path has not been run on a GPU.
     """
 
     def __init__(self, pipe: Any, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
@@ -95,6 +105,7 @@ class StageClock:
         self._output: dict[int, int] = {}
         self._updates.clear()
         self._spans: list[tuple[deque[float], Moment, Moment]] = []  # of the step that is running
+        self._unread: deque[_StepSpans] = deque()  # of steps whose events the device may not have reached yet
         self._marks: list[tuple[int, Moment]] = []
         self._phase = ""
         self._warm = False
@@ -189,20 +200,26 @@ class StageClock:
         Args:
             trained: Number of weights of this stage that the optimizer updated in it.
         """
-        synchronize(self._device)
         if self._warm:
-            for values, start, end in self._spans:
-                values.append(self._seconds(start, end))
-            if self._update and trained:
-                self._updates.append(sum(self._seconds(start, end) for start, end in self._update) / trained)
+            self._unread.append(_StepSpans(self._spans, self._update if trained else [], trained, self._now()))
         self._warm = True
-        self._spans.clear()
-        self._update.clear()
+        self._spans, self._update = [], []
+        self._read()
+
+    def _read(self) -> None:
+        """Read the times of the steps that the device has completed."""
+        while self._unread and (self._event is None or self._unread[0].ended.query()):
+            step = self._unread.popleft()
+            for values, start, end in step.spans:
+                values.append(self._seconds(start, end))
+            if step.update:
+                self._updates.append(sum(self._seconds(start, end) for start, end in step.update) / step.trained)
 
     # --- results -----------------------------------------------------------------------------------------------------------
 
     def times(self) -> dict[int, EntryTimes]:
         """Return the medians over the newest micro-batches, for each entry that this rank holds."""
+        self._read()
         told = {index: EntryTimes(kept_bytes=self._kept.get(index), output_bytes=self._output.get(index)) for index in self.held}
         for index, values in self._forward.items():
             if len(values) >= ENOUGH:

@@ -1,6 +1,8 @@
 """Plain torch in one process, and the common part of every run without DeepSpeed: one state entry per parameter.
 
-DDP, FSDP2 and FSDP1 build on it (ddp.py, fsdp2.py, fsdp1.py). Nothing private of torch is touched here.
+DDP, FSDP2 and FSDP1 build on it (ddp.py, fsdp2.py, fsdp1.py).
+
+Touched in torch 2.13, torch/amp/grad_scaler.py: GradScaler._per_optimizer_states, which `update` replaces, and _get_scale_async
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.amp.grad_scaler import OptState
 from torch.nn import Parameter
 
 from smartfrz_ds.backends.base import Released, Sampler, SampleRequest
@@ -42,9 +45,9 @@ class TorchBackend(EntryBackend):
     def __init__(self, wrapped: nn.Module, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(wrapped, [group["params"] for group in optimizer.param_groups])
         self.wrapped, self.module, self._optimizer = wrapped, module, optimizer
-        self.scaler: Any = None
+        self._scaler: Any = None
+        self._scaled: dict[int, Any] = {}  # the scaler's states of optimizers, in the last forward
         self.on_skipped: Callable[[], None] | None = None  # called when an earlier step turns out to have been skipped
-        self._scale = 0.0  # the scaler's, in the last forward
         self._names = {p: name for name, p in module.named_parameters()}
         self._owners = [x for x in single(optimizer) for _ in x.param_groups]  # of each group
         self._overrides = [Overrides(x) for x in single(optimizer)]
@@ -54,18 +57,27 @@ class TorchBackend(EntryBackend):
     def listen(self) -> None:
         """Register hooks on the model that notice when a forward begins."""
         modules = dict.fromkeys((self.wrapped, self.module))
-        self._handles += [m.register_forward_pre_hook(ModuleHook(self._note_forward)) for m in modules]
+        self._handles += [m.register_forward_pre_hook(ModuleHook(self._note_forward, self.time)) for m in modules]
 
     def _note_forward(self, module: nn.Module, args: Any) -> None:
         if not torch.is_grad_enabled():
             return
-        if self.scaler is not None and module is self.wrapped:
-            # torch/amp/grad_scaler.py: on an overflow optimizer.step() isn't called, and the scale gets lower.
-            scale = self.loss_scale()
-            if self._forwarded and scale < self._scale and self.on_skipped is not None:
-                self.on_skipped()
-            self._scale = scale
+        if self._scaler is not None and module is self.wrapped:
+            self._note_skipped_step()
         self._forwarded = True
+
+    def _note_skipped_step(self) -> None:
+        """Report a step that the scaler has skipped since the last forward. Reads nothing from the device, as its scale would have to be.
+
+        On an overflow scaler.step() does not call optimizer.step(). Its states of optimizers, which scaler.update() replaces, still say
+        that scaler.step() was called.
+        """
+        before, self._scaled = self._scaled, self._scaler._per_optimizer_states
+        if before is self._scaled or not self._forwarded or self.on_skipped is None:
+            return
+        # several optimizers have one state each
+        if any(before[id(x)]["stage"] is OptState.STEPPED for x in single(self._optimizer) if id(x) in before):
+            self.on_skipped()
 
     def stepped(self) -> None:
         """Note that the optimizer has used the gradients: any that are left only wait for zero_grad."""
@@ -84,7 +96,26 @@ class TorchBackend(EntryBackend):
         return []
 
     def loss_scale(self) -> float:
-        return float(self.scaler.get_scale()) if self.scaler is not None else 1.0
+        return float(self._scaler.get_scale()) if self._scaler is not None else 1.0
+
+    def loss_scale_on_device(self) -> float | Tensor:
+        return self._scaler._get_scale_async() if self._scaler is not None else 1.0
+
+    def use_scaler(self, scaler: Any) -> None:
+        """Follow the user's GradScaler.
+
+        Raises:
+            ValueError: This torch has another kind of GradScaler.
+        """
+        if scaler is None or not scaler.is_enabled():
+            return
+        for name in ("_per_optimizer_states", "_get_scale_async"):
+            if not hasattr(scaler, name):
+                raise ValueError(
+                    f"scaler: got a {type(scaler).__name__}, which has no attribute {name} in torch {torch.__version__}, so skipped steps "
+                    "cannot be seen; allowed: a torch.amp.GradScaler of a tested version of torch, or none"
+                )
+        self._scaler, self._scaled = scaler, scaler._per_optimizer_states
 
     #: whether the sizes of this wrapper's reductions can be read off the model
     knows_reductions = False

@@ -8,7 +8,7 @@ Touched in torch 2.13, torch/distributed/fsdp/_fully_shard/:
   _fsdp_state.py         FSDPState._fsdp_param_groups, _states_to_backward_prefetch
   _fsdp_param_group.py   FSDPParamGroup.fsdp_params, device, mp_policy, _init_mp_dtypes, _orig_dtype, _partial_reduce_output,
                          post_forward_mesh_info, reshard_after_backward, is_sharded, modules
-  _fsdp_param.py         FSDPParam.sharded_param, _unsharded_param, unsharded_accumulated_grad
+  _fsdp_param.py         FSDPParam.mp_policy, sharded_param, _unsharded_param, unsharded_accumulated_grad
 and torch/distributed/tensor/_utils.py: compute_local_shape_and_global_offset.
 """
 
@@ -69,7 +69,7 @@ class Fsdp2Backend(TorchBackend):
             if groups:
                 self._units[unit] = groups
         self._prefetch: dict[FSDPModule, list[Any]] = {}  # the user's own lists, of the units whose list is another now
-        self._whole_of: dict[Parameter, Any] = {}  # shard -> its FSDPParam
+        self._whole_of: dict[Parameter, Any] = {}  # shard -> its FSDPParam; None: FSDP was told to ignore it
         self._whole: dict[FSDPModule, list[tuple[Any, Any]]] = {}  # units that stay gathered -> their previous flags
 
     @property
@@ -90,10 +90,9 @@ class Fsdp2Backend(TorchBackend):
         return RankGroups(sampling=mesh.get_group(1), holds_samples=mesh.get_local_rank(0) == 0)
 
     def gradient_itemsize(self, param: Parameter) -> int:
-        for group in (g for groups in self._units.values() for g in groups):
-            if any(p.sharded_param is param for p in group.fsdp_params):
-                return int((group.mp_policy.reduce_dtype or group.mp_policy.param_dtype or param.dtype).itemsize)
-        return super().gradient_itemsize(param)
+        sharded = self._fsdp_param(param)
+        policy = None if sharded is None else sharded.mp_policy
+        return super().gradient_itemsize(param) if policy is None else (policy.reduce_dtype or policy.param_dtype or param.dtype).itemsize
 
     def sampler(self, requests: Sequence[SampleRequest], numel: int) -> Sampler:
         sampler = ShardSampler(numel)
@@ -131,9 +130,14 @@ class Fsdp2Backend(TorchBackend):
 
     def _gathered(self, param: Parameter) -> Tensor | None:
         """Return the parameter that FSDP uses instead of a shard once its unit was gathered; the same object for the whole run."""
+        return getattr(self._fsdp_param(param), "_unsharded_param", None)
+
+    def _fsdp_param(self, param: Parameter) -> Any:
+        """Return the FSDPParam of a shard; None for a parameter that FSDP ignores. A shard that is unknown so far is looked for once."""
         if param not in self._whole_of:
-            self._whole_of = {p.sharded_param: p for groups in self._units.values() for g in groups for p in g.fsdp_params}
-        return getattr(self._whole_of.get(param), "_unsharded_param", None)
+            self._whole_of |= {p.sharded_param: p for groups in self._units.values() for g in groups for p in g.fsdp_params}
+            self._whole_of.setdefault(param, None)
+        return self._whole_of[param]
 
     def rewire(self, freeze: Sequence[Parameter], thaw: Sequence[Parameter]) -> None:
         changed = {*freeze, *thaw}

@@ -90,7 +90,7 @@ class Freezer:
             ChangeUndone: It failed on some rank after it had started; every rank is back at the previous layout, and can go on training.
             FreezeError: It failed and could not be undone; the engine state is inconsistent.
         """
-        began = time.perf_counter() if began is None else began
+        began = self._run.start_of_change() if began is None else began
         with self._adopting(adopt, groups) as adopted:
             check_adopted(adopted)
             if frozen == self._run.state.frozen and not adopted:

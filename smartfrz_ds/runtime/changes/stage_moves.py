@@ -32,6 +32,7 @@ class StageMoves(StepObserver):
         self._run, self._freezer, self._pauses = run, freezer, pauses
         self.rebalancer = pipeline
         self.width: Width | None = None
+        self._asked = False  # the user's rebalance() waits for costs to be measured
 
     def rebalance(self, bounds: Sequence[int] | None = None) -> tuple[int, ...]:
         """Carry out `Controller.rebalance`."""
@@ -41,6 +42,9 @@ class StageMoves(StepObserver):
             raise RuntimeError("rebalance only at a step boundary: not within train_batch")
         if bounds is None:
             self._look(moves=True)
+            self._asked = rebalancer.due
+            if self._asked:
+                run.journal.note("rebalance(): the costs of the layers are measured in the next steps; they move then, if that is worth it")
         elif tuple(bounds) != rebalancer.bounds:
             self._check(bounds)
             self._move(bounds, rebalancer.gain(bounds))
@@ -60,7 +64,8 @@ class StageMoves(StepObserver):
     def if_due(self) -> None:
         """Look at the stages where the layout has changed since the last look."""
         if self.rebalancer.due:
-            self._look(moves=self._run.config.pipeline.rebalance == "on_freeze")
+            self._look(moves=self._asked or self._run.config.pipeline.rebalance == "on_freeze")
+            self._asked = self._asked and self.rebalancer.due
 
     def _look(self, *, moves: bool) -> None:
         """Look for a better cut with the layers that are frozen now. moves: whether layers may move."""

@@ -49,7 +49,9 @@ class StatusLines(StepObserver):
 
     def step_ended(self) -> None:
         run = self._run
-        self.status.end(run, own_seconds=run.time.seconds, lr=run.state.lr, saved=self._tally.saved_fraction)
+        if self.status.is_due(run.state.step, run.total_steps):
+            self.status.write(run, own_seconds=run.time.seconds, lr=run.state.lr, saved=self._tally.saved_fraction)
+        self.status.end()
 
     def state_dict(self) -> dict[str, Any]:
         return {"status": self.status.state_dict()}
@@ -65,7 +67,7 @@ class OrderWatch(StepObserver):
     """Compares the order of the layers in the first forward, then removes its hooks."""
 
     def __init__(self, run: RunContext) -> None:
-        self._check = OrderCheck(run.model, run.layers)
+        self._check = OrderCheck(run.model, run.layers, time=run.time)
 
     def remove(self) -> None:
         self._check.remove()
@@ -137,7 +139,7 @@ class FlopCount(StepObserver):
         self._shared = False  # in a pipeline: whether the stages have told each other
 
     def _measure(self) -> FlopMeter:
-        return FlopMeter(self._run.model, self._run.layers, self._run.config.tied)
+        return FlopMeter(self._run.model, self._run.layers, self._run.config.tied, self._run.time)
 
     def after_step(self) -> None:
         if self._run.backend.is_pipeline:
@@ -196,7 +198,7 @@ class GradientWatch(StepObserver):
         names = self._names()
         everywhere = run.ranks.union(names.values()) if run.backend.is_pipeline else None
         self._check = GradientCheck(
-            run.model, names, run.ranks, everywhere, mode=mode, doubt=run.config.gradient_check, warn=run.journal.warn
+            run.model, names, run.ranks, everywhere, mode=mode, doubt=run.config.gradient_check, warn=run.journal.warn, time=run.time
         )
 
     def _names(self) -> dict[torch.nn.Parameter, str]:
@@ -211,9 +213,10 @@ class GradientWatch(StepObserver):
         self._record(stage_follows=self._policy.is_stage(self._run.state.step + 1))
 
     def before_step(self) -> None:
-        backend = self._run.backend
-        self._check.saw(backend.gradients_now())
-        self._check.before_step(backend.trained, self._run.state.frozen_in_order)
+        if self._check.armed:
+            backend = self._run.backend
+            self._check.saw(backend.gradients_now())
+            self._check.before_step(backend.trained, self._run.state.frozen_in_order)
 
     def step_ended(self) -> None:
         self._record(stage_follows=self._policy.is_stage(self._run.state.step + 1))
@@ -243,11 +246,11 @@ class KeptState(StepObserver):
         self._run = run
 
     def after_step(self) -> None:
-        run, keep = self._run, self._run.keep_steps
-        if not keep:
+        run = self._run
+        if not run.state.frozen_at or not (keep := run.keep_steps):
             return
         old = [name for name, step in run.state.frozen_at.items() if run.state.step - step > keep]
-        for layer in run.layers:
+        for layer in run.layers if old else ():
             if layer.name in old:
                 run.backend.forget([*layer.params, *layer.copies])
 

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from smartfrz_ds.model.forward_mode import ForwardMode
 from smartfrz_ds.model.freeze_modules import use_is_cut
-from smartfrz_ds.model.hooks import ModuleHook
+from smartfrz_ds.model.hooks import ModuleHook, PluginTime
 
 
 class GraphEvidence:
@@ -30,8 +30,8 @@ class GraphEvidence:
     that ran have lost their path.
     """
 
-    def __init__(self, model: nn.Module, mode: ForwardMode) -> None:
-        self._mode = mode
+    def __init__(self, model: nn.Module, mode: ForwardMode, time: PluginTime | None = None) -> None:
+        self._mode, self._time = mode, time
         self._handles: list[RemovableHandle] = []
         self.take(model)
 
@@ -60,11 +60,11 @@ class GraphEvidence:
             if use_is_cut(module):
                 continue  # on purpose: that use trains nothing, the weight's other uses do
             # In front of ZeRO-3's own hooks, whose copies of the inputs require no grad inside a region.
-            self._handles.append(module.register_forward_pre_hook(ModuleHook(self._before), with_kwargs=True, prepend=True))
+            self._handles.append(module.register_forward_pre_hook(ModuleHook(self._before, self._time), with_kwargs=True, prepend=True))
             if record:
-                self._handles.append(module.register_forward_hook(ModuleHook(self._after)))
+                self._handles.append(module.register_forward_hook(ModuleHook(self._after, self._time)))
         if record:
-            self._handles.append(self._model.register_forward_hook(ModuleHook(self._end), always_call=True))
+            self._handles.append(self._model.register_forward_hook(ModuleHook(self._end, self._time), always_call=True))
 
     def stop(self) -> None:
         """Remove the hooks. The records are kept until the next `start`."""

@@ -65,7 +65,7 @@ class KeptFrozen:
         self._came: dict[Parameter, int] = {}  # bytes of gradients of each parameter in this step
         self._meddled = not backend.runs_grad_hooks
         self._said = False
-        self._forward = model.register_forward_pre_hook(ModuleHook(self._before_forward), prepend=True)
+        self._forward = model.register_forward_pre_hook(ModuleHook(self._before_forward, backend.time), prepend=True)
 
     def follow(self, frozen: Collection[Parameter], layer_of: Mapping[Parameter, str]) -> None:
         """Watch exactly these parameters from now on.

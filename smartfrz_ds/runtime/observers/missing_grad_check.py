@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.errors import MissingGradients
 from smartfrz_ds.model.forward_mode import ForwardMode
+from smartfrz_ds.model.hooks import ModuleHook, PluginTime
 
 from .graph_evidence import GraphEvidence
 
@@ -45,6 +46,10 @@ class GradientCheck:
         mode: The mode of the current forward.
         doubt: The setting `gradient_check`.
         warn: Shows a message to the user.
+        time: Counts the seconds of the hooks, if given.
+
+    Attributes:
+        armed: Whether the current step is recorded or checked.
     """
 
     def __init__(
@@ -57,14 +62,16 @@ class GradientCheck:
         mode: ForwardMode,
         doubt: Doubt = "warn",
         warn: Callable[[str], None],
+        time: PluginTime | None = None,
     ) -> None:
         self._names = names
         self._everywhere = list(names.values() if everywhere is None else everywhere)
         self._ranks = ranks
-        self._evidence = GraphEvidence(model, mode)
+        self._evidence = GraphEvidence(model, mode, time)
+        self._hook = ModuleHook(self._note, time)
         self._doubt, self._warn = doubt, warn
         self._warned = False
-        self._armed = False
+        self.armed = False
         self._got: set[Parameter] = set()
         self._seen: dict[Parameter, int] = {}
         self._records = 0
@@ -88,19 +95,19 @@ class GradientCheck:
         self._checking = check
         if self._doubt == "off" or (check and self._records == 0):
             return  # frozen before the first step: nothing to compare with
-        self._armed = True
+        self.armed = True
         watched = [p for p in active if p.requires_grad]
-        self._handles = [p.register_post_accumulate_grad_hook(self._note) for p in watched]
+        self._handles = [p.register_post_accumulate_grad_hook(self._hook) for p in watched]
         self._evidence.start(watched, record=not check)
 
     def record_start(self, active: Callable[[], Sequence[Parameter]], *, stage_follows: bool) -> None:
         """Arm for the steps that are recorded; called at each step boundary."""
-        if not self._armed and (stage_follows or self._records < RECORDED):
+        if not self.armed and (stage_follows or self._records < RECORDED):
             self._arm(active(), check=bool(self._unused))
 
     def moved(self, model: Module, names: Mapping[Parameter, str], active: Sequence[Parameter]) -> None:
         """Follow a move of parameters between ranks: nothing is known about those that came. A running check continues."""
-        checks = self._armed and self._checking
+        checks = self.armed and self._checking
         self.disarm()
         self._names = names
         self._evidence.take(model)
@@ -115,12 +122,12 @@ class GradientCheck:
 
     def saw(self, params: Iterable[Parameter]) -> None:
         """Note parameters that got a gradient but run no hook."""
-        if self._armed:
+        if self.armed:
             self._got.update(params)
 
     def runs(self, module: Module) -> None:
         """Note a module that is about to run and that has no hook of this check."""
-        if self._armed:
+        if self.armed:
             self._evidence.runs(module)
 
     def before_step(self, active_now: Callable[[], Sequence[Parameter]], layers: Sequence[str]) -> None:
@@ -133,7 +140,7 @@ class GradientCheck:
         Raises:
             MissingGradients: Parameters were cut off. Raised on all ranks, with their names.
         """
-        if not self._armed:
+        if not self.armed:
             return
         # Parameters that the user has switched off since should not get a gradient.
         active, got, checking = [p for p in active_now() if p.requires_grad], set(self._got), self._checking
@@ -210,7 +217,7 @@ class GradientCheck:
         self._handles.clear()
         self._evidence.stop()
         self._got.clear()
-        self._armed = False
+        self.armed = False
 
 
 def _cut_text(layers: Sequence[str], names: Sequence[str]) -> str:
