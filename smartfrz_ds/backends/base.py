@@ -258,20 +258,19 @@ class Backend(ABC):
         for param in self.trained():
             param.grad = None
 
-    #: the step boundary in the engine's own terms
-    boundary_words: str
+    boundary_words: str  # the step boundary in the engine's own terms
 
     def not_a_boundary(self) -> str:
         """Return the error's text for `is_boundary` False: the pending gradients, and the remedy."""
-        module = self.engine.module if hasattr(self.engine, "module") else self.engine
+        module = getattr(self.engine, "module", self.engine)
         names = {p: name.removeprefix("module.") for name, p in module.named_parameters()}
         held = [names.get(p, f"one of shape {tuple(p.shape)}") for p in self.pending_params()]
         some = f"{', '.join(held[:3])}{', …' if len(held) > 3 else ''}"
         why = f"Gradients are pending that no step has used: of {len(held)} parameters ({some})" if held else "A step has begun"
         return (
             f"freeze and thaw only at a step boundary: {self.boundary_words}. {why}. Finish the step first; or, where these are left over "
-            "because another model's backward went through this one (a GAN, a reward model), call drop_gradients() of the controller "
-            "(engine.smartfrz, or what attach_torch returned), which forgets them"
+            "because another model's backward went through this one (a GAN, a reward model), call engine.smartfrz.drop_gradients(), or "
+            "drop_gradients() of what attach_torch returned"
         )
 
     @abstractmethod
