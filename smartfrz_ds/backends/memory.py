@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from smartfrz_ds.distributed.devices import free_device_memory
+from smartfrz_ds.distributed.devices import empty_cache, free_device_memory
+
+_WORTH_RETURNING = 0.05  # smallest share of the allocator's memory that is worth the allocations of the next step
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,40 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Return the bytes of the distinct storages behind `tensors`: a view that pins a large buffer counts in full."""
     storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors) if s.nbytes()}
     return sum(storages.values())
+
+
+def return_unused(device: torch.device, released: int) -> None:
+    """Return the memory that torch's allocator holds without using it to the device, where a change has released enough of it.
+
+    Args:
+        device: The device of the change.
+        released: Bytes that the change has released on this rank; below 0 if it needs more than before.
+    """
+    if is_worth_returning(released, _reserved(device)):
+        empty_cache(device)
+
+
+def is_worth_returning(released: int, reserved: int | None) -> bool:
+    """Return whether unused memory is worth returning to the device.
+
+    The allocator uses released memory again for what comes, so only others on the device (other processes, libraries with allocators of
+    their own) gain by it. The price is that the next step allocates all of its temporary tensors from the device again.
+
+    Args:
+        released: Bytes that a change has released.
+        reserved: Bytes that the allocator holds; None where unknown.
+    """
+    return released > 0 and (reserved is None or released >= _WORTH_RETURNING * reserved)
+
+
+def _reserved(device: torch.device) -> int | None:
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if kind is None or kind.type != device.type:
+        return None
+    try:
+        return int(torch.accelerator.memory_reserved(device))
+    except (AttributeError, NotImplementedError, RuntimeError):  # not every kind of device can say
+        return None
 
 
 def _available(file: Path) -> Iterator[int]:

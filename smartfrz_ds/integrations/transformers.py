@@ -7,12 +7,14 @@ the optimizer before the Trainer loads its state.
 
 from __future__ import annotations
 
-import gc
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import transformers
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from transformers import Trainer, TrainerCallback
@@ -47,9 +49,11 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     Raises:
         ValueError: Wrong settings. Those in the DeepSpeed config are read when training starts.
+        RuntimeError: This version of transformers lacks a method of the Trainer that the callback wraps.
     """
 
     def __init__(self, config: ConfigSource = None, *, probe_batch: Any = None, **settings: Any) -> None:
+        _check_trainer()
         self.controller: Controller | None = None
         self._config, self._settings, self._probe_batch = config, settings, probe_batch
         # Without a config only names can be checked: the values are in a JSON that is not known yet.
@@ -158,7 +162,7 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._undo()
         if self._trainer is not None and self._trainer.state is not state:
             # One Trainer after the other has this callback. `state` must not take a save of this one for the start of a training.
-            self._trainer = _trainer_of(self, state)
+            self._trainer = _trainer_of(self)
         if AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
             engine = engine_of(model)
             if engine is None:
@@ -228,12 +232,34 @@ def _has(trainer: Any, callback: FreezeCallback) -> bool:
     return any(c is callback for c in getattr(getattr(trainer, "callback_handler", None), "callbacks", ()))
 
 
-def _trainer_of(callback: FreezeCallback, state: Any = None) -> Any:
-    """Return the Trainer that has this callback and, if there are several, this state or is training; or None. A callback is never told."""
-    # By type only: isinstance on every object would load lazy ones.
-    trainers = [x for x in gc.get_objects() if issubclass(type(x), Trainer)]
-    having = [x for x in trainers if _has(x, callback)]
-    return max(having, key=lambda x: (state is not None and x.state is state, getattr(x, "is_in_train", False)), default=None)
+def _trainer_of(callback: FreezeCallback) -> Any:
+    """Return the Trainer that has this callback and one of whose methods is running, the innermost; None if there is none.
+
+    A Trainer never tells a callback, but it is the caller, several frames up.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        # by type: isinstance would load a lazy object
+        if issubclass(type(first), Trainer) and _has(first, callback):
+            return first
+        frame = frame.f_back
+    return None
+
+
+def _check_trainer() -> None:
+    """Check that this transformers has the private methods of the Trainer that are wrapped without DeepSpeed.
+
+    Raises:
+        RuntimeError: It lacks one; names it and the version.
+    """
+    for name in (_LOAD, _SAVE):
+        if not callable(getattr(Trainer, name, None)):
+            raise RuntimeError(
+                f"FreezeCallback: transformers {transformers.__version__} has no Trainer.{name}, which the callback wraps, so that the "
+                "freeze state is saved and loaded with the optimizer; allowed: a version that has it, or attach_torch in a loop of your own"
+            )
 
 
 def _before_load(trainer: Any) -> None:

@@ -339,6 +339,13 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.parametrize("name", ["_load_optimizer_and_scheduler", "_save_optimizer_and_scheduler"])
+def test_a_trainer_without_the_methods_that_are_wrapped_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(transformers.Trainer, name)
+    with pytest.raises(RuntimeError, match=f"transformers {transformers.__version__} has no Trainer.{name}"):
+        smartfrz_ds.FreezeCallback()
+
+
 def test_settings_by_name_stand_over_those_of_the_config() -> None:
     base = {"smartfrz": {"policy": "linear", "seed": 3}, "train_batch_size": 8}
     assert with_settings(base, {"seed": 4}) == FreezeConfig.load({"policy": "linear", "seed": 4})

@@ -14,7 +14,7 @@ from reference.oracle import Net
 
 import smartfrz_ds
 from smartfrz_ds.backends import memory
-from smartfrz_ds.backends.memory import FreeMemory, MemoryNeed, free_host_memory
+from smartfrz_ds.backends.memory import FreeMemory, MemoryNeed, free_host_memory, is_worth_returning
 from smartfrz_ds.errors import NotEnoughMemory
 from smartfrz_ds.runtime.changes.memory_check import Place, short_devices, short_hosts
 
@@ -169,3 +169,12 @@ def test_a_policy_without_room_goes_on_unfrozen(monkeypatch: pytest.MonkeyPatch)
         step(optimizer)
     assert "embeddings" in controller.frozen
     controller.detach()
+
+
+def test_unused_memory_is_returned_only_where_much_was_released() -> None:
+    """7 billion parameters on 8 ranks: half of them is 5 GB of a reserved 60 GB; one layer of 32 is 0.3 GB."""
+    gigabyte = 10**9
+    assert is_worth_returning(5 * gigabyte, 60 * gigabyte)
+    assert not is_worth_returning(gigabyte // 3, 60 * gigabyte)
+    assert not is_worth_returning(-gigabyte, 60 * gigabyte) and not is_worth_returning(0, None)
+    assert is_worth_returning(1, None), "an allocator that says nothing about itself"

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from smartfrz_ds.backends.deepspeed.base import DeepSpeedBackend
+from smartfrz_ds.backends.memory import return_unused
 from smartfrz_ds.backends.transaction import Transaction
-from smartfrz_ds.distributed.devices import empty_cache, own_random_numbers
+from smartfrz_ds.distributed.devices import own_random_numbers
 from smartfrz_ds.model.freeze_modules import remember_modules, thaw_module, thawed_flags
 from smartfrz_ds.planner.simulate import are_bounds
 
@@ -284,13 +285,14 @@ class _Moving:
 
     def _release(self) -> None:
         """Release, after the last vote, the memory of entries that have left, and let the stages exchange activation shapes again."""
+        released = sum(t.nbytes for m in self._going.values() for t in (*m.parameters(), *m.buffers()))
         for module in self._going.values():
             thaw_module(module, self._pipe.training)
             # An nn.Module in the user's list stays there: without its memory.
             for tensor in (*module.parameters(), *module.buffers()):
                 tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         self._backend.trim()  # a flat buffer that they shared with parameters that stay
-        empty_cache(self._backend.device)
+        return_unused(self._backend.device, released)
         self._engine.reset_activation_shape()
 
     def _going_params(self) -> list[Parameter]:

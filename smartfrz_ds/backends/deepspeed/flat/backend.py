@@ -20,10 +20,10 @@ from smartfrz_ds.backends.base import RankGroups, Released, Sampler, SampleReque
 from smartfrz_ds.backends.cost import Cost
 from smartfrz_ds.backends.deepspeed.base import DeepSpeedBackend
 from smartfrz_ds.backends.deepspeed.weight_state import FlatWeightState, WeightState
-from smartfrz_ds.backends.memory import MemoryNeed
+from smartfrz_ds.backends.memory import MemoryNeed, return_unused
 from smartfrz_ds.backends.state_layout import why_uncuttable, will_be_uncuttable
 from smartfrz_ds.backends.transaction import Transaction
-from smartfrz_ds.distributed.devices import empty_cache, synchronize
+from smartfrz_ds.distributed.devices import synchronize
 from smartfrz_ds.errors import FreezeError
 
 from .buffers import flatten, set_flags
@@ -232,9 +232,10 @@ class FlatBackend(DeepSpeedBackend):
                 self.install(i, new[i])
             self.after_change()
         moved += self.beyond_the_optimizer(tx)
-        tx.on_commit(lambda: empty_cache(self.device))
+        released = before - self.optimizer_bytes()
+        tx.on_commit(lambda: return_unused(self.device, released))
         synchronize(self.device)
-        return Released(before - self.optimizer_bytes(), moved)
+        return Released(released, moved)
 
     def plan_change(self, frozen: Collection[Parameter]) -> tuple[list[FlatLayout], list[int], list[tuple[FlatWeights, Arrangement]]]:
         """Plan the change after which exactly these parameters are frozen: all layouts, the groups that change, the weights' moves."""
