@@ -286,6 +286,31 @@ def bench_scale(
     typer.echo(text)
 
 
+@bench.command("overhead")
+def bench_overhead(
+    params: Annotated[str, typer.Option(help="Comma-separated numbers of parameters of the nets that are timed.")] = "700,4800",
+    steps: Annotated[int, typer.Option(help="Steps of each timed run.")] = 120,
+    few: Annotated[int, typer.Option(help="Number of parameters of the nets on two ranks.")] = 100,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Results folder; existing results are not measured again.")] = Path(
+        "bench-overhead"
+    ),
+) -> None:
+    """Measure what the plugin costs in a run in which nothing freezes.
+
+    Trains nets of many small parameters on the CPU. Reports the plugin's own seconds in a plain step, at a status line, a snapshot and a
+    freezing stage, and counts its calls, reads of tensors and collectives under ZeRO-2, ZeRO-3, FSDP2 and in a pipeline.
+    """
+    with _plain_errors():
+        from smartfrz_ds.bench.overhead.command import bench_overhead as measure
+
+        try:
+            wanted = [int(count) for count in params.split(",")]
+        except ValueError:
+            raise ValueError(f"--params: got {params!r}; allowed: a comma-separated list of numbers of at least 18") from None
+        text = measure(out, params=wanted, steps=steps, few=few)
+    typer.echo(text)
+
+
 @bench.command("pipeline")
 def bench_pipeline(
     case: Annotated[list[str] | None, typer.Option(help="Only this case: sleep-pp2, sleep-pp4 or gpt-pp2. Repeatable.")] = None,

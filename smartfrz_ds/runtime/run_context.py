@@ -83,6 +83,11 @@ class RunContext:
         return self.state.frozen_in_order
 
     @property
+    def any_frozen(self) -> bool:
+        """Whether a layer is frozen."""
+        return bool(self.state.frozen)
+
+    @property
     def first_stage(self) -> int | None:
         """Step of the first freezing stage, even if it is after the end of the run; None with the policy `manual`."""
         return None if self.config.policy == "manual" else self.intervals.first_from(1)

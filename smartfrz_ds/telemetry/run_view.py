@@ -42,6 +42,11 @@ class RunView(Protocol):
         ...
 
     @property
+    def any_frozen(self) -> bool:
+        """Whether there are any."""
+        ...
+
+    @property
     def first_stage(self) -> int | None:
         """Step of the first freezing stage, None where there is none."""
         ...

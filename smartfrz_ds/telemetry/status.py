@@ -76,7 +76,7 @@ class RunStatus:
         if not self._on:
             return
         if self._left is not None:
-            self._seconds[bool(run.frozen)].append(time.perf_counter() - self._left)
+            self._seconds[run.any_frozen].append(time.perf_counter() - self._left)
         self._feed.end_step(applied=True)
         if len(self._feed) >= _FOLD:
             self._losses += self._feed.take()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -279,3 +280,96 @@ def test_the_meter_waits_for_a_forward_with_gradients_and_leaves_no_trace() -> N
 def test_wrong_position() -> None:
     with pytest.raises(ValueError, match="got position 4; allowed: 0 to 3"):
         step_flops([1.0, 1.0, 1.0, 1.0], (4,))
+
+
+# --- kernels that cannot be counted -------------------------------------------------------------------------------------------------
+
+
+class FlexSelfAttention(nn.Module):
+    """Self-attention by a kernel. Its inputs require no gradient: FlexAttention has no backward on a CPU."""
+
+    def __init__(self, width: int, attend: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.qkv, self.out, self.attend = nn.Linear(width, 3 * width), nn.Linear(width, width), attend
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).detach().unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        return x + self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Attending(nn.Module):
+    def __init__(self, attend: Callable[..., Tensor], width: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Linear(width, width)
+        self.blocks = nn.ModuleList(FlexSelfAttention(width, attend) for _ in range(2))
+        self.head = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def expected(batch: int, length: int, width: int) -> tuple[float, ...]:
+    linear, attention = 2.0 * batch * length * width * width, 4.0 * batch * length * length * width
+    return (linear, 4 * linear + attention, 4 * linear + attention, linear)
+
+
+class Invisible(torch.autograd.Function):
+    """As a Triton kernel: an empty tensor is made, and filled outside of torch."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        made = torch.empty(q.shape)
+        made.numpy()[:] = 1.0
+        return made
+
+
+@torch.library.custom_op("smartfrz_tests::attention", mutates_args=())
+def custom_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(("attend", "named"), [(Invisible.apply, "outside of torch's dispatcher"), (custom_attention, "smartfrz_tests")])
+def test_layers_with_kernels_that_cannot_be_counted_are_estimated_by_the_kinds_of_their_modules(attend: Any, named: str) -> None:
+    model = Attending(attend)
+    meter = FlopMeter(model, find_layers(model))
+    model(torch.randn(3, 5, 8)).sum().backward()
+    assert meter.profile is not None and meter.profile.forward == expected(3, 5, 8)
+    assert meter.profile.gradients == chain_profile(expected(3, 5, 8)).gradients, "the path of gradients through the kernel is unknown too"
+    assert meter.estimated.startswith("2 layers run kernels") and named in meter.estimated
+
+
+def test_flex_attention_runs_compiled_while_it_is_measured() -> None:
+    """Background: below a TorchDispatchMode torch 2.13 compiles nothing, and FlexAttention, which compiles itself, failed in the first
+    forward ("found no compiled frames"). Earlier versions ran it in its dense form."""
+    flex = pytest.importorskip("torch.nn.attention.flex_attention").flex_attention
+    if not hasattr(torch.utils._python_dispatch.TorchDispatchMode, "ignore_compile_internals"):
+        pytest.skip("this torch compiles nothing below a mode")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph.code)
+        return graph.forward
+
+    model = Attending(torch.compile(flex, backend=backend))
+    meter = FlopMeter(model, find_layers(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model(torch.randn(2, 128, 8))
+    assert len(graphs) == 1 and "flex_attention" in graphs[0], "one compiled graph, for both blocks"
+    assert meter.profile is not None and all(a >= b for a, b in zip(meter.profile.forward, expected(2, 128, 8), strict=True))
+
+
+def test_a_compiled_model_with_flex_attention_is_not_measured() -> None:
+    flex = pytest.importorskip("torch.nn.attention.flex_attention").flex_attention
+    model = Attending(flex)
+    model.blocks[0].compile()
+    meter = FlopMeter(model, find_layers(model))
+    meter._enter(model, (), {})
+    assert meter.profile is None and meter.estimated.startswith("FlexAttention in a compiled model")
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

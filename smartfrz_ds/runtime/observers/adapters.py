@@ -137,6 +137,7 @@ class FlopCount(StepObserver):
         self._run, self._tally, self._intruded = run, tally, intruded
         self._meter = self._measure()
         self._shared = False  # in a pipeline: whether the stages have told each other
+        self._said = False  # that they are estimated
 
     def _measure(self) -> FlopMeter:
         return FlopMeter(self._run.model, self._run.layers, self._run.config.tied, self._run.time)
@@ -147,6 +148,9 @@ class FlopCount(StepObserver):
                 self._share()
         elif self._meter.profile is not None and self._tally.profile is not self._meter.profile:
             self._tally.measured(self._meter.profile)
+        if self._meter.estimated and not self._said:
+            self._said = True
+            self._run.journal.note(f"FLOPs: {self._meter.estimated}")
         cost, frozen = self._intruded(), self._run.state.frozen
         if cost is not None and cost.bytes:  # in this step nothing was saved there
             self._tally.set_frozen(frozen.difference(cost.layers))

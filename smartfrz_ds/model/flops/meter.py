@@ -1,16 +1,19 @@
-"""FLOPs of a step for any set of active layers: the one count used by budget, report, planner and benchmarks.
+"""Measures the profile of a model in its first forward.
 
 Counts the multiplications and additions of matrix products, convolutions and fused attention with torch's own
 formulas (torch/utils/flop_counter.py), but no elementwise work, no optimizer, and no recomputation of activation
 checkpointing. Each product records the layers on which its gradients depend, so the backward for any set of frozen
 layers is a sum rather than a new run.
+
+Kernels that do not pass torch's dispatcher (Triton, compiled functions such as FlexAttention), and custom ops, cannot be
+counted. They are noticed by what they leave behind, and the layers in which they run are estimated by the kinds of their
+modules (kinds.py).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +23,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .freeze_modules import TiedMode
-from .hooks import ModuleHook, PluginTime
-from .layers import Layer, shape_of
+from smartfrz_ds.model.freeze_modules import TiedMode
+from smartfrz_ds.model.hooks import ModuleHook, PluginTime
+from smartfrz_ds.model.layers import Layer
+
+from .kinds import counted_modules, is_compiled, module_flops, uses_flex_attention
+from .profile import FlopProfile, Gradient, chain_profile
 
 aten = torch.ops.aten
 _OPERANDS = {aten.mm: (0, 1), aten.bmm: (0, 1), aten.addmm: (1, 2), aten.baddbmm: (1, 2), aten.convolution: (0, 1)}
@@ -35,176 +41,13 @@ _ATTENTION = {
 }
 
 
-@dataclass(frozen=True)
-class Gradient:
-    """One kind of product in the backward.
-
-    Attributes:
-        flops: Its cost.
-        of_weight: Whether it computes the gradient of a weight rather than of an activation.
-        layers: Positions of the layers of which at least one must be active for it to be computed.
-    """
-
-    flops: float
-    of_weight: bool
-    layers: frozenset[int]
-
-
-@dataclass(frozen=True)
-class FlopProfile:
-    """FLOPs of one forward and its backward (one micro-batch).
-
-    Attributes:
-        forward: FLOPs of each layer's forward, front to back.
-        gradients: Products of the whole backward.
-    """
-
-    forward: tuple[float, ...]
-    gradients: tuple[Gradient, ...]
-
-
-class StepCost(NamedTuple):
-    """FLOPs of one forward and backward of one micro-batch."""
-
-    forward: float
-    backward_input: float
-    backward_weight: float
-
-    @property
-    def total(self) -> float:
-        """FLOPs of forward and backward."""
-        return self.forward + self.backward_input + self.backward_weight
-
-
-def step_flops(profile: FlopProfile | Sequence[float], frozen: Collection[int]) -> StepCost:
-    """Return the cost of a step with some layers frozen.
-
-    The forward is always complete. Gradients of weights are computed for active layers, gradients of activations from
-    the end to the first active layer (within that layer, to its first trainable weight).
-
-    Args:
-        profile: Measured (`FlopMeter`), estimated (`estimate_profile`), or only the forward FLOPs of each layer
-            (`chain_profile`).
-        frozen: Positions of the frozen layers.
-
-    Raises:
-        ValueError: A position that no layer has.
-    """
-    if not isinstance(profile, FlopProfile):
-        profile = chain_profile(profile)
-    wrong = [p for p in frozen if not 0 <= p < len(profile.forward)]
-    if wrong:
-        raise ValueError(f"frozen: got position {wrong[0]}; allowed: 0 to {len(profile.forward) - 1}")
-    still = frozenset(frozen)
-    live = [g for g in profile.gradients if not g.layers <= still]
-    return StepCost(
-        sum(profile.forward),
-        sum(g.flops for g in live if not g.of_weight),
-        sum(g.flops for g in live if g.of_weight),
-    )
-
-
-def saved_fraction(profile: FlopProfile | Sequence[float], frozen: Collection[int]) -> float:
-    """Return the share of an unfrozen step's FLOPs saved with some layers frozen.
-
-    Args:
-        profile: As in `step_flops`.
-        frozen: Positions of the frozen layers.
-
-    Returns:
-        A share in [0, 1); 0 for a model without products.
-    """
-    whole = step_flops(profile, ()).total
-    return 1 - step_flops(profile, frozen).total / whole if whole else 0.0
-
-
-def chain_profile(forward: Sequence[float]) -> FlopProfile:
-    """Build a profile from the forward FLOPs of each layer alone.
-
-    Treats each layer as one product of the previous layer's output and its own weight. Attention, whose backward has
-    two input products, is therefore counted slightly too low.
-    """
-    gradients = [Gradient(flops, True, frozenset([i])) for i, flops in enumerate(forward)]
-    gradients += [Gradient(flops, False, frozenset(range(i))) for i, flops in enumerate(forward) if i]
-    return FlopProfile(tuple(forward), tuple(gradients))
-
-
-def estimate_profile(layers: Sequence[Layer], tokens: int) -> FlopProfile:
-    """Estimate a profile without a forward: 2 FLOPs per weight and token; vectors and embedding lookups cost nothing.
-
-    Args:
-        layers: All layers.
-        tokens: Positions of a micro-batch (batch × sequence length), >= 1. Convolutions, which use a weight many
-            times per sample, are far underestimated: use `FlopMeter` for them.
-
-    Raises:
-        ValueError: `tokens` is below 1.
-    """
-    if tokens < 1:
-        raise ValueError(f"tokens: got {tokens}; allowed: an integer >= 1")
-    forward = []
-    for layer in layers:
-        tables = [p for top in layer.modules for m in top.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)]
-        looked_up = {id(p) for p in tables}
-        shapes = [torch.Size(shape_of(p)) for p in (*layer.params, *layer.borrowed) if id(p) not in looked_up]
-        forward.append(2.0 * tokens * sum(shape.numel() for shape in shapes if len(shape) > 1))
-    return chain_profile(forward)
-
-
-class FlopTally:
-    """Counts the training FLOPs of a run so far, in micro-batches of one size.
-
-    Args:
-        layers: All layers.
-
-    Attributes:
-        profile: The current profile.
-        whole: FLOPs with nothing frozen.
-        done: FLOPs of what was actually active.
-    """
-
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        self._layers = layers
-        # Without a measured forward, each weight counts as one multiplication and addition.
-        self.profile = chain_profile([2.0 * x.numel for x in layers])
-        self._frozen: tuple[int, ...] = ()
-        self._a_step = (0.0, 0.0)
-        self.whole = self.done = 0.0
-
-    def measured(self, profile: FlopProfile) -> None:
-        """Use a measured profile from now on."""
-        self.profile = profile
-        self._price()
-
-    def set_frozen(self, frozen: Collection[str]) -> None:
-        """Set the frozen layers for the following steps.
-
-        Args:
-            frozen: Names of the frozen layers. Layers without trainable weights of their own count as frozen anyway.
-        """
-        self._frozen = tuple(x.position for x in self._layers if x.name in frozen or not (x.numel or x.is_borrower))
-        self._price()
-
-    def step(self) -> None:
-        """Count one step."""
-        self.whole += self._a_step[0]
-        self.done += self._a_step[1]
-
-    @property
-    def saved_fraction(self) -> float:
-        """Share of the training FLOPs saved so far, in [0, 1)."""
-        return 1 - self.done / self.whole if self.whole else 0.0
-
-    def _price(self) -> None:
-        self._a_step = (step_flops(self.profile, ()).total, step_flops(self.profile, self._frozen).total)
-
-
 class FlopMeter:
     """Measures a `FlopProfile` in the first forward of a model that builds a graph, without a forward of its own.
 
     It removes its hooks afterwards. A forward that raises or runs without gradients is not counted. A gradient counts
-    if something that it is needed for is active; a path to the loss that is cut (`detach`) is not noticed. A
-    torch.compile'd model runs uncompiled while it is measured.
+    if something that it is needed for is active; a path to the loss that is cut (`detach`) is not noticed. Compiled
+    functions stay compiled. A torch.compile'd model, or a part of it, runs uncompiled while it is measured; with
+    FlexAttention in it, which then does not run at all, nothing is measured.
 
     Args:
         model: The model to measure.
@@ -214,19 +57,26 @@ class FlopMeter:
 
     Attributes:
         profile: None until that forward has ended.
+        estimated: Why the profile is an estimate, or there is none; "" where all was counted.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], tied: TiedMode = "train", time: PluginTime | None = None) -> None:
         self.profile: FlopProfile | None = None
+        self.estimated = ""
+        self._model = model
+        self._flex = uses_flex_attention(model)
         self._mode = _Count(layers, tied)
         self._entered = False
         self._handles = [
-            model.register_forward_pre_hook(ModuleHook(self._enter, time), prepend=True),
+            model.register_forward_pre_hook(ModuleHook(self._enter, time), prepend=True, with_kwargs=True),
             model.register_forward_hook(ModuleHook(self._seal, time)),
             model.register_forward_hook(ModuleHook(self._leave, time), always_call=True),
         ]
         # Under FSDP the forward uses whole parameters that temporarily replace the model's.
-        self._handles += [module.register_forward_pre_hook(ModuleHook(self._meet, time)) for module in self._mode.places]
+        self._handles += [
+            module.register_forward_pre_hook(ModuleHook(self._meet, time), with_kwargs=True)
+            for module in dict.fromkeys((*self._mode.places, *self._mode.kinds))
+        ]
 
     def remove(self) -> None:
         """Remove the hooks; `profile` is kept."""
@@ -234,19 +84,27 @@ class FlopMeter:
             handle.remove()
         self._handles.clear()
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        if torch.is_grad_enabled() and not self._entered:
-            self._mode.reset()
-            self._mode.__enter__()
-            self._entered = True
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not torch.is_grad_enabled() or self._entered or self.estimated:
+            return
+        compiled = is_compiled(self._model)
+        if self._flex and (compiled or not _LETS_COMPILE):
+            self.estimated = "FlexAttention in a compiled model cannot run while it is measured: the FLOPs are those of the weights alone"
+            self.remove()
+            return
+        self._mode.reset()
+        self._mode.take_inputs((args, kwargs))
+        self._mode.beside_compiled = not compiled
+        self._mode.__enter__()
+        self._entered = True
 
-    def _meet(self, module: nn.Module, args: Any) -> None:
+    def _meet(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._entered:
-            self._mode.meet(module)
+            self._mode.meet(module, args, kwargs)
 
     def _seal(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._entered:  # reached only if the forward succeeded
-            self.profile = self._mode.profile()
+            self.profile, self.estimated = self._mode.profile(), self._mode.estimated()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._entered:
@@ -255,6 +113,14 @@ class FlopMeter:
         if self.profile is not None:
             self.remove()
             self._mode.reset()
+
+
+# Whether compiled functions may run beside a mode (torch 2.13); without it they run uncompiled, and FlexAttention does not run.
+_LETS_COMPILE = hasattr(TorchDispatchMode, "ignore_compile_internals")
+# Of ops that are torch's own: what is not in its registry of FLOPs has none.
+_OWN_OPS = frozenset(
+    ("aten", "prim", "prims", "profiler", "c10d", "_c10d_functional", "c10d_functional", "_dtensor", "fsdp", "streams", "higher_order")
+)
 
 
 class _Origin(NamedTuple):
@@ -278,6 +144,10 @@ class _Count(TorchDispatchMode):
     """Intercepts each operation of a forward below autograd, where the tensors are those that autograd knows."""
 
     supports_higher_order_operators = True
+    beside_compiled = False
+
+    def ignore_compile_internals(self) -> bool:  # type: ignore[override] # torch asks the mode itself, not its class
+        return self.beside_compiled
 
     def __init__(self, layers: Sequence[Layer], tied: TiedMode) -> None:
         super().__init__()
@@ -298,6 +168,7 @@ class _Count(TorchDispatchMode):
             for module in (m for top in layer.modules for m in top.modules()):
                 if held := dict(module.named_parameters(recurse=False)):
                     self.places[module] = held
+        self.kinds = {module: layer.position for layer in reversed(layers) for module in counted_modules(layer.modules)}
         self.reset()
 
     def reset(self) -> None:
@@ -306,10 +177,21 @@ class _Count(TorchDispatchMode):
             self._origin[p] = origin
         self._forward = [0.0] * self._layers
         self._gradients: dict[tuple[bool, int], float] = defaultdict(float)
+        self._by_kind = [0.0] * self._layers
+        self._unseen: dict[int, str] = {}  # position of a layer -> a kernel in it that could not be counted
 
-    def meet(self, module: nn.Module) -> None:
-        """Register the tensors that currently replace this module's parameters."""
-        for name, p in self.places[module].items():
+    def take_inputs(self, inputs: Any) -> None:
+        """Register the model's inputs: everything else in a forward is made of them or of weights."""
+        for x in tree_leaves(inputs):
+            if isinstance(x, Tensor) and x not in self._origin:
+                self._origin[x] = _Origin(0, 0, False)
+
+    def meet(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Register the tensors that currently replace this module's parameters, and the FLOPs of its kind."""
+        x = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()), None)
+        if x is not None and (position := self.kinds.get(module)) is not None:
+            self._by_kind[position] += module_flops(module, x)
+        for name, p in self.places.get(module, {}).items():
             now = getattr(module, name, None)
             if isinstance(now, Tensor) and now is not p and p in self._origin:
                 self._origin[now] = self._origin[p]
@@ -321,7 +203,16 @@ class _Count(TorchDispatchMode):
             Gradient(flops, of_weight, frozenset(i for i in range(self._layers) if mask >> i & 1))
             for (of_weight, mask), flops in self._gradients.items()
         ]
+        if self._unseen:  # the gradients that pass the kernel are not known either
+            layers = enumerate(zip(self._forward, self._by_kind, strict=True))
+            return chain_profile([max(seen, kind) if i in self._unseen else seen for i, (seen, kind) in layers])
         return FlopProfile(tuple(self._forward), tuple(gradients))
+
+    def estimated(self) -> str:
+        if not self._unseen:
+            return ""
+        names = ", ".join(dict.fromkeys(self._unseen.values()))
+        return f"{len(self._unseen)} layers run kernels whose FLOPs cannot be counted ({names}): estimated by the kinds of their modules"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -343,6 +234,8 @@ class _Count(TorchDispatchMode):
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
                 self._origin[x] = made
+        if getattr(func, "namespace", "higher_order") not in _OWN_OPS and packet not in flop_registry:
+            self._unseen.setdefault(max(at, 0), str(packet))
         self._add(packet, args, kwargs, out, mask, max(at, 0))
         return out
 
@@ -355,7 +248,11 @@ class _Count(TorchDispatchMode):
         else:
             flops = float(flop_registry[packet](*args, **kwargs, out_val=out))
             if packet in _OPERANDS:
-                for operand in (self._origin.get(args[i], _NOWHERE) for i in _OPERANDS[packet]):
+                factors = [self._origin.get(args[i], _NOWHERE) for i in _OPERANDS[packet]]
+                # A weight behind the first layer, times something that no op of torch's has made of the model's inputs.
+                if at > 0 and any(x.weight for x in factors) and any(x.at < 0 for x in factors):
+                    self._unseen.setdefault(at, "compiled functions or kernels outside of torch's dispatcher")
+                for operand in factors:
                     self._note(operand.weight, operand.layers, flops)
             else:  # an operation that torch counts but this module does not know: assume two gradients
                 self._note(False, mask, 2 * flops)
