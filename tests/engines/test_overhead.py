@@ -20,7 +20,7 @@ from smartfrz_ds.cli.main import app
 FEW, MANY = 52, 116  # parameters; more of them, and more layers, must not cost more in a plain step
 ENGINES = ["z2", "z3", "fsdp2", "pipeline"]
 # Most calls in a plain step with nothing frozen.
-CALLS = {"z2": 90, "z3": 92, "fsdp2": 90, "pipeline": 90}
+CALLS = {"z2": 90, "z3": 92, "fsdp2": 90, "pipeline": 180}  # the schedule is ours in a pipeline: here of two micro-batches
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,11 @@ def test_a_plain_step_with_frozen_layers_costs_the_same_too(seen: Path, engine: 
     for rank in (0, 1):
         few, many = (counts(seen, engine, params, rank)["plain step, half frozen"] for params in (FEW, MANY))
         assert (few["reads"], few["collectives"]) == (many["reads"], many["collectives"]) == (0, 0), (few, many)
-        # ZeRO-3's hook for the gradient of a parameter is replaced by one of ours (zero3.py), once for each active parameter.
-        replaced = [one["places"].get("zero3.py:reduce_and_remove", 0) for one in (few, many)]
-        assert few["calls"] - replaced[0] == many["calls"] - replaced[1] <= CALLS[engine] + 40, (few, many)
+        # ZeRO-3's hook for the gradient of a parameter is replaced by one of ours (zero3.py), once for each active parameter. A pipeline's
+        # train_batch calls model.train(), which ends at each frozen layer (freeze_modules.py) instead of visiting its modules.
+        engines_own = ("zero3.py:reduce_and_remove", "freeze_modules.py:__call__")
+        calls = [one["calls"] - sum(one["places"].get(place, 0) for place in engines_own) for one in (few, many)]
+        assert calls[0] == calls[1] <= CALLS[engine] + 40, (few, many)
 
 
 @pytest.mark.distributed(2)
