@@ -22,7 +22,6 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-
 # The gradients that a backward computed in an entry: of weights and of the input, or of one of them.
 Computed = Literal["both", "weight", "input"]
 Moment: TypeAlias = Any  # seconds, or an event of the accelerator

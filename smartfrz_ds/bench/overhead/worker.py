@@ -42,7 +42,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x, (batch, WIDTH), to the same shape."""
         for one in self.maps:
-            x = x + one(x)
+            x = torch.tanh(x + one(x))  # stays finite, however many blocks there are
         return x
 
 
