@@ -27,7 +27,8 @@ class MetricFeed:
     def loss(self, loss: Any) -> None:
         """Add a micro-batch's loss, a tensor of one element."""
         if self.metric == "loss" and isinstance(loss, Tensor):
-            self._losses.append(loss.detach().double().mean())
+            value = loss.detach().double()  # a copy: the caller may change the loss in place
+            self._losses.append(value if value.dim() == 0 else value.mean())
 
     def tell(self, metrics: Mapping[str, float]) -> None:
         """Add values that the user observed. A value of this metric replaces the losses of its step."""
@@ -37,7 +38,10 @@ class MetricFeed:
     def end_step(self, *, applied: bool) -> None:
         """End a step. The values of a skipped step (applied=False) are discarded."""
         if applied and (self._told or self._losses):
-            self._steps.append(sum(self._told) / len(self._told) if self._told else torch.stack(self._losses).mean())
+            if self._told:
+                self._steps.append(sum(self._told) / len(self._told))
+            else:
+                self._steps.append(self._losses[0] if len(self._losses) == 1 else torch.stack(self._losses).mean())
         self._told, self._losses = [], []
 
     def __len__(self) -> int:
