@@ -262,15 +262,13 @@ class Backend(ABC):
 
     def not_a_boundary(self) -> str:
         """Return the error's text for `is_boundary` False: the pending gradients, and the remedy."""
-        module = getattr(self.engine, "module", self.engine)
-        names = {p: name.removeprefix("module.") for name, p in module.named_parameters()}
+        names = {p: name.removeprefix("module.") for name, p in getattr(self.engine, "module", self.engine).named_parameters()}
         held = [names.get(p, f"one of shape {tuple(p.shape)}") for p in self.pending_params()]
         some = f"{', '.join(held[:3])}{', …' if len(held) > 3 else ''}"
         why = f"Gradients are pending that no step has used: of {len(held)} parameters ({some})" if held else "A step has begun"
         return (
             f"freeze and thaw only at a step boundary: {self.boundary_words}. {why}. Finish the step first; or, where these are left over "
-            "because another model's backward went through this one (a GAN, a reward model), call engine.smartfrz.drop_gradients(), or "
-            "drop_gradients() of what attach_torch returned"
+            "because another model's backward went through this one (a GAN, a reward model), call drop_gradients() of the controller"
         )
 
     @abstractmethod

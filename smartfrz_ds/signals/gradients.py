@@ -43,7 +43,7 @@ class GradientSums:
         self._names, self._size, self._loss_scale = tuple(names), sample_size, loss_scale
         self._total = torch.zeros(len(names) * sample_size, dtype=torch.float32, device=device)
         self._step = torch.zeros_like(self._total)  # of the current step; discarded if the step is skipped
-        self._scale: float | None = None  # of the current step's losses; None: not asked yet, which makes the host wait for a GradScaler
+        self._scale: float | Tensor | None = None  # of the current step's losses; None: not asked yet
         self._stale: set[str] = set()  # layers that were not watched during the whole interval
         self._handles: list[Any] = []
         self.watch(requests)

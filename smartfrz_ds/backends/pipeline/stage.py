@@ -122,8 +122,7 @@ class PrunedPipeline:
         engine: Any = self
         params = [p for p in engine.module.parameters() if p.grad is not None]
         gradients = [p.grad for p in params]
-        # one of two copies of a tied weight counts
-        counted = [p.grad for p in params if not getattr(p, "ds_pipe_replicated", False)]
+        counted = [p.grad for p in params if not getattr(p, "ds_pipe_replicated", False)]  # one of two copies of a tied weight
         square = torch.zeros((), dtype=torch.float32, device=engine.device)
         if counted:
             square += torch.stack(torch._foreach_norm(counted)).square().sum()  # few kernels, however many parameters
