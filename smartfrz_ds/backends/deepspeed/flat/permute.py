@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import Tensor
 
@@ -157,8 +158,7 @@ class Permutation:
         """Carry out the remaining operations."""
         with self._staging():
             for operation in self._operations[self._done :]:
-                self._carry_out(operation)
-                self._done += 1
+                self._done += self._carry_out(operation)
 
     def undo(self) -> None:
         """Take back the completed operations, last one first."""
@@ -167,8 +167,7 @@ class Permutation:
                 operation = self._operations[self._done - 1]
                 if isinstance(operation, Shift):
                     operation = Shift(operation.begin, operation.right, operation.left)
-                self._carry_out(operation)
-                self._done -= 1
+                self._done -= self._carry_out(operation)
 
     @contextmanager
     def _staging(self) -> Iterator[None]:
@@ -178,19 +177,20 @@ class Permutation:
         finally:
             del self._block, self._piece
 
-    def _carry_out(self, operation: Operation) -> None:
-        if isinstance(operation, Swap):
-            self._swap(operation)
-        else:
-            self._shift(operation)
+    def _carry_out(self, operation: Operation) -> int:
+        """Carry out one operation, whole or not at all.
 
-    def _swap(self, swap: Swap) -> None:
+        Returns:
+            1. It is counted in the line that carries it out: an error between the two would leave it uncounted.
+        """
+        return self._swap(operation) if isinstance(operation, Swap) else self._shift(operation)
+
+    def _swap(self, swap: Swap) -> int:
         step, position = len(self._piece), 0
         try:
             while position < swap.numel:
-                size = min(step, swap.numel - position)
-                self._exchange(swap.first + position, swap.second + position, size)
-                position += size
+                position += self._exchange(swap.first + position, swap.second + position, min(step, swap.numel - position))
+            return 1
         except BaseException:
             while position:
                 size = position - (position - 1) // step * step
@@ -198,21 +198,22 @@ class Permutation:
                 self._exchange(swap.first + position, swap.second + position, size)
             raise
 
-    def _exchange(self, first: int, second: int, size: int) -> None:
+    def _exchange(self, first: int, second: int, size: int) -> int:
+        """Exchange two pieces. Returns their elements."""
         a, b, staged = self._buffer[first : first + size], self._buffer[second : second + size], self._piece[:size]
         staged.copy_(a)
         overwritten = False
         try:
             a.copy_(b)
             overwritten = True
-            b.copy_(staged)
+            return b.copy_(staged).numel()
         except BaseException:
             if overwritten:
                 b.copy_(a)
             a.copy_(staged)
             raise
 
-    def _shift(self, shift: Shift) -> None:
+    def _shift(self, shift: Shift) -> int:
         """Set the small side aside, slide the other one over, and put the small side behind or in front of it."""
         small, large = sorted((shift.left, shift.right))
         to_the_left = shift.left == small  # the large side slides to the left, over the place of the small one
@@ -226,6 +227,7 @@ class Permutation:
         try:
             done = self._slide(source, large, distance)
             self._buffer[target : target + small].copy_(staged)
+            return 1
         except BaseException:
             if done == large:
                 self._slide(source + distance, large, -distance)
@@ -243,22 +245,23 @@ class Permutation:
         positions = [(p, min(step, numel - p)) for p in range(0, numel, step)]
         if distance > 0:
             positions = [(numel - p - size, size) for p, size in positions]
-        done = 0
+        moved = 0
         try:
             for position, size in positions:
-                self._copy(source + position, source + position + distance, size, direct=direct)
-                done += 1
+                moved += self._copy(source + position, source + position + distance, size, direct=direct)
+            return numel
         except BaseException:
+            done = sum(end <= moved for end in accumulate(size for _, size in positions))
             for position, size in reversed(positions[:done]):
                 self._copy(source + position + distance, source + position, size, direct=direct)
             raise
-        return numel
 
-    def _copy(self, source: int, target: int, size: int, *, direct: bool) -> None:
+    def _copy(self, source: int, target: int, size: int, *, direct: bool) -> int:
+        """Copy a piece. Returns its elements."""
         values = self._buffer[source : source + size]
         if not direct:
             values = self._piece[:size].copy_(values)
-        self._buffer[target : target + size].copy_(values)
+        return self._buffer[target : target + size].copy_(values).numel()
 
 
 def _staged(operation: Operation, piece: int) -> tuple[int, int]:
