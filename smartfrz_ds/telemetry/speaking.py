@@ -6,17 +6,66 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from smartfrz_ds.config.settings import SECTION
+from smartfrz_ds.backends.base import Backend
+from smartfrz_ds.config.settings import SECTION, FreezeConfig
+from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.model.layers import Layer
 
 from .events import FreezeEvent
 from .outcome import Stages, outcome
 from .run_log import RunLog
-from .run_view import RunView
 from .voice import Voice, event_text, start_text
 from .words import layer_names, some
+
+
+class RunView(Protocol):
+    """The part of a run that telemetry reads; the runtime's `RunContext` provides it.
+
+    Attributes:
+        config: The settings.
+        backend: The engine's backend.
+        ranks: The collectives of all ranks.
+        total_steps: Length of the run in steps; None where unknown.
+        metrics: The newest value of each observed metric.
+    """
+
+    config: FreezeConfig
+    backend: Backend
+    ranks: Collectives
+    total_steps: int | None
+    metrics: dict[str, float]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all layers, front to back."""
+        ...
+
+    @property
+    def step(self) -> int:
+        """Successful optimizer steps so far."""
+        ...
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Names of the frozen layers, front to back."""
+        ...
+
+    @property
+    def any_frozen(self) -> bool:
+        """Whether there are any."""
+        ...
+
+    @property
+    def first_stage(self) -> int | None:
+        """Step of the first freezing stage, None where there is none."""
+        ...
+
+    @property
+    def threshold(self) -> float | None:
+        """The probability from which the policy freezes a layer, None where it has no such number."""
+        ...
 
 
 class Speaker:

@@ -21,7 +21,7 @@ from smartfrz_ds.model.layers import Layer
 from .events import RunStart, Status
 from .metric_feed import MetricFeed
 from .run_log import RunLog
-from .run_view import RunView
+from .speaking import RunView
 
 _FOLD = 64  # maximum number of steps whose losses stay on the device
 _REMEMBERED = 256  # number of step times without frozen layers over which the usual step time is taken
