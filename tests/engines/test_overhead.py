@@ -65,6 +65,7 @@ def test_a_status_line_and_a_snapshot_exchange_once(seen: Path, engine: str) -> 
         assert snapshot["reads"] == 1 and snapshot["collectives"] <= 1, snapshot
 
 
+@pytest.mark.slow  # the launcher starts six times
 @pytest.mark.distributed(2)
 def test_the_command_prints_seconds_and_counts(tmp_path: Path) -> None:
     run = CliRunner().invoke(app, ["bench", "overhead", "--params", "52", "--steps", "40", "--few", "52", "--out", str(tmp_path)])

@@ -96,7 +96,7 @@ def tensors_of(views: list[View]) -> dict[str, torch.Tensor]:
         for name, gram in view.grams.items():
             out[f"{view.step}/gram/{name}"] = gram
         for name, window in view.windows.items():
-            out[f"{view.step}/weights/{name}"] = window.weights[-2:]
+            out[f"{view.step}/weights/{name}"] = window.weights[-2:].clone()  # windows are views of one storage
             out[f"{view.step}/lr_spent/{name}"] = window.lr_spent
     return {key: value.contiguous() for key, value in out.items()}
 
