@@ -56,6 +56,17 @@ class PluginTime:
         if not self._depth:
             self._seconds += perf_counter() - self._entered
 
+    def around(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Call a function in a section of its own: as `with self`, in one call instead of two. Returns what it returns."""
+        if self._depth:
+            return function(*args)
+        self._depth, self._entered = 1, perf_counter()
+        try:
+            return function(*args)
+        finally:
+            self._depth = 0
+            self._seconds += perf_counter() - self._entered
+
     def add_change(self, seconds: float) -> None:
         """Add the seconds of a freeze, thaw or move. Within a section, its time includes them."""
         self.freeze_seconds += seconds
@@ -122,8 +133,7 @@ class ModuleHook:
         time = self._time
         if time is None or torch.compiler.is_compiling():  # a compiled forward has no place for a clock
             return self._function(*args)
-        with time:
-            return self._function(*args)
+        return time.around(self._function, args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ModuleHook, (None,)
