@@ -177,25 +177,29 @@ class Permutation:
         finally:
             del self._block, self._piece
 
-    def _carry_out(self, operation: Operation) -> int:
+    def _carry_out(self, operation: Operation) -> bool:
         """Carry out one operation, whole or not at all.
 
+        Here and below, a line that changes the buffer also returns or counts what it has done: an error that is raised between two lines
+        (an interrupt) finds both or neither.
+
         Returns:
-            1. It is counted in the line that carries it out: an error between the two would leave it uncounted.
+            True.
         """
         return self._swap(operation) if isinstance(operation, Swap) else self._shift(operation)
 
-    def _swap(self, swap: Swap) -> int:
+    def _swap(self, swap: Swap) -> bool:
         step, position = len(self._piece), 0
+        begins = range(0, swap.numel, step)
         try:
-            while position < swap.numel:
-                position += self._exchange(swap.first + position, swap.second + position, min(step, swap.numel - position))
-            return 1
+            for begin in begins[:-1]:
+                position += self._exchange(swap.first + begin, swap.second + begin, step)
+            begin, size = begins[-1], swap.numel - begins[-1]
+            return bool(self._exchange(swap.first + begin, swap.second + begin, size))
         except BaseException:
             while position:
-                size = position - (position - 1) // step * step
-                position -= size
-                self._exchange(swap.first + position, swap.second + position, size)
+                position -= step
+                self._exchange(swap.first + position, swap.second + position, step)
             raise
 
     def _exchange(self, first: int, second: int, size: int) -> int:
@@ -213,7 +217,7 @@ class Permutation:
             a.copy_(staged)
             raise
 
-    def _shift(self, shift: Shift) -> int:
+    def _shift(self, shift: Shift) -> bool:
         """Set the small side aside, slide the other one over, and put the small side behind or in front of it."""
         small, large = sorted((shift.left, shift.right))
         to_the_left = shift.left == small  # the large side slides to the left, over the place of the small one
@@ -226,8 +230,7 @@ class Permutation:
         done = 0
         try:
             done = self._slide(source, large, distance)
-            self._buffer[target : target + small].copy_(staged)
-            return 1
+            return bool(self._buffer[target : target + small].copy_(staged).numel())
         except BaseException:
             if done == large:
                 self._slide(source + distance, large, -distance)
@@ -247,9 +250,10 @@ class Permutation:
             positions = [(numel - p - size, size) for p, size in positions]
         moved = 0
         try:
-            for position, size in positions:
+            for position, size in positions[:-1]:
                 moved += self._copy(source + position, source + position + distance, size, direct=direct)
-            return numel
+            position, size = positions[-1]
+            return moved + self._copy(source + position, source + position + distance, size, direct=direct)
         except BaseException:
             done = sum(end <= moved for end in accumulate(size for _, size in positions))
             for position, size in reversed(positions[:done]):
