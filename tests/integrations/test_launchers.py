@@ -102,7 +102,7 @@ GPU_CHECKS = [
 
 
 @pytest.mark.distributed(2)
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_gpu_checks_pass_on_cpus(ranks: int, tmp_path: Path) -> None:
     """So that what fails on GPUs is the GPUs'."""
     run_worker("gpu_check", GPU_CHECKS, tmp_path, ranks=ranks)
