@@ -110,6 +110,7 @@ def newest(args: argparse.Namespace) -> Path | None:
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
     rank, resumed = dist.get_rank(), newest(args)
+    dist.barrier()  # all ranks have read the note before it is written again
     if rank == 0:
         (args.out / "run_id").write_text(os.environ.get("TORCHELASTIC_RUN_ID", ""))
     texts = read_texts(args.data)
