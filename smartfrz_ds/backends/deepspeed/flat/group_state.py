@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from smartfrz_ds.backends.transaction import Transaction
 
 from .buffers import is_pinned, pinned_if
-from .kept import Kept
+from .kept import Kept, grouped_kept
 from .partition import FlatLayout, plan_moves
 from .state_moves import GroupMoves, Returning, TensorMove, move_tensor
 from .step_counts import zero_step
@@ -47,8 +47,8 @@ def move_group_state(
     kept = Kept(moves.kept)
     kept.step = {p: backend.step_of(p, entries) for p in leaving}
     coming = [p for p in new.params if p not in old.offsets and p is not backend.placeholders.get(index)]
-    back: dict[int, Kept] = {id(waiting[p]): waiting[p] for p in coming if p in waiting}
-    returns = [(k, plan_moves(k.layout, new, [p for p in coming if waiting.get(p) is k])) for k in back.values()]
+    back = grouped_kept((p, waiting[p]) for p in coming if p in waiting)
+    returns = [(k, plan_moves(k.layout, new, some)) for k, some in back]
     bare = [p for p in coming if p not in waiting]
 
     def fill(target: Tensor) -> None:
