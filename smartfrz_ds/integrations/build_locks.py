@@ -153,6 +153,11 @@ def _examined(path: Path) -> Iterator[BuildLock]:
     if kind not in _LOCAL:
         yield BuildLock(path, "unclear", age, f"it is on a file system ({kind or 'unknown'}) on which another host may be building")
         return
+    with _one_examiner(path.parent):
+        yield from _examined_alone(path, age)
+
+
+def _examined_alone(path: Path, age: float) -> Iterator[BuildLock]:
     file, why = _open(path)
     try:
         if file is None:
@@ -175,6 +180,30 @@ def _examined(path: Path) -> Iterator[BuildLock]:
     finally:
         if file is not None:
             os.close(file)
+
+
+@contextlib.contextmanager
+def _one_examiner(folder: Path) -> Iterator[None]:
+    """Let the ranks of a host examine the lock in this folder one after another: each would take the others' open files for a builder's."""
+    try:
+        place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
+    except OSError:  # without a lock of ours, a rank may take another rank for a builder, and reports a lock that it could have removed
+        yield
+        return
+    try:
+        for _ in range(1200):  # a minute
+            try:
+                fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)  # torch locks neither the folder nor the file
+                break
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EWOULDBLOCK):
+                    break
+                time.sleep(0.05)
+        yield
+    finally:
+        os.close(place)
 
 
 def _open(path: Path) -> tuple[int | None, str]:

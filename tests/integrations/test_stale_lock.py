@@ -46,6 +46,7 @@ def test_a_start_with_a_stale_lock(tmp_path: Path) -> None:
     ops = [p.parent for p in built.glob("**/deepspeed_shm_comm/*.so")]
     if ops:  # else it is built, in a minute
         shutil.copytree(ops[0], folder / "deepspeed_shm_comm")
+    (folder / "deepspeed_shm_comm").mkdir(parents=True, exist_ok=True)
     (folder / "deepspeed_shm_comm" / "lock").unlink(missing_ok=True)  # of somebody who builds now
     (folder / "deepspeed_shm_comm" / "lock").touch()
     script = tmp_path / "train.py"

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -93,6 +94,22 @@ def test_looking_at_a_lock_disturbs_nobody(tmp_path: Path) -> None:
     find(tmp_path)
     with lock.open():
         assert find(tmp_path)[0].state == "built"
+
+
+def test_ranks_that_examine_at_once_do_not_take_each_other_for_builders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Background: two ranks had the abandoned lock open at the same instant, and each reported that the other was building."""
+    lock = killed(tmp_path / "op" / "lock")
+    lease = build_locks._lease
+
+    def slow(file: int) -> bool | None:
+        time.sleep(0.5)  # both have opened the lock before one asks for the lease
+        return lease(file)
+
+    monkeypatch.setattr(build_locks, "_lease", slow)
+    with ThreadPoolExecutor(2) as ranks:
+        (left, said), (left2, said2) = ranks.map(told, [tmp_path, tmp_path])
+    assert not lock.exists() and left == left2 == []
+    assert len(said + said2) == 1 and "removed the lock of a killed build" in (said + said2)[0]
 
 
 def test_without_leases_it_takes_all_open_files_and_an_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
