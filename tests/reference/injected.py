@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -114,7 +115,9 @@ class Injector:
             yield
             return
         tracer = self._tracer(name)
-        before = sys.gettrace()
+        before, collecting = sys.gettrace(), gc.isenabled()
+        # The collector may run `__del__` of a controller of an earlier test: its lines would be points, and Python swallows what it raises.
+        gc.disable()
         frame.f_trace = tracer
         sys.settrace(tracer)
         try:
@@ -122,6 +125,8 @@ class Injector:
         finally:
             sys.settrace(before)
             frame.f_trace = None
+            if collecting:
+                gc.enable()
 
     def _tracer(self, name: str) -> Callable[[FrameType, str, Any], Any]:
         def trace(frame: FrameType, event: str, arg: Any) -> Any:
