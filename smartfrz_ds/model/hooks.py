@@ -56,17 +56,6 @@ class PluginTime:
         if not self._depth:
             self._seconds += perf_counter() - self._entered
 
-    def around(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """Call a function in a section of its own: as `with self`, in one call instead of two. Returns what it returns."""
-        if self._depth:
-            return function(*args)
-        self._depth, self._entered = 1, perf_counter()
-        try:
-            return function(*args)
-        finally:
-            self._depth = 0
-            self._seconds += perf_counter() - self._entered
-
     def add_change(self, seconds: float) -> None:
         """Add the seconds of a freeze, thaw or move. Within a section, its time includes them."""
         self.freeze_seconds += seconds
@@ -83,7 +72,7 @@ class PluginTime:
 
     def leave_out_wait(self, start: Any, host: float) -> None:
         """Leave out the time for which the host waited for work in front of `start` in a section that ends here and took `host` seconds."""
-        if start is not None and start.query():  # an event that the device has not reached yet: nothing waited for it
+        if start.query():  # an event that the device has not reached yet: nothing waited for it
             self._open.append((start, self.mark(), host))
             self._settle()
 
@@ -101,16 +90,18 @@ class _AfterStep:
         self._time, self._start = time, None
 
     def __enter__(self) -> None:
-        self._start = self._time.mark()
-        self._time.__enter__()
-        self._time.began = perf_counter()
+        time = self._time
+        self._start = None if time.new_event is None else time.mark()
+        time.__enter__()
+        time.began = perf_counter()
 
     def __exit__(self, *_: object) -> None:
         time = self._time
         assert time.began is not None
         host, time.began = perf_counter() - time.began, None
         time.__exit__()
-        time.leave_out_wait(self._start, host)
+        if self._start is not None:
+            time.leave_out_wait(self._start, host)
 
 
 class ModuleHook:
@@ -131,9 +122,14 @@ class ModuleHook:
         if self._function is None:
             return None
         time = self._time
-        if time is None or torch.compiler.is_compiling():  # a compiled forward has no place for a clock
+        if time is None or time._depth or torch.compiler.is_compiling():  # a compiled forward has no place for a clock
             return self._function(*args)
-        return time.around(self._function, args)
+        time._depth, time._entered = 1, perf_counter()  # as `with time`, without its two calls: this runs in every forward
+        try:
+            return self._function(*args)
+        finally:
+            time._depth = 0
+            time._seconds += perf_counter() - time._entered
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ModuleHook, (None,)

@@ -130,8 +130,8 @@ class Controller(GuardedAttributes, FormerNames):
         if blocked:
             raise ValueError(f"freeze: {blocked} stay active by smartfrz.keep_active {list(self.config.keep_active)}")
         self._run.journal.note_layers(theirs, "freeze: already frozen by the user: {}")
-        if self._freezer.change(state.frozen | (wanted - theirs), kind="freeze"):
-            self._rebalance_if_due()
+        if self._freezer.change(state.frozen | (wanted - theirs), kind="freeze") and self._moves is not None:
+            self._moves.if_due()
 
     def thaw(self, names: Iterable[str]) -> None:
         """Let these layers train again. Collective, at a step boundary, with the same names on every rank.
@@ -151,8 +151,8 @@ class Controller(GuardedAttributes, FormerNames):
         check_known(self._run.layers, wanted - theirs, "thaw")
         for name, params in self._users.partly(wanted - state.frozen).items():
             self._run.journal.note_layers(params, f"thaw: {name} is active; a part of it was frozen by the user and stays so: {{}}")
-        if self._freezer.change(state.frozen - wanted, kind="thaw", adopt=theirs):
-            self._rebalance_if_due()
+        if self._freezer.change(state.frozen - wanted, kind="thaw", adopt=theirs) and self._moves is not None:
+            self._moves.if_due()
 
     def rebalance(self, bounds: Sequence[int] | None = None) -> tuple[int, ...]:
         """Move layers of a pipeline to other stages now, with weights and optimizer state. Collective, at a step boundary.
@@ -327,7 +327,8 @@ class Controller(GuardedAttributes, FormerNames):
             MissingGradients: The last freeze cut off an active layer's gradients. Raised once per freeze.
         """
         with self._time:
-            self.set_schedule()
+            if self._policy_stage.deferred:
+                self.set_schedule()
             # A scheduler, or a load, of the user's comes after `after_step`.
             self._run.state.lr = current_lr(self._run.backend.base_optimizer())
             for observer in self._every_step.before_step:
@@ -343,7 +344,8 @@ class Controller(GuardedAttributes, FormerNames):
         """Call this on every rank after every successful optimizer step."""
         run = self._run
         with self._time.after_step:
-            self.set_schedule()  # where the caller did not
+            if self._policy_stage.deferred:  # where the caller did not
+                self.set_schedule()
             run.state.count_step(current_lr(run.backend.base_optimizer()))
             for observer in self._every_step.after_step:
                 observer.after_step()
@@ -351,7 +353,8 @@ class Controller(GuardedAttributes, FormerNames):
                 self._freezing_stage()
                 for observer in self._observers:
                     observer.stage_passed()
-            self._rebalance_if_due()
+            if self._moves is not None:
+                self._moves.if_due()
             for observer in self._every_step.step_ended:
                 observer.step_ended()
 
@@ -383,10 +386,6 @@ class Controller(GuardedAttributes, FormerNames):
         """Thaw the layers that the guard takes back."""
         reasons = dict.fromkeys(mistake.layers, mistake.reason)
         self._freezer.try_change(self._run.state.frozen - set(mistake.layers), kind="thaw", about={"reasons": reasons})
-
-    def _rebalance_if_due(self) -> None:
-        if self._moves is not None:
-            self._moves.if_due()
 
     def _check_attached(self, call: str) -> None:
         if self.released:

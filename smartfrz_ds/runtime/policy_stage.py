@@ -193,7 +193,8 @@ class PolicyStage(StepObserver):
 
     def is_stage(self, step: int) -> bool:
         """Whether a step ends in a freezing stage."""
-        return self.watches and self._run.intervals.is_stage(step, self._run.total_steps)
+        watches = self.watches if self._watches is None else self._watches  # each call counts: this is asked twice a step
+        return watches and self._run.intervals.is_stage(step, self._run.total_steps)
 
     # --- the stage ------------------------------------------------------------------------------------------------------------
 

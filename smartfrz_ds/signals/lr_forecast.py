@@ -109,7 +109,8 @@ class _OptimizerStub:
 
 def current_lr(optimizer: Any) -> float:
     """Return the highest learning rate of the optimizer's groups."""
-    return max(float(g["lr"]) for g in optimizer.param_groups)
+    groups = optimizer.param_groups
+    return float(groups[0]["lr"]) if len(groups) == 1 else max(float(g["lr"]) for g in groups)
 
 
 class RemainingLr:

@@ -65,7 +65,8 @@ class KeptFrozen:
         self._came: dict[Parameter, int] = {}  # bytes of gradients of each parameter in this step
         self._meddled = not backend.runs_grad_hooks
         self._said = False
-        self._forward = model.register_forward_pre_hook(ModuleHook(self._before_forward, backend.time), prepend=True)
+        self._model = model
+        self._forward: RemovableHandle | None = None
 
     def follow(self, frozen: Collection[Parameter], layer_of: Mapping[Parameter, str]) -> None:
         """Watch exactly these parameters from now on.
@@ -83,6 +84,17 @@ class KeptFrozen:
                 param.requires_grad_(True)  # torch/_tensor.py registers no hook without it, but keeps one
                 self._handles[param] = param.register_post_accumulate_grad_hook(self._got_gradient)
                 param.requires_grad_(flag)
+        self._watch_forward()
+
+    def _watch_forward(self) -> None:
+        """Have a hook before each forward if there is anything to do in it."""
+        if not (self._meddled and self._handles):
+            if self._forward is not None:
+                self._forward.remove()
+            self._forward = None
+        elif self._forward is None:
+            hook = ModuleHook(self._before_forward, self._backend.time)
+            self._forward = self._model.register_forward_pre_hook(hook, prepend=True)
 
     def restore_flags(self) -> None:
         """Switch off all frozen parameters that other code has switched on. Reads all flags."""
@@ -95,6 +107,7 @@ class KeptFrozen:
         if not self._came:
             return None
         self._meddled = True
+        self._watch_forward()
         self.restore_flags()  # including those that this step did not use
         layers = dict.fromkeys(name for p, name in self._layer_of.items() if p in self._came)
         intrusion = Intrusion(tuple(layers), sum(self._came.values()))
@@ -109,7 +122,6 @@ class KeptFrozen:
     def remove(self) -> None:
         """Remove all hooks."""
         self.follow((), {})
-        self._forward.remove()
 
     def _got_gradient(self, param: Tensor) -> None:
         self._note(param)  # type: ignore[arg-type]
@@ -120,5 +132,5 @@ class KeptFrozen:
         self._backend.take_out(param)
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
-        if self._meddled and self._handles and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.restore_flags()
