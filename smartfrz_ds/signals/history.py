@@ -71,6 +71,7 @@ class _Rows:
         self._steps: deque[int] = deque(maxlen=window)
         self._lr_spent: deque[float] = deque(maxlen=window)
         self._buffer = torch.empty(0)
+        self._places: tuple[Tensor, ...] = ()  # its rows
         self._end = 0  # of the newest row
 
     def append(self, step: int, lr_spent: float, weights: Tensor) -> None:
@@ -80,7 +81,8 @@ class _Rows:
             self._end = len(held)
             if len(held):
                 self._buffer[: self._end] = held
-        self._buffer[self._end] = weights
+            self._places = self._buffer.unbind()  # once: an index into the buffer at each snapshot would cost more than the copy
+        self._places[self._end].copy_(weights)
         self._end += 1
         self._steps.append(step)
         self._lr_spent.append(lr_spent)
