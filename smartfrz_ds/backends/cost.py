@@ -6,18 +6,22 @@ plus a latency for each exchange. docs/cost-of-a-freeze.md does the same arithme
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from smartfrz_ds.distributed.devices import synchronize
 
 # Bytes with which a bandwidth is measured.
 PROBE_BYTES = 4 * 2**20
+# Parts of so many bytes that are read in turn: together more than a device's cache.
+_PARTS = 32
 # Exchanges of a few bytes in which the ranks agree before and after (distributed/collectives.py).
 _AGREEMENTS = 3
 
@@ -92,15 +96,33 @@ class PausePrediction:
         return f"predicted pause {self.seconds:.3g} s, {self.moved_bytes / 1e6:.1f} MB move between ranks"
 
 
-def measure_memory(device: torch.device) -> tuple[float, float]:
+def measure_memory(device: torch.device, state: Iterable[Tensor] = ()) -> tuple[float, float]:
     """Measure the bytes/s of a copy into new memory, and between device and host (infinite if both are the same memory). Not collective.
 
     Args:
         device: The device of the engine's parameters.
+        state: Tensors that a freeze would copy. Where they have `PROBE_BYTES` on the device, they are read, a different part each time: a
+            probe of its own would lie in the device's cache, which is several times faster than its memory, and a larger one needs memory
+            that a full device does not have. Nothing is written to them.
     """
-    probe = torch.ones(PROBE_BYTES, dtype=torch.uint8, device=device)
-    memory = PROBE_BYTES / _best_of(lambda: probe.clone(), device)
-    return memory, math.inf if device.type == "cpu" else PROBE_BYTES / _best_of(lambda: probe.cpu(), device)
+    parts = _parts(device, state) or [torch.ones(PROBE_BYTES, dtype=torch.uint8, device=device)]
+    turns = itertools.cycle(parts)
+    size = len(parts[0])
+    memory = size / _best_of(lambda: next(turns).clone(), device, times=max(3, min(len(parts), _PARTS) - 1))
+    return memory, math.inf if device.type == "cpu" else size / _best_of(lambda: next(turns).cpu(), device)
+
+
+def _parts(device: torch.device, state: Iterable[Tensor]) -> list[Tensor]:
+    """Return at most `_PARTS` views, (PROBE_BYTES,) uint8, of different memory of the tensors on the device."""
+    found: list[Tensor] = []
+    for tensor in state:
+        if tensor.device != device or not tensor.is_contiguous() or tensor.nbytes < PROBE_BYTES:
+            continue
+        whole = tensor.detach().view(-1).view(torch.uint8)
+        found += whole[: len(whole) // PROBE_BYTES * PROBE_BYTES].view(-1, PROBE_BYTES).unbind()
+        if len(found) >= _PARTS:
+            break
+    return found[:_PARTS]
 
 
 def measure_latency(device: torch.device, group: dist.ProcessGroup | None) -> float:

@@ -1,6 +1,7 @@
 """Predicts the pause of a change of the layout, over all stages of a pipeline.
 
-Memory is measured once. The network is measured only among the ranks that exchange state, and only as far as that tells more than it costs:
+Memory is measured once, on the state that a change would copy. The network is measured only among the ranks that exchange state, and only
+as far as that tells more than it costs:
 
     the change exchanges nothing (one process, DDP, FSDP, ZeRO-0)   no collective but one broadcast, once
     it exchanges less than `PROBE_BYTES`                            the latency, with messages of a byte
@@ -26,6 +27,7 @@ from smartfrz_ds.backends.cost import (
     measure_memory,
     measure_network,
 )
+from smartfrz_ds.backends.state_layout import state_tensors
 from smartfrz_ds.runtime.run_context import RunContext
 
 
@@ -66,9 +68,10 @@ class Pauses:
         return self._bandwidths(self._run.backend.rank_groups().exchange, latency=cost.exchanges > 0, network=cost.exchanges > 0 and large)
 
     def _bandwidths(self, group: dist.ProcessGroup | None, *, latency: bool, network: bool) -> Bandwidths:
-        device = self._run.backend.device
+        backend, device = self._run.backend, self._run.backend.device
         if self._memory is None:
-            told = self._run.ranks.broadcast(measure_memory(device))  # each rank's own differs; predictions do not
+            held = (*backend.masters(), *state_tensors(backend.base_optimizer().state))
+            told = self._run.ranks.broadcast(measure_memory(device, held))  # each rank's own differs; predictions do not
             self._memory = told[0], told[1]
         if latency and group not in self._latency:
             self._latency[group] = measure_latency(device, group)
