@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from smartfrz_ds.distributed.failures import explained
     from smartfrz_ds.integrations.accelerate import prepare
     from smartfrz_ds.integrations.deepspeed import attach, initialize
+    from smartfrz_ds.integrations.lightning import LightningFreezeCallback
     from smartfrz_ds.integrations.torch import TorchController, attach_torch
     from smartfrz_ds.integrations.transformers import FreezeCallback
     from smartfrz_ds.model.layers import find_layers
@@ -33,6 +34,7 @@ _HOMES = {
     "initialize": "integrations.deepspeed",
     "attach": "integrations.deepspeed",
     "FreezeCallback": "integrations.transformers",
+    "LightningFreezeCallback": "integrations.lightning",
     "prepare": "integrations.accelerate",
     "attach_torch": "integrations.torch",
     "Controller": "runtime.controller",
@@ -66,6 +68,7 @@ __all__ = [
     "FreezeConfig",
     "FreezeError",
     "FreezeEvent",
+    "LightningFreezeCallback",
     "MissingGradients",
     "NotEnoughMemory",
     "RanksDisagree",

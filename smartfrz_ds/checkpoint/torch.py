@@ -9,8 +9,11 @@ frozen set must be restored before it is loaded. Two files in the user's folder 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from smartfrz_ds.backends.torch.base import TorchBackend
 from smartfrz_ds.runtime.controller import Controller
@@ -69,30 +72,90 @@ def restore_from(controller: Controller, backend: TorchBackend, folder: str | Pa
 
     told = ranks.from_rank0(read)
     state = whole if ranks.rank == 0 else told
-    saved = controller.freeze_state
+    _restore(controller, backend, state, str(folder), lambda: read_kept(folder, state["kept"], ranks.rank if backend.sharded else 0))
+    controller.last_checkpoint = str(folder)
+
+
+def state_object(controller: Controller, backend: TorchBackend) -> dict[str, Any]:
+    """Return the freeze state as one object, for a checkpoint that is a single object too. Collective, between steps.
+
+    Args:
+        controller: The run's controller.
+        backend: Its backend.
+
+    Returns:
+        On rank 0, the whole state; `torch.load(..., weights_only=True)` accepts it. `kept` has an entry for each rank of a sharded run,
+        gathered on every rank.
+    """
+    ranks = controller.ranks
+    controller.freeze_state.sync()
+    mine = backend.kept_state()
+    kept = ranks.gather_objects(mine) if backend.sharded else [mine]
+    about = {"world": len(ranks.gather_bytes(b"0")), "sharded": backend.sharded, "kept": {str(r): "" for r, x in enumerate(kept) if x is not None}}
+    packed = pack(controller.state_dict() | about)
+    return {"state": torch.frombuffer(bytearray(packed), dtype=torch.uint8), "kept": kept}
+
+
+def restore_object(controller: Controller, backend: TorchBackend, saved: Mapping[str, Any], source: str) -> None:
+    """Restore what `state_object` returned. Collective, at a step boundary.
+
+    Args:
+        controller: The run's controller.
+        backend: Its backend.
+        saved: The object, whole on every rank.
+        source: Path of the checkpoint, for messages and the record.
+
+    Raises:
+        ValueError: The freeze state is damaged or of another model. Nothing was changed.
+    """
+    ranks = controller.ranks
+
+    def read() -> dict[str, Any]:
+        try:
+            return unpack(saved["state"].numpy().tobytes())
+        except ValueError as error:
+            raise ValueError(f"the freeze state in {source} can't be read: {error}") from error
+
+    state = ranks.run_on_all_ranks(read)
+    if ranks.rank:
+        state["history"] = {}
+    _restore(controller, backend, state, source, lambda: saved["kept"][ranks.rank if backend.sharded else 0])
+    controller.last_checkpoint = source
+
+
+def _restore(controller: Controller, backend: TorchBackend, state: dict[str, Any], source: str, read: Callable[[], Any]) -> None:
+    """Restore the frozen set and a freeze state that was read.
+
+    Args:
+        controller: The run's controller.
+        backend: Its backend.
+        state: The state; `history` on rank 0 only.
+        source: Folder or path of the checkpoint.
+        read: Returns the state that this rank has kept for a thaw.
+    """
+    ranks, saved = controller.ranks, controller.freeze_state
     saved.check_state(state)
     kept: Any = None
 
     def look() -> None:
         nonlocal kept
-        kept = read_kept(folder, state["kept"], ranks.rank if backend.sharded else 0)
+        kept = read()
 
     if state["kept"] and saved.keeps_released:
         if state["sharded"] == backend.sharded and (not backend.sharded or state["world"] == len(ranks.gather_bytes(b"0"))):
             ranks.run_on_all_ranks(look)
         elif ranks.rank == 0:
             warnings.warn(
-                f"smartfrz: {folder} was saved by {state['world']} rank(s) in another way: the optimizer state that was kept for a thaw "
+                f"smartfrz: {source} was saved by {state['world']} rank(s) in another way: the optimizer state that was kept for a thaw "
                 "is lost, so thawed layers start with fresh moments",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
     restored = saved.restore_layout_of(state)
     saved.return_to_user(restored.were_users)
-    saved.resume(state, str(folder))
+    saved.resume(state, source)
     if kept is not None:
         backend.load_kept_state(*kept)
-    controller.last_checkpoint = str(folder)
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -27,6 +27,8 @@ from smartfrz_ds.errors import FreezeError
 from smartfrz_ds.model.hooks import ModuleHook
 from smartfrz_ds.runtime.controller import Controller
 
+from .closures import RanClosure
+
 
 class TorchController(Controller):
     """The controller of a run without DeepSpeed. Created by `attach_torch`."""
@@ -170,10 +172,14 @@ class _Hooks:
         if self.controller is None:
             return
         refuse_step_within_backward()
-        if any(x is not None for x in (*args[1:], *kwargs.values())):
+        given = [x for x in (*args[1:], *kwargs.values()) if x is not None]
+        if any(not isinstance(x, RanClosure) for x in given):
             raise ValueError("optimizer.step(closure): smartfrz_ds does not support a closure; allowed: optimizer.step() after backward")
         try:  # not `with explained(…)`, which costs more than the rest of a plain step
             self._counts = not _only_makes_state(optimizer, self.controller)
+            if self._counts and given and given[0].is_empty(optimizer):
+                self._counts = False  # nothing to step with
+                self.controller.step_skipped()
             if self._counts:
                 self.controller.before_step()
         except RuntimeError as error:
