@@ -91,7 +91,11 @@ def state_object(controller: Controller, backend: TorchBackend) -> dict[str, Any
     controller.freeze_state.sync()
     mine = backend.kept_state()
     kept = ranks.gather_objects(mine) if backend.sharded else [mine]
-    about = {"world": len(ranks.gather_bytes(b"0")), "sharded": backend.sharded, "kept": {str(r): "" for r, x in enumerate(kept) if x is not None}}
+    about = {
+        "world": len(ranks.gather_bytes(b"0")),
+        "sharded": backend.sharded,
+        "kept": {str(r): "" for r, x in enumerate(kept) if x is not None},
+    }
     packed = pack(controller.state_dict() | about)
     return {"state": torch.frombuffer(bytearray(packed), dtype=torch.uint8), "kept": kept}
 

@@ -1,1 +1,1 @@
-"""The doors: DeepSpeed, torch, the Hugging Face Trainer and Accelerate."""
+"""The doors: DeepSpeed, torch, the Hugging Face Trainer, Accelerate and PyTorch Lightning."""

@@ -8,12 +8,12 @@ DeepSpeed beside the engine's files, else under the key "smartfrz".
 from __future__ import annotations
 
 import sys
-import warnings
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, WeakMethod, ref
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,8 @@ _LATE = (
     "LightningFreezeCallback: fit() began without it; allowed: pass it in Trainer(callbacks=[...]), or append it to trainer.callbacks "
     "before fit()"
 )
-# The controller that last trained each module: another callback may have attached it, in a fit() that was interrupted.
-_CONTROLLERS: WeakKeyDictionary[nn.Module, Controller] = WeakKeyDictionary()
+# What ends the last fit() of each module: another callback may have begun it, and it may have been interrupted.
+_ENDS: WeakKeyDictionary[nn.Module, WeakMethod[Callable[[], Any]]] = WeakKeyDictionary()
 
 
 def _bases() -> tuple[Any, ...]:
@@ -78,6 +78,7 @@ class LightningFreezeCallback(_Callback):  # type: ignore[misc]
         self._fitting = False
         self._loaded: Any = None  # the freeze state in the checkpoint that is loaded; None: there is no checkpoint, {}: it has none
         self._final: dict[str, Any] | None = None  # freeze state at the end of the last fit(), for save_checkpoint after it
+        self._module: ReferenceType[Any] | None = None  # whose state that is
         self._handles: list[Any] = []
         self._wrapped: list[tuple[Any, str]] = []  # objects with an attribute that hides a method of theirs
         self._validated: dict[str, Any] = {}
@@ -92,17 +93,17 @@ class LightningFreezeCallback(_Callback):  # type: ignore[misc]
         Raises:
             ValueError: The strategy is not supported, or another callback freezes too.
         """
-        self._loaded, self._final = None, None
+        self._loaded = None
         if stage != "fit":
             return
+        self._final = None
         self._kind = kind_of(trainer.strategy)
         check_callbacks(trainer.callbacks, self)
         if len(set(map(id, (cb for cb in trainer.callbacks if isinstance(cb, LightningFreezeCallback))))) > 1:
             raise ValueError("callbacks: got several LightningFreezeCallbacks; allowed: one")
-        for controller in (self.controller, _CONTROLLERS.get(pl_module)):
-            if controller is not None:
-                controller.detach()
         self._let_go()
+        if (known := _ENDS.pop(pl_module, None)) is not None and (end := known()) is not None:
+            end()
         self.controller = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -118,25 +119,44 @@ class LightningFreezeCallback(_Callback):  # type: ignore[misc]
             engine = trainer.strategy.model
             settings = with_settings(engine.config if self._config is None else self._config, self._settings)
             attach(engine, settings, probe_batch=self._probe_batch, defer_policy=True)
+            # Lightning drops an engine without this, and the engine's hooks on the parameters would act in the next fit().
+            _ENDS[pl_module] = WeakMethod(engine.destroy)
             return
         settings = with_settings(self._config, self._settings)
-        if self._kind == "sharded" and trainer.ckpt_path:
-            self._loaded = _read(trainer.strategy.broadcast(str(trainer.ckpt_path)))
-        if not settings.enabled and not self._loaded:
-            return
-        if not trainer.optimizers:
-            raise ValueError("configure_optimizers: got no optimizer; allowed: one or several torch optimizers, or `enabled=False`")
-        self._handles = [run_closures_first(optimizer) for optimizer in trainer.optimizers]
-        controller = self._attach(trainer, settings)
-        self.controller = _CONTROLLERS[pl_module] = controller
+        if self._kind == "sharded":
+            self._wrap(trainer.strategy, "load_checkpoint", self._load_checkpoint(trainer, pl_module, settings))
+        if settings.enabled or self._loaded:
+            self._attach(trainer, pl_module, settings)
         if self._loaded and not self._loaded["ended"]:
-            restore_object(controller, controller.backend, self._loaded, str(trainer.ckpt_path))
-        self._wrap(trainer.strategy, "training_step", self._training_step(trainer, pl_module))
+            self._restore(str(trainer.ckpt_path))
 
-    def _attach(self, trainer: Any, settings: FreezeConfig) -> TorchController:
-        optimizers = list(trainer.optimizers)
+    def _load_checkpoint(self, trainer: Any, pl_module: Any, settings: FreezeConfig) -> Any:
+        """Return the strategy's load_checkpoint, which first restores the frozen set: it loads weights and optimizer in one."""
+        plain = trainer.strategy.load_checkpoint
+
+        def load_checkpoint(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+            path = str(trainer.strategy.broadcast(checkpoint_path))
+            self._loaded = _read(path)
+            if self._loaded and self.controller is None:
+                self._attach(trainer, pl_module, settings)
+            if self._loaded:
+                self._restore(path)
+            return plain(checkpoint_path, *args, **kwargs)
+
+        return load_checkpoint
+
+    def _restore(self, path: str) -> None:
+        assert isinstance(self.controller, TorchController) and self._loaded is not None
+        restore_object(self.controller, self.controller.backend, self._loaded, path)
+
+    def _attach(self, trainer: Any, pl_module: Any, settings: FreezeConfig) -> None:
+        # pytorch/core/optimizer.py: _MockOptimizer is there if configure_optimizers returns None
+        optimizers = [optimizer for optimizer in trainer.optimizers if type(optimizer).__name__ != "_MockOptimizer"]
+        if not optimizers:
+            raise ValueError("configure_optimizers: got no optimizer; allowed: one or several torch optimizers, or `enabled=False`")
+        self._handles = [run_closures_first(optimizer) for optimizer in optimizers]
         try:
-            return attach_torch(
+            self.controller = attach_torch(
                 trainer.strategy.model,
                 optimizers[0] if len(optimizers) == 1 else optimizers,
                 settings,
@@ -147,6 +167,8 @@ class LightningFreezeCallback(_Callback):  # type: ignore[misc]
         except BaseException:
             self._let_go()
             raise
+        _ENDS[pl_module] = WeakMethod(self.controller.detach)
+        self._wrap(trainer.strategy, "training_step", self._training_step(trainer, pl_module))
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Take the freeze state out of a checkpoint."""
@@ -156,7 +178,8 @@ class LightningFreezeCallback(_Callback):  # type: ignore[misc]
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Add the freeze state to a checkpoint. Collective."""
         if self._final is not None:
-            checkpoint[_KEY] = self._final
+            if self._module is not None and self._module() is pl_module:
+                checkpoint[_KEY] = self._final
         elif isinstance(controller := self.controller, TorchController) and not controller.released:
             checkpoint[_KEY] = state_object(controller, controller.backend) | {"ended": False}
 
@@ -169,15 +192,14 @@ class LightningFreezeCallback(_Callback):  # type: ignore[misc]
         self._check_in_time()
         if self._kind == "deepspeed":
             self.controller = getattr(trainer.strategy.model, "smartfrz", None)
-            if self.controller is not None:
-                _CONTROLLERS[pl_module] = self.controller
         controller = self.controller
         if controller is None:
             return
+        self._module = ref(pl_module)
         self._wrap(trainer.strategy, "teardown", self._teardown(trainer.strategy.teardown))
         if isinstance(controller, TorchController):
-            if self._loaded and self._loaded["ended"]:  # its optimizer holds all layers
-                restore_object(controller, controller.backend, self._loaded, str(trainer.ckpt_path))
+            if self._loaded and self._kind == "whole" and self._loaded["ended"]:  # its optimizer holds all layers
+                self._restore(str(trainer.ckpt_path))
             elif self._loaded == {}:  # saved by a run without this callback
                 controller.freeze_state.reset(trainer.global_step, str(trainer.ckpt_path))
         steps = trainer.estimated_stepping_batches

@@ -53,8 +53,8 @@ def check_callbacks(callbacks: Iterable[Any], own: Any) -> None:
         found = [cls.__name__ for cls in type(callback).__mro__ if cls.__name__ in _CONFLICTS]
         if callback is not own and found:
             raise ValueError(
-                f"callbacks: {type(callback).__name__} cannot be used with LightningFreezeCallback, it {_CONFLICTS[found[0]]}; remove one of "
-                "the two"
+                f"callbacks: {type(callback).__name__} cannot be used with LightningFreezeCallback, it {_CONFLICTS[found[0]]}; remove one "
+                "of the two"
             )
 
 
@@ -100,7 +100,11 @@ class MovesLess:
 
     def step(self) -> None:
         """Take one optimizer step."""
-        self._at = (self._position() if self._at is None else self._at) + 1
+        if self._at is None:
+            self._at = self._position()
+            if getattr(self.moved, "last_epoch", 0) < self._at // self.every:
+                self._at -= 1  # between a step and the scheduler's move after it
+        self._at += 1
         if self._at % self.every == 0:
             self.moved.step()
 

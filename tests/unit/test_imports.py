@@ -12,7 +12,7 @@ RUN = """
 import sys, torch, torch.distributed as dist
 
 def loaded():
-    return [m for m in sys.modules if m.split(".")[0] == "deepspeed"]
+    return [m for m in sys.modules if m.split(".")[0] in ("deepspeed", "lightning", "pytorch_lightning")]
 
 import smartfrz_ds
 smartfrz_ds.attach_torch, smartfrz_ds.TorchController, smartfrz_ds.FreezeConfig, smartfrz_ds.read_events, smartfrz_ds.explained
