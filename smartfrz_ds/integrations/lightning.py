@@ -123,12 +123,17 @@ class LightningFreezeCallback(_Callback):  # type: ignore[misc]
             _ENDS[pl_module] = WeakMethod(engine.destroy)
             return
         settings = with_settings(self._config, self._settings)
-        if self._kind == "sharded":
+        if self._kind in ("fsdp1", "fsdp2"):
             self._wrap(trainer.strategy, "load_checkpoint", self._load_checkpoint(trainer, pl_module, settings))
         if settings.enabled or self._loaded:
             self._attach(trainer, pl_module, settings)
-        if self._loaded and not self._loaded["ended"]:
+        if self._loaded and not self._restores_later:
             self._restore(str(trainer.ckpt_path))
+
+    @property
+    def _restores_later(self) -> bool:
+        """Whether the frozen set is restored after the optimizer is loaded: it was saved after fit(), when all layers were in it again."""
+        return bool(self._loaded) and self._loaded["ended"] and self._kind != "fsdp2"  # where the load asks for the states of all
 
     def _load_checkpoint(self, trainer: Any, pl_module: Any, settings: FreezeConfig) -> Any:
         """Return the strategy's load_checkpoint, which first restores the frozen set: it loads weights and optimizer in one."""
@@ -139,7 +144,7 @@ class LightningFreezeCallback(_Callback):  # type: ignore[misc]
             self._loaded = _read(path)
             if self._loaded and self.controller is None:
                 self._attach(trainer, pl_module, settings)
-            if self._loaded:
+            if self._loaded and not self._restores_later:
                 self._restore(path)
             return plain(checkpoint_path, *args, **kwargs)
 
@@ -198,7 +203,7 @@ class LightningFreezeCallback(_Callback):  # type: ignore[misc]
         self._module = ref(pl_module)
         self._wrap(trainer.strategy, "teardown", self._teardown(trainer.strategy.teardown))
         if isinstance(controller, TorchController):
-            if self._loaded and self._kind == "whole" and self._loaded["ended"]:  # its optimizer holds all layers
+            if self._restores_later:
                 self._restore(str(trainer.ckpt_path))
             elif self._loaded == {}:  # saved by a run without this callback
                 controller.freeze_state.reset(trainer.global_step, str(trainer.ckpt_path))

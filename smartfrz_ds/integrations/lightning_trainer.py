@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 _SUPPORTED = "SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy and DeepSpeedStrategy"
-_SHARDED, _WHOLE = ("FSDPStrategy", "ModelParallelStrategy"), ("DDPStrategy", "SingleDeviceStrategy")
+_KINDS = {"FSDPStrategy": "fsdp1", "ModelParallelStrategy": "fsdp2", "DDPStrategy": "whole", "SingleDeviceStrategy": "whole"}
 # Callbacks that freeze, move or replace weights themselves, with the reason.
 _CONFLICTS = {
     "BaseFinetuning": "freezes and unfreezes layers itself and adds parameter groups to the optimizer",
@@ -19,7 +19,7 @@ _CONFLICTS = {
 
 
 def kind_of(strategy: Any) -> str:
-    """Return "deepspeed", "sharded" or "whole".
+    """Return "deepspeed", "fsdp1", "fsdp2", or "whole" where each rank has all weights.
 
     Args:
         strategy: The Trainer's strategy.
@@ -30,10 +30,9 @@ def kind_of(strategy: Any) -> str:
     names = {cls.__name__ for cls in type(strategy).__mro__}
     if "DeepSpeedStrategy" in names:  # a subclass of DDPStrategy
         return "deepspeed"
-    if names.intersection(_SHARDED):
-        return "sharded"
-    if names.intersection(_WHOLE) and not any("XLA" in name for name in names):
-        return "whole"
+    kinds = [kind for name, kind in _KINDS.items() if name in names]
+    if kinds and not any("XLA" in name for name in names):
+        return kinds[0]
     raise ValueError(
         f"Trainer(strategy=...): got {type(strategy).__name__}; LightningFreezeCallback supports {_SUPPORTED} and classes derived from them"
     )

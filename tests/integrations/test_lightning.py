@@ -52,6 +52,10 @@ for how, given in {
     **{f"z{stage}": zero(stage) for stage in range(4)},
 }.items():
     SLOW[f"{how}-straight"] = {**given, "resumes": [3, 6, 8], "again": 4, "tests": True}
+    if how == "fsdp1":  # of which Lightning wraps a part in the second fit()
+        SLOW[f"{how}-straight"].pop("again")
+    if how == "z3":  # DeepSpeed 0.19 can't load a checkpoint into the engine that Lightning 2.6 makes for it, with nothing frozen too
+        SLOW[f"{how}-straight"].pop("tests")
     SLOW[f"{how}-thaw"] = {**given, "plan": worker.PLAN, "keep_state": 5, "resumes": [3, 5], "by_forward": True}
     SLOW[f"{how}-accumulation"] = {**given, "accumulation": 2, "resumes": [8]}
     SLOW[f"{how}-ended"] = {**given, "ends": 1}

@@ -152,7 +152,7 @@ def strategy_of(case: Mapping[str, Any]) -> Any:
     if how == "fsdp1":
         return FsdpOnCpu(auto_wrap_policy=CustomPolicy(is_layer), state_dict_type=case.get("format", "full"))
     if how == "fsdp2":
-        return ModelParallelStrategy(2, 1, save_distributed_checkpoint=case.get("format", "sharded") == "sharded")
+        return ModelParallelStrategy(world_of(case), 1, save_distributed_checkpoint=case.get("format", "sharded") == "sharded")
     if how == "alone":
         return "auto"
     return DeepSpeedOnCpu(
@@ -165,6 +165,10 @@ def strategy_of(case: Mapping[str, Any]) -> Any:
             "smartfrz": settings,
         }
     )
+
+
+def world_of(case: Mapping[str, Any]) -> int:
+    return 1 if case["how"] == "alone" else dist.get_world_size()
 
 
 def settings_of(case: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,7 +199,7 @@ def trainer_for(case: Mapping[str, Any], folder: Path, *, saves: bool = False, p
         callbacks.append(saving)
     given: dict[str, Any] = {
         "accelerator": "cpu",
-        "devices": 1 if case["how"] == "alone" else 2,
+        "devices": world_of(case),
         "strategy": strategy_of(case),
         "max_epochs": EPOCHS,
         "accumulate_grad_batches": case.get("accumulation", 1),
@@ -305,9 +309,9 @@ def run(case: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     trainer, weights = fit(case, folder, saves=True)
     facts = facts_of(trainer)
     found = oracle.reference(
-        cell_of(case, plan_of(facts["events"])), world=1 if case["how"] == "alone" else 2, noise=lambda step, g: g / divided(case)
+        cell_of(case, plan_of(facts["events"])), world=world_of(case), noise=lambda step, g: g / divided(case)
     )
-    plain = oracle.reference(cell_of(case, {}), world=1 if case["how"] == "alone" else 2)
+    plain = oracle.reference(cell_of(case, {}), world=world_of(case))
     flat = torch.cat([w.reshape(-1) for w in weights.values()])
     facts["worst"], facts["unfrozen"] = (float((x.weights[-1] - flat).abs().max()) for x in (found, plain))
     facts["rms"] = oracle_distance(found.weights[-1], flat)
