@@ -93,7 +93,7 @@ class LightningFreezeCallback(_Callback):  # type: ignore[misc]
         Raises:
             ValueError: The strategy is not supported, or another callback freezes too.
         """
-        self._loaded = None
+        self._loaded, self._fitting = None, False
         if stage != "fit":
             return
         self._final = None
@@ -201,7 +201,7 @@ class LightningFreezeCallback(_Callback):  # type: ignore[misc]
         if controller is None:
             return
         self._module = ref(pl_module)
-        self._wrap(trainer.strategy, "teardown", self._teardown(trainer.strategy.teardown))
+        self._wrap(trainer.strategy, "teardown", self._teardown(trainer, trainer.strategy.teardown))
         if isinstance(controller, TorchController):
             if self._restores_later:
                 self._restore(str(trainer.ckpt_path))
@@ -284,13 +284,12 @@ class LightningFreezeCallback(_Callback):  # type: ignore[misc]
 
     # --- after training -------------------------------------------------------------------------------------------------------
 
-    def _teardown(self, plain: Any) -> Any:
+    def _teardown(self, trainer: Any, plain: Any) -> Any:
         """Return the strategy's teardown, which first detaches the controller: the last callbacks have saved, and the model is in place."""
 
         def teardown() -> None:
-            ended = self._fitting and sys.exception() is None
-            self._fitting = False
-            if ended:
+            fitting, self._fitting = self._fitting, False
+            if fitting and not trainer.interrupted:
                 self._end()
             else:
                 self._let_go()

@@ -170,7 +170,7 @@ def test_a_trainer_of_the_other_package(tmp_path: Path) -> None:
     assert plain(facts_of(trainer)["events"]) == FREEZES and apart_from_oracle(trainer, whole(module)) == 0.0
 
 
-@pytest.mark.parametrize("how", ["module", "net", "call"])
+@pytest.mark.parametrize("how", [pytest.param("module", marks=pytest.mark.slow), "net", "call"])
 def test_a_compiled_module(tmp_path: Path, how: str) -> None:
     class Quiet(Module):  # dynamo of torch 2.13 can't trace self.log of Lightning 2.6, with this package or without it
         def log(self, *_: Any, **__: Any) -> None: ...

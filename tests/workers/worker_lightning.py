@@ -308,9 +308,7 @@ def run(case: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """One training from start to end, one more from each of some of its checkpoints, and one from what is saved after a fit()."""
     trainer, weights = fit(case, folder, saves=True)
     facts = facts_of(trainer)
-    found = oracle.reference(
-        cell_of(case, plan_of(facts["events"])), world=world_of(case), noise=lambda step, g: g / divided(case)
-    )
+    found = oracle.reference(cell_of(case, plan_of(facts["events"])), world=world_of(case), noise=lambda step, g: g / divided(case))
     plain = oracle.reference(cell_of(case, {}), world=world_of(case))
     flat = torch.cat([w.reshape(-1) for w in weights.values()])
     facts["worst"], facts["unfrozen"] = (float((x.weights[-1] - flat).abs().max()) for x in (found, plain))
