@@ -172,8 +172,8 @@ class _Hooks:
         if self.controller is None:
             return
         refuse_step_within_backward()
-        given = [x for x in (*args[1:], *kwargs.values()) if x is not None]
-        if any(not isinstance(x, RanClosure) for x in given):
+        given = [x for x in (*args[1:], *kwargs.values()) if x is not None] if kwargs or len(args) > 1 else ()
+        if given and not all(isinstance(x, RanClosure) for x in given):
             raise ValueError("optimizer.step(closure): smartfrz_ds does not support a closure; allowed: optimizer.step() after backward")
         try:  # not `with explained(…)`, which costs more than the rest of a plain step
             self._counts = not _only_makes_state(optimizer, self.controller)
