@@ -18,9 +18,11 @@ from torch.optim import Optimizer
 from smartfrz_ds.backends.deepspeed.base import DeepSpeedBackend
 from smartfrz_ds.backends.deepspeed.compat import check_engine, check_version
 from smartfrz_ds.backends.deepspeed.half import Bf16Backend, Fp16Backend
+from smartfrz_ds.backends.deepspeed.needs import check_needs
 from smartfrz_ds.backends.deepspeed.zero0 import Zero0Backend
 from smartfrz_ds.backends.deepspeed.zero3 import FrozenStorage, Zero3Backend
 from smartfrz_ds.backends.deepspeed.zero12 import Zero12Backend
+from smartfrz_ds.backends.pipeline.needs import KIND
 from smartfrz_ds.backends.pipeline.stage import of_a_stage
 from smartfrz_ds.errors import FreezeError
 
@@ -38,10 +40,11 @@ def make_backend(
         allow_untested_versions: The setting of that name.
 
     Raises:
-        ValueError: An untested DeepSpeed, or an unsupported feature, by name.
+        ValueError: An untested DeepSpeed, an unsupported feature, or something private that this DeepSpeed lacks, by name.
     """
     warning = check_version(allow_untested=allow_untested_versions)
     check_engine(engine)
+    check_needs(engine, KIND if isinstance(engine, PipelineEngine) else None)
     backends: list[tuple[type, Callable[[DeepSpeedEngine], DeepSpeedBackend]]] = [
         (DeepSpeedZeroOptimizer_Stage3, partial(Zero3Backend, frozen=zero3_frozen)),
         (DeepSpeedZeroOptimizer, Zero12Backend),

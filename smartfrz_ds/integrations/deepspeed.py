@@ -26,6 +26,7 @@ from smartfrz_ds.checkpoint.deepspeed import Checkpoints, find_together, hide_ma
 from smartfrz_ds.checkpoint.files import MARKER
 from smartfrz_ds.config.settings import FreezeConfig
 from smartfrz_ds.distributed.collectives import Collectives
+from smartfrz_ds.distributed.devices import collective_device
 from smartfrz_ds.distributed.failures import compare_before_start, explained, share_timeout
 from smartfrz_ds.model.layers import find_layers
 from smartfrz_ds.policies import POLICIES, SetsLr
@@ -289,7 +290,10 @@ def attach(
 
 def _turn_on(engine: Any, settings: FreezeConfig, probe_batch: Any = None, *, defer_policy: bool = False) -> None:
     share_timeout()
-    backend = make_backend(engine, zero3_frozen=settings.zero3.frozen, allow_untested_versions=settings.allow_untested_versions)
+    ranks = Collectives(collective_device(engine.module.parameters()))
+    backend = ranks.run_on_all_ranks(
+        lambda: make_backend(engine, zero3_frozen=settings.zero3.frozen, allow_untested_versions=settings.allow_untested_versions)
+    )
     engine.smartfrz = Controller(
         engine.module,
         backend,

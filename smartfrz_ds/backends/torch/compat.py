@@ -14,6 +14,7 @@ from .base import TorchBackend, Unwrapped
 from .ddp import DdpBackend
 from .fsdp1 import Fsdp1Backend
 from .fsdp2 import FrozenUnits, Fsdp2Backend
+from .needs import check_needs
 from .several import refuse_in_backward
 
 # The backends of DDP and FSDP use private attributes; each release is examined and tested before it is added here.
@@ -67,10 +68,13 @@ def make_torch_backend(
     warning = check_torch(allow_untested=allow_untested_versions)
     made: TorchBackend
     if isinstance(module, DistributedDataParallel):
+        check_needs("ddp", module)
         made = DdpBackend(module, getattr(module.module, "_orig_mod", module.module), optimizer)
     elif isinstance(module, FullyShardedDataParallel):
+        check_needs("fsdp1", module)
         made = Fsdp1Backend(module, module.module, optimizer)
     else:
+        check_needs("fsdp2", module)
         made = Fsdp2Backend(model, module, optimizer, frozen=fsdp_frozen)
     made.warnings += [warning] if warning else []
     return made

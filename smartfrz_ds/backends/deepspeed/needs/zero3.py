@@ -1,0 +1,79 @@
+"""What ZeRO-3 needs (zero3.py, replicas.py, trace.py)."""
+
+from __future__ import annotations
+
+from smartfrz_ds.backends.probing import has, late, takes
+
+from .engine import FRAGMENTS
+
+_ZERO3 = "runtime/zero/stage3.py"
+_PARAMETERS = "runtime/zero/partition_parameters.py"
+_OFFLOAD = "runtime/zero/parameter_offload.py"
+_COORDINATOR = "runtime/zero/partitioned_param_coordinator.py"
+_COORDINATOR_CLASS = "deepspeed.runtime.zero.partitioned_param_coordinator.PartitionedParameterCoordinator"
+
+ZERO3 = [
+    # sub-groups
+    *has(
+        "optimizer",
+        _ZERO3,
+        "optimizer fp16_groups:list fp16_partitioned_groups:list fp16_partitioned_groups_flat:list fp16_partitioned_groups_flat_numel:list "
+        "fp16_partitioned_groups_flat_id:list fp32_partitioned_groups_flat:list sub_group_to_group_id:dict sub_group_process_groups:list "
+        "sub_group_partition_counts:list groups_padding:list next_swappable_fp32_partitioned_groups:list debug_fp16_grads:list",
+    ),
+    # buffers and numbering
+    *has(
+        "optimizer",
+        _ZERO3,
+        "grad_partitions_flat_buffer _DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition:dict averaged_gradients:dict "
+        "param_dict:dict params_already_reduced:dict grad_position:dict gradient_accumulation_dtype device offload_optimizer offload_param "
+        "offload_optimizer_pin_memory micro_step_id:int leaf_parameters:dict",
+    ),
+    *takes(
+        "optimizer", _ZERO3, "_create_next_swappable_fp32_groups()", "_get_param_coordinator()", "get_param_id(1)", "set_grad_positions()"
+    ),
+    # hooks
+    *has("optimizer", _ZERO3, "_grad_acc_hooks:list _remaining_grad_acc_hooks _max_expected_hooks_seen _epilogue_ran_this_backward"),
+    *takes(
+        "optimizer",
+        _ZERO3,
+        "should_refresh_expected_hook_count()",
+        "reenter_backward_if_needed()",
+        "reduce_ready_partitions_and_remove_grads(1)",
+        "update_hook_state_and_maybe_run_epilogue(1)",
+        "zero_grad()",
+    ),
+    *takes("deepspeed.runtime.utils", "runtime/utils.py", "count_used_parameters_in_backward(1)"),
+    *takes("deepspeed.utils.torch", "utils/torch.py", "register_grad_hook(2)"),
+    *late("optimizer", _ZERO3, "_epilogue_ran_this_backward", used_by="independent_gradient_partition_epilogue"),
+    # the order of modules
+    *takes(_COORDINATOR_CLASS, _COORDINATOR, "is_invalid_trace(1)", "_invalidate_trace(1)"),
+    *has(_COORDINATOR_CLASS, _COORDINATOR, "_PartitionedParameterCoordinator__params_to_release"),
+    # parameters
+    *has(
+        "param", _PARAMETERS, "ds_id:int ds_status ds_persist ds_numel:int ds_shape ds_tensor ds_secondary_tensor ds_active_sub_modules:set"
+    ),
+    *takes("param", _PARAMETERS, "partition(0, param_list, has_been_updated)", "all_gather(0, param_list)"),
+    *takes("param", _PARAMETERS, "partition_numel()", "padding_size()"),
+    *has(
+        "deepspeed.runtime.zero.partition_parameters.ZeroParamStatus",
+        _PARAMETERS,
+        "AVAILABLE NOT_AVAILABLE INFLIGHT",
+    ),
+    # frozen weights that stay gathered (replicas.py)
+    *has("optimizer", _ZERO3, "persistent_parameters:list parameter_offload"),
+    *takes("optimizer.parameter_offload", _OFFLOAD, "partition_all_parameters()"),
+    # replaced on this one object, through which DeepSpeed partitions everything after a step and a load
+    *late("optimizer", _ZERO3, "partition_all_parameters", used_by="_partition_all_parameters"),
+    *late("optimizer", _ZERO3, "_partition_all_parameters", used_by="step"),
+    *takes("deepspeed.utils", "utils/z3_leaf_module.py", "z3_leaf_module(1)"),
+    *FRAGMENTS,
+]
+
+RESIDENT_PARAM = has("optimizer", _ZERO3, "lp_param_buffer")
+
+OFFLOAD3 = [
+    *has("optimizer", _ZERO3, "norm_for_param_grads:dict _offload_boundary_param_ids:set subgroup_to_device:dict"),
+]
+
+OFFLOAD_PARAM = has("optimizer", _ZERO3, "param_groups_fp16_flat_cpu_memory:list")
