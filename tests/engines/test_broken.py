@@ -65,7 +65,7 @@ def test_a_torch_that_is_broken_is_refused_on_all_ranks(said: Any, case: str) ->
         assert TORCH[case] in rank["torch"][case]["said"] and not rank["torch"][case]["changed"]
 
 
-@pytest.mark.parametrize("case", ["as it is", "fsdp2, another wrapper's"])
+@pytest.mark.parametrize("case", ["ddp, as it is", "fsdp1, as it is", "fsdp2, as it is", "fsdp2, another wrapper's"])
 def test_what_this_wrapper_does_not_use_is_not_asked_for(said: Any, case: str) -> None:
     for rank in said:
         assert rank["torch"][case] == {"said": "", "changed": True}

@@ -98,7 +98,9 @@ DEEPSPEED: dict[str, tuple[Broken, Callable[[], Any]]] = {
     "entries of the module": (lost("_layer_specs"), lambda: pipeline(merged(1, PIPELINE))),
 }
 TORCH: dict[str, tuple[Broken, str]] = {
-    "as it is": (whole, "fsdp2"),
+    "ddp, as it is": (whole, "ddp"),
+    "fsdp1, as it is": (whole, "fsdp1"),
+    "fsdp2, as it is": (whole, "fsdp2"),
     "ddp": (lambda: renamed("torch.nn.parallel", "_build_params_for_reducer"), "ddp"),
     "fsdp1": (lambda: renamed("torch.distributed.fsdp", "_shard_param_infos"), "fsdp1"),
     "fsdp2": (lambda: renamed("torch.distributed.fsdp", "_partial_reduce_output"), "fsdp2"),

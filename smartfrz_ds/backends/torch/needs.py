@@ -40,7 +40,7 @@ DDP = [
         "_get_ddp_logging_data()",
         "register_comm_hook(2)",
     ),
-    *late("wrapped", _DDP, "_static_graph_delay_allreduce_enqueued", used_by="__init__"),
+    *late("wrapped", _DDP, "_static_graph_delay_allreduce_enqueued", used_by="_post_forward"),
     *late("wrapped", _DDP, "reducer", used_by="_ddp_init_helper"),
     *takes("wrapped.reducer", _REDUCER, "_remove_autograd_hooks()", "_set_static_graph()"),
     *takes("wrapped.logger", _REDUCER, "_set_static_graph()"),
