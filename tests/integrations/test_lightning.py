@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from docs_blocks import blocks
-from helpers import run_worker
+from helpers import ROOT, environment, free_port, run_worker
 
 pytest.importorskip("lightning.pytorch", reason="PyTorch Lightning is not installed (pip install 'smartfrz_ds[lightning]')")
 
@@ -59,6 +61,8 @@ for how, given in {
     SLOW[f"{how}-thaw"] = {**given, "plan": worker.PLAN, "keep_state": 5, "resumes": [3, 5], "by_forward": True}
     SLOW[f"{how}-accumulation"] = {**given, "accumulation": 2, "resumes": [8]}
     SLOW[f"{how}-ended"] = {**given, "ends": 1}
+    if given["how"] == "deepspeed":
+        SLOW[f"{how}-bf16"] = {**given, "precision": "bf16-mixed", "resumes": [3]}
     if how != "fsdp1":  # whose norm Lightning does not clip
         SLOW[f"{how}-clip"] = {**given, "clip": 0.1, "resumes": [8]}
 
@@ -121,6 +125,31 @@ def test_weights_are_those_of_plain_torch_with_the_same_freezes(default: Path, n
 def test_the_whole_table(slow: Path, name: str) -> None:
     for rank in range(2):
         check(json.loads((slow / f"{name}.{rank}.json").read_text()), {"name": name, **SLOW[name]})
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from workers import worker_lightning as worker
+
+case = {"name": "launched", "how": "ddp", "devices": 2}
+trainer, weights = worker.fit(case, Path(sys.argv[1]))
+total = sum(float(w.double().sum()) for w in weights.values())
+print("RANK", trainer.global_rank, trainer.freezer.controller.frozen, total, flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed(2)
+def test_ranks_that_lightning_starts_itself(tmp_path: Path) -> None:
+    """Its launcher runs the script once more for each further rank, and its strategy creates the process group."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    env = {**environment(), "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-W", "ignore", str(tmp_path / "script.py"), str(tmp_path)]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = sorted(line.split(maxsplit=2) for line in done.stdout.splitlines() if line.startswith("RANK"))
+    assert [line[1] for line in lines] == ["0", "1"] and lines[0][2] == lines[1][2] and "net.blocks.2" in lines[0][2]
 
 
 # --- one process ------------------------------------------------------------------------------------------------------------------

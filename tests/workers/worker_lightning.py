@@ -57,7 +57,8 @@ class Module(pl.LightningModule):
 
     def loss_at(self, step: int, micro: int) -> Tensor:
         x, y = oracle.data(step, micro, self.global_rank)
-        return nn.functional.cross_entropy(self(x) if self.by_forward else self.net(x), y)
+        x = x.to(self.net.inp.weight.dtype)  # with DeepSpeed the weights themselves are bf16
+        return nn.functional.cross_entropy((self(x) if self.by_forward else self.net(x)).float(), y)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         # by number, since Lightning starts its loader anew where it resumes within an epoch
@@ -168,7 +169,7 @@ def strategy_of(case: Mapping[str, Any]) -> Any:
 
 
 def world_of(case: Mapping[str, Any]) -> int:
-    return 1 if case["how"] == "alone" else dist.get_world_size()
+    return 1 if case["how"] == "alone" else case.get("devices") or dist.get_world_size()
 
 
 def settings_of(case: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,6 +254,7 @@ def cell_of(case: Mapping[str, Any], plan: Mapping[str, Any]) -> oracle.Cell:
     return oracle.Cell(
         case["name"],
         stage=case.get("stage", 0),
+        dtype="bf16" if case["how"] == "deepspeed" and case.get("precision") == "bf16-mixed" else "fp32",
         clip=case.get("clip", 0.0),
         accumulation=case.get("accumulation", 1),
         keep_state=case.get("keep_state", 0),
@@ -310,7 +312,7 @@ def run(case: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     facts = facts_of(trainer)
     found = oracle.reference(cell_of(case, plan_of(facts["events"])), world=world_of(case), noise=lambda step, g: g / divided(case))
     plain = oracle.reference(cell_of(case, {}), world=world_of(case))
-    flat = torch.cat([w.reshape(-1) for w in weights.values()])
+    flat = torch.cat([w.float().reshape(-1) for w in weights.values()])
     facts["worst"], facts["unfrozen"] = (float((x.weights[-1] - flat).abs().max()) for x in (found, plain))
     facts["rms"] = oracle_distance(found.weights[-1], flat)
     facts["resumed"] = {}
