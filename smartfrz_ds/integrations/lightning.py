@@ -96,7 +96,7 @@ class LightningFreezeCallback(_Callback):  # type: ignore[misc]
         self._loaded, self._fitting = None, False
         if stage != "fit":
             return
-        self._final = None
+        self._final, self._shown = None, (-1, -1)
         self._kind = kind_of(trainer.strategy)
         check_callbacks(trainer.callbacks, self)
         if len(set(map(id, (cb for cb in trainer.callbacks if isinstance(cb, LightningFreezeCallback))))) > 1:
@@ -207,6 +207,7 @@ class LightningFreezeCallback(_Callback):  # type: ignore[misc]
                 self._restore(str(trainer.ckpt_path))
             elif self._loaded == {}:  # saved by a run without this callback
                 controller.freeze_state.reset(trainer.global_step, str(trainer.ckpt_path))
+        self._loaded = None
         steps = trainer.estimated_stepping_batches
         controller.set_schedule(
             scheduler=self._scheduler(trainer, controller),
