@@ -83,6 +83,7 @@ class FlopMeter:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._mode.forget()
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not torch.is_grad_enabled() or self._entered or self.estimated:
@@ -170,6 +171,11 @@ class _Count(TorchDispatchMode):
                     self.places[module] = held
         self.kinds = {module: layer.position for layer in reversed(layers) for module in counted_modules(layer.modules)}
         self.reset()
+
+    def forget(self) -> None:
+        """Drop the weak references to parameters: torch refuses to move a module with DTensors while there are any."""
+        self._weights.clear()
+        self._looked_up, self._origin = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
 
     def reset(self) -> None:
         self._origin = WeakTensorKeyDictionary()
