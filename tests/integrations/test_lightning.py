@@ -54,7 +54,7 @@ for how, given in {
     **{f"z{stage}": zero(stage) for stage in range(4)},
 }.items():
     SLOW[f"{how}-straight"] = {**given, "resumes": [3, 6, 8], "again": 4, "tests": True}
-    if how == "fsdp1":  # of which Lightning wraps a part in the second fit()
+    if "fsdp" in how:  # a second fit() of one sharded module is not exact in Lightning 2.6, or fails, with nothing frozen too
         SLOW[f"{how}-straight"].pop("again")
     if how == "z3":  # DeepSpeed 0.19 can't load a checkpoint into the engine that Lightning 2.6 makes for it, with nothing frozen too
         SLOW[f"{how}-straight"].pop("tests")
