@@ -34,6 +34,7 @@ CAPTIONS = {
     "runtime": "controller, freezer, policy stage",
     "telemetry": "what a person gets to see",
     "signals": "what a policy gets to see",
+    "cache": "stored outputs of a frozen prefix",
     "backends": "deepspeed, pipeline, torch",
     "policies": "one file per policy",
     "predictor": "has a layer converged?",
@@ -47,7 +48,7 @@ CAPTIONS = {
 STOREYS = [
     ("doors", "cli", "integrations"),
     ("runtime", "checkpoint", "runtime"),
-    ("senses, voice", "telemetry", "signals"),
+    ("senses, voice", "telemetry", "cache"),
     ("engines, judges", "backends", "backends"),
     ("ground", "predictor", "errors"),
 ]

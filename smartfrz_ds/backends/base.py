@@ -85,7 +85,6 @@ class Backend(ABC):
 
     #: whether a change may put weights elsewhere in memory
     moves_weights = True
-
     #: whether the data-parallel ranks are not alike: each process holds a part of the model (a pipeline's stage)
     is_pipeline = False
 
@@ -173,6 +172,8 @@ class Backend(ABC):
 
     #: whether a forward of the model communicates, as it gathers weights
     gathers_in_forward = False
+    #: why the prefix cache can't be used with this engine; empty where it can
+    prefix_cache_refusal: str = ""
 
     def loss_scale_on_device(self) -> float | Tensor:
         """Return `loss_scale`, as a tensor where reading its value would make the host wait for the device."""
@@ -197,7 +198,6 @@ class Backend(ABC):
 
     #: layers of a pipeline that aren't among its layers, because the user froze all of them before the start
     user_frozen_entries: tuple[str, ...] = ()
-
     #: why parameters that required no gradient at attach can't train later on this engine; empty where they can
     takes_none: str = ""
 

@@ -303,6 +303,50 @@ class FsdpSettings(Section):
     )
 
 
+class CacheSettings(Section):
+    """`smartfrz.cache`: stored outputs of the frozen prefix, so that a batch seen before skips its forward."""
+
+    mode: Literal["off", "auto", "on"] = setting(
+        "off",
+        "'off', 'auto' or 'on'",
+        "auto: used where it is proven exact and measured to pay; on: used where it is proven exact, else an error.",
+    )
+    memory: float | str = setting(
+        "4GiB", "bytes (a number > 0, or a text such as '12GiB' or '900MB')", "Memory of each host for stored rows, for all of its ranks."
+    )
+    path: str | None = setting(
+        None, "a path, or null", "Folder on a local disk for rows that don't fit into `memory`; null: none.", min_length=1
+    )
+    disk: float | str = setting(
+        "16GiB",
+        "bytes (a number > 0, or a text such as '12GiB' or '900MB')",
+        "Bytes of each host in `path`; without a `path`, nothing is stored on disk.",
+    )
+    min_gain: float = setting(
+        1.05, "a number >= 1", "Mode auto: used only if a step is predicted to be faster by at least this factor (1.05: 5 %).", ge=1
+    )
+    spot_check: int = setting(
+        200, "an integer >= 1", "One in this many forwards that skip the frozen layers is run completely instead, and compared.", ge=1
+    )
+
+    @field_validator("memory", "disk")
+    @classmethod
+    def _is_a_size(cls, value: float | str) -> float | str:
+        if not (_bytes_of(value) or 0) > 0:
+            raise PydanticCustomError("size", "not a size")
+        return value
+
+    @property
+    def memory_bytes(self) -> int:
+        """`memory` as a number of bytes."""
+        return int(_bytes_of(self.memory) or 0)
+
+    @property
+    def disk_bytes(self) -> int:
+        """`disk` as a number of bytes."""
+        return int(_bytes_of(self.disk) or 0)
+
+
 class GuardSettings(Section):
     """`smartfrz.guard`: undo a freeze that made a metric worse; null: no guard."""
 

@@ -20,6 +20,7 @@ from .sections import (
     OR_SHARE,
     AttentionSettings,
     AutoFreezeSettings,
+    CacheSettings,
     EgeriaSettings,
     FreezeOutSettings,
     FsdpSettings,
@@ -150,6 +151,7 @@ class FreezeConfig(Section):
         PipelineSettings(), "an object", "Whether layers of a pipeline move to other stages after a freeze."
     )
     fsdp: FsdpSettings = setting(FsdpSettings(), "an object", "How FSDP2 stores frozen layers.")
+    cache: CacheSettings = setting(CacheSettings(), "an object", "Whether a batch that comes again skips the forward of frozen layers.")
     guard: GuardSettings | None = setting(None, "an object, or null", "Undoes a freeze that made a metric worse; null: no guard.")
 
     @model_validator(mode="after")

@@ -55,6 +55,7 @@ class RecomputeBoundary:
         self._first = 0  # position of the first active layer
         self._frozen: frozenset[str] = frozenset()
         self._marks: list[RemovableHandle] = []
+        self._opened: set[nn.Module] = set()  # modules whose output is made to require grad
         self._first_looks = [handle for layer in layers for handle in (*self._watch(layer, once=True), *self._watch_region(layer))]
 
     def state_dict(self) -> dict[str, Any]:
@@ -76,6 +77,7 @@ class RecomputeBoundary:
         for handle in self._marks:
             handle.remove()
         self._marks.clear()
+        self._opened.clear()
         first = next((x.position for x in self._layers if x.numel and x.name not in frozen), 0)
         if not any(x.name in frozen for x in self._layers[:first]):
             return
@@ -90,9 +92,13 @@ class RecomputeBoundary:
         # If a region begins with the first layer of the model, its input is the user's, who had to make it require
         # grad from the start.
         if begin > 0:
-            self._mark(self._layers[begin - 1], self._open)
+            self._opened.update(self._mark(self._layers[begin - 1], self._open))
         if begin < first:
             self._mark(self._layers[first - 1], self._cut_recomputed)
+
+    def reopen(self, module: nn.Module, output: Any) -> Any:
+        """Make the output of a frozen module require grad as its hook would, where the module itself did not run."""
+        return self._open(module, (), output) if module in self._opened else output
 
     def remove(self) -> None:
         """Remove all hooks, including those that still wait for a first forward."""
@@ -100,10 +106,10 @@ class RecomputeBoundary:
         for handle in self._first_looks:
             handle.remove()
 
-    def _mark(self, layer: Layer, function: Callable[..., Any]) -> None:
-        for module in layer.modules:
-            if next(module.parameters(), None) is not None:
-                self._marks.append(module.register_forward_hook(ModuleHook(function, self._time)))
+    def _mark(self, layer: Layer, function: Callable[..., Any]) -> list[nn.Module]:
+        modules = [module for module in layer.modules if next(module.parameters(), None) is not None]
+        self._marks += [module.register_forward_hook(ModuleHook(function, self._time)) for module in modules]
+        return modules
 
     def _watch_region(self, layer: Layer) -> list[RemovableHandle]:
         """Register hooks on the layer itself for its first forward with nothing frozen."""

@@ -29,6 +29,7 @@ from smartfrz_ds.runtime.observers.adapters import (
 )
 from smartfrz_ds.runtime.observers.guard import GuardedRun, TakeBack
 from smartfrz_ds.runtime.observers.kept_frozen import KeptFrozen
+from smartfrz_ds.runtime.observers.prefix_cache import CacheWatch
 from smartfrz_ds.runtime.observers.protocol import StepObserver
 from smartfrz_ds.runtime.observers.readers import Readers
 from smartfrz_ds.runtime.rules.kept_active import find_kept_active
@@ -62,6 +63,7 @@ class Parts:
         recording: Takes snapshots.
         guard: Undoes mistaken freezes, None where not configured.
         moves: Moves layers between pipeline stages, None without a pipeline.
+        cache: Skips the forward of frozen layers, None where it is switched off.
         readers: Waits for other readers of the engine's memory; has the user's callbacks.
         observers: All observers, in the order of their work.
     """
@@ -77,6 +79,7 @@ class Parts:
     recording: Recording
     guard: GuardedRun | None
     moves: StageMoves | None
+    cache: CacheWatch | None
     readers: Readers
     observers: Sequence[StepObserver]
 
@@ -150,6 +153,7 @@ def assemble(
     pipeline = backend.pipeline(run.ranks, config.pipeline, config.tied)
     moves = None if pipeline is None else StageMoves(run, pipeline, freezer, pauses)
     readers = Readers(run)
+    cache = None if config.cache.mode == "off" else CacheWatch(run, boundary, kept.restore_flags)
 
     # The order of the work before and after a step, in a change of the layout and at the end of freezing.
     ordered: list[StepObserver | None] = [
@@ -165,6 +169,7 @@ def assemble(
         guard,  # after a step: may thaw; layout: watches a freeze
         KeptState(run),  # after a step: drops released state that is too old
         recording,  # after a step: the snapshot, which the freezing stage that follows sees
+        cache,  # layout: the prefix is another one; after a step: does it pay?
         moves,  # layout: the stages are looked at again, after the freezing stage
         readers,  # before a change: other code that reads what it touches; after it: the user's callbacks, last of all
     ]
@@ -182,6 +187,7 @@ def assemble(
         recording=recording,
         guard=guard,
         moves=moves,
+        cache=cache,
         readers=readers,
         observers=observers,
     )

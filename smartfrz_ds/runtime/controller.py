@@ -55,8 +55,7 @@ class Controller(GuardedAttributes, FormerNames):
         version: str = "",
         defer_policy: bool = False,
     ) -> None:
-        self.config = config
-        self.released = False
+        self.config, self.released = config, False
         parts = assemble(
             model,
             backend,
@@ -72,7 +71,7 @@ class Controller(GuardedAttributes, FormerNames):
         self._policy_stage, self._freezer, self._observers = parts.policy, parts.freezer, parts.observers
         self._every_step, self._time = Listeners(parts.observers), run.time
         self._freeze_state, self._recording = parts.freeze_state, parts.recording
-        self._guard, self._moves, self._readers = parts.guard, parts.moves, parts.readers
+        self._guard, self._moves, self._readers, self._cache = parts.guard, parts.moves, parts.readers, parts.cache
         self._users, self._kept_active, self._kept, self._tally = parts.users, parts.kept_active, parts.kept, parts.tally
 
         for text in backend.warnings:
@@ -267,6 +266,7 @@ class Controller(GuardedAttributes, FormerNames):
             predicted=self._freezer.predicted,
             policy_note=self._policy_stage.note,
             width_note="" if self._moves is None else self._moves.note,
+            cache_note="" if self._cache is None else self._cache.note,
             user_frozen=self._users.names,
         )
 

@@ -30,6 +30,7 @@ class Report:
         user_frozen: Layers that the user froze before the start and has not thawed by name since.
         log_path: The log file of this controller, on rank 0; "" where there is none. A second engine that exists at the same time with the
             same `smartfrz.log_path` writes to a separate file.
+        cache_note: What the prefix cache has brought on this rank, or why it is not used; "" where it is switched off.
         outcome: What froze so far, or why nothing did, in one sentence; on rank 0 with the policy's reasons.
     """
 
@@ -46,11 +47,19 @@ class Report:
     width_note: str = ""
     user_frozen: tuple[str, ...] = ()
     log_path: str = ""
+    cache_note: str = ""
     outcome: str = ""
 
 
 def report_of(
-    run: RunContext, *, saved: float, predicted: PausePrediction | None, policy_note: str, width_note: str, user_frozen: tuple[str, ...]
+    run: RunContext,
+    *,
+    saved: float,
+    predicted: PausePrediction | None,
+    policy_note: str,
+    width_note: str,
+    cache_note: str,
+    user_frozen: tuple[str, ...],
 ) -> Report:
     """Return where `run` stands, as this rank sees it. The arguments are fields of `Report` that other parts of the run know."""
     log = run.journal.log
@@ -68,5 +77,6 @@ def report_of(
         width_note=width_note,
         user_frozen=user_frozen,
         log_path="" if log.path is None else str(log.path),
+        cache_note=cache_note,
         outcome=run.journal.speaker.outcome(),
     )

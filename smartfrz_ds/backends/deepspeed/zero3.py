@@ -51,6 +51,7 @@ class Zero3Backend(ShardedBackend):
     """
 
     gathers_in_forward = True
+    prefix_cache_refusal = "ZeRO stage 3 gathers weights in forward, where the ranks would have to agree on every batch; not supported yet"
 
     def __init__(self, engine: Any, frozen: FrozenStorage = "sharded") -> None:
         zero = engine.optimizer

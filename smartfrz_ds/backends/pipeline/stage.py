@@ -140,9 +140,9 @@ class PipelineStage(_Base):
         first_entry: Position of that layer's first entry in the pipeline's list.
     """
 
-    first_active = 0
-    first_entry = 0
+    first_active = first_entry = 0
     is_pipeline = True
+    prefix_cache_refusal = "pipelines are not supported yet"
     takes_none = "a pipeline's stages are laid out over what trains at the start"
     missing: Mapping[Need, str] = MappingProxyType(
         {

@@ -34,6 +34,7 @@ class Fsdp1Backend(TorchBackend):
     takes_none = "FSDP1 decides which part of a unit's flat parameter trains when the unit is created"
     missing = FSDP_MISSING
     gathers_in_forward = True
+    prefix_cache_refusal = "FSDP1 is not supported"
     runs_grad_hooks = False  # a flat parameter's gradient is accumulated as a whole
 
     def __init__(self, wrapped: FullyShardedDataParallel, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -50,6 +50,7 @@ class Fsdp2Backend(TorchBackend):
     knows_reductions = True
     missing = FSDP_MISSING
     gathers_in_forward = True
+    prefix_cache_refusal = "FSDP2 gathers weights in forward, where the ranks would have to agree on every batch; not supported yet"
 
     def __init__(self, wrapped: nn.Module, module: nn.Module, optimizer: torch.optim.Optimizer, *, frozen: FrozenUnits = "sharded") -> None:
         for sharded in wrapped.modules():

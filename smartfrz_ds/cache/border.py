@@ -1,0 +1,363 @@
+"""Where the prefix ends: which tensors leave it, and how its modules are skipped.
+
+A module is skipped around its `__call__`, so that no hook of an engine runs for it. The tensors that leave the prefix are found in one
+forward: those outputs of frozen modules whose memory reaches an active module. A frozen module that is skipped returns them from the store
+itself, so that whatever keeps the inputs of an active layer (activation checkpointing, for example) keeps the right rows. Everything else
+that it returns is NaN.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+
+from smartfrz_ds.model.hooks import ModuleHook
+
+from .proof import RandomState, same_bits
+from .store import Row
+
+Call = Callable[[], Any]
+
+
+class CallDiffers(Exception):
+    """The model called its frozen layers in another way than in the forward from which the rows were stored."""
+
+
+class Around:
+    """Replaces `_call_impl` of one module, which `__call__` calls (torch/nn/modules/module.py).
+
+    In a copied or pickled model it only calls the module.
+
+    Args:
+        module: The module.
+        function: Called with the module and its arguments; None: the module's own call.
+    """
+
+    def __init__(self, module: nn.Module, function: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any] | None) -> None:
+        self._module, self._function = module, function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module, or the function in its place."""
+        if self._function is None or torch.compiler.is_compiling():
+            return call_of(self._module, args, kwargs)
+        return self._function(self._module, args, kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Around, (self._module, None)
+
+    def install(self) -> None:
+        """Take the place of the module's own call."""
+        vars(self._module)["_call_impl"] = self
+
+    def remove(self) -> None:
+        """Give the module its own call back."""
+        self._function = None
+        if vars(self._module).get("_call_impl") is self:
+            del vars(self._module)["_call_impl"]
+
+
+def call_of(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call a module with its hooks, as if nothing were around it."""
+    return type(module)._call_impl(module, *args, **kwargs)
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether something else has replaced this module's call."""
+    return "_call_impl" in vars(module)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A part of a skipped module's output.
+
+    Attributes:
+        kind: "stored" (comes from the store), "shared" (a tensor that is the same for all batches of the class), "gap" (a tensor that no
+            active layer gets), "constant" (not a tensor).
+        value: For "stored" its number, for the others what the skipped module returns.
+    """
+
+    kind: Literal["stored", "shared", "gap", "constant"]
+    value: Any
+
+
+@dataclass(frozen=True)
+class SkippedCall:
+    """One call of a frozen module in a forward: the module and its output."""
+
+    module: nn.Module
+    structure: TreeSpec
+    leaves: tuple[Leaf, ...]
+
+    @property
+    def stores(self) -> bool:
+        """Whether a part of its output is in the store, or must be the same in all batches."""
+        return any(x.kind in ("stored", "shared") for x in self.leaves)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that leaves the prefix, batch dimension first.
+
+    Its strides count too: kernels of active layers, also in backward, sum in another order for another memory format.
+    """
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> StoredTensor:
+        """Return the description of a tensor."""
+        return cls(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The calls of frozen modules in front of the first active one, in one class of batches.
+
+    Attributes:
+        calls: The calls, in order.
+        stored: The tensors that are stored.
+    """
+
+    calls: tuple[SkippedCall, ...]
+    stored: tuple[StoredTensor, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return sum(x.shape[1:].numel() * x.dtype.itemsize for x in self.stored)
+
+
+class Rows:
+    """The rows of one batch on the host, one tensor for each stored tensor of the plan."""
+
+    def __init__(self, plan: Plan) -> None:
+        pinned = any(x.device.type != "cpu" for x in plan.stored)
+        self._plan = plan
+        self.tensors = [torch.empty(x.shape, dtype=x.dtype, pin_memory=pinned) for x in plan.stored]
+
+    def views(self) -> list[Row]:
+        """Return the memory of each row: one part for each tensor."""
+        tables = [x.reshape(-1).view(torch.uint8).reshape(len(x), -1).numpy() for x in self.tensors]
+        return [[memoryview(table[index]) for table in tables] for index in range(len(self.tensors[0]))]
+
+    def on_device(self) -> list[Tensor]:
+        """Return the tensors where the model expects them."""
+        made = []
+        for host, about in zip(self.tensors, self._plan.stored, strict=True):
+            tensor = host.to(about.device, non_blocking=True)
+            if tensor.stride() != about.stride:
+                tensor = torch.empty_strided(about.shape, about.stride, dtype=about.dtype, device=about.device).copy_(tensor)
+            made.append(tensor)
+        return made
+
+
+class Discovery:
+    """A complete forward in which the tensors are found that leave the prefix.
+
+    Args:
+        rows: Number of rows of the batch.
+        later: The modules of all active layers.
+        device: The device on which the model runs.
+    """
+
+    def __init__(self, rows: int, later: Sequence[nn.Module], device: torch.device) -> None:
+        self._rows, self._device = rows, device
+        self._random = RandomState(device)
+        self._calls: list[tuple[nn.Module, TreeSpec, list[Any], list[int]]] = []
+        self._origins: dict[int, tuple[int, int]] = {}  # address of a storage -> call and leaf that returned it last
+        self._leaving: dict[tuple[int, int], None] = {}
+        self._passed = False
+        self.reason = ""
+        hook = ModuleHook(self._enter)
+        self._handles = [m.register_forward_pre_hook(hook, with_kwargs=True, prepend=True) for m in later]
+
+    def call(self, module: nn.Module, real: Call, args: Any, kwargs: Any) -> Any:
+        """Run a frozen module, and note what it returns."""
+        output = real()
+        if not self._passed:
+            # the output of a frozen layer may require grad, for the active layers behind it: nothing flows behind that
+            inputs = (x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.requires_grad)
+            if any(_storage(x) not in self._origins for x in inputs):
+                self.reason = "a gradient flows into the frozen layers: a trained weight is used in front of them"
+            leaves, structure = tree_flatten(output)
+            number = len(self._calls)
+            for at, leaf in enumerate(leaves):
+                if isinstance(leaf, Tensor):
+                    self._origins[_storage(leaf)] = number, at
+            self._calls.append((module, structure, leaves, [x._version if isinstance(x, Tensor) else 0 for x in leaves]))
+        return output
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self._passed:
+            self._passed = True
+            if not self._random.is_unchanged():
+                self.reason = "random numbers are drawn in front of the first active layer (dropout that is left on, or skipped layers)"
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and (origin := self._origins.get(_storage(leaf))) is not None:
+                self._leaving[origin] = None
+
+    def finish(self) -> tuple[Plan | None, Rows | None]:
+        """Return the plan, and the rows of this batch if their memory still holds them. `reason` says why there is no plan."""
+        for handle in self._handles:
+            handle.remove()
+        if not self.reason and not self._passed:
+            self.reason = "no active layer ran behind the frozen ones"
+        if not self.reason and not self._leaving:
+            self.reason = "the first active layer's input is computed from the frozen layers' outputs outside of any layer"
+        if self.reason:
+            return None, None
+        calls: list[SkippedCall] = []
+        stored: list[StoredTensor] = []
+        sources: list[tuple[Tensor, int]] = []
+        for number, (module, structure, leaves, versions) in enumerate(self._calls):
+            made = []
+            for at, leaf in enumerate(leaves):
+                leaves_prefix = (number, at) in self._leaving
+                if not isinstance(leaf, Tensor):
+                    if not isinstance(leaf, type(None) | bool | int | float | str):
+                        self.reason = f"a frozen {type(module).__name__} returns a {type(leaf).__name__}, which can't be stored"
+                        return None, None
+                    made.append(Leaf("constant", leaf))
+                elif type(leaf) not in (Tensor, nn.Parameter) or leaf.layout is not torch.strided:
+                    self.reason = f"a frozen {type(module).__name__} returns a {type(leaf).__name__}, which can't be stored"
+                    return None, None
+                elif not leaves_prefix and leaf.is_floating_point():
+                    made.append(Leaf("gap", torch.full_like(leaf.detach(), float("nan"), memory_format=torch.contiguous_format)))
+                elif leaf.ndim and leaf.shape[0] == self._rows and not _overlaps(leaf):
+                    made.append(Leaf("stored", len(stored)))
+                    stored.append(StoredTensor.of(leaf))
+                    sources.append((leaf, versions[at]))
+                else:
+                    made.append(Leaf("shared", leaf.detach().clone()))
+            calls.append(SkippedCall(module, structure, tuple(made)))
+        if not stored:
+            self.reason = "nothing with rows leaves the frozen layers"
+            return None, None
+        plan = Plan(tuple(calls), tuple(stored))
+        if any(leaf._version != version for leaf, version in sources):
+            return plan, None  # changed in place since
+        rows = Rows(plan)
+        for target, (leaf, _) in zip(rows.tensors, sources, strict=True):
+            target.copy_(leaf.detach())
+        return plan, rows
+
+
+class Capture:
+    """A complete forward whose rows are kept.
+
+    Attributes:
+        reason: Why this forward does not follow the plan; "" if it does.
+        packing: Seconds of copying.
+        passed: time.perf_counter() at the end of the last frozen module in front of the first active one.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self._plan, self._device, self._next = plan, device, 0
+        self._random = RandomState(device)
+        self.rows = Rows(plan)
+        self.reason, self.packing, self.passed = "", 0.0, 0.0
+
+    def call(self, module: nn.Module, real: Call, args: Any, kwargs: Any) -> Any:
+        """Run a frozen module, and copy what leaves the prefix."""
+        output = real()
+        if self._next >= len(self._plan.calls) or self.reason:
+            return output
+        expected = self._plan.calls[self._next]
+        self._next += 1
+        if expected.module is not module:
+            self.reason = "the model called its frozen layers in another order than before"
+        elif expected.stores:
+            self._copy(expected, output)
+        if self._next == len(self._plan.calls):
+            self.passed = perf_counter()
+            if not self._random.is_unchanged():
+                self.reason = "random numbers are drawn in front of the first active layer (dropout that is left on, or skipped layers)"
+        return output
+
+    def _copy(self, expected: SkippedCall, output: Any) -> None:
+        began = perf_counter()
+        leaves, structure = tree_flatten(output)
+        if structure != expected.structure:
+            self.reason = f"a frozen {type(expected.module).__name__} returned something else than before"
+            return
+        for leaf, known in zip(leaves, expected.leaves, strict=True):
+            if known.kind == "stored":
+                if StoredTensor.of(leaf) != self._plan.stored[known.value]:
+                    name = type(expected.module).__name__
+                    self.reason = f"a frozen {name} returned another shape or memory format than before for inputs of the same shapes"
+                    return
+                self.rows.tensors[known.value].copy_(leaf.detach())
+            elif known.kind == "shared" and not same_bits(leaf, known.value):
+                self.reason = (
+                    f"a tensor of shape {tuple(known.value.shape)} leaves the frozen layers that has no row for each row of the batch, and "
+                    "differs between batches"
+                )
+                return
+        self.packing += perf_counter() - began
+
+    @property
+    def complete(self) -> bool:
+        """Whether all calls of the plan came."""
+        return not self.reason and self._next == len(self._plan.calls)
+
+
+class Replay:
+    """A forward without the frozen layers.
+
+    Args:
+        plan: The calls.
+        tensors: The stored tensors, on the device.
+        reopen: Gives the output of the last frozen layer what its hooks of this package would have given it.
+    """
+
+    def __init__(self, plan: Plan, tensors: Sequence[Tensor], reopen: Callable[[nn.Module, Any], Any]) -> None:
+        self._plan, self._tensors, self._reopen, self._next = plan, tensors, reopen, 0
+        self.passed = 0.0
+
+    def call(self, module: nn.Module, real: Call, args: Any, kwargs: Any) -> Any:
+        """Return what a frozen module would have returned."""
+        if self._next >= len(self._plan.calls):
+            return real()
+        expected = self._plan.calls[self._next]
+        if expected.module is not module:
+            raise CallDiffers("the model called its frozen layers in another order than before")
+        self._next += 1
+        values = [self._tensors[x.value] if x.kind == "stored" else x.value for x in expected.leaves]
+        if self._next == len(self._plan.calls):
+            self.passed = perf_counter()
+        return self._reopen(module, tree_unflatten(values, expected.structure))
+
+    @property
+    def complete(self) -> bool:
+        """Whether all calls of the plan came."""
+        return self._next == len(self._plan.calls)
+
+
+class Scope:
+    """The forward that is going on: calls of frozen modules from other threads, or outside of it, are not part of it."""
+
+    def __init__(self, forward: Discovery | Capture | Replay) -> None:
+        self.forward, self._thread = forward, threading.get_ident()
+
+    def is_here(self) -> bool:
+        """Whether the caller belongs to the forward."""
+        return threading.get_ident() == self._thread
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements share memory, as in an expanded tensor."""
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,300 @@
+"""The prefix cache of one frozen prefix on one rank: each forward is complete, checked, or skips the frozen layers.
+
+A forward in which gradients are on and the model is in training mode has keys. If all its rows are stored, the frozen layers are skipped;
+else it runs completely and its rows are stored. Before the first use in a class of batches (shapes, dtypes, other arguments, state of the
+prefix), a batch is run both ways and compared bit for bit: the forward without the frozen layers first, then the complete one, which is the
+one that is trained on. Rows of different stored batches are used together only after such a comparison of a batch composed of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .border import Around, Call, CallDiffers, Capture, Discovery, Plan, Replay, Rows, Scope, call_of, is_wrapped
+from .gain import Gain
+from .keys import Batch, describe
+from .proof import RandomState, difference, refusal, same_bits, undone
+from .proof import named_modules as named_modules
+from .state import PrefixState
+from .store import Found
+from .tiers import Tiers
+
+_CLASSES = 256  # classes of batches that are kept
+
+
+@dataclass
+class _Kind:
+    """What is known of one class of batches."""
+
+    plan: Plan | None = None
+    proven: set[bool] = field(default_factory=set)  # composed of several stored batches, or one of them again
+    hits: int = 0  # since the last comparison
+    off: str = ""
+
+
+class PrefixCache:
+    """Stored outputs of a frozen prefix.
+
+    Args:
+        model: The model.
+        tops: The modules of the frozen prefix, each as large as possible.
+        later: Those of the layers behind it.
+        stored: Returns this rank's stored part of a parameter.
+        restore_flags: Switches frozen parameters off again that other code has switched on.
+        device: The device on which the model runs.
+        store: The rows of this host.
+        spot_check: One hit in this many is run completely and compared.
+        reopen: Given a frozen module and its output; returns the output as this package's hooks would leave it.
+        tell: Called with each remark, for the log.
+
+    Attributes:
+        off: Why the cache is off; "" while it is in use.
+        remarks: Why single classes of batches, or calls, are not cached.
+        gain: Counts and times.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tops: Sequence[nn.Module],
+        later: Sequence[nn.Module],
+        *,
+        stored: Callable[[nn.Parameter], Tensor],
+        restore_flags: Callable[[], None],
+        device: torch.device,
+        store: Tiers,
+        spot_check: int,
+        reopen: Callable[[nn.Module, Any], Any],
+        tell: Callable[[str], None],
+    ) -> None:
+        self._model, self._tops, self._later, self._device = model, tuple(tops), tuple(later), device
+        self._store, self._spot_check, self._reopen, self._tell = store, spot_check, reopen, tell
+        self._kinds: dict[bytes, _Kind] = {}
+        self._scope: Scope | None = None
+        self._skipped_last = False  # whether the last forward of the model skipped the prefix
+        self.remarks: list[str] = []
+        self.gain = Gain()
+        self.forwards_of_step = self.complete_of_step = 0
+        self._around: list[Around] = []
+        self.off = refusal(named_modules(model, self._tops))
+        if taken := next((type(m).__name__ for m in (model, *self._tops) if is_wrapped(m)), ""):
+            self.off = self.off or f"other code has replaced the call of a {taken}"
+        if self.off:
+            return
+        self._state = PrefixState(model, self._tops, self._later, stored=stored, restore_flags=restore_flags)
+        self._around = [Around(model, self._forward), *(Around(top, self._frozen_module) for top in self._tops)]
+        for around in self._around:
+            around.install()
+
+    def suspect(self) -> None:
+        """Read all weights of the prefix before the next use: a checkpoint was loaded, for example."""
+        if not self.off:
+            self._state.suspect()
+
+    def remove(self) -> None:
+        """Give all modules their own calls back."""
+        for around in self._around:
+            around.remove()
+        self._around.clear()
+        self._kinds.clear()
+
+    def turn_off(self, reason: str) -> None:
+        """End the use of the cache: `off` says why."""
+        self.off = self.off or reason
+
+    # --- the model's call -----------------------------------------------------------------------------------------------------
+
+    def _forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = partial(call_of, module, args, kwargs)
+        if self.off or self._scope is not None:
+            return call()
+        if not module.training or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            # An evaluation or a reference pass: nothing is stored or used. It may have left other weights behind.
+            self._state.suspect()
+            return call()
+        began = perf_counter()
+        state = self._state.token()
+        if self._state.refusal:
+            self.turn_off(self._state.refusal)
+            return call()
+        batch = describe(args, kwargs, state)
+        self.forwards_of_step += 1
+        self.complete_of_step += 1
+        self._skipped_last = False
+        if isinstance(batch, str):
+            self._remark(batch)
+            return call()
+        kind = self._kinds.setdefault(batch.kind, _Kind())
+        if len(self._kinds) > _CLASSES:
+            self._kinds.pop(next(iter(self._kinds)))
+        if kind.off:
+            return call()
+        try:
+            found, rows = self._look_up(kind, batch)
+        except OSError as error:
+            self.turn_off(f"its rows can't be read: {error}")
+            return call()
+        keys = perf_counter() - began
+        if rows is None or found is None:
+            return self._complete(kind, batch, call, keys)
+        mixed = not _is_one_batch(found)
+        if mixed in kind.proven and kind.hits < self._spot_check:
+            return self._skip(kind, rows, call, began)
+        return self._compare(kind, batch, rows, mixed, call, partial(module.forward, *args, **kwargs))
+
+    def _look_up(self, kind: _Kind, batch: Batch) -> tuple[list[tuple[int, Found]] | None, Rows | None]:
+        found = self._store.find(batch.keys)
+        there = [x for x in found if x is not None]
+        is_hit = len(there) == len(found) and kind.plan is not None
+        self.gain.seen(len(there), is_hit)
+        if not is_hit:
+            return None, None
+        assert kind.plan is not None
+        rows = Rows(kind.plan)
+        return (there, rows) if self._store.read(there, rows.views()) else (None, None)
+
+    def _complete(self, kind: _Kind, batch: Batch, call: Call, keys: float) -> Any:
+        """Run the whole model, and store the rows."""
+        if kind.plan is None:
+            discovery = Discovery(batch.rows, self._later, self._device)
+            try:
+                output = self._within(discovery, call)
+            finally:
+                kind.plan, rows = discovery.finish()
+            if discovery.reason:
+                self._drop(kind, discovery.reason)
+            elif rows is not None:
+                self._write(batch, rows)
+            return output
+        capture, began = Capture(kind.plan, self._device), perf_counter()
+        output = self._within(capture, call)
+        if not capture.complete:
+            self._drop(kind, capture.reason or "the model did not call all of its frozen layers")
+            return output
+        writing = perf_counter()
+        self._write(batch, capture.rows)
+        write = perf_counter() - writing + capture.packing
+        self.gain.filled(prefix=capture.passed - began - capture.packing, keys=keys, write=write)
+        return output
+
+    def _write(self, batch: Batch, rows: Rows) -> None:
+        if self._device.type != "cpu":
+            torch.get_device_module(self._device).synchronize(self._device)
+        try:
+            self._store.insert(batch.keys, rows.views())
+        except OSError as error:
+            self.turn_off(f"its rows can't be stored: {error}")
+
+    def _skip(self, kind: _Kind, rows: Rows, call: Call, began: float) -> Any:
+        """Run the model without its frozen layers."""
+        assert kind.plan is not None
+        replay, before = Replay(kind.plan, rows.on_device(), self._reopen), RandomState(self._device)
+        reading = perf_counter()
+        kind.hits += 1
+        try:
+            output = self._within(replay, call)
+        except CallDiffers as error:  # no active layer has run yet
+            before.restore()
+            self._drop(kind, str(error))
+            return call()
+        if not replay.complete:
+            raise RuntimeError(
+                "the prefix cache skipped frozen layers that this forward did not call, although its arguments were those of forwards that "
+                "did: the result may be wrong; allowed: smartfrz.cache.mode 'off'"
+            )
+        self._skipped_last = True
+        self.complete_of_step -= 1
+        self.gain.hit(keys=reading - began, read=replay.passed - reading)
+        return output
+
+    def _compare(self, kind: _Kind, batch: Batch, rows: Rows, mixed: bool, call: Call, bare: Call) -> Any:
+        """Run the whole model, and compare the stored rows with it; the first time also the output without the frozen layers."""
+        assert kind.plan is not None
+        first, skipped, reason = mixed not in kind.proven, None, ""
+        if first:
+            replay = Replay(kind.plan, rows.on_device(), self._reopen)
+            with undone(self._model, self._device):
+                try:
+                    skipped = self._within(replay, bare)
+                except Exception as error:  # placeholders can lead anywhere; the complete forward follows
+                    reason = f"without the frozen layers the model raises {type(error).__name__}: {error}"
+                if not reason and not replay.complete:
+                    reason = "without the frozen layers the model calls them differently"
+        capture = Capture(kind.plan, self._device)
+        output = self._within(capture, call)
+        kind.hits = 0
+        if not capture.complete:
+            reason = reason or capture.reason or "the model did not call all of its frozen layers"
+        elif not all(same_bits(x, y) for x, y in zip(rows.tensors, capture.rows.tensors, strict=True)):
+            if not first:
+                self.turn_off(
+                    "a comparison found stored rows that differ from computed ones: the steps since the last comparison used them"
+                )
+                return output
+            reason = (
+                "a batch composed of rows of several batches has other bits: a row depends on its neighbours"
+                if mixed
+                else ("the same batch has other bits when it comes again")
+            )
+        elif first and not reason:
+            reason = difference(output, skipped)
+        if reason:
+            self._drop(kind, reason)
+        elif first:
+            kind.proven.add(mixed)
+            of = "rows of several stored batches" if mixed else "a stored batch"
+            self._tell(f"prefix cache: proven for {batch.rows} rows of {kind.plan.row_bytes:,} bytes, on {of}")
+        self.gain.forwards += 1
+        return output
+
+    def _within(self, forward: Discovery | Capture | Replay, call: Call) -> Any:
+        self._scope = Scope(forward)
+        try:
+            return call()
+        finally:
+            self._scope = None
+
+    # --- a frozen module's call -----------------------------------------------------------------------------------------------
+
+    def _frozen_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        real = partial(call_of, module, args, kwargs)
+        scope = self._scope
+        if scope is not None and scope.is_here():
+            return scope.forward.call(module, real, args, kwargs)
+        if not self.off and torch._C._current_graph_task_id() != -1:  # torch/csrc/autograd/engine.cpp: inside a backward
+            reason = "activation checkpointing runs frozen layers again in backward, in one region with active ones"
+            self.turn_off(reason)
+            if self._skipped_last:
+                raise RuntimeError(
+                    f"prefix cache: {reason}, and the forward had skipped them: the step can't be completed exactly; allowed: switch "
+                    "activation checkpointing on before layers freeze, or smartfrz.cache.mode 'off'"
+                )
+        return real()
+
+    # --- reasons --------------------------------------------------------------------------------------------------------------
+
+    def _drop(self, kind: _Kind, reason: str) -> None:
+        kind.off, kind.plan = reason, None
+        self._remark(reason)
+
+    def _remark(self, reason: str) -> None:
+        if reason not in self.remarks:
+            self.remarks.append(reason)
+            self._tell(f"prefix cache: not used for some batches: {reason}")
+
+    @property
+    def changes(self) -> int:
+        """How often the weights of the prefix turned out to have changed."""
+        return 0 if not self._around else self._state.changes
+
+
+def _is_one_batch(found: Sequence[tuple[int, Found]]) -> bool:
+    """Whether these rows are one stored batch, complete and in its order."""
+    return all(x.source == found[0][1].source and x.place == place for place, (_, x) in enumerate(found))

@@ -1,0 +1,211 @@
+"""The prefix cache as an observer of a run: which layers are its prefix, the store of this host, and whether it pays."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from smartfrz_ds.cache.prefix_cache import PrefixCache
+from smartfrz_ds.cache.tiers import Tiers
+from smartfrz_ds.model.activation_checkpointing import RecomputeBoundary
+from smartfrz_ds.model.layers import Layer
+from smartfrz_ds.runtime.rules.user_frozen import is_user_frozen
+from smartfrz_ds.runtime.run_context import RunContext
+
+from .protocol import LayoutChange, StepObserver
+
+_FIRST_REPORT = 100  # forwards; then ten times as many, and so on
+
+
+class CacheWatch(StepObserver):
+    """Skips the forward of a frozen prefix for batches that were seen before.
+
+    A new prefix is taken up in a collective part of a step, because the ranks of a host share one store.
+
+    Args:
+        run: The run.
+        boundary: Keeps the boundary behind the frozen prefix open for recomputation.
+        restore_flags: Switches frozen parameters off again that other code has switched on.
+
+    Raises:
+        ValueError: `smartfrz.cache.mode` is "on", and the engine does not allow it.
+    """
+
+    def __init__(self, run: RunContext, boundary: RecomputeBoundary, restore_flags: Callable[[], None]) -> None:
+        self._restore_flags = restore_flags
+        self._run, self._boundary, self._settings = run, boundary, run.config.cache
+        self._cache: PrefixCache | None = None
+        self._store: Tiers | None = None
+        self._changed = False  # whether the prefix has to be taken up anew
+        self._told_off = False
+        self._next_report = _FIRST_REPORT
+        self._last: float | None = None
+        self._past = (0, 0, 0.0)  # forwards, hits and seconds saved with earlier prefixes
+        self._prefix: tuple[str, ...] = ()
+        self._removed = False
+        self._refusal = run.backend.prefix_cache_refusal
+        if self._refusal and self._settings.mode == "on":
+            raise ValueError(f"smartfrz.cache.mode: got 'on', but {self._refusal}; allowed here: 'off' or 'auto'")
+
+    @property
+    def note(self) -> str:
+        """What the cache has brought, or why it is not used."""
+        if self._refusal:
+            return f"off: {self._refusal}"
+        if self._cache is None:
+            return "no frozen layers in front yet" if not self._numbers()[0] else self._brought()
+        reasons = [f"off: {self._cache.off}"] if self._cache.off else [f"not used for some batches: {x}" for x in self._cache.remarks]
+        return "; ".join([self._brought(), *reasons] if self._numbers()[0] or not reasons else reasons)
+
+    def _numbers(self) -> tuple[int, int, float]:
+        forwards, hits, saved = self._past
+        gain = None if self._cache is None else self._cache.gain
+        return (forwards, hits, saved) if gain is None else (forwards + gain.forwards, hits + gain.hits, saved + gain.saved)
+
+    def _brought(self) -> str:
+        forwards, hits, saved = self._numbers()
+        store = self._store
+        held = "" if store is None else f", {store.rows:,} rows of {store.nbytes / 2**20:,.1f} MiB on this host"
+        return f"{hits:,} of {forwards:,} forwards skipped the frozen layers ({hits / max(1, forwards):.0%}), {saved:.1f} s saved{held}"
+
+    def on_layout_change(self, change: LayoutChange) -> None:
+        self._let_go()
+        self._changed = True
+
+    def after_change(self, change: LayoutChange) -> None:
+        self._take_up()
+
+    def on_layers_changed(self) -> None:
+        self._let_go()
+        self._changed = True
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        if self._cache is not None:
+            self._cache.suspect()
+
+    def after_step(self) -> None:
+        if self._changed:
+            self._take_up()
+        cache = self._cache
+        if cache is None:
+            return
+        now, forwards = perf_counter(), cache.forwards_of_step
+        if self._last is not None and forwards and cache.complete_of_step == forwards:
+            cache.gain.step(now - self._last, forwards)
+        self._last, cache.forwards_of_step, cache.complete_of_step = now, 0, 0
+        if not cache.off and self._settings.mode == "auto" and self._store is not None:
+            cache.turn_off(cache.gain.objection(self._settings.min_gain, evicted=self._store.evicted))
+        if cache.off and not self._told_off:
+            self._say_off(cache)
+        elif self._numbers()[1] and self._numbers()[0] >= self._next_report:
+            self._next_report *= 10
+            self._run.journal.note(f"prefix cache: {self._brought()}")
+
+    def _say_off(self, cache: PrefixCache) -> None:
+        self._told_off = True
+        cache.remove()
+        if self._settings.mode == "on":
+            raise RuntimeError(
+                f"smartfrz.cache.mode: got 'on', but the prefix cache can't be used: {cache.off}; allowed here: 'off' or 'auto'"
+            )
+        self._run.journal.note(f"prefix cache off: {cache.off}")
+
+    def _take_up(self) -> None:
+        """Begin with the current prefix. Collective."""
+        self._changed = False
+        if self._removed or self._refusal:
+            if self._refusal and not self._told_off:
+                self._told_off = True
+                self._run.journal.note(f"prefix cache off: {self._refusal}")
+            return
+        run = self._run
+        depth = next((x.position for x in run.layers if not self._is_frozen(x)), 0)
+        prefix, later = run.layers[:depth], run.layers[depth:]
+        tops = [module for layer in prefix for module in layer.modules]
+        if not tops:
+            return
+        if self._store is None and not self._open_store():
+            return
+        assert self._store is not None
+        self._told_off, self._last = False, None
+        self._cache = PrefixCache(
+            run.model,
+            tops,
+            [module for layer in later for module in layer.modules],
+            stored=run.backend.stored,
+            restore_flags=self._restore_flags,
+            device=run.backend.device,
+            store=self._store,
+            spot_check=self._settings.spot_check,
+            reopen=self._boundary.reopen,
+            tell=run.journal.note,
+        )
+        if self._cache.off:
+            self._say_off(self._cache)
+        else:
+            run.journal.note(f"prefix cache: on for {prefix[0].name} to {prefix[-1].name}, rows of batches are being stored")
+
+    def _is_frozen(self, layer: Layer) -> bool:
+        without = next((p for m in layer.modules for p in m.parameters()), None) is None
+        return without or layer.name in self._run.state.frozen or is_user_frozen(layer)
+
+    def _open_store(self) -> bool:
+        """Create this host's store, or open that of another rank of it. Collective."""
+        run, settings = self._run, self._settings
+        host = f"{socket.gethostname()} {_boot()}"
+        hosts = run.ranks.gather_objects(host)
+        problem, made = "", None
+        first = hosts.index(host) == run.ranks.rank
+        if first:
+            try:
+                made = Tiers.create(settings.memory_bytes, settings.path, settings.disk_bytes)
+            except OSError as error:
+                problem = f"its store can't be created: {error}"
+        addresses = run.ranks.gather_objects(None if made is None else made.address)
+        if not first:
+            address = addresses[hosts.index(host)]
+            try:
+                made = None if address is None else Tiers.join(*address)
+                problem = "the first rank of this host can't create the store" if made is None else ""
+            except OSError as error:
+                problem = f"the store of this host can't be opened: {error}"
+        problem = next((x for x in run.ranks.gather_objects(problem) if x), "")
+        if problem:
+            if made is not None:
+                made.close()
+            self._refusal = problem
+            if settings.mode == "on":
+                raise RuntimeError(f"smartfrz.cache.mode: got 'on', but {problem}; allowed here: 'off' or 'auto'")
+            run.journal.note(f"prefix cache off: {problem}")
+            return False
+        self._store = made
+        return True
+
+    def _let_go(self) -> None:
+        if self._cache is not None:
+            self._past = self._numbers()
+            self._cache.remove()
+            self._cache = None
+
+    def remove(self) -> None:
+        if self._numbers()[0]:
+            self._run.journal.note(f"prefix cache: {self._brought()}")
+        self._let_go()
+        self._removed = True
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+
+
+def _boot() -> str:
+    """Return a number that processes of one machine share: a container may have another's host name."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
