@@ -336,6 +336,21 @@ def bench_pipeline(
     typer.echo(text)
 
 
+@bench.command("cache")
+def bench_cache(
+    blocks: Annotated[str, typer.Option(help="Comma-separated numbers of frozen blocks of the six.")] = "3,4,5",
+    rows: Annotated[int, typer.Option(help="Rows of an epoch.")] = 96,
+    epochs: Annotated[int, typer.Option(help="Number of epochs.")] = 3,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Results folder.")] = Path("bench-cache"),
+) -> None:
+    """Measure the prefix cache: steps of MiniLM-L6 with nothing frozen, a frozen prefix, and the cache, in one process."""
+    with _plain_errors("bench"):
+        from smartfrz_ds.bench.cache import bench_cache as measure
+
+        text = measure(out, blocks=_counts("--blocks", blocks), rows=rows, epochs=epochs)
+    typer.echo(text)
+
+
 @bench.command("policies")
 def bench_policies(
     task: Annotated[

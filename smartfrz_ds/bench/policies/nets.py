@@ -232,6 +232,12 @@ def build(task: TaskFile, classes: int) -> nn.Module:
     return ConvNet(ResidualBlock if task.net == "rescnn" else ConvBlock, task.width, task.depth, classes)
 
 
+def minilm_on_bbc(length: int, rows: int) -> tuple[nn.Module, Batch]:
+    """Return MiniLM-L6 with a new head, and the first `rows` training rows of BBC News with `length` tokens."""
+    (inputs, answers), _, classes = _bbc(length, 1)
+    return _minilm(classes), ({name: value[:rows] for name, value in inputs.items()}, answers[:rows])
+
+
 def _minilm(classes: int) -> nn.Module:
     """MiniLM-L6 as in launch/examples/finetune.py: pretrained, with a new head."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
