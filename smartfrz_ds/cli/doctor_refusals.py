@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from smartfrz_ds.config.reading import read_config
-from smartfrz_ds.config.refusals import ENDING, REFUSALS, section, zero_stage
+from smartfrz_ds.config.refusals import ENDING, REFUSALS
 
 from .findings import Finding
 
@@ -69,16 +68,10 @@ def check_together(model: nn.Module, config: Path | Mapping[str, Any] | None) ->
     """
     try:
         from deepspeed.moe.layer import MoE
-
-        from smartfrz_ds.backends.deepspeed.leaf_modules import describe_leaf_modules, leaves_by_config
     except ImportError:
         return []
     raw: Mapping[str, Any] = {} if config is None else config if isinstance(config, Mapping) else read_config(config)[0]
     found = []
     if any(isinstance(m, MoE) for m in model.modules()) and not REFUSALS["moe"].keys(raw):
         found.append((REFUSALS["moe"].describe(raw), REFUSALS["moe"].remedy))
-    zero = section(raw, "zero_optimization")
-    if zero_stage(raw) == 3 and not REFUSALS["granularity"].keys(raw):
-        with contextlib.suppress(ValidationError):  # reported by the check of the JSON
-            found += describe_leaf_modules(model, leaves_by_config(model, zero), zero)
     return [Finding("model", "problem", f"{said}: {ENDING}", remedy) for said, remedy in found]

@@ -49,7 +49,7 @@ class RecomputeBoundary:
         self._layers = layers
         self._mode, self._time = mode, time
         self._on_late = on_late
-        self._anchors: dict[torch.device, Tensor] = {}
+        self._anchors = GradientAnchors()
         self._under: dict[int, bool] = {}  # position of a layer -> seen under reentrant checkpointing
         self._joined: dict[int, bool] = {}  # position of a layer -> whether its region began in front of it
         self._first = 0  # position of the first active layer
@@ -169,9 +169,7 @@ class RecomputeBoundary:
         if tensor.requires_grad or not tensor.is_floating_point():
             return tensor
         if torch.is_grad_enabled():
-            if tensor.device not in self._anchors:
-                self._anchors[tensor.device] = torch.zeros((), device=tensor.device, requires_grad=True)
-            return _Stop.apply(tensor, self._anchors[tensor.device])
+            return self._anchors.requiring_grad(tensor)
         # Inside a frozen layer's own region. The output of an autograd function stops requiring grad unless it is a
         # view created without gradients (torch/csrc/autograd/custom_function.cpp, _wrap_outputs). Such a view has no
         # edge, so nothing flows behind it.
@@ -198,6 +196,20 @@ def _cut_behind_users_hook(module: nn.Module) -> list[RemovableHandle]:
 
 def _cut(module: nn.Module, args: Any, output: Any) -> Any:
     return output.detach() if isinstance(output, Tensor) and output.is_leaf else output
+
+
+class GradientAnchors:
+    """Makes activations require grad although nothing in front of them does. No gradient is passed on."""
+
+    def __init__(self) -> None:
+        self._anchors: dict[torch.device, Tensor] = {}
+
+    def requiring_grad(self, tensor: Tensor) -> Tensor:
+        """Return a copy that requires grad. Call with gradients on."""
+        if tensor.device not in self._anchors:
+            self._anchors[tensor.device] = torch.zeros((), device=tensor.device, requires_grad=True)
+        copy: Tensor = _Stop.apply(tensor, self._anchors[tensor.device])
+        return copy
 
 
 class _Stop(torch.autograd.Function):

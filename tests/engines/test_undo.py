@@ -53,6 +53,8 @@ class Undo:
 BF16_OPTIMIZER = {"data_types": {"grad_accum_dtype": "fp32"}}  # stage 1 with this builds BF16_Optimizer
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 USERS = {"users": True}
+# every block a leaf module; nothing is gathered ahead or kept
+LEAVES = {"leaf_module": {"classes": ["Block"]}, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
 FSDP2 = USERS | {"settings": {"fsdp": {"frozen": "unsharded"}}}
 FP16 = {"dtype": "fp16", "config": {"fp16": {"enabled": True}}}
 UNDO = {
@@ -60,6 +62,7 @@ UNDO = {
     "z0-bf16-kept": Undo("deepspeed", KEPT | {"dtype": "bf16"}, USERS, stride=10),
     "z1-kept": Undo("deepspeed", KEPT | {"stage": 1, "groups": 3}, USERS, stride=31),
     "z3": Undo("deepspeed", {"stage": 3} | zero(sub_group_size=1200), USERS, stride=31),
+    "z3-leaves": Undo("deepspeed", KEPT | {"stage": 3} | zero(**LEAVES), USERS, stride=31),
     "ddp-kept": Undo("ddp", KEPT | {"groups": 3}, USERS, stride=7),
     "fsdp2-kept": Undo("fsdp2", KEPT, FSDP2, stride=7),
     "z0-all": Undo("deepspeed", {"groups": 2}),
@@ -73,6 +76,7 @@ UNDO = {
     "z3-all": Undo("deepspeed", {"stage": 3} | zero(sub_group_size=300), USERS),
     "z3-replicated-all": Undo("deepspeed", {"stage": 3} | frozen_weights("replicated")),
     "z3-offload-all": Undo("deepspeed", KEPT | {"stage": 3} | zero(**OFFLOAD, offload_param={"device": "cpu"})),
+    "z3-leaves-all": Undo("deepspeed", {"stage": 3, "groups": 3} | zero(**LEAVES), USERS),
     "ddp-kept-all": Undo("ddp", KEPT | {"groups": 3}, USERS),
     "fsdp1-kept-all": Undo("fsdp1", KEPT),
     "fsdp2-kept-all": Undo("fsdp2", KEPT, FSDP2),
@@ -80,6 +84,7 @@ UNDO = {
     "z1-lines": Undo("deepspeed", {"stage": 1, "groups": 2}, lines=True, stride=4),
     "z2-bf16-kept-lines": Undo("deepspeed", KEPT | {"stage": 2, "dtype": "bf16"}, lines=True),
     "z3-lines": Undo("deepspeed", {"stage": 3} | zero(sub_group_size=300), lines=True, stride=4),
+    "z3-leaves-lines": Undo("deepspeed", {"stage": 3} | zero(**LEAVES), lines=True, stride=4),
     "z0-fp16-lines": Undo("deepspeed", FP16, USERS, lines=True),
     "ddp-lines": Undo("ddp", lines=True),
     "fsdp1-lines": Undo("fsdp1", lines=True),

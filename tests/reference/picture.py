@@ -118,7 +118,8 @@ class _Walk:
             hooks = [*module._forward_pre_hooks.values(), "|", *module._forward_hooks.values()]
             named = [getattr(h, "__qualname__", None) or f"{type(h).__name__}({getattr(h, 'own_eval', '')})" for h in hooks if h != "|"]
             stays = getattr(vars(module).get("train"), "own_eval", None)
-            yield f"{path}<{name}>", f"training {module.training}, stays in eval {stays}, hooks {named}"
+            behind = len(module._backward_hooks)
+            yield f"{path}<{name}>", f"training {module.training}, stays in eval {stays}, hooks {named}, {behind} in backward"
         for kind, tensors in (("", top.named_parameters()), ("buffer ", top.named_buffers())):
             for name, tensor in tensors:
                 yield from self.of(tensor, f"{path}:{kind}{name}")

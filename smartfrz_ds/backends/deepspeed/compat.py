@@ -13,9 +13,9 @@ from deepspeed.utils import groups
 from packaging.specifiers import SpecifierSet
 
 from smartfrz_ds.backends.probing import CannotTell, ask, ask_count, ask_late, ask_switch
-from smartfrz_ds.config.refusals import REFUSALS, Refusal, number, other_optimizer, section
+from smartfrz_ds.config.refusals import REFUSALS, Refusal, number, other_optimizer
 
-from .leaf_modules import describe_leaf_modules
+from .leaf_modules import describe_partial_leaves
 
 # The backends touch private attributes; each release is looked at and tested before it is added here.
 TESTED_DEEPSPEED = SpecifierSet("==0.19.8")
@@ -200,16 +200,15 @@ _USES: dict[str, Callable[[DeepSpeedEngine], bool]] = {
 
 
 def _leaf_modules(engine: DeepSpeedEngine, raw: dict[str, Any]) -> list[str]:
-    """Describe leaf modules under ZeRO-3; DeepSpeed marks them at every stage (runtime/engine.py, _configure_distributed_model)."""
+    """Describe ZeRO-3 leaf modules that cannot be frozen, and check the names that leaf_modules.py reads at a change."""
     if _stage(engine) != 3 or ask(engine, "basic_optimizer") is None:
         return []
-    is_leaf = ask(deepspeed.utils, "z3_leaf_module")
-    marked = [m for m in engine.module.modules() if is_leaf(m)]
-    # stage3.py: {module: parameters} of those whose gradients one hook reduces together; says the truth if the mark is renamed
-    hooked = list(ask(engine, "optimizer.leaf_parameters"))
-    by_size = ask_count(engine, "zero_module_granularity_threshold()") > 0  # has a name of its own
-    found = [] if by_size else list(dict.fromkeys([*marked, *hooked]))
-    return [f"{said}: {remedy}" for said, remedy in describe_leaf_modules(engine.module, found, section(raw, "zero_optimization"))]
+    ask(deepspeed.utils, "z3_leaf_module")
+    for leaf, params in ask(engine, "optimizer.leaf_parameters").items():  # stage3.py
+        if any(ask(p, "ds_z3_leaf_module") is not leaf for p in params):  # parameter_offload.py
+            raise CannotTell("has a parameter whose ds_z3_leaf_module is not the leaf module in optimizer.leaf_parameters")
+    ask(engine, "optimizer._leaf_module_hooks")
+    return describe_partial_leaves(engine.module)
 
 
 def _waiting_gradients(engine: DeepSpeedEngine, raw: dict[str, Any]) -> list[str]:

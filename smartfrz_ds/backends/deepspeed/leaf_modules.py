@@ -1,102 +1,130 @@
-"""ZeRO-3 leaf modules: which classes are in effect, what made them leaves, and the setting that turns them off.
+"""ZeRO-3 leaf modules: the hooks that reduce their gradients, and leaf modules that DeepSpeed knows only in part.
 
-The weights of a leaf module are gathered together, and one hook on the module reduces all their gradients (deepspeed
-runtime/zero/stage3.py). The ZeRO-3 backend does not support that hook yet.
+The weights of a leaf module are gathered together, and one hook on the module reduces all their gradients when its backward has ended.
+Touched in DeepSpeed 0.19.8:
+  runtime/zero/stage3.py              _leaf_module_hooks, leaf_parameters (create_reduce_and_remove_grad_hooks)
+  runtime/zero/parameter_offload.py   Parameter.ds_z3_leaf_module
+  utils/z3_leaf_module.py             z3_leaf_module
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from deepspeed.utils import z3_leaf_module
+from torch import Tensor, nn
 
-SWITCH = '"zero_optimization": {"leaf_module": {"classes": []}}'
-_EXACT = f"set {SWITCH}; freezing is exact then (each rank runs every module that is in them, so that none waits for another)"
-_ROUTED = (
-    "train with zero_optimization.stage 2, where leaf modules have no effect. Their experts are modules in a list: without the leaf, "
-    f"{SWITCH}, ZeRO-3 hangs as soon as two ranks send their tokens to different experts"
-)
+from smartfrz_ds.model.activation_checkpointing import GradientAnchors
+from smartfrz_ds.model.hooks import ModuleHook
+
+from .base import ZeroParam
+
+Leaves = Mapping[nn.Module, Sequence[ZeroParam]]
 
 
-def describe_leaf_modules(model: nn.Module, leaves: Sequence[nn.Module], zero: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Describe leaf modules for a refusal.
+def by_leaf(params: Iterable[ZeroParam]) -> tuple[list[ZeroParam], dict[nn.Module, list[ZeroParam]]]:
+    """Sort parameters by the leaf module to which they belong.
 
     Args:
-        model: The whole model.
-        leaves: Its leaf modules.
-        zero: The section zero_optimization of the config.
+        params: Parameters of a ZeRO-3 engine.
 
     Returns:
-        Pairs of text and remedy, one for each cause of leaf modules.
+        The parameters outside leaf modules, and for each leaf module its parameters.
     """
-    names = {id(module): name for name, module in model.named_modules()}
-    by_maker: dict[str, list[nn.Module]] = {}
-    for leaf in leaves:
-        by_maker.setdefault(_maker(leaf, names.get(id(leaf), ""), zero), []).append(leaf)
+    outside: list[ZeroParam] = []
+    leaves: dict[nn.Module, list[ZeroParam]] = {}
+    for p in params:
+        # parameter_offload.py, _register_deepspeed_module: set on the parameters of the outermost leaf module only
+        leaf = getattr(p, "ds_z3_leaf_module", None)
+        if leaf is None:
+            outside.append(p)
+        else:
+            leaves.setdefault(leaf, []).append(p)
+    return outside, leaves
+
+
+class LeafHooks:
+    """The gradient hooks of the leaf modules of one engine. DeepSpeed's own are in effect until the first change of the layout.
+
+    torch runs a full backward hook when the gradient of the module's input is complete, and so are those of its parameters. If no
+    input requires grad, as behind a frozen prefix, the hook runs before any of them: DeepSpeed would reduce zeros and release the weights
+    that backward still needs. So the inputs of a leaf module with active parameters are made to require grad if none does.
+
+    Args:
+        zero: The optimizer wrapper.
+    """
+
+    def __init__(self, zero: Any) -> None:
+        self._zero = zero
+        self._anchors = GradientAnchors()
+        self._open_inputs(zero.leaf_parameters)  # stage3.py: {leaf module: its parameters in the optimizer}
+
+    def remove(self) -> None:
+        """Remove all hooks, DeepSpeed's own ones too."""
+        for hook in self._zero._leaf_module_hooks:  # stage3.py
+            hook.remove()
+        self._zero._leaf_module_hooks = []
+
+    def make(self, leaves: Leaves, reduce: Callable[[Sequence[ZeroParam]], None]) -> None:
+        """Create the hooks for these leaf modules.
+
+        Args:
+            leaves: The leaf modules with active parameters, and these parameters.
+            reduce: Reduces the gradients of parameters, counted as one hook.
+        """
+        zero = self._zero
+        # created in create_reduce_and_remove_grad_hooks (stage3.py)
+        zero.leaf_parameters = {leaf: list(params) for leaf, params in leaves.items()}
+        for leaf, params in leaves.items():
+            hook = ModuleHook(partial(_reduce_leaf, list(params), reduce))
+            zero._leaf_module_hooks.append(leaf.register_full_backward_hook(hook))  # one by one: an undo removes those in the list
+        self._open_inputs(leaves)
+
+    def _open_inputs(self, leaves: Iterable[nn.Module]) -> None:
+        for leaf in leaves:
+            # In front of DeepSpeed's own hooks, which count the inputs that require grad to know when a module's backward has ended.
+            opener = leaf.register_forward_pre_hook(ModuleHook(self._open), prepend=True)
+            self._zero._leaf_module_hooks.append(opener)  # stage3.py: a list that DeepSpeed's destroy() removes
+
+    def _open(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not torch.is_grad_enabled() or any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            return None
+        floating = [isinstance(x, Tensor) and x.is_floating_point() for x in args]
+        return tuple(self._anchors.requiring_grad(x) if opens else x for x, opens in zip(args, floating, strict=True))
+
+
+def _reduce_leaf(
+    params: Sequence[ZeroParam], reduce: Callable[[Sequence[ZeroParam]], None], module: nn.Module, grad_input: Any, grad_output: Any
+) -> None:
+    for p in params:
+        if p.grad is None:  # an expert to which no token was routed; every rank must reduce it all the same
+            p.grad = torch.zeros_like(p)
+    reduce(params)
+
+
+def describe_partial_leaves(model: nn.Module) -> list[str]:
+    """Describe leaf modules whose mark and whose hooks disagree, for a refusal.
+
+    Args:
+        model: The module of a ZeRO-3 engine.
+
+    Returns:
+        Texts with the remedy.
+    """
+    late = {type(m).__name__ for m in model.modules() if z3_leaf_module(m) and by_leaf(m.parameters())[0]}
+    left = {type(leaf).__name__ for leaf in by_leaf(model.parameters())[1] if not z3_leaf_module(leaf)}
     found = []
-    for maker, modules in by_maker.items():
-        classes = dict.fromkeys(type(m).__name__ for m in modules)
-        counts = ", ".join(f"{sum(type(m).__name__ == c for m in modules)} of class {c}" for c in classes)
-        routed = any(isinstance(child, nn.ModuleList) and len(child) > 1 for m in modules for child in m.modules())
-        remedy = _ROUTED if routed else _EXACT
-        if maker == _SCRIPT:
-            classes_text = ", ".join(classes)
-            remedy = f"do not call it, or call unset_z3_leaf_modules(model, [{classes_text}]) before the engine is created; and {remedy}"
-        found.append((f"ZeRO-3 leaf modules ({counts}), turned on by {maker}", remedy))
+    if late:
+        found.append(
+            f"ZeRO-3 leaf modules that were marked after the engine was created ({', '.join(sorted(late))}): call set_z3_leaf_modules "
+            "before deepspeed.initialize; freezing works then"
+        )
+    if left:
+        found.append(
+            f"ZeRO-3 leaf modules whose mark was removed after the engine was created ({', '.join(sorted(left))}): call "
+            "unset_z3_leaf_modules before deepspeed.initialize, or not at all; freezing works then"
+        )
     return found
-
-
-_SCRIPT = "a call of set_z3_leaf_modules, in the script or in a library"
-
-
-def _maker(module: nn.Module, name: str, zero: Mapping[str, Any]) -> str:
-    """Return the cause that made this module a leaf.
-
-    Source: deepspeed/utils/z3_leaf_module.py, apply_zero_leaf_module_config.
-    """
-    section = zero.get("leaf_module")
-    section = section if isinstance(section, Mapping) else {}
-    kind = type(module)
-    own = (kind.__name__, f"{kind.__module__}.{kind.__qualname__}")
-    for entry in _entries(section, "classes"):
-        if entry in own:
-            return f"zero_optimization.leaf_module.classes: {entry!r} in the config"
-    for entry in _entries(section, "names"):
-        if entry == name:
-            return f"zero_optimization.leaf_module.names: {entry!r} in the config"
-    for entry in _entries(section, "name_suffixes"):
-        if name.endswith(entry):
-            return f"zero_optimization.leaf_module.name_suffixes: {entry!r} in the config"
-    if "classes" not in section and any(entry in own for entry in default_classes()):
-        return "DeepSpeed itself, which makes leaves of its DEFAULT_LEAF_MODULE_CLASSES (the config does not name them)"
-    return _SCRIPT
-
-
-def default_classes() -> Sequence[str]:
-    """Return the classes that DeepSpeed turns into leaves if the config names none."""
-    from deepspeed.runtime.zero.leaf_module_config import DEFAULT_LEAF_MODULE_CLASSES
-
-    return list(DEFAULT_LEAF_MODULE_CLASSES)
-
-
-def _entries(section: Mapping[str, Any], key: str) -> list[str]:
-    value = section.get(key)
-    return [value] if isinstance(value, str) else [str(entry) for entry in value] if isinstance(value, list | tuple) else []
-
-
-def leaves_by_config(model: nn.Module, zero: Mapping[str, Any]) -> list[nn.Module]:
-    """Return the modules that DeepSpeed would turn into leaves with this config, and those that are leaves already. Changes nothing."""
-    from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
-    from deepspeed.utils.z3_leaf_module import apply_zero_leaf_module_config, set_z3_leaf_module, z3_leaf_module
-
-    before = [m for m in model.modules() if z3_leaf_module(m)]
-    section = zero.get("leaf_module")
-    config = DeepSpeedZeroLeafModuleConfig(**(section if isinstance(section, Mapping) else {}))
-    wanted = [*config.classes, *config.names, *config.name_suffixes]
-    made = apply_zero_leaf_module_config(model, config) if wanted else []  # it warns if nothing is wanted
-    known = {id(m) for m in before}
-    for module in made:
-        if id(module) not in known:
-            set_z3_leaf_module(module, False)
-    return list(dict.fromkeys([*before, *made]))

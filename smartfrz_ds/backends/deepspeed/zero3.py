@@ -8,7 +8,7 @@ buffers. Touched in DeepSpeed 0.19.8, all in runtime/zero/stage3.py unless named
   buffers      lp_param_buffer, param_groups_fp16_flat_cpu_memory, grad_partitions_flat_buffer and the private dictionary
                __param_id_to_grad_partition, averaged_gradients, norm_for_param_grads, Parameter.ds_tensor
   numbering    param_dict, params_already_reduced, grad_position
-  hooks        _grad_acc_hooks (made here: DeepSpeed's own way gathers every parameter to do it)
+  hooks        _grad_acc_hooks (made here: DeepSpeed's own way gathers every parameter to do it); of leaf modules: leaf_modules.py
   coordinator  see trace.py; runtime/zero/parameter_offload.py: partition_all_parameters, persistent_parameters
   parameters   runtime/zero/partition_parameters.py: ds_status, ds_persist, ds_active_sub_modules, ds_numel, partition, all_gather
 """
@@ -35,6 +35,7 @@ from smartfrz_ds.backends.transaction import Transaction
 from smartfrz_ds.errors import FreezeError
 
 from .base import ZeroParam
+from .leaf_modules import LeafHooks, by_leaf
 from .model_files import ModelStates
 from .replicas import Replicas
 from .trace import renew_trace
@@ -67,6 +68,7 @@ class Zero3Backend(ShardedBackend):
         offloads = [name for name in ("optimizer", "param") if getattr(zero, f"offload_{name}")]
         self.name = "ZeRO-3" + (f" with offloaded {' and '.join(offloads)}" if offloads else "")
         self._replicas = Replicas(zero, frozen)
+        self._leaf_hooks = LeafHooks(zero)
 
     # --- FlatBackend ----------------------------------------------------------------------------------------------------------
 
@@ -115,6 +117,7 @@ class Zero3Backend(ShardedBackend):
         for hook in zero._grad_acc_hooks:
             hook.remove()
         zero._grad_acc_hooks = []
+        self._leaf_hooks.remove()
         zero.averaged_gradients = {}
         # The buffer in which gradients are accumulated: gone before anything new is made.
         getattr(zero, _GRAD_PARTITIONS).clear()
@@ -226,19 +229,23 @@ class Zero3Backend(ShardedBackend):
     def _make_hooks(self, groups: list[list[ZeroParam]]) -> None:
         """Create the hooks of create_reduce_and_remove_grad_hooks without gathering each parameter: the hook needs no data."""
         zero = self.wrapper
-        params = [p for group in groups for p in group]
+        outside, leaves = by_leaf(p for group in groups for p in group)
+
+        def reduce(params: Sequence[ZeroParam]) -> None:
+            refresh = zero.should_refresh_expected_hook_count()
+            zero.reenter_backward_if_needed()
+            for param in params:
+                zero.reduce_ready_partitions_and_remove_grads(param)
+            expected = count_used_parameters_in_backward(outside) + len(leaves) if refresh else zero._max_expected_hooks_seen
+            zero.update_hook_state_and_maybe_run_epilogue(expected)
 
         def hook_of(param: ZeroParam) -> Callable[..., None]:
-            def reduce_and_remove(*_: Any) -> None:
-                refresh = zero.should_refresh_expected_hook_count()
-                zero.reenter_backward_if_needed()
-                zero.reduce_ready_partitions_and_remove_grads(param)
-                expected = count_used_parameters_in_backward(params) if refresh else zero._max_expected_hooks_seen
-                zero.update_hook_state_and_maybe_run_epilogue(expected)
+            alone = (param,)
+            return lambda *_: reduce(alone)
 
-            return reduce_and_remove
-
-        zero._grad_acc_hooks = [register_grad_hook(p, hook_of(p)) for p in params]
+        for p in outside:  # one by one: an undo removes those in the list
+            zero._grad_acc_hooks.append(register_grad_hook(p, hook_of(p)))
+        self._leaf_hooks.make(leaves, reduce)
         zero._remaining_grad_acc_hooks = 0
 
     # --- checkpoints ------------------------------------------------------------------------------------------------------------
