@@ -85,9 +85,10 @@ class LeafHooks:
 
     def _open_inputs(self, leaves: Iterable[nn.Module]) -> None:
         for leaf in leaves:
-            # In front of DeepSpeed's own hooks, which count the inputs that require grad to know when a module's backward has ended.
-            opener = leaf.register_forward_pre_hook(ModuleHook(self._open), prepend=True)
-            self._zero._leaf_module_hooks.append(opener)  # stage3.py: a list that DeepSpeed's destroy() removes
+            # In front of DeepSpeed's own hooks, which count the inputs that require grad to know when a module's backward has ended. In
+            # the list (stage3.py) that DeepSpeed's destroy() goes through.
+            opener = ModuleHook(self._open)
+            self._zero._leaf_module_hooks.append(leaf.register_forward_pre_hook(opener, prepend=True))
 
     def _open(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not torch.is_grad_enabled() or any(isinstance(x, Tensor) and x.requires_grad for x in args):
