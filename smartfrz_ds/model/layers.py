@@ -13,7 +13,7 @@ from torch import nn
 
 from smartfrz_ds.model.finding.facts import numel_of, shape_of
 from smartfrz_ds.model.finding.patterns import pattern_groups
-from smartfrz_ds.model.finding.structure import Group, LayerKind, block_groups, child_groups
+from smartfrz_ds.model.finding.structure import Group, LayerKind
 
 __all__ = ["Layer", "LayerKind", "find_layers", "shape_of"]
 
@@ -85,7 +85,10 @@ def find_layers(model: nn.Module, patterns: str | Sequence[str] = "auto") -> tup
     Patterns are globs (`*`, `?`, `[...]`) matched part by part against the dotted names of modules and parameters,
     from the root: `encoder.layer.*` matches `encoder.layer.3`, but neither `encoder.layer.3.output` nor
     `bert.encoder.layer.3`. Every match is a layer; several matches of one pattern keep the model's order (`layer.9`
-    before `layer.10`). Weights that no pattern matches go to the head.
+    before `layer.10`). A match inside another one is taken out of it, and stands beside the rest of it: in front if its
+    pattern is listed before the other's, else behind. "auto" in the list stands for all layers that are found without
+    patterns: `["auto", "model.layers.*.mlp.experts"]` makes each expert bank a layer behind the rest of its block.
+    Weights that no pattern matches go to the head.
 
     A parameter that several layers use belongs to the front one. Layers whose parameters the user froze are listed
     with `params == ()`.
@@ -102,7 +105,7 @@ def find_layers(model: nn.Module, patterns: str | Sequence[str] = "auto") -> tup
         raise ValueError("the model has no trainable parameters: there is nothing to freeze")
     if isinstance(patterns, str) and patterns != "auto":
         raise ValueError(f"smartfrz.layers: got {patterns!r}; allowed: 'auto' or a list of names, front to back")
-    groups = (block_groups(model) or child_groups(model)) if patterns == "auto" else pattern_groups(model, patterns)
+    groups = pattern_groups(model, [patterns] if isinstance(patterns, str) else patterns)
     return _build(model, groups)
 
 

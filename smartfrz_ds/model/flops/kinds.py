@@ -53,6 +53,16 @@ def module_flops(module: nn.Module, x: Tensor) -> float:
     return flops
 
 
+def grouped_mm_flops(a: Tensor, b: Tensor) -> float:
+    """Return the FLOPs of a product in which groups of rows meet different matrices: two for each row, and element of its matrix.
+
+    Args:
+        a: (rows, in), the rows sorted by group; or (groups, rows, in).
+        b: (groups, in, out); or (in, rows), its columns sorted by group.
+    """
+    return 2.0 * b.numel() * a.shape[-2] if a.ndim > b.ndim else 2.0 * a.numel() * b.shape[-1]
+
+
 def _is_attention(module: nn.Module) -> bool:
     name = class_of(module).__name__.lower()
     return ("attention" in name or name.endswith("attn")) and next(module.parameters(), None) is not None

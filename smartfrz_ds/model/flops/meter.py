@@ -27,7 +27,7 @@ from smartfrz_ds.model.freeze_modules import TiedMode
 from smartfrz_ds.model.hooks import ModuleHook, PluginTime
 from smartfrz_ds.model.layers import Layer
 
-from .kinds import counted_modules, is_compiled, module_flops, uses_flex_attention
+from .kinds import counted_modules, grouped_mm_flops, is_compiled, module_flops, uses_flex_attention
 from .profile import FlopProfile, Gradient, chain_profile
 
 aten = torch.ops.aten
@@ -39,6 +39,10 @@ _ATTENTION = {
     aten._scaled_dot_product_efficient_attention,
     aten._scaled_dot_product_cudnn_attention,
 }
+
+# Missing too: one matrix for each group of rows, as the experts of a mixture have them; transformers has a custom op for where torch's
+# kernel cannot run (integrations/moe.py).
+_GROUPED = {"aten._grouped_mm", "transformers.grouped_mm_fallback"}
 
 
 class FlopMeter:
@@ -229,18 +233,20 @@ class _Count(TorchDispatchMode):
         if packet is aten.embedding:
             # the lookup, not the weight: only this use of a tied weight is cut when its layer freezes
             origins[0] = origins[0]._replace(layers=self._looked_up.get(operands[0], origins[0].layers))
+        # no gradient passes whole numbers: the indices by which a router chooses experts
+        carriers = [origin for x, origin in zip(operands, origins, strict=True) if x.is_floating_point() or x.is_complex()]
         mask = 0
-        for origin in origins:
+        for origin in carriers:
             mask |= origin.layers
         at = max((origin.at for origin in origins), default=-1)
         # without gradients it is inside an autograd function rather than a cut by the user
         if packet is aten.detach and torch.is_grad_enabled():
             mask = 0
-        made = _Origin(mask, at, bool(origins) and all(origin.weight for origin in origins))
+        made = _Origin(mask, at, bool(carriers) and all(origin.weight for origin in carriers))
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
                 self._origin[x] = made
-        if getattr(func, "namespace", "higher_order") not in _OWN_OPS and packet not in flop_registry:
+        if getattr(func, "namespace", "higher_order") not in _OWN_OPS and packet not in flop_registry and str(packet) not in _GROUPED:
             self._unseen.setdefault(max(at, 0), str(packet))
         self._add(packet, args, kwargs, out, mask, max(at, 0))
         return out
@@ -249,12 +255,13 @@ class _Count(TorchDispatchMode):
         if packet in _ATTENTION:
             flops = float(sdpa_flop_count(*(x.shape for x in args[:3])))
             self._note(False, mask, 2.5 * flops)  # five products, including the scores again: sdpa_backward_flop_count
-        elif packet not in flop_registry:
+        elif packet not in flop_registry and str(packet) not in _GROUPED:
             return
         else:
-            flops = float(flop_registry[packet](*args, **kwargs, out_val=out))
-            if packet in _OPERANDS:
-                factors = [self._origin.get(args[i], _NOWHERE) for i in _OPERANDS[packet]]
+            grouped = packet not in flop_registry
+            flops = grouped_mm_flops(*args[:2]) if grouped else float(flop_registry[packet](*args, **kwargs, out_val=out))
+            if grouped or packet in _OPERANDS:
+                factors = [self._origin.get(args[i], _NOWHERE) for i in _OPERANDS.get(packet, (0, 1))]
                 # A weight behind the first layer, times something that no op of torch's has made of the model's inputs.
                 if at > 0 and any(x.weight for x in factors) and any(x.at < 0 for x in factors):
                     self._unseen.setdefault(at, "compiled functions or kernels outside of torch's dispatcher")
