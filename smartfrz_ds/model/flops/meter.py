@@ -242,7 +242,8 @@ class _Count(TorchDispatchMode):
         # without gradients it is inside an autograd function rather than a cut by the user
         if packet is aten.detach and torch.is_grad_enabled():
             mask = 0
-        made = _Origin(mask, at, bool(carriers) and all(origin.weight for origin in carriers))
+        looked_up = packet is aten.embedding  # an activation, whatever it is read from
+        made = _Origin(mask, at, bool(carriers) and not looked_up and all(origin.weight for origin in carriers))
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
                 self._origin[x] = made
