@@ -189,7 +189,7 @@ REFUSALS: dict[str, Refusal] = {
     "hybrid_engine": Refusal(name="the hybrid engine", remedy="set hybrid_engine.enabled to false", keys=_flag("hybrid_engine", "enabled")),
     "granularity": Refusal(
         name="ZeRO-3 leaf modules by size",
-        remedy="remove it, or train with zero_optimization.stage 2",
+        remedy="remove it, and name the modules instead (zero_optimization.leaf_module: classes, names or name_suffixes)",
         keys=_granularity,
         otherwise="zero_optimization.stage3_module_granularity_threshold",
     ),

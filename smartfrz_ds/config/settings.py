@@ -65,7 +65,8 @@ class FreezeConfig(Section):
     layers: Literal["auto"] | Annotated[Patterns, Field(min_length=1)] = setting(
         "auto",
         "'auto' or a list of one or more name patterns",
-        "The freezable layers, front to back: detected from the model's structure, or listed as name patterns (`*` matches anything).",
+        "The freezable layers, front to back: detected from the model's structure, or listed as name patterns (`*` matches anything). A "
+        "pattern that matches inside a layer takes that part out; 'auto' in the list stands for the detected layers.",
     )
     keep_active: Patterns = setting(
         (), "a list of name patterns", "Layers that never freeze: patterns of their names, or of modules inside them."

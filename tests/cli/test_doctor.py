@@ -279,8 +279,8 @@ def test_values_that_a_trainer_fills_in_are_none_of_them() -> None:
     assert wrong_values(GOOD | {"zero_optimization": auto, "fp16": {"enabled": "auto"}, "bf16": {"enabled": "auto"}}) == []
 
 
-def test_leaf_modules_need_the_json_and_the_model(tmp_path: Path) -> None:
-    """In the words of the start: see test_moe.py."""
+def test_leaf_modules_are_no_finding(tmp_path: Path) -> None:
+    """DeepSpeed makes them of some models by itself, and freezing supports them: see test_moe.py."""
     (tmp_path / "somebodys_moe.py").write_text(
         "from transformers import MixtralConfig, MixtralForCausalLM as M\n"
         "def build():\n"
@@ -298,11 +298,7 @@ def test_leaf_modules_need_the_json_and_the_model(tmp_path: Path) -> None:
             sys.path.remove(str(tmp_path))
 
     pytest.importorskip("transformers")
-    assert problems(stage=2) == problems(stage=3, leaf_module={"classes": []}) == []
-    (text,) = problems(stage=3)
-    assert "2 of class MixtralSparseMoeBlock), turned on by DeepSpeed itself" in text
-    (text,) = problems(stage=3, leaf_module={"classes": ["MixtralSparseMoeBlock"]})
-    assert "turned on by zero_optimization.leaf_module.classes: 'MixtralSparseMoeBlock'" in text
+    assert problems(stage=2) == problems(stage=3) == problems(stage=3, leaf_module={"classes": ["MixtralSparseMoeBlock"]}) == []
 
 
 @pytest.mark.parametrize(
