@@ -102,7 +102,9 @@ class ListedSparseBlock(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gate = nn.Linear(16, EXPERTS, bias=False)
+        self.gate = nn.Linear(16, EXPERTS)
+        with torch.no_grad():
+            self.gate.bias.copy_(torch.linspace(0.8, -0.8, EXPERTS))  # uneven: in many steps an expert has no token
         self.experts = nn.ModuleList(nn.Sequential(nn.Linear(16, 8, bias=False), nn.SiLU(), nn.Linear(8, 16)) for _ in range(EXPERTS))
         self.idle = 0  # how many times an expert had no token
 
