@@ -30,7 +30,7 @@ def listed(name: str, stage: int, plan: str, **more: Any) -> Case:
 
 MODELS = [Case(f"{kind} z{stage}", kind, stage) for kind in HUGGING_FACE for stage in range(4)]
 BANKS = [Case(f"{kind} z{stage} {plan}", kind, stage, plan) for kind in HUGGING_FACE for plan in PARTS for stage in range(4)]
-LISTS = [listed(f"Listed z{stage} {plan}", stage, plan) for plan in PLANS if plan != "none" for stage in range(4)]
+LISTS = [listed(f"Listed z{stage} {plan}", stage, plan) for plan in PLANS if plan not in ("none", "judged") for stage in range(4)]
 OPTIONS = [
     *(
         Case(f"Mixtral z3 {name}", "Mixtral", 3, **more)
@@ -58,6 +58,7 @@ OPTIONS = [
     listed("Listed z3 accumulation clip", 3, "only some experts", accumulation=2, clip=0.7),
 ]
 CASES = {case.name: case for case in [*MODELS, *BANKS, *LISTS, *OPTIONS]}
+JUDGED = listed("judged", 3, "judged")
 QUICK = ["Mixtral z0", "Mixtral z3 resume", "Qwen2Moe z1", "Mixtral z3 only experts", "Listed z3 only some experts"]
 Outcomes = Callable[[str], Path]
 
@@ -75,7 +76,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     def of(name: str) -> Path:
         number = next((i for i, names in enumerate(launches) if name in names), 0)
         if number not in folders:
-            job = {"cases": [dataclasses.asdict(CASES[n]) for n in launches[number]], "starts": number == 0}
+            cases = [*(CASES[n] for n in launches[number]), *([JUDGED] if number == 0 else [])]
+            job = {"cases": [dataclasses.asdict(case) for case in cases], "starts": number == 0}
             folders[number] = run_worker("moe", job, tmp_path_factory.mktemp("moe"), timeout=500)
         return folders[number]
 
@@ -117,6 +119,14 @@ def test_a_run_with_freezes_equals_one_process(outcomes: Outcomes, name: str) ->
         assert max(seen["own"]) == max(seen["apart"]) == 0.0
     bytes_ = [seen["bytes"][1], min(seen["bytes"][1:])]
     print(f"| {name} | {max(seen['own']):.1e} | {max(seen['apart']):.1e} | {bytes_[0]:,} -> {bytes_[1]:,} | {seen['saved']:.1%} |")
+
+
+def test_a_policy_reads_experts_that_had_no_token(outcomes: Outcomes) -> None:
+    for rank in (0, 1):
+        seen = json.loads((outcomes("judged") / f"judged.{rank}.json").read_text())
+        assert seen["frozen"][-1] and len(seen["frozen"][-1]) <= 0.6 * seen["layers"] and seen["drift"] == 0.0
+        assert any("experts" in name for name in seen["frozen"][-1]) and seen["foreign"] == []
+        assert seen["sampled"] == (seen["layers"] if rank == 0 else 0), "snapshots are kept on rank 0"
 
 
 def test_starts(outcomes: Outcomes) -> None:

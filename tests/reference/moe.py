@@ -32,6 +32,7 @@ def alone(*pairs: tuple[int, int]) -> list[str]:
 #: name -> the setting `layers`, and what is frozen and thawed before which step
 PLANS: dict[str, tuple[tuple[str, ...] | None, dict[int, tuple[str, list[str]]]]] = {
     "none": (None, {}),
+    "judged": (ALONE, {}),
     # a prefix grows, one behind an active layer, a thaw in the prefix and one in the middle
     "blocks": (
         None,

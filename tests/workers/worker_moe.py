@@ -19,6 +19,17 @@ from workers import ranks
 import smartfrz_ds
 from smartfrz_ds.cli.doctor_refusals import check_together
 
+JUDGED = {
+    "policy": "weight_drift",
+    "weight_drift": {"threshold": 1.0, "start_step": 3},
+    "warmup_steps": 0,
+    "freeze_interval": 2,
+    "cooldown": 0,
+    "max_frozen_fraction": 0.6,
+    "total_steps": 9,
+    "window": 3,
+}
+
 
 def config(case: moe.Case) -> dict[str, Any]:
     found: dict[str, Any] = {
@@ -48,6 +59,8 @@ def config(case: moe.Case) -> dict[str, Any]:
             "snapshot_interval": 1,
         },
     }
+    if case.plan == "judged":
+        found["smartfrz"] |= JUDGED
     if case.dtype == "bf16":
         found["bf16"] = {"enabled": True}
     return found
@@ -152,6 +165,25 @@ def run(case: moe.Case, folder: Path) -> dict[str, Any]:
     return facts
 
 
+def judged(case: moe.Case) -> dict[str, Any]:
+    """A policy decides by snapshots. Returns what froze, and the layers whose last sample is not of their weights."""
+    engine = start(case)
+    seen = Seen()
+    for step in range(case.steps):
+        before = weights(engine.module)
+        held = {n for n, p in engine.module.named_parameters() if not p.requires_grad}
+        engine.backward(moe.loss_of(engine, case, step, 0, dist.get_rank()))
+        engine.step()
+        now = weights(engine.module)
+        seen.drift = max([seen.drift, *((now[n] - before[n]).abs().max().item() for n in held)])
+        seen.frozen.append(list(engine.smartfrz.frozen))
+    sampled = {name: window["weights"][-1] for name, window in engine.smartfrz.state_dict()["history"].items()}
+    whole = {name: torch.cat([w for n, w in now.items() if moe.layer_of(n, case.layers) == name]) for name in sampled}
+    foreign = [name for name, sample in sampled.items() if not torch.isin(sample, whole[name]).all()]
+    engine.destroy()
+    return {"frozen": seen.frozen, "drift": seen.drift, "sampled": len(sampled), "foreign": foreign, "layers": len(engine.smartfrz.layers)}
+
+
 # --- starts ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -232,7 +264,7 @@ def main() -> None:
         for item in job["cases"]:
             case = moe.Case(**item | {"saves": tuple(item["saves"])})
             with ranks.case(case.name):
-                ranks.write(folder, case.name, run(case, folder / case.name))
+                ranks.write(folder, case.name, judged(case) if case.plan == "judged" else run(case, folder / case.name))
         if job["starts"]:
             with ranks.case("starts"):
                 ranks.write(folder, "starts", starts())
