@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from smartfrz_ds.config.settings import FreezeConfig
 from smartfrz_ds.model.finding.facts import numel_of
 from smartfrz_ds.model.flops import FlopMeter, step_flops
+from smartfrz_ds.model.flops.kinds import module_flops
 from smartfrz_ds.model.freeze_modules import freeze_modules, thaw_modules
 from smartfrz_ds.model.keep_active import keep_active, names_inside
 from smartfrz_ds.model.layers import Layer, find_layers
@@ -199,6 +200,10 @@ def test_flops_of_transformers_experts(kernel: str) -> None:
     assert meter.profile is not None and not meter.estimated
     routed = 12 * 2  # tokens times experts per token
     assert meter.profile.forward[layers.index(next(x for x in layers if x.name.endswith("experts")))] == routed * 2.0 * (16 * 48 + 24 * 16)
+    bank = model.model.layers[0].mlp.experts
+    assert module_flops(bank, torch.zeros(12, 16), 2) == routed * 2.0 * (16 * 48 + 24 * 16), (
+        "the estimate for kernels that cannot be counted"
+    )
     banks = [i for i, x in enumerate(layers) if x.name.endswith("experts")]
     saved = step_flops(meter.profile, ()).total - step_flops(meter.profile, banks).total
     assert saved == 2 * routed * 2.0 * (16 * 48 + 24 * 16), "the gradients of the weights of two banks"

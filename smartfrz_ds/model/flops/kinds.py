@@ -27,7 +27,7 @@ def _counted(module: nn.Module, *, within: bool) -> Iterator[nn.Module]:
         yield from _counted(child, within=within or attends)
 
 
-def module_flops(module: nn.Module, x: Tensor) -> float:
+def module_flops(module: nn.Module, x: Tensor, experts: int | None = None) -> float:
     """Return the FLOPs of one forward of a module itself, without its children.
 
     A lookup costs nothing; a matrix two for each element and position; a convolution likewise, at each position of its output; attention
@@ -36,6 +36,8 @@ def module_flops(module: nn.Module, x: Tensor) -> float:
     Args:
         module: A module that `counted_modules` yields.
         x: Its input: (batch, ..., width), or (batch, channels, ...) for a convolution.
+        experts: How many experts a position is routed to, if the module is told: of parameters with three dimensions, which hold a
+            matrix for each expert, only so many matrices count.
     """
     kind = class_of(module)
     if issubclass(kind, nn.Embedding | nn.EmbeddingBag):
@@ -46,6 +48,9 @@ def module_flops(module: nn.Module, x: Tensor) -> float:
     if issubclass(kind, nn.modules.conv._ConvNd):
         transposed, channels = issubclass(kind, nn.modules.conv._ConvTransposeNd), x.shape[-len(conv.kernel_size) - 1]
         positions = x.numel() / max(1, channels) / (1 if transposed else prod(conv.stride))
+    elif experts is not None and any(len(shape_of(p)) == 3 for p in own):
+        own_numel = sum(numel_of(p) * (experts / shape_of(p)[0] if len(shape_of(p)) == 3 else 1.0) for p in own)
+        return 2.0 * own_numel * positions
     flops = sum(2.0 * numel_of(p) for p in own) * positions
     if _is_attention(module) and x.ndim == 3:
         batch, length, width = x.shape

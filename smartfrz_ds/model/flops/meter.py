@@ -198,9 +198,13 @@ class _Count(TorchDispatchMode):
 
     def meet(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Register the tensors that currently replace this module's parameters, and the FLOPs of its kind."""
-        x = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()), None)
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        x = next((x for x in given if x.is_floating_point()), None)
         if x is not None and (position := self.kinds.get(module)) is not None:
-            self._by_kind[position] += module_flops(module, x)
+            # the experts of each position, which transformers passes to a bank: (positions, experts per position)
+            chosen = [c for c in given if c.ndim == 2 and x.ndim and not c.is_floating_point()]
+            numbers = [c.shape[1] for c in chosen if c.shape[0] * x.shape[-1] == x.numel()]
+            self._by_kind[position] += module_flops(module, x, *numbers[:1])
         for name, p in self.places.get(module, {}).items():
             now = getattr(module, name, None)
             if isinstance(now, Tensor) and now is not p and p in self._origin:
