@@ -200,14 +200,13 @@ _USES: dict[str, Callable[[DeepSpeedEngine], bool]] = {
 
 
 def _leaf_modules(engine: DeepSpeedEngine, raw: dict[str, Any]) -> list[str]:
-    """Describe ZeRO-3 leaf modules that cannot be frozen, and check the names that leaf_modules.py reads at a change."""
+    """Describe ZeRO-3 leaf modules that cannot be frozen."""
     if _stage(engine) != 3 or ask(engine, "basic_optimizer") is None:
         return []
     ask(deepspeed.utils, "z3_leaf_module")
     for leaf, params in ask(engine, "optimizer.leaf_parameters").items():  # stage3.py
         if any(ask(p, "ds_z3_leaf_module") is not leaf for p in params):  # parameter_offload.py
             raise CannotTell("has a parameter whose ds_z3_leaf_module is not the leaf module in optimizer.leaf_parameters")
-    ask(engine, "optimizer._leaf_module_hooks")
     return describe_partial_leaves(engine.module)
 
 

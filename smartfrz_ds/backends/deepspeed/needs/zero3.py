@@ -1,4 +1,4 @@
-"""What ZeRO-3 needs (zero3.py, replicas.py, trace.py)."""
+"""What ZeRO-3 needs (zero3.py, leaf_modules.py, replicas.py, trace.py)."""
 
 from __future__ import annotations
 
@@ -66,7 +66,10 @@ ZERO3 = [
     # replaced on this one object, through which DeepSpeed partitions everything after a step and a load
     *late("optimizer", _ZERO3, "partition_all_parameters", used_by="_partition_all_parameters"),
     *late("optimizer", _ZERO3, "_partition_all_parameters", used_by="step"),
+    # leaf modules
     *takes("deepspeed.utils", "utils/z3_leaf_module.py", "z3_leaf_module(1)"),
+    *has("optimizer", _ZERO3, "_leaf_module_hooks:list"),
+    *late("optimizer.parameter_offload", _OFFLOAD, "ds_z3_leaf_module", used_by="_register_deepspeed_module"),
     *FRAGMENTS,
 ]
 
