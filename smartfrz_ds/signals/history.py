@@ -31,12 +31,15 @@ class History:
             lr_spent: Sum of the learning rates so far, of all layers or of each.
             weights: (sample_size,) fp32 samples of each layer.
         """
+        places = []
         for name, values in weights.items():
             spent = lr_spent[name] if isinstance(lr_spent, Mapping) else lr_spent
             rows = self._snapshots.get(name)
             if rows is None:
                 rows = self._snapshots[name] = _Rows(self.window)
-            rows.append(step, spent, values)
+            places.append(rows.append(step, spent, values))
+        if places:
+            torch._foreach_copy_(places, list(weights.values()))  # one call instead of one a layer
 
     def forget(self, names: Iterable[str]) -> None:
         """Discard the snapshots of thawed layers: they say nothing about the layers' current behavior."""
@@ -60,7 +63,7 @@ class History:
         for name, item in state.items():
             rows = self._snapshots[name] = _Rows(self.window)
             for step, lr, weights in zip(item["steps"].tolist(), item["lr_spent"].tolist(), item["weights"], strict=True):
-                rows.append(step, lr, weights)
+                rows.append(step, lr, weights).copy_(weights)
 
 
 class _Rows:
@@ -74,7 +77,8 @@ class _Rows:
         self._places: tuple[Tensor, ...] = ()  # its rows
         self._end = 0  # of the newest row
 
-    def append(self, step: int, lr_spent: float, weights: Tensor) -> None:
+    def append(self, step: int, lr_spent: float, weights: Tensor) -> Tensor:
+        """Begin the next row. Returns its place, which the caller fills with `weights`."""
         if self._end == self._buffer.shape[0]:  # rows that were given away are never written again
             held = self._buffer[self._end - min(len(self._steps), self._window - 1) : self._end]
             self._buffer = torch.empty(len(held) + self._window, len(weights), dtype=weights.dtype)
@@ -82,10 +86,10 @@ class _Rows:
             if len(held):
                 self._buffer[: self._end] = held
             self._places = self._buffer.unbind()  # once: an index into the buffer at each snapshot would cost more than the copy
-        self._places[self._end].copy_(weights)
         self._end += 1
         self._steps.append(step)
         self._lr_spent.append(lr_spent)
+        return self._places[self._end - 1]
 
     def window(self) -> Window:
         return Window(
