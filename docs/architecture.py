@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 import sys
-import tomllib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
@@ -20,6 +19,7 @@ from itertools import pairwise, permutations, product
 from pathlib import Path
 
 import grimp
+import tomllib
 
 ROOT = next((Path(x).resolve() for x in sys.argv[1:] if not x.startswith("-")), Path(__file__).resolve().parent.parent)
 PACKAGE = "smartfrz_ds"

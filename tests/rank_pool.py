@@ -90,12 +90,13 @@ def preload() -> None:
     import torch
     import torch.distributed.fsdp
     from deepspeed.comm.torch import build_shm_op
-    from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401
     from torch.utils import _pytree  # noqa: F401
     from transformers import BertForSequenceClassification, GPT2LMHeadModel, LlamaForCausalLM, Trainer  # noqa: F401
 
     import smartfrz_ds
 
+    with contextlib.suppress(ImportError):  # since DeepSpeed 0.17.2
+        from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401
     smartfrz_ds.attach, smartfrz_ds.attach_torch  # noqa: B018 - their modules are loaded at the first access
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     build_shm_op()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -49,7 +49,7 @@ class AllocatorTrace:
 
     _MARK = "smartfrz: rise of live bytes"
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> AllocatorTrace:
         self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
         self._profile.__enter__()
         return self

@@ -137,8 +137,11 @@ def read_kept(folder: Path, digests: Mapping[str, str], rank: int) -> tuple[dict
 
 def file_digest(path: Path) -> str:
     """Return the digest of a file, read in small pieces."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _read_header(file: BufferedReader, size: int, found: Any) -> tuple[dict[str, Any], list[tuple[str, torch.dtype, list[int]]], int]:

@@ -278,6 +278,11 @@ REFUSALS: dict[str, Refusal] = {
         keys=_autocast,
         otherwise="torch_autocast.dtype",
     ),
+    "old_gradients": Refusal(
+        name="stage 0 in bf16 with DeepSpeed 0.17.6 to 0.18.5, which adds the gradients of all earlier steps to those of a step",
+        remedy="install DeepSpeed 0.18.6 or later, or set zero_optimization.stage to 1",
+        otherwise="bf16.enabled without ZeRO",
+    ),
     "no_optimizer": Refusal(
         name="an engine without an optimizer",
         remedy='add an "optimizer" section, or pass optimizer= to deepspeed.initialize',

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
@@ -126,11 +127,20 @@ def note_lost_contact(controller: Any, error: BaseException, doing: str) -> None
     way = "; this process has neither saved nor loaded a checkpoint yet"
     if last is not None:
         way = f": {controller.resumed_by} the last complete checkpoint, {last}"
-    error.add_note(
+    _add_note(
+        error,
         f"smartfrz: rank {controller.ranks.rank} lost contact with another rank in {doing}, {controller.step} steps into the run. "
         "That rank ended (its own output says why), hangs for longer than the process group's timeout, or the link to it is down. "
-        f"What to do: end all ranks and start the run again{way}"
+        f"What to do: end all ranks and start the run again{way}",
     )
+
+
+def _add_note(error: BaseException, note: str) -> None:
+    if sys.version_info >= (3, 11):
+        error.add_note(note)
+    else:  # a traceback shows no notes: the text goes to the end of the message
+        vars(error).setdefault("__notes__", []).append(note)
+        error.args = (f"{error}\n{note}",)
 
 
 def share_timeout() -> None:

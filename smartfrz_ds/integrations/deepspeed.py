@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from smartfrz_ds._version import __version__
 from smartfrz_ds.backends.deepspeed.complete_checkpoints import CompleteCheckpoints
+from smartfrz_ds.backends.deepspeed.names import managed_accumulation
 from smartfrz_ds.backends.factory import make_backend
 from smartfrz_ds.backends.pipeline.stage import PrunedPipeline
 from smartfrz_ds.checkpoint.deepspeed import Checkpoints, find_together, hide_marker
@@ -62,7 +63,7 @@ class FreezingMixin(CompleteCheckpoints):
 
     def _step_and_watch(self, *args: Any, **kwargs: Any) -> Any:
         # Without managed accumulation every step() is a boundary (runtime/engine.py).
-        boundary = not self.managed_gradient_accumulation() or self.is_gradient_accumulation_boundary()  # type: ignore[attr-defined]
+        boundary = not managed_accumulation(self) or self.is_gradient_accumulation_boundary()  # type: ignore[attr-defined]
         if boundary:
             self.smartfrz.before_step()
         result = super().step(*args, **kwargs)  # type: ignore[misc]

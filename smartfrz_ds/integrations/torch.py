@@ -114,7 +114,7 @@ class TorchController(Controller):
             return
         if self._saved is not None:  # training goes on, so the user has written the rest of that checkpoint
             self.last_checkpoint, self._saved = self._saved, None
-        if output is None and (error := sys.exception()) is not None:
+        if output is None and (error := sys.exc_info()[1]) is not None:
             note_lost_contact(self, error, "forward")
 
 

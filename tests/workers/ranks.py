@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.comm.torch import TorchBackend
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import logger
 
 
@@ -35,10 +38,34 @@ def read_job() -> tuple[Any, Path]:
 def job() -> Iterator[tuple[Any, Path]]:
     """The job (whatever JSON the test wrote) and the folder for results, inside of the process group."""
     work, folder = read_job()
+    if os.environ.get("SMARTFRZ_MEND_DEEPSPEED"):
+        mend_deepspeed()
     deepspeed.init_distributed(dist_backend=communication_backend())
     yield work, folder
     dist.barrier()
     dist.destroy_process_group()
+
+
+def mend_deepspeed() -> None:
+    """Mend two faults that old releases have on CPUs with nothing frozen, so that the rest of them can be compared (tests/versions).
+
+    Before 0.19.0 the flat weights of ZeRO-1/2 carry a graph, and torch 2.13 refuses to gather into them (the mend is that of 0.19.0).
+    Before 0.19.6 ZeRO-3 waits for the last of several gathers only; gloo may complete the others later, and weights are then garbage.
+    """
+    flatten = DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned
+
+    def detached(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return flatten(self, *args, **kwargs).detach()
+
+    def all_waited(self: Any, outputs: Any, inputs: Any, group: Any = None, async_op: bool = False) -> Any:
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        handles = [gather(output, source, group=group, async_op=True) for output, source in zip(outputs, inputs, strict=True)]
+        for handle in handles:
+            handle.wait()
+        return handles[-1]
+
+    DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned = detached
+    TorchBackend.all_gather_coalesced = all_waited
 
 
 @contextmanager

@@ -79,6 +79,7 @@ def run(cell: oracle.Cell) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         "optimizer_bytes": byte_counts,
         "groups": len(optimizer.param_groups),
         "step": engine.smartfrz.step,
+        "wrapper": type(engine.optimizer).__name__,
         "lr": engine.get_lr()[0],
         "active": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad),
     }
@@ -90,7 +91,8 @@ def end_state(engine: Any, model: torch.nn.Module, cell: oracle.Cell) -> dict[st
     """Full masters and moments of the active parameters, where DeepSpeed's own accessors can read them."""
     out = {}
     round_robin = cell.config.get("zero_optimization", {}).get("round_robin_gradients", False)
-    if cell.stage == 0 or round_robin:  # the accessors don't cover stage 0 and are wrong under round_robin_gradients
+    stage0 = type(engine.optimizer).__name__.startswith("FP16_")  # DeepSpeed 0.17.6 makes such a wrapper for stage 1 with fp32 accumulation
+    if cell.stage == 0 or stage0 or round_robin:  # the accessors don't cover stage 0 and are wrong under round_robin_gradients
         return out
     for name, p in model.named_parameters():
         if p.requires_grad:

@@ -1,7 +1,7 @@
 """The common part of the backends of all DeepSpeed engines.
 
-Touched in DeepSpeed 0.19.8:
-  runtime/engine.py   _get_optimizer_loss_scale, managed_gradient_accumulation, micro_steps, gradient_accumulation_steps, optimizer,
+Touched in DeepSpeed, beside names.py:
+  runtime/engine.py   micro_steps, gradient_accumulation_steps, optimizer,
                       seq_dp_world_size, zero_optimization_stage, communication_data_type (read by allreduce_gradients), module
   runtime/zero/stage_1_and_2.py   Parameter.grad_accum
 """
@@ -23,6 +23,7 @@ from torch.nn import Parameter
 from smartfrz_ds.backends.base import Backend
 from smartfrz_ds.model.layers import shape_of
 
+from . import names
 from .model_files import ModelStates
 from .weight_state import WeightState
 
@@ -37,18 +38,22 @@ class DeepSpeedBackend(Backend):
 
     def loss_scale(self) -> float:
         # runtime/engine.py: backward() scales for ZeRO's wrappers only, though those of stage 0 have a scale too; None: no scale
-        scaled = isinstance(self.engine.optimizer, ZeROOptimizer)
-        return float(self.engine._get_optimizer_loss_scale() or 1.0) if scaled else 1.0
+        return names.loss_scale(self.engine) if isinstance(self.engine.optimizer, ZeROOptimizer) else 1.0
 
     def is_boundary(self) -> bool:
         engine = self.engine
         # engine.py: micro_steps counts engine.step() calls; without managed accumulation every one of them is a boundary.
-        if engine.managed_gradient_accumulation() and engine.micro_steps % engine.gradient_accumulation_steps():
+        if names.managed_accumulation(engine) and engine.micro_steps % engine.gradient_accumulation_steps():
             return False
-        return not any(_has_gradient(p) for p in self.trained()) and not self.gradients_pending()
+        return not any(self.has_gradient(p) for p in self.trained()) and not self.gradients_pending()
 
     def pending_params(self) -> list[Parameter]:
-        return [p for p in self.trained() if _has_gradient(p)]
+        return [p for p in self.trained() if self.has_gradient(p)]
+
+    def has_gradient(self, param: Parameter) -> bool:
+        """Whether a parameter holds a gradient that waits for a step."""
+        # grad_accum: where ZeRO-1 keeps a gradient of another dtype (stage_1_and_2.py)
+        return param.grad is not None or getattr(param, "grad_accum", None) is not None
 
     def drop_gradients(self) -> None:
         super().drop_gradients()
@@ -159,8 +164,3 @@ class DeepSpeedBackend(Backend):
     def load_frozen_weight(self, param: Parameter, name: str, states: ModelStates) -> None:
         """Load one frozen weight from the model files (of all ranks, if `weights_are_cut`)."""
         param.copy_(states[0]["module"][name])
-
-
-def _has_gradient(param: Parameter) -> bool:
-    # grad_accum: where ZeRO-1 keeps a gradient of another dtype (stage_1_and_2.py)
-    return param.grad is not None or getattr(param, "grad_accum", None) is not None

@@ -15,10 +15,11 @@ from packaging.specifiers import SpecifierSet
 from smartfrz_ds.backends.probing import CannotTell, ask, ask_count, ask_late, ask_switch
 from smartfrz_ds.config.refusals import REFUSALS, Refusal, number, other_optimizer
 
+from . import names
 from .leaf_modules import describe_partial_leaves
 
 # The backends touch private attributes; each release is looked at and tested before it is added here.
-TESTED_DEEPSPEED = SpecifierSet("==0.19.8")
+TESTED_DEEPSPEED = SpecifierSet(">=0.16.4,<=0.19.8")
 
 
 def check_version(*, allow_untested: bool) -> str | None:
@@ -45,6 +46,8 @@ def check_engine(engine: DeepSpeedEngine) -> None:
     raw = config_of(engine)
     refused, unknown = [], []
     for key, test in _USES.items():
+        if not names.knows(key):
+            continue
         refusal: Refusal = REFUSALS[key]
         try:
             if test(engine):
@@ -161,12 +164,14 @@ def _quantized(engine: DeepSpeedEngine) -> bool:
 
 
 def _low_precision(engine: DeepSpeedEngine) -> bool:
-    return any(ask_switch(engine, f"{kind}_master_weights_and_gradients()") for kind in ("fp16", "bf16"))
+    kinds = ("fp16", "bf16") if names.knows("bf16_master") else ("fp16",)
+    return any(ask_switch(engine, f"{kind}_master_weights_and_gradients()") for kind in kinds)
 
 
 def _decoupled(engine: DeepSpeedEngine) -> bool:
     # DataStates falls back to a plain engine where its library is missing; the config has the requested engine
-    return ask_switch(engine, "checkpoint_engine.is_decoupled()") or ask_switch(engine, "_config.datastates_config.enabled")
+    on = names.knows("datastates") and ask_switch(engine, "_config.datastates_config.enabled")
+    return on or ask_switch(engine, "checkpoint_engine.is_decoupled()")
 
 
 #: By the id of refusals.REFUSALS. Each test names every attribute that it needs: where one is missing, `ask` raises, and the start is
@@ -174,7 +179,7 @@ def _decoupled(engine: DeepSpeedEngine) -> bool:
 _USES: dict[str, Callable[[DeepSpeedEngine], bool]] = {
     # the methods of a pipeline's engine; other engines have neither
     "pipeline_fp16": lambda e: _pipeline(e) and ask_switch(e, "fp16_enabled()"),
-    "pipeline_reentrant": lambda e: _pipeline(e) and ask_switch(e, "_reentrant_activation_checkpointing()"),
+    "pipeline_reentrant": lambda e: _pipeline(e) and names.reentrant_checkpoints(e),
     "pipeline_tensor": lambda e: _pipeline(e) and ask_count(e, "grid.get_slice_parallel_world_size()") > 1,
     # deepspeed.initialize (deepspeed/__init__.py) picks the engine's class by this
     "hybrid_engine": lambda e: ask_switch(e, "_config.hybrid_engine.enabled"),
@@ -195,6 +200,7 @@ _USES: dict[str, Callable[[DeepSpeedEngine], bool]] = {
     "low_precision": _low_precision,
     "optimizer": lambda e: other_optimizer(type(ask(e, "basic_optimizer")).__name__),
     "autocast": lambda e: ask(e, "torch_autocast_z0_gradscaler") is not None,
+    "old_gradients": names.adds_old_gradients,
     "no_optimizer": lambda e: ask(e, "basic_optimizer") is None,
 }
 

@@ -1,21 +1,28 @@
 """Makes DeepSpeed's checkpoints complete although layers are frozen.
 
-Private attributes of DeepSpeed 0.19.8 used here:
-  runtime/engine.py   _load_checkpoint, _load_zero_checkpoint (bf16 without ZeRO), _common_checkpoint_state (stage 1 leaves frozen
-                      parameters out of the file), _get_zero_param_shapes, param_names, module_state_dict, load_module_state_dict,
-                      FreezingMixin's super() calls (integrations/deepspeed.py)
+Private attributes of DeepSpeed used here:
+  runtime/engine.py   _load_checkpoint, _load_zero_checkpoint (bf16 without ZeRO), _common_checkpoint_state or, before 0.19.3,
+                      _save_checkpoint (stage 1 leaves frozen parameters out of the file), _get_zero_param_shapes, param_names,
+                      module_state_dict, load_module_state_dict, _get_zero_frozen_param_attributes, _get_param_shape_func,
+                      _get_param_fragment_func, FreezingMixin's super() calls (integrations/deepspeed.py)
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch.nn import Parameter
 
 from smartfrz_ds.backends.deepspeed.flat.backend import PLACEHOLDER
+
+from . import names
+
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 class CompleteCheckpoints:
@@ -74,9 +81,26 @@ class CompleteCheckpoints:
         # _save_checkpoint asks for the frozen parameters in stages 2 and 3 only, unless the user excludes them.
         if zero_optimizer_state and not save_frozen_param and isinstance(module_state_dict, Mapping):
             named = self.module.named_parameters()  # type: ignore[attr-defined]
-            names = [n for n, p in named if not p.requires_grad and n not in self._left_out]
-            save_frozen_param = bool(names) and all(n in module_state_dict for n in names)
+            left = [n for n, p in named if not p.requires_grad and n not in self._left_out]
+            save_frozen_param = bool(left) and all(n in module_state_dict for n in left)
         return super()._common_checkpoint_state(module_state_dict, zero_optimizer_state, save_frozen_param)  # type: ignore[misc]
+
+    def _save_checkpoint(
+        self, save_dir: str, tag: str, client_state: Mapping[str, Any] = EMPTY, exclude_frozen_parameters: bool = False
+    ) -> Any:
+        engine: Any = self
+        more: dict[str, Any] = {}
+        # A pipeline's layers have files of their own.
+        stage1 = (
+            engine.zero_optimization() and not engine.zero_optimization_partition_gradients() and not isinstance(engine, PipelineEngine)
+        )
+        if stage1 and not exclude_frozen_parameters and not names.has_common_checkpoint_state(engine):
+            # this method builds the file itself, and adds the client's entries last
+            more["frozen_param_shapes"] = self._get_zero_frozen_param_attributes(engine._get_param_shape_func)
+            more["frozen_param_fragments"] = self._get_zero_frozen_param_attributes(engine._get_param_fragment_func)
+        return super()._save_checkpoint(  # type: ignore[misc]
+            save_dir, tag, client_state={**client_state, **more}, exclude_frozen_parameters=exclude_frozen_parameters
+        )
 
     def _load_checkpoint(self, load_dir: str, tag: str, *args: Any, **kwargs: Any) -> Any:
         """Load a BF16_Optimizer without ZeRO (a pipeline in bf16) from its own files, as for ZeRO-1.

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from smartfrz_ds.backends.deepspeed import names
 from smartfrz_ds.backends.deepspeed.flat.backend import FlatBackend
 from smartfrz_ds.backends.deepspeed.flat.buffers import link, unlink
 from smartfrz_ds.backends.deepspeed.flat.partition import FlatLayout
@@ -45,6 +46,9 @@ class Bf16Backend(FlatBackend):
     def layout(self, index: int, params: Sequence[Parameter]) -> FlatLayout:
         world = dist.get_world_size(self.process_group(index))
         return FlatLayout(tuple(params), world, self.wrapper.nccl_start_alignment_factor * world)
+
+    def has_gradient(self, param: Parameter) -> bool:
+        return super().has_gradient(param) and not names.keeps_used_gradients()
 
     def gradients_pending(self) -> bool:
         return any(seen for group in self.wrapper.fp32_groups_has_gradients for seen in group)

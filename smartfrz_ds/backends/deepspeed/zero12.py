@@ -1,19 +1,17 @@
 """ZeRO stages 1 and 2: DeepSpeedZeroOptimizer, changed in place.
 
-Touched in DeepSpeed 0.19.8, all in runtime/zero/stage_1_and_2.py unless named. `install` and `after_change` redo, for the groups that
-changed, what DeepSpeedZeroOptimizer.__init__ does once:
-  per group    bit16_groups, round_robin_bit16_{groups,indices,meta,padding,offsets}, bit16_groups_flat,
+Touched in DeepSpeed, beside names.py, all in runtime/zero/stage_1_and_2.py unless named. `install` and `after_change` redo, for the
+groups that changed, what DeepSpeedZeroOptimizer.__init__ does once:
+  per group    bit16_groups, round_robin_bit16_{groups,indices,meta}, bit16_groups_flat,
                parallel_partitioned_bit16_groups, groups_padding, single_partition_of_fp32_groups, partition_size, params_in_partition,
-               params_not_in_partition, first_offset, param_buffer_of_bit16_for_cpu_offload_groups, real_dp_process_group
+               params_not_in_partition, first_offset, real_dp_process_group
   numbering    param_id, param_dict, params_already_reduced, is_param_in_current_partition, Parameter.param_idx_in_group
-  gradients    averaged_gradients, all_grad_tensors, previous_reduced_grads, extra_large_param_to_reduce; Parameter.grad_accum; the
-               dictionaries of `gradient_tables`, reset_partition_gradient_structures
-  offload      accumulated_grads_in_cpu, norm_for_param_grads, grad_position, _offload_accumulated_param_ids,
+  gradients    averaged_gradients; Parameter.grad_accum; the dictionaries of `gradient_tables`, reset_partition_gradient_structures
+  offload      accumulated_grads_in_cpu, norm_for_param_grads, grad_position,
                temp_grad_buffer_for_{cpu,gpu}_offload, offload_gradient_dict
-  dropping     micro_step_id, _epilogue_ran_this_backward
-  hooks        _grad_acc_hooks, create_gradient_handling_hooks
+  hooks        _grad_acc_hooks
   links        _link_all_hp_params, _hp_optimizer_states_linked, _lazy_init_hp_params_optimizer_state, _enable_universal_checkpoint,
-               _create_param_mapping, _create_optimizer_mapping (utils/mixed_precision_linkage.py)
+               _create_param_mapping (utils/mixed_precision_linkage.py)
 """
 
 from __future__ import annotations
@@ -25,10 +23,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch import Tensor
 from torch.nn import Parameter
 
+from smartfrz_ds.backends.deepspeed import names
 from smartfrz_ds.backends.deepspeed.flat.backend import FlatBackend
 from smartfrz_ds.backends.deepspeed.flat.buffers import link, unlink
 from smartfrz_ds.backends.deepspeed.flat.partition import FlatLayout, Segment, padded_layout
@@ -96,20 +94,20 @@ class Zero12Backend(FlatBackend):
         order = list(params)
         if zero.round_robin_gradients:
             order, _ = zero._round_robin_reorder(order, world)
-        return padded_layout(order, world, zero.nccl_start_alignment_factor, aligned=bool(zero.parameter_alignment))
+        return padded_layout(order, world, zero.nccl_start_alignment_factor, aligned=names.parameter_alignment(zero))
 
     def gradients_pending(self) -> bool:
         zero = self.wrapper
-        pending = any(g is not None for d in (zero.averaged_gradients, zero.all_grad_tensors) for g in d.values())
-        # With offload, an accumulated gradient waits on the host; the ids are cleared by every step.
-        return pending or bool(zero.cpu_offload and zero._offload_accumulated_param_ids)
+        pending = any(g is not None for d in names.gradient_stores(zero) for g in d.values())
+        # With offload, an accumulated gradient waits on the host.
+        return pending or bool(zero.cpu_offload and names.offloaded_gradients_wait(zero))
 
     def pending_params(self) -> list[Parameter]:
         held = super().pending_params()
         if held or not self.gradients_pending():
             return held
         zero = self.wrapper
-        groups = {i for d in (zero.averaged_gradients, zero.all_grad_tensors) for i, g in d.items() if g is not None}
+        groups = {i for d in names.gradient_stores(zero) for i, g in d.items() if g is not None}
         return [p for i in (groups or range(len(self.groups))) for p in self.active(i)]
 
     def drop_gradients(self) -> None:
@@ -117,27 +115,27 @@ class Zero12Backend(FlatBackend):
         # next backward would add to it.
         zero = self.wrapper
         super().drop_gradients()
-        for gradients in (zero.averaged_gradients, zero.all_grad_tensors):
+        for gradients in names.gradient_stores(zero):
             gradients.update(dict.fromkeys(gradients))
-        zero.micro_step_id = INITIAL_MICRO_STEP_ID
-        zero._epilogue_ran_this_backward = False
+        names.forget_backward(zero)
         if zero.cpu_offload:
-            zero._offload_accumulated_param_ids = set()
+            names.forget_offloaded_gradients(zero)
 
     @contextmanager
     def saving(self) -> Iterator[None]:
         """Save and compare an emptied group as one without elements: zero_to_fp32.py would report a weight too many."""
         zero = self.wrapper
         emptied = [i for i in range(len(self.groups)) if not self.active(i)]
-        old = [(zero.groups_padding[i], zero.round_robin_bit16_padding[i], zero._param_slice_mappings[i]) for i in emptied]
+        old = [(zero.groups_padding[i], names.padding_between(zero, i), zero._param_slice_mappings[i]) for i in emptied]
         for i in emptied:
-            zero.groups_padding[i], zero.round_robin_bit16_padding[i] = self.master(i).numel(), []
-            zero._param_slice_mappings[i] = {}
+            zero.groups_padding[i], zero._param_slice_mappings[i] = self.master(i).numel(), {}
+            names.set_padding_between(zero, i, [])
         try:
             yield
         finally:
             for i, (padding, between, mapping) in zip(emptied, old, strict=True):
-                zero.groups_padding[i], zero.round_robin_bit16_padding[i], zero._param_slice_mappings[i] = padding, between, mapping
+                zero.groups_padding[i], zero._param_slice_mappings[i] = padding, mapping
+                names.set_padding_between(zero, i, between)
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -151,12 +149,11 @@ class Zero12Backend(FlatBackend):
     def before_change(self) -> None:
         zero = self.wrapper
         if zero.cpu_offload:
-            zero._wait_for_offload_copies()
+            names.wait_for_offload_copies(zero)
         unlink(zero, zero.bit16_groups)
-        zero.previous_reduced_grads.clear()
-        zero.extra_large_param_to_reduce.clear()
-        zero.averaged_gradients.clear()
-        zero.all_grad_tensors.clear()
+        names.clear_reduced_gradients(zero)
+        for gradients in names.gradient_stores(zero):
+            gradients.clear()
         zero.offload_gradient_dict.clear()
         if zero.cpu_offload:
             for master in zero.single_partition_of_fp32_groups:
@@ -172,8 +169,7 @@ class Zero12Backend(FlatBackend):
         zero.round_robin_bit16_groups[index] = list(layout.params)
         zero.round_robin_bit16_indices[index] = [position_of[id(p)] for p in params]
         zero.round_robin_bit16_meta[index] = [torch.zeros_like(p.data, device="meta") for p in layout.params]
-        zero.round_robin_bit16_padding[index] = list(layout.padding)
-        zero.round_robin_bit16_offsets[index] = [layout.offsets[p] for p in layout.params]
+        names.set_offsets(zero, index, layout.padding, [layout.offsets[p] for p in layout.params])
 
         flat = zero.bit16_groups_flat[index] = self.flat_front(index, layout)
         zero.parallel_partitioned_bit16_groups[index] = zero.get_data_parallel_partitions(flat, index)
@@ -181,12 +177,12 @@ class Zero12Backend(FlatBackend):
         used = sum(p.numel() for p in layout.params) + sum(layout.padding)
         zero.groups_padding[index] = min(size, max(0, (rank + 1) * size - used))
         zero.partition_size[index] = size
-        mine, others, first_offset = zero.get_partition_info(zero.round_robin_bit16_groups[index], size, rank, list(layout.padding))
+        mine, others, first_offset = names.partition_info(zero, zero.round_robin_bit16_groups[index], size, rank, layout.padding)
         zero.params_in_partition[index], zero.params_not_in_partition[index], zero.first_offset[index] = mine, others, first_offset
         assert zero.partition_count[index] == world
         if zero.cpu_offload:
-            buffer = torch.zeros(size, dtype=flat.dtype, device=self.master(index).device)
-            zero.param_buffer_of_bit16_for_cpu_offload_groups[index] = self._pinned(buffer)
+            home = self.master(index).device
+            names.set_offload_buffer(zero, index, lambda: self._pinned(torch.zeros(size, dtype=flat.dtype, device=home)))
 
     def after_change(self) -> None:
         zero = self.wrapper
@@ -209,13 +205,12 @@ class Zero12Backend(FlatBackend):
                 getattr(zero, name)[i] = table
         zero.reset_partition_gradient_structures()
         zero._release_ipg_buffers()
-        if zero.partition_gradients or zero.overlap_comm or zero.use_grad_accum_attribute or zero.contiguous_gradients:
-            zero.create_gradient_handling_hooks()
+        names.create_gradient_hooks(zero)
         link(zero, self.masters())
         zero._enable_universal_checkpoint()
         zero._param_slice_mappings = zero._create_param_mapping()
         if zero.cpu_offload:
-            zero._create_optimizer_mapping()
+            names.map_optimizer_states(zero)
 
     def _number_params(self) -> None:
         zero = self.wrapper
@@ -229,7 +224,7 @@ class Zero12Backend(FlatBackend):
     def _prepare_offload(self) -> None:
         zero = self.wrapper
         zero.accumulated_grads_in_cpu, zero.norm_for_param_grads, zero.grad_position = {}, {}, {}
-        zero._offload_accumulated_param_ids = set()
+        names.forget_offloaded_gradients(zero)
         largest = max(p.numel() for group in zero.bit16_groups for p in group)
         zero.temp_grad_buffer_for_cpu_offload = self._pinned(torch.zeros(largest, dtype=zero.dtype, device=zero.device))
         zero.temp_grad_buffer_for_gpu_offload = torch.zeros(largest, dtype=zero.dtype, device=get_accelerator().current_device_name())

@@ -1,9 +1,9 @@
 """ZeRO stage 3: DeepSpeedZeroOptimizer_Stage3, changed in place and without communication.
 
 Every parameter is cut over the ranks by itself, so nothing changes its owner when others leave: each rank closes the gaps in its own
-buffers. Touched in DeepSpeed 0.19.8, all in runtime/zero/stage3.py unless named:
+buffers. Touched in DeepSpeed, beside names.py, all in runtime/zero/stage3.py unless named:
   sub-groups   fp16_groups, fp16_partitioned_groups, fp16_partitioned_groups_flat{,_numel,_id}, fp32_partitioned_groups_flat,
-               sub_group_to_group_id, sub_group_process_groups, sub_group_partition_counts, groups_padding, subgroup_to_device,
+               sub_group_to_group_id, groups_padding, subgroup_to_device,
                next_swappable_fp32_partitioned_groups, debug_fp16_grads
   buffers      lp_param_buffer, param_groups_fp16_flat_cpu_memory, grad_partitions_flat_buffer and the private dictionary
                __param_id_to_grad_partition, averaged_gradients, norm_for_param_grads, Parameter.ds_tensor
@@ -22,7 +22,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.utils import count_used_parameters_in_backward
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils.torch import register_grad_hook
 from torch import Tensor
@@ -34,6 +33,7 @@ from smartfrz_ds.backends.deepspeed.flat.step_counts import step_from_json, step
 from smartfrz_ds.backends.transaction import Transaction
 from smartfrz_ds.errors import FreezeError
 
+from . import names
 from .base import ZeroParam
 from .leaf_modules import LeafHooks, by_leaf
 from .model_files import ModelStates
@@ -58,7 +58,7 @@ class Zero3Backend(ShardedBackend):
         zero = engine.optimizer
         self._masters: list[Tensor] = list(zero.fp32_partitioned_groups_flat)
         self._group_ids: list[int] = [zero.sub_group_to_group_id[i] for i in range(len(zero.fp16_groups))]
-        self._process_groups = list(zero.sub_group_process_groups)
+        self._process_groups = names.sub_group_process_groups(zero)
         on = zero.subgroup_to_device if zero.offload_optimizer else {}  # stage3.py: made only with an offloaded optimizer
         self._devices = [on.get(i) for i in range(len(zero.fp16_groups))]
         if zero.fp32_partitioned_groups_flat[0] is zero.fp16_partitioned_groups_flat[0]:
@@ -92,8 +92,7 @@ class Zero3Backend(ShardedBackend):
         return {p: 12 * int(p.partition_numel()) for p in frozen}  # master and two moments of this rank, without gradients
 
     def gradients_pending(self) -> bool:
-        # Set by the epilogue of a backward, counted at the next forward, both reset by step() and zero_grad().
-        return self.wrapper._epilogue_ran_this_backward or self.wrapper.micro_step_id > 0
+        return names.gradients_pending(self.wrapper)
 
     def pending_params(self) -> list[ZeroParam]:
         return super().pending_params() or (self.trained() if self.gradients_pending() else [])
@@ -135,9 +134,9 @@ class Zero3Backend(ShardedBackend):
         zero.fp16_partitioned_groups_flat_numel = [self.layouts[i].numel for i in live]
         zero.fp16_partitioned_groups_flat_id = [[p.ds_id for p in group] for group in groups]
         zero.sub_group_to_group_id = {k: self._group_ids[i] for k, i in enumerate(live)}
-        zero.sub_group_process_groups = [self._process_groups[i] for i in live]
-        zero.sub_group_partition_counts = [dist.get_world_size(g) for g in zero.sub_group_process_groups]
-        last = [dist.get_rank(g) == dist.get_world_size(g) - 1 for g in zero.sub_group_process_groups]
+        process_groups = [self._process_groups[i] for i in live]
+        names.set_sub_group_process_groups(zero, process_groups)
+        last = [dist.get_rank(g) == dist.get_world_size(g) - 1 for g in process_groups]
         zero.groups_padding = [[p.padding_size() if is_last else 0 for p in group] for group, is_last in zip(groups, last, strict=True)]
         zero.fp32_partitioned_groups_flat = [self._masters[i] for i in live]
         zero.debug_fp16_grads = [{} for _ in live]
@@ -206,7 +205,7 @@ class Zero3Backend(ShardedBackend):
         zero.set_grad_positions()
         if zero.offload_optimizer:
             zero.norm_for_param_grads = {}
-            zero._offload_boundary_param_ids = set()
+            names.forget_offload_boundary(zero)
 
     def _make_gradient_buffers(self, groups: list[list[ZeroParam]]) -> None:
         zero = self.wrapper
@@ -230,14 +229,7 @@ class Zero3Backend(ShardedBackend):
         """Create the hooks of create_reduce_and_remove_grad_hooks without gathering each parameter: the hook needs no data."""
         zero = self.wrapper
         outside, leaves = by_leaf(p for group in groups for p in group)
-
-        def reduce(params: Sequence[ZeroParam]) -> None:
-            refresh = zero.should_refresh_expected_hook_count()
-            zero.reenter_backward_if_needed()
-            for param in params:
-                zero.reduce_ready_partitions_and_remove_grads(param)
-            expected = count_used_parameters_in_backward(outside) + len(leaves) if refresh else zero._max_expected_hooks_seen
-            zero.update_hook_state_and_maybe_run_epilogue(expected)
+        reduce = names.reduce_function(zero, outside, len(leaves))
 
         def hook_of(param: ZeroParam) -> Callable[..., None]:
             alone = (param,)
@@ -246,7 +238,7 @@ class Zero3Backend(ShardedBackend):
         for p in outside:  # one by one: an undo removes those in the list
             zero._grad_acc_hooks.append(register_grad_hook(p, hook_of(p)))
         self._leaf_hooks.make(leaves, reduce)
-        zero._remaining_grad_acc_hooks = 0
+        names.reset_hook_count(zero)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------------------
 

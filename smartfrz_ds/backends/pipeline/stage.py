@@ -1,7 +1,7 @@
 """Pipelines (PipelineEngine): the backend of its wrapper changes each stage's optimizer; this module adds what the stages do together.
 
 Touched in DeepSpeed 0.19.8:
-  runtime/pipe/engine.py   stage_id, num_stages, micro_batches, grid, pipe_buffers, num_pipe_buffers, _INSTRUCTION_MAP, _train_schedule,
+  runtime/pipe/engine.py   stage_id, num_stages, micro_batches, grid, pipe_buffers, num_pipe_buffers, _INSTRUCTION_MAP, _exec_schedule,
                            _exec_optimizer_step, _exec_forward_pass, _exec_backward_pass
   runtime/engine.py        clip_fp32_gradients
   runtime/pipe/module.py   parts
@@ -26,6 +26,7 @@ from torch.nn import Parameter
 
 from smartfrz_ds.backends.base import RankGroups
 from smartfrz_ds.backends.deepspeed.base import DeepSpeedBackend
+from smartfrz_ds.backends.deepspeed.names import alignment_is_set
 from smartfrz_ds.backends.memory import MemoryNeed
 from smartfrz_ds.backends.transaction import Transaction
 from smartfrz_ds.config.sections import PipelineSettings
@@ -109,8 +110,11 @@ class PrunedPipeline:
         }
     )
 
-    def _train_schedule(self) -> schedule.TrainSchedule:
-        return self.smartfrz.backend.schedule()  # type: ignore[attr-defined]
+    def _exec_schedule(self, pipe_schedule: Any) -> Any:
+        # every release runs its schedule here; an override of _train_schedule would not be called before 0.19.8, which has no such method
+        if type(pipe_schedule) is schedule.TrainSchedule:
+            pipe_schedule = self.smartfrz.backend.schedule()  # type: ignore[attr-defined]
+        return super()._exec_schedule(pipe_schedule)  # type: ignore[misc]
 
     @torch.no_grad()
     def clip_fp32_gradients(self) -> None:
@@ -294,7 +298,7 @@ class PipelineStage(_Base):
     def can_be_reshaped(self) -> bool:
         """Whether `smartfrz reshape` takes this pipeline's checkpoints (reshape_source.py)."""
         zero, engine = self.engine._config.zero_config, self.engine
-        odd = zero.round_robin_gradients or zero.parameter_alignment
+        odd = zero.round_robin_gradients or alignment_is_set(zero)
         plain16 = engine.bfloat16_enabled() and not engine.zero_optimization()
         return not (pinned_entries(engine.module) or odd or plain16)
 

@@ -5,7 +5,7 @@ is left to do: the optimizer, the useless gather that back-propagation would pre
 
 Touched in torch 2.13, torch/distributed/fsdp/_fully_shard/:
   _fully_shard.py        FSDPModule._get_fsdp_state
-  _fsdp_state.py         FSDPState._fsdp_param_groups, _states_to_backward_prefetch
+  _fsdp_state.py         FSDPState._fsdp_param_groups (up to torch 2.11 _fsdp_param_group), _states_to_backward_prefetch
   _fsdp_param_group.py   FSDPParamGroup.fsdp_params, device, mp_policy, _init_mp_dtypes, _orig_dtype, _partial_reduce_output,
                          post_forward_mesh_info, reshard_after_backward, is_sharded, modules
   _fsdp_param.py         FSDPParam.mp_policy, sharded_param, _unsharded_param, unsharded_accumulated_grad
@@ -43,6 +43,14 @@ class ShardSampler(Sampler):
         return [local(param) for param in super().sources()]
 
 
+def param_groups_of(state: Any) -> list[Any]:
+    """Return the FSDPParamGroups of a unit's FSDPState."""
+    # _fsdp_state.py: a list since torch 2.12; before, one group or None
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
 class Fsdp2Backend(TorchBackend):
     """FSDP2. frozen: whether entirely frozen units stay sharded (gathered for each forward) or whole on every rank."""
 
@@ -65,7 +73,7 @@ class Fsdp2Backend(TorchBackend):
         self._units: dict[FSDPModule, list[Any]] = {}  # in post-order: a unit's children before it; its FSDPParamGroups
         seen: set[int] = set()
         for unit in _post_order(module):
-            groups = [g for g in unit._get_fsdp_state()._fsdp_param_groups if id(g) not in seen]
+            groups = [g for g in param_groups_of(unit._get_fsdp_state()) if id(g) not in seen]
             seen.update(id(g) for g in groups)
             if groups:
                 self._units[unit] = groups

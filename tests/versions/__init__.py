@@ -1,0 +1,1 @@
+"""The product with other releases of DeepSpeed: `./tests/run.sh --versions`."""
