@@ -6,6 +6,7 @@
 #   ./tests/run.sh -m unit       the tests that start no ranks; -m takes any expression of the markers in pyproject.toml
 #   ./tests/run.sh --gpu         on this machine's GPUs: the exactness matrix, and what only a GPU shows (tests/gpu). Exit code 2 without one
 #   ./tests/run.sh --system      as root: first installs what tests on two hosts and of HTML pages need (iproute2, pdsh, sshd, Chromium)
+#   ./tests/run.sh --versions [X …]  the same package with other releases of DeepSpeed, and a table (tests/versions; --help lists the options)
 #   ./tests/run.sh -k freeze …   everything else goes to pytest
 #   ATEN_CPU_CAPABILITY=default ./tests/run.sh
 #                                with another processor's kernels, in the ranks too; so do MKL_CBWR, ONEDNN_MAX_CPU_ISA, OMP_NUM_THREADS
@@ -26,11 +27,17 @@ smartfrz_system() {
     fi
 }
 
-slow=false gpu=false marks="" rest=()
+slow=false gpu=false versions=false marks="" rest=()
 while [ $# -gt 0 ]; do
     case $1 in
     --slow) slow=true ;;
     --gpu) gpu=true ;;
+    --versions)
+        versions=true
+        shift
+        rest=("$@") # releases and options of tests/versions
+        break
+        ;;
     --system) smartfrz_system ;;
     -m)
         [ $# -gt 1 ] || die "-m: expected an expression of markers, for example -m unit"
@@ -65,4 +72,7 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 python "$root/smartfrz_ds/integrations/build_locks.py" # the lock of a killed build would make this start wait indefinitely
 cd "$root"
+if [ "$versions" = true ]; then
+    PYTHONPATH=$root/tests${PYTHONPATH:+:$PYTHONPATH} exec python -m versions ${rest[@]+"${rest[@]}"}
+fi
 exec python -m pytest ${marks:+-m "$marks"} ${rest[@]+"${rest[@]}"}

@@ -144,8 +144,6 @@ GROUPS: dict[str, Group] = {
     "universal": checkpoint_group("z2", "z3", universal=True),
     "pipelines": pipeline_group("z0", "z1", "z1-clip", "bf16-z1", "checkpointing", "kept"),
 }
-QUICK = ("stage 0", "stage 1", "stage 2", "stage 3")
-"""The groups that every change runs with two other releases."""
 
 
 def run_group(group: Group) -> dict[str, Verdict]:
@@ -209,7 +207,7 @@ def cause(output: str) -> str:
 
 def main(result: Path, names: Sequence[str]) -> None:
     """Run groups and write their verdicts, group by group."""
-    if Version(deepspeed.__version__) < Version("0.19.6"):
+    if Version(deepspeed.__version__) < Version("0.19.8"):
         os.environ["SMARTFRZ_MEND_DEEPSPEED"] = "1"  # ranks.mend_deepspeed, in the ranks with and without freezes
     done: dict[str, dict[str, Verdict]] = json.loads(result.read_text()) if result.exists() else {}
     for name in names:

@@ -24,6 +24,7 @@ from accelerate.utils import DistributedType
 from reference.bounds import Noisy, distance, no_noise
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -54,6 +55,13 @@ SETTINGS: dict[str, Any] = {
     "cooldown": 0,
     "warmup_steps": 0,
 }
+
+
+class InOrder(Trainer):
+    """Takes the data in order; transformers 4.57 has no argument for it."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
 
 def model_of(kind: str) -> Any:
@@ -196,7 +204,6 @@ def trainer_for(case: Mapping[str, Any], folder: Path, *, model: Any = None, cal
         "save_steps": 4,
         "logging_steps": 1,
         "report_to": [],
-        "train_sampling_strategy": "sequential",
         "average_tokens_across_devices": False,
         "remove_unused_columns": False,
         "disable_tqdm": True,
@@ -205,7 +212,7 @@ def trainer_for(case: Mapping[str, Any], folder: Path, *, model: Any = None, cal
     if case["how"] == "fsdp2":
         units = {"transformer_layer_cls_to_wrap": case["units"]} if "units" in case else {}
         arguments |= {"fsdp": True, "fsdp_config": {"state_dict_type": case["format"]} | units} | accelerated()
-    trainer = Trainer(
+    trainer = InOrder(
         model=model if model is not None else model_of(case["model"]),
         args=TrainingArguments(**arguments | case.get("trainer", {}) | more),
         train_dataset=Texts(case["model"], BATCH * accumulation * world_size() * STEPS // 2),

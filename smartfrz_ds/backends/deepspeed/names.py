@@ -85,9 +85,8 @@ def parameter_alignment(zero: Any) -> bool:
 
 def alignment_is_set(zero_config: Any) -> bool:
     """Whether the section zero_optimization asks for `parameter_alignment`."""
-    return (
-        bool(zero_config.parameter_alignment) if "parameter_alignment" in type(zero_config).model_fields else False
-    )  # zero/config.py: since 0.19.7
+    known = "parameter_alignment" in type(zero_config).model_fields  # runtime/zero/config.py: since 0.19.7
+    return known and bool(zero_config.parameter_alignment)
 
 
 def _has_offsets(zero: Any) -> bool:

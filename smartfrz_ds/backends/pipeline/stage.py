@@ -111,7 +111,7 @@ class PrunedPipeline:
     )
 
     def _exec_schedule(self, pipe_schedule: Any) -> Any:
-        # every release runs its schedule here; an override of _train_schedule would not be called before 0.19.8, which has no such method
+        # Every release runs its schedule here; _train_schedule exists since 0.19.8 only, so an override of it may never be called.
         if type(pipe_schedule) is schedule.TrainSchedule:
             pipe_schedule = self.smartfrz.backend.schedule()  # type: ignore[attr-defined]
         return super()._exec_schedule(pipe_schedule)  # type: ignore[misc]
@@ -166,11 +166,7 @@ class PipelineStage(_Base):
         return TiedWeights(self, self.tied_mode)
 
     def find_layers(self, model: nn.Module, patterns: str | Sequence[str]) -> tuple[Layer, ...]:
-        """Find the layers. Collective; the same on every rank.
-
-        Args:
-            model: The PipelineModule.
-            patterns: "auto": the layers are the entries of the list.
+        """Return the layers of a PipelineModule, the entries of its list. Collective; the same on every rank.
 
         Raises:
             ValueError: `patterns` is not "auto".
@@ -216,11 +212,10 @@ class PipelineStage(_Base):
         return out
 
     def moving(self) -> tuple[dict[int, tuple[int, int]], float]:
-        """Return the size of the data that would move with each module entry that this rank holds.
+        """Return the bytes that would move with each module entry of this rank, and the number of elements whose state would move with it.
 
         Returns:
-            For each entry the bytes of its weights and buffers, and the number of elements whose optimizer state would move with it; and
-            the bytes of that state per element, 0 if this stage trains nothing.
+            Both for each entry; and the bytes of that state per element, 0 if this stage trains nothing.
         """
         trained = self.trained()
         with_state = {*trained, *self.kept_entries()}
