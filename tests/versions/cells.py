@@ -35,7 +35,7 @@ Verdict = tuple[str, str]
 Check = Callable[[Path, str], None]
 Deviation = Callable[[Path, str], float]
 
-REFUSED = ("does not work", "can't be cut", "cannot tell", "not supported")
+REFUSED = ("does not work", "can't be cut", "cannot tell", "not supported", "has no ")
 ALONE = 90  # seconds for one cell by itself: one that waits for a rank that failed is ended after this
 
 
@@ -164,10 +164,12 @@ def run_alone(group: Group, name: str) -> Verdict:
     if frozen is None and any(words in why for words in REFUSED):
         return "not supported", why
     unfrozen, reason = attempt(group, name, without_plan(group.jobs[name]), check=False)
-    if unfrozen is None:
+    if unfrozen is None and not any(words in reason for words in REFUSED):
         return "DeepSpeed", f"with nothing frozen: {reason}"
     if frozen is None:
         return "failed", why
+    if unfrozen is None:
+        return "failed", f"{why}; with nothing frozen {reason}"
     bound = FACTOR[test_exact.DTYPES["bf16" if name in group.bf16 else "fp32"]] * unfrozen
     said = f"{frozen:.1e} off, with nothing frozen {unfrozen:.1e}"
     return ("as unfrozen" if 0 < frozen <= bound else "failed"), f"{said}{'' if 0 < frozen <= bound else f'; {why}'}"

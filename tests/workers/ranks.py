@@ -64,8 +64,19 @@ def mend_deepspeed() -> None:
             handle.wait()
         return handles[-1]
 
+    def waited(gather: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            handle = gather(*args, **kwargs)
+            if handle is not None:
+                handle.wait()
+            return handle
+
+        return run
+
     DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned = detached
     TorchBackend.all_gather_coalesced = all_waited
+    TorchBackend.all_gather_into_tensor = waited(TorchBackend.all_gather_into_tensor)
+    TorchBackend.all_gather = waited(TorchBackend.all_gather)
 
 
 @contextmanager

@@ -26,7 +26,9 @@ PIPELINE: list[Need] = [
     ),
     # PrunedPipeline (stage.py) and FreezingPipelineMixin (integrations/deepspeed.py)
     *late("engine", _ENGINE, "_INSTRUCTION_MAP", used_by="_exec_schedule"),
-    *overrides("engine", _ENGINE, "_train_schedule()", used_by="train_batch"),
+    *overrides("engine", _ENGINE, "_exec_schedule(pipe_schedule)", used_by="train_batch"),
+    *takes("engine", _ENGINE, "_reentrant_activation_checkpointing()", versions=">=0.19.4"),
+    *has("module", _MODULE, "activation_checkpoint_interval:int activation_checkpoint_func", versions="<0.19.4"),
     *overrides("engine", "runtime/engine.py", "clip_fp32_gradients()", used_by="_take_model_step"),
     *overrides("engine", _ENGINE, "train_batch(data_iter)"),
     *takes(

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from smartfrz_ds.backends.probing import has, late, overrides, takes
+from smartfrz_ds.backends.probing import Need, has, late, overrides, takes
 
 _ENGINE = "runtime/engine.py"
 _MIXED = "utils/mixed_precision_linkage.py"
 _WRITER = "runtime/checkpoint_engine"
+
+
+def _of_the_file(method: str) -> list[Need]:
+    """Return the needs of an override that the file of a checkpoint is built with: since 0.19.3 in a method of its own."""
+    return [
+        *overrides("engine", _ENGINE, method, used_by="_common_checkpoint_state", versions=">=0.19.3"),
+        *overrides("engine", _ENGINE, method, used_by="_save_checkpoint", versions="<0.19.3"),
+    ]
+
 
 ENGINE = [
     *has("engine", _ENGINE, "optimizer basic_optimizer module micro_steps:int seq_dp_world_size:int communication_data_type device"),
@@ -18,13 +27,15 @@ ENGINE = [
         "zero_optimization_stage()",
         "zero_optimization()",
         "bfloat16_enabled()",
-        "managed_gradient_accumulation()",
         "is_gradient_accumulation_boundary()",
         "was_step_applied()",
         "load_universal_checkpoint()",
-        "_get_optimizer_loss_scale()",
+        "zero_optimization_partition_gradients()",
+        "_get_param_shape_func(1)",
         "_get_param_fragment_func(1)",
     ),
+    *takes("engine", _ENGINE, "managed_gradient_accumulation()", versions=">=0.19.4"),
+    *takes("engine", _ENGINE, "_get_optimizer_loss_scale()", versions=">=0.18.6"),
     # FreezingMixin (integrations/deepspeed.py)
     *overrides("engine", _ENGINE, "backward(...)"),
     *overrides("engine", _ENGINE, "forward(...)"),
@@ -40,14 +51,16 @@ ENGINE = [
     # CompleteCheckpoints (complete_checkpoints.py)
     *overrides("engine", _ENGINE, "module_state_dict(...)", used_by="_save_checkpoint"),
     *overrides("engine", _ENGINE, "load_module_state_dict(checkpoint, ...)", used_by="_load_checkpoint"),
-    *overrides("engine", _ENGINE, "_get_zero_frozen_param_attributes(attr_func)", used_by="_common_checkpoint_state"),
-    *overrides("engine", _ENGINE, "_get_zero_param_shapes()", used_by="_common_checkpoint_state"),
+    *_of_the_file("_get_zero_frozen_param_attributes(attr_func)"),
+    *_of_the_file("_get_zero_param_shapes()"),
     *overrides(
         "engine",
         _ENGINE,
         "_common_checkpoint_state(module_state_dict, zero_optimizer_state, save_frozen_param)",
         used_by="_save_checkpoint",
+        versions=">=0.19.3",
     ),
+    *overrides("engine", _ENGINE, "_save_checkpoint(save_dir, tag, client_state, exclude_frozen_parameters)", used_by="save_checkpoint"),
     *overrides("engine", _ENGINE, "_load_checkpoint(load_dir, tag, ...)", used_by="load_checkpoint"),
     # checkpoint.deepspeed: errors of a write are held back (distributed/failures.py)
     *takes("checkpoint_engine", _WRITER, "makedirs(1)", "save(2)"),

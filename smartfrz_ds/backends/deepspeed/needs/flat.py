@@ -25,19 +25,25 @@ ZERO12 = [
         "bit16_groups:list bit16_groups_flat:list single_partition_of_fp32_groups:list parallel_partitioned_bit16_groups:list "
         "partition_size:list partition_count:list groups_padding:list params_in_partition:list params_not_in_partition:list "
         "first_offset:list round_robin_bit16_groups:list round_robin_bit16_indices:list round_robin_bit16_meta:list "
-        "round_robin_bit16_padding:list round_robin_bit16_offsets:list round_robin_gradients parameter_alignment "
-        "nccl_start_alignment_factor:int zero_stage_string:str",
+        "round_robin_gradients nccl_start_alignment_factor:int zero_stage_string:str",
     ),
+    *has("optimizer", _ZERO12, "round_robin_bit16_padding:list round_robin_bit16_offsets:list parameter_alignment", versions=">=0.19.7"),
+    *takes("optimizer", _ZERO12, "get_partition_info(4)", versions=">=0.19.7"),
+    *takes("optimizer", _ZERO12, "get_partition_info(3)", versions="<0.19.7"),
     # numbering
     *has("optimizer", _ZERO12, "param_id:dict param_dict:dict params_already_reduced:list is_param_in_current_partition:dict"),
     # gradients
     *has(
         "optimizer",
         _ZERO12,
-        "averaged_gradients:dict all_grad_tensors:dict previous_reduced_grads:dict extra_large_param_to_reduce:dict "
-        "offload_gradient_dict:dict micro_step_id:int _epilogue_ran_this_backward partition_gradients overlap_comm contiguous_gradients "
+        "averaged_gradients:dict offload_gradient_dict:dict micro_step_id:int partition_gradients overlap_comm contiguous_gradients "
         "use_grad_accum_attribute use_separate_grad_accum",
     ),
+    *has("optimizer", _ZERO12, "cur_scale", versions="<0.18.6"),
+    *has("optimizer", _ZERO12, "all_grad_tensors:dict", versions=">=0.17.6"),
+    *has("optimizer", _ZERO12, "previous_reduced_grads:dict extra_large_param_to_reduce:dict", versions=">=0.17.2"),
+    *has("optimizer", _ZERO12, "previous_reduced_grads extra_large_param_to_reduce", versions="<0.17.2"),
+    *has("optimizer", _ZERO12, "_epilogue_ran_this_backward", versions=">=0.18.5"),
     # `gradient_tables`
     *has(
         "optimizer",
@@ -51,16 +57,16 @@ ZERO12 = [
         _ZERO12,
         "_round_robin_reorder(2)",
         "get_data_parallel_partitions(2)",
-        "get_partition_info(4)",
         "reset_partition_gradient_structures()",
         "_release_ipg_buffers()",
-        "create_gradient_handling_hooks()",
         "zero_grad()",
     ),
+    *takes("optimizer", _ZERO12, "create_gradient_handling_hooks()", versions=">=0.16.5"),
+    *takes("optimizer", _ZERO12, "create_reduce_and_remove_grad_hooks()", versions="<0.16.5"),
     *has("deepspeed.runtime.zero.stage_1_and_2", _ZERO12, "INITIAL_MICRO_STEP_ID"),
     # what DeepSpeed hangs on parameters
     *has("param", _ZERO12, "param_idx_in_group grad_accum"),
-    *late("optimizer", _ZERO12, "_epilogue_ran_this_backward", used_by="independent_gradient_partition_epilogue"),
+    *late("optimizer", _ZERO12, "_epilogue_ran_this_backward", used_by="independent_gradient_partition_epilogue", versions=">=0.18.5"),
     *FRAGMENTS,
 ]
 
@@ -68,10 +74,14 @@ OFFLOAD12 = [
     *has(
         "optimizer",
         _ZERO12,
-        "accumulated_grads_in_cpu:dict norm_for_param_grads:dict grad_position:dict _offload_accumulated_param_ids:set "
-        "temp_grad_buffer_for_cpu_offload temp_grad_buffer_for_gpu_offload param_buffer_of_bit16_for_cpu_offload_groups:list",
+        "accumulated_grads_in_cpu:dict norm_for_param_grads:dict grad_position:dict temp_grad_buffer_for_cpu_offload "
+        "temp_grad_buffer_for_gpu_offload",
     ),
-    *takes("optimizer", _ZERO12, "_wait_for_offload_copies()", "get_grad_position(4)", "_create_optimizer_mapping()"),
+    *has("optimizer", _ZERO12, "_offload_accumulated_param_ids:set", versions=">=0.19.5"),
+    *has("optimizer", _ZERO12, "param_buffer_of_bit16_for_cpu_offload_groups:list", versions=">=0.17.0"),
+    *takes("optimizer", _ZERO12, "get_grad_position(4)"),
+    *takes("optimizer", _ZERO12, "_wait_for_offload_copies()", versions=">=0.19.8"),
+    *takes("optimizer", _ZERO12, "_create_optimizer_mapping()", versions=">=0.17.1"),
 ]
 
 BF16 = [

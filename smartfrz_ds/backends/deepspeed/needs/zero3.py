@@ -18,9 +18,11 @@ ZERO3 = [
         "optimizer",
         _ZERO3,
         "optimizer fp16_groups:list fp16_partitioned_groups:list fp16_partitioned_groups_flat:list fp16_partitioned_groups_flat_numel:list "
-        "fp16_partitioned_groups_flat_id:list fp32_partitioned_groups_flat:list sub_group_to_group_id:dict sub_group_process_groups:list "
-        "sub_group_partition_counts:list groups_padding:list next_swappable_fp32_partitioned_groups:list debug_fp16_grads:list",
+        "fp16_partitioned_groups_flat_id:list fp32_partitioned_groups_flat:list sub_group_to_group_id:dict "
+        "groups_padding:list next_swappable_fp32_partitioned_groups:list debug_fp16_grads:list",
     ),
+    *has("optimizer", _ZERO3, "sub_group_process_groups:list sub_group_partition_counts:list", versions=">=0.19.3"),
+    *has("optimizer", _ZERO3, "dp_process_group", versions="<0.19.3"),
     # buffers and numbering
     *has(
         "optimizer",
@@ -33,19 +35,18 @@ ZERO3 = [
         "optimizer", _ZERO3, "_create_next_swappable_fp32_groups()", "_get_param_coordinator()", "get_param_id(1)", "set_grad_positions()"
     ),
     # hooks
-    *has("optimizer", _ZERO3, "_grad_acc_hooks:list _remaining_grad_acc_hooks _max_expected_hooks_seen _epilogue_ran_this_backward"),
-    *takes(
-        "optimizer",
-        _ZERO3,
-        "should_refresh_expected_hook_count()",
-        "reenter_backward_if_needed()",
-        "reduce_ready_partitions_and_remove_grads(1)",
-        "update_hook_state_and_maybe_run_epilogue(1)",
-        "zero_grad()",
-    ),
-    *takes("deepspeed.runtime.utils", "runtime/utils.py", "count_used_parameters_in_backward(1)"),
+    *has("optimizer", _ZERO3, "cur_scale", versions="<0.18.6"),
+    *has("optimizer", _ZERO3, "_grad_acc_hooks:list"),
+    *has("optimizer", _ZERO3, "_remaining_grad_acc_hooks", versions=">=0.18.3"),
+    *has("optimizer", _ZERO3, "_epilogue_ran_this_backward", versions=">=0.18.5"),
+    *has("optimizer", _ZERO3, "_max_expected_hooks_seen", versions=">=0.18.7"),
+    *takes("optimizer", _ZERO3, "reduce_ready_partitions_and_remove_grads(1)", "zero_grad()"),
+    *takes("optimizer", _ZERO3, "run_grad_acc_post_hooks()", versions=">=0.18.3,<0.18.5"),
+    *takes("optimizer", _ZERO3, "reenter_backward_if_needed()", "update_hook_state_and_maybe_run_epilogue(1)", versions=">=0.18.5"),
+    *takes("optimizer", _ZERO3, "should_refresh_expected_hook_count()", versions=">=0.18.7"),
+    *takes("deepspeed.runtime.utils", "runtime/utils.py", "count_used_parameters_in_backward(1)", versions=">=0.18.3"),
     *takes("deepspeed.utils.torch", "utils/torch.py", "register_grad_hook(2)"),
-    *late("optimizer", _ZERO3, "_epilogue_ran_this_backward", used_by="independent_gradient_partition_epilogue"),
+    *late("optimizer", _ZERO3, "_epilogue_ran_this_backward", used_by="independent_gradient_partition_epilogue", versions=">=0.18.5"),
     # the order of modules
     *takes(_COORDINATOR_CLASS, _COORDINATOR, "is_invalid_trace(1)", "_invalidate_trace(1)"),
     *has(_COORDINATOR_CLASS, _COORDINATOR, "_PartitionedParameterCoordinator__params_to_release"),
@@ -76,7 +77,8 @@ ZERO3 = [
 RESIDENT_PARAM = has("optimizer", _ZERO3, "lp_param_buffer")
 
 OFFLOAD3 = [
-    *has("optimizer", _ZERO3, "norm_for_param_grads:dict _offload_boundary_param_ids:set subgroup_to_device:dict"),
+    *has("optimizer", _ZERO3, "norm_for_param_grads:dict subgroup_to_device:dict"),
+    *has("optimizer", _ZERO3, "_offload_boundary_param_ids:set", versions=">=0.19.5"),
 ]
 
 OFFLOAD_PARAM = has("optimizer", _ZERO3, "param_groups_fp16_flat_cpu_memory:list")
