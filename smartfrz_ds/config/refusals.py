@@ -175,6 +175,9 @@ REFUSALS: dict[str, Refusal] = {
     "pipeline_fp16": Refusal(
         name="fp16 in a pipeline", remedy='use bf16 ("bf16": {"enabled": true}) or fp32', keys=_pipeline_fp16, otherwise="fp16.enabled"
     ),
+    "pipeline_old": Refusal(
+        name="a pipeline with a DeepSpeed before 0.18.6", remedy="install DeepSpeed 0.18.6 or later", otherwise="PipelineModule"
+    ),
     "pipeline_reentrant": Refusal(
         name="reentrant activation checkpointing in a pipeline",
         remedy='set "pipeline": {"use_reentrant": false}, to use the non-reentrant implementation',

@@ -50,7 +50,7 @@ def mend_deepspeed() -> None:
     """Mend two faults that old releases have on CPUs with nothing frozen, so that the rest of them can be compared (tests/versions).
 
     Before 0.19.0 the flat weights of ZeRO-1/2 carry a graph, and torch 2.13 refuses to gather into them (the mend is that of 0.19.0).
-    Before 0.19.7 ZeRO-3 waits for the last of several gathers only; gloo may complete the others later, and weights are then garbage.
+    Before 0.19.8 ZeRO-3 waits for the last of several gathers only; gloo may complete the others later, and weights are then garbage.
     """
     flatten = DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned
 

@@ -18,8 +18,8 @@ from smartfrz_ds.config.refusals import REFUSALS, Refusal, number, other_optimiz
 from . import names
 from .leaf_modules import describe_partial_leaves
 
-# The backends touch private attributes; each release is looked at and tested before it is added here.
-TESTED_DEEPSPEED = SpecifierSet(">=0.16.4,<=0.19.8")
+# The backends touch private attributes; docs/versions.md says which releases ran which cells.
+TESTED_DEEPSPEED = SpecifierSet(">=0.16.4,<=0.19.8,!=0.17.*,!=0.18.0,!=0.18.1,!=0.18.2,!=0.18.3,!=0.18.4,!=0.18.5")
 
 
 def check_version(*, allow_untested: bool) -> str | None:
@@ -179,6 +179,7 @@ def _decoupled(engine: DeepSpeedEngine) -> bool:
 _USES: dict[str, Callable[[DeepSpeedEngine], bool]] = {
     # the methods of a pipeline's engine; other engines have neither
     "pipeline_fp16": lambda e: _pipeline(e) and ask_switch(e, "fp16_enabled()"),
+    "pipeline_old": lambda e: _pipeline(e) and names.older_than("0.18.6"),
     "pipeline_reentrant": lambda e: _pipeline(e) and names.reentrant_checkpoints(e),
     "pipeline_tensor": lambda e: _pipeline(e) and ask_count(e, "grid.get_slice_parallel_world_size()") > 1,
     # deepspeed.initialize (deepspeed/__init__.py) picks the engine's class by this
