@@ -58,7 +58,7 @@ class DeepSpeedBackend(Backend):
     def drop_gradients(self) -> None:
         super().drop_gradients()
         # runtime/engine.py: a bare torch optimizer at stage 0, else a wrapper
-        self.engine.optimizer.zero_grad()
+        names.zero_grad(self.engine.optimizer)
 
     def reduced_bytes(self) -> int | None:
         """Return the bytes of the active parameters in `communication_data_type`, under ZeRO-2 and 3 once for each micro-batch."""

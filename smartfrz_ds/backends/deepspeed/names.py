@@ -68,6 +68,15 @@ def adds_old_gradients(engine: Any) -> bool:
     return wrapped and older_than("0.18.6") and bool(engine.bfloat16_enabled())
 
 
+def zero_grad(optimizer: Any) -> None:
+    """Clear the gradients that an engine's optimizer or its wrapper holds."""
+    if hasattr(optimizer, "zero_grad"):
+        optimizer.zero_grad()
+    else:  # runtime/bf16_optimizer.py: since 0.16.5
+        optimizer.clear_lp_grads()
+        optimizer.clear_hp_grads()
+
+
 def has_common_checkpoint_state(engine: Any) -> bool:
     """Whether DeepSpeed's _save_checkpoint builds its file in a method, `_common_checkpoint_state`, that can be extended."""
     # runtime/engine.py: since 0.19.3; before, an override of that name would never be called
