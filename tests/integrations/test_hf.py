@@ -228,7 +228,13 @@ def test_one_process_goes_on_from_a_checkpoint_that_was_just_saved(tmp_path: Pat
             if trainer.state.global_step == 8:
                 raise InterruptedError
 
-        monkeypatch.setattr(transformers.trainer, "rotate_checkpoints", killed)
+        # what the Trainer calls after it has saved: a method in transformers 4
+        place, name = (
+            (transformers.Trainer, "_rotate_checkpoints")
+            if hasattr(transformers.Trainer, "_rotate_checkpoints")
+            else (transformers.trainer, "rotate_checkpoints")
+        )
+        monkeypatch.setattr(place, name, killed)
         trainer = worker_hf.trainer_for({**case, "name": "killed"}, tmp_path)
         with pytest.raises(InterruptedError):
             trainer.train()

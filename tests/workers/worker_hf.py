@@ -7,6 +7,7 @@ same freezes; it shares with the package only what the layers are.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import shutil
 import warnings
@@ -214,7 +215,7 @@ def trainer_for(case: Mapping[str, Any], folder: Path, *, model: Any = None, cal
         arguments |= {"fsdp": True, "fsdp_config": {"state_dict_type": case["format"]} | units} | accelerated()
     trainer = InOrder(
         model=model if model is not None else model_of(case["model"]),
-        args=TrainingArguments(**arguments | case.get("trainer", {}) | more),
+        args=TrainingArguments(**named(arguments | case.get("trainer", {}) | more)),
         train_dataset=Texts(case["model"], BATCH * accumulation * world_size() * STEPS // 2),
         eval_dataset=Texts(case["model"], 8),
         compute_loss_func=loss_of,
@@ -223,6 +224,12 @@ def trainer_for(case: Mapping[str, Any], folder: Path, *, model: Any = None, cal
     trainer.add_callback(callback)
     trainer.freezer, trainer.seen = callback, next(c for c in trainer.callback_handler.callbacks if isinstance(c, Seen))
     return trainer
+
+
+def named(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments under the names of this version: transformers 4 calls activation checkpointing after gradients."""
+    known = inspect.signature(TrainingArguments.__init__).parameters
+    return {k if k in known else k.replace("activation_", "gradient_"): v for k, v in arguments.items()}
 
 
 def world_size() -> int:
