@@ -281,6 +281,12 @@ REFUSALS: dict[str, Refusal] = {
         keys=_autocast,
         otherwise="torch_autocast.dtype",
     ),
+    "recomputed_frozen": Refusal(
+        name="non-reentrant activation checkpointing under ZeRO-3 with a DeepSpeed before 0.19.3, which releases frozen weights that "
+        "are being recomputed (torch raises CheckpointError)",
+        remedy='install DeepSpeed 0.19.3 or later, or use gradient_checkpointing_kwargs={"use_reentrant": True}',
+        otherwise="gradient_checkpointing_enable",
+    ),
     "old_gradients": Refusal(
         name="stage 0 in bf16 with DeepSpeed 0.17.6 to 0.18.5, which adds the gradients of all earlier steps to those of a step",
         remedy="install DeepSpeed 0.18.6 or later, or set zero_optimization.stage to 1",

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import deepspeed
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from smartfrz_ds.backends.deepspeed import names
+from smartfrz_ds.backends.deepspeed.compat import recomputes_without_reentry
 from smartfrz_ds.backends.torch.fsdp2 import param_groups_of
 
 
@@ -59,6 +61,17 @@ def test_an_engine_without_the_switch_counts_its_micro_batches() -> None:
             return False
 
     assert names.managed_accumulation(Old()) and not names.managed_accumulation(New())
+
+
+def test_non_reentrant_checkpointing_of_a_hugging_face_model_is_seen() -> None:
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    model = LlamaForCausalLM(config)
+    assert not recomputes_without_reentry(model)
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # the new name of transformers 5
+    enable({"use_reentrant": True})
+    assert not recomputes_without_reentry(model)
+    enable({"use_reentrant": False})
+    assert recomputes_without_reentry(model)
 
 
 def test_fsdp2_units_have_a_list_of_groups_or_one() -> None:

@@ -11,6 +11,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups
 from packaging.specifiers import SpecifierSet
+from torch import nn
 
 from smartfrz_ds.backends.probing import CannotTell, ask, ask_count, ask_late, ask_switch
 from smartfrz_ds.config.refusals import REFUSALS, Refusal, number, other_optimizer
@@ -86,6 +87,13 @@ def _listed(parts: list[str]) -> str:
 def _what_is_missing(error: Exception) -> str:
     why = str(error) if isinstance(error, CannotTell) else f"raises {type(error).__name__}: {error}"
     return f"cannot tell whether it is on: DeepSpeed {deepspeed.__version__} {why}"
+
+
+def recomputes_without_reentry(model: nn.Module) -> bool:
+    """Whether a Hugging Face model has non-reentrant activation checkpointing on."""
+    # transformers/modeling_utils.py: gradient_checkpointing_enable gives each such module the function, with its keywords
+    on = (m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True)
+    return any(getattr(getattr(m, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant") is False for m in on)
 
 
 def _pipeline(engine: DeepSpeedEngine) -> bool:
@@ -201,6 +209,7 @@ _USES: dict[str, Callable[[DeepSpeedEngine], bool]] = {
     "low_precision": _low_precision,
     "optimizer": lambda e: other_optimizer(type(ask(e, "basic_optimizer")).__name__),
     "autocast": lambda e: ask(e, "torch_autocast_z0_gradscaler") is not None,
+    "recomputed_frozen": lambda e: _stage(e) == 3 and names.older_than("0.19.3") and recomputes_without_reentry(e.module),
     "old_gradients": names.adds_old_gradients,
     "no_optimizer": lambda e: ask(e, "basic_optimizer") is None,
 }
