@@ -47,9 +47,9 @@ def test_a_plain_step_with_frozen_layers_costs_the_same_too(seen: Path, engine: 
     for rank in (0, 1):
         few, many = (counts(seen, engine, params, rank)["plain step, half frozen"] for params in (FEW, MANY))
         assert (few["reads"], few["collectives"]) == (many["reads"], many["collectives"]) == (0, 0), (few, many)
-        # ZeRO-3's hook for the gradient of a parameter is replaced by one of ours (zero3.py), once for each active parameter. A pipeline's
+        # ZeRO-3's hook for the gradient of a parameter is replaced by one of ours (names.py), once for each active parameter. A pipeline's
         # train_batch calls model.train(), which ends at each frozen layer (freeze_modules.py) instead of visiting its modules.
-        engines_own = ("zero3.py:reduce_and_remove", "freeze_modules.py:__call__")
+        engines_own = ("names.py:counted_once", "freeze_modules.py:__call__")
         calls = [one["calls"] - sum(one["places"].get(place, 0) for place in engines_own) for one in (few, many)]
         assert calls[0] == calls[1] <= CALLS[engine] + 40, (few, many)
 

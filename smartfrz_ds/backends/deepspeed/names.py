@@ -223,8 +223,11 @@ def forget_offload_boundary(zero: Any) -> None:
         zero._offload_boundary_param_ids = set()
 
 
-def reduce_function(zero: Any, outside: Sequence[Any], leaves: int) -> Callable[[Sequence[Any]], None]:
+def reduce_function(zero: Any, outside: Sequence[Any], leaves: int) -> Callable[..., None]:
     """Return the work of one gradient hook: what it does besides reducing has changed three times.
+
+    It takes the parameters, and ignores what the hook is called with. It runs once for each parameter, so it makes no call that it can do
+    without.
 
     Args:
         zero: The wrapper.
@@ -232,7 +235,7 @@ def reduce_function(zero: Any, outside: Sequence[Any], leaves: int) -> Callable[
         leaves: The number of leaf modules with active parameters, each of which has one hook.
     """
 
-    def reduce(params: Sequence[Any]) -> None:
+    def reduce(params: Sequence[Any], *_: Any) -> None:
         for param in params:
             zero.reduce_ready_partitions_and_remove_grads(param)
 
@@ -241,27 +244,30 @@ def reduce_function(zero: Any, outside: Sequence[Any], leaves: int) -> Callable[
 
     if hasattr(zero, "should_refresh_expected_hook_count"):  # since 0.18.7: the parameters in the graph are counted once a backward
 
-        def counted_once(params: Sequence[Any]) -> None:
+        def counted_once(params: Sequence[Any], *_: Any) -> None:
             refresh = zero.should_refresh_expected_hook_count()
             zero.reenter_backward_if_needed()
-            reduce(params)
+            for param in params:
+                zero.reduce_ready_partitions_and_remove_grads(param)
             zero.update_hook_state_and_maybe_run_epilogue(expected() if refresh else zero._max_expected_hooks_seen)
 
         return counted_once
     if hasattr(zero, "update_hook_state_and_maybe_run_epilogue"):  # 0.18.5 and 0.18.6: counted in every hook
 
-        def counted_always(params: Sequence[Any]) -> None:
+        def counted_always(params: Sequence[Any], *_: Any) -> None:
             zero.reenter_backward_if_needed()
-            reduce(params)
+            for param in params:
+                zero.reduce_ready_partitions_and_remove_grads(param)
             zero.update_hook_state_and_maybe_run_epilogue(expected())
 
         return counted_always
     if hasattr(zero, "_remaining_grad_acc_hooks"):  # 0.18.3 and 0.18.4: counted down, the last one runs the engine's epilogue
 
-        def counted_down(params: Sequence[Any]) -> None:
+        def counted_down(params: Sequence[Any], *_: Any) -> None:
             if zero._remaining_grad_acc_hooks == 0:
                 zero._remaining_grad_acc_hooks = expected()
-            reduce(params)
+            for param in params:
+                zero.reduce_ready_partitions_and_remove_grads(param)
             zero._remaining_grad_acc_hooks -= 1
             if zero._remaining_grad_acc_hooks == 0:
                 zero.run_grad_acc_post_hooks()

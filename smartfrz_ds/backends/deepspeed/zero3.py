@@ -15,8 +15,9 @@ buffers. Touched in DeepSpeed, beside names.py, all in runtime/zero/stage3.py un
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -231,12 +232,8 @@ class Zero3Backend(ShardedBackend):
         outside, leaves = by_leaf(p for group in groups for p in group)
         reduce = names.reduce_function(zero, outside, len(leaves))
 
-        def hook_of(param: ZeroParam) -> Callable[..., None]:
-            alone = (param,)
-            return lambda *_: reduce(alone)
-
         for p in outside:  # one by one: an undo removes those in the list
-            zero._grad_acc_hooks.append(register_grad_hook(p, hook_of(p)))
+            zero._grad_acc_hooks.append(register_grad_hook(p, partial(reduce, (p,))))
         self._leaf_hooks.make(leaves, reduce)
         names.reset_hook_count(zero)
 
