@@ -16,7 +16,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch.optim import Optimizer
 
 from smartfrz_ds.backends.deepspeed.base import DeepSpeedBackend
-from smartfrz_ds.backends.deepspeed.compat import check_engine, check_version
+from smartfrz_ds.backends.deepspeed.compat import check_engine
 from smartfrz_ds.backends.deepspeed.half import Bf16Backend, Fp16Backend
 from smartfrz_ds.backends.deepspeed.needs import check_needs
 from smartfrz_ds.backends.deepspeed.zero0 import Zero0Backend
@@ -29,22 +29,26 @@ from smartfrz_ds.errors import FreezeError
 from .base import Backend, Released, Sampler, SampleRequest
 
 
-def make_backend(
-    engine: DeepSpeedEngine, *, zero3_frozen: FrozenStorage = "sharded", allow_untested_versions: bool = False
-) -> DeepSpeedBackend:
-    """Create the backend for an engine.
+def check_start(engine: DeepSpeedEngine) -> None:
+    """Check that freezing works with an engine's features, and that this DeepSpeed has everything that it touches. Changes nothing.
+
+    Raises:
+        ValueError: An unsupported feature, or something private that this DeepSpeed lacks, by name.
+    """
+    check_engine(engine)
+    check_needs(engine, KIND if isinstance(engine, PipelineEngine) else None)
+
+
+def make_backend(engine: DeepSpeedEngine, *, zero3_frozen: FrozenStorage = "sharded") -> DeepSpeedBackend:
+    """Create the backend for an engine, after `check_start`.
 
     Args:
         engine: The engine.
         zero3_frozen: Where ZeRO-3 keeps the weights of frozen layers, see Zero3Backend.
-        allow_untested_versions: The setting of that name.
 
     Raises:
-        ValueError: An untested DeepSpeed, an unsupported feature, or something private that this DeepSpeed lacks, by name.
+        ValueError: An optimizer wrapper that is unknown.
     """
-    warning = check_version(allow_untested=allow_untested_versions)
-    check_engine(engine)
-    check_needs(engine, KIND if isinstance(engine, PipelineEngine) else None)
     backends: list[tuple[type, Callable[[DeepSpeedEngine], DeepSpeedBackend]]] = [
         (DeepSpeedZeroOptimizer_Stage3, partial(Zero3Backend, frozen=zero3_frozen)),
         (DeepSpeedZeroOptimizer, Zero12Backend),
@@ -56,8 +60,6 @@ def make_backend(
     for optimizer, backend in backends:
         if isinstance(engine.optimizer, optimizer) and not _variant(engine.optimizer, optimizer):
             made = of_a_stage(backend)(engine) if isinstance(engine, PipelineEngine) and isinstance(backend, type) else backend(engine)
-            if warning:
-                made.warnings.append(warning)
             if why := made.uncuttable_later():
                 made.warnings.append(why)
             return made

@@ -106,7 +106,7 @@ def reshape(
         ValueError: The conversion is not possible; with what is allowed. Nothing was written.
         OSError: A file cannot be written. The new tag does not exist.
     """
-    check_version(allow_untested=False)
+    check_version()
     source = PipelineCheckpoint(Path(load_dir), tag, trust)
     for name, value, most in (("stages (--pp)", stages, source.entries), ("replicas (--dp)", replicas, None)):
         if value < 1 or (most is not None and value > most):

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import Requirement
 
+from smartfrz_ds.config.reading import read_config
+from smartfrz_ds.config.settings import FreezeConfig
 from smartfrz_ds.integrations import build_locks
 
 from .findings import Finding
@@ -58,14 +60,15 @@ class Examined:
         return {"findings": [f.to_json() for f in self.findings], "layers": [layer.to_json() for layer in self.layers]}
 
 
-def examine(config: Path | None = None, model: str | None = None) -> Examined:
+def examine(config: Path | None = None, model: str | None = None, *, self_check: bool = False) -> Examined:
     """Examine the machine and, if given, a DeepSpeed JSON and a model.
 
     Args:
         config: A DeepSpeed JSON.
         model: As in `load_model`.
+        self_check: Whether to run the self-check of the installed versions, which starts ranks and takes some seconds.
     """
-    findings = examine_machine()
+    findings = [*check_versions(*_readable(config), run=self_check), *examine_machine()]
     layers: list[LayerFacts] = []
     if config is None and model is None:
         return Examined(tuple(findings))
@@ -87,6 +90,14 @@ def examine(config: Path | None = None, model: str | None = None) -> Examined:
                 found = [Finding("model", "problem", str(error), answer)]
             findings += found
     return Examined(tuple(findings), tuple(layers))
+
+
+def _readable(config: Path | None) -> tuple[Mapping[str, Any] | None, FreezeConfig | None]:
+    """Return the content of a DeepSpeed JSON and its settings, for the check of versions; None for what `check_config` will refuse."""
+    with contextlib.suppress(ValueError):
+        if config is not None:
+            return read_config(config)[0], FreezeConfig.load(config)
+    return None, None
 
 
 def render(examined: Examined, width: int = 110) -> str:
@@ -124,7 +135,6 @@ def _layer_table(layers: Sequence[LayerFacts]) -> list[str]:
 def examine_machine() -> list[Finding]:
     """Run all checks of this machine and environment. Takes a few seconds, starts no ranks and changes nothing."""
     return [
-        *check_versions(),
         *check_compiler(),
         *check_build_locks(),
         *check_mpi(),
@@ -138,38 +148,19 @@ def examine_machine() -> list[Finding]:
 # --- packages --------------------------------------------------------------------------------------------------------------------
 
 
-def check_versions() -> list[Finding]:
-    """Check Python, torch and DeepSpeed, and transformers and accelerate if they are installed."""
+def check_versions(raw: Mapping[str, Any] | None = None, settings: FreezeConfig | None = None, *, run: bool = False) -> list[Finding]:
+    """Check Python, torch and DeepSpeed, and transformers and accelerate if they are installed. Arguments as in `check_verdicts`."""
     found = [Finding("python", "ok", f"Python {sys.version.split()[0]}")]  # an older one cannot import this file
     try:
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints while it is imported
-            import deepspeed
+            import deepspeed  # noqa: F401
             import torch
 
-            from smartfrz_ds.backends.deepspeed.compat import TESTED_DEEPSPEED, check_version
-            from smartfrz_ds.backends.torch.compat import check_torch
+            from .doctor_versions import check_verdicts
     except Exception as error:
         text = f"torch or DeepSpeed cannot be imported: {type(error).__name__}: {error}"
         return [*found, Finding("deepspeed", "problem", text, "install both: pip install 'smartfrz_ds'")]
-    found += [_torch(torch)]
-    try:
-        check_torch(allow_untested=False)
-    except ValueError as error:
-        found.append(
-            Finding(
-                "torch",
-                "warning",
-                str(error).split(". Install")[0],
-                "DeepSpeed engines are not affected; attach_torch (DDP, FSDP) refuses it unless allow_untested_versions is true",
-            )
-        )
-    try:
-        check_version(allow_untested=False)
-        found.append(Finding("deepspeed", "ok", f"DeepSpeed {deepspeed.__version__}"))
-    except ValueError:
-        answer = f"pip install 'deepspeed{TESTED_DEEPSPEED}'; or set smartfrz.allow_untested_versions to true to try it anyway"
-        text = f"DeepSpeed {deepspeed.__version__} is not among the tested versions ({TESTED_DEEPSPEED}) and is refused at start"
-        found.append(Finding("deepspeed", "problem", text, answer))
+    found += [_torch(torch), *check_verdicts(raw, settings, run=run)]
     return found + check_packages(["transformers", "accelerate"])
 
 

@@ -192,6 +192,9 @@ def doctor(
         str | None,
         typer.Option(metavar="MODEL", help="MODULE:CALLABLE that returns a model, or the name or folder of a Hugging Face model."),
     ] = None,
+    self_check: Annotated[
+        bool, typer.Option("--self-check", help="Train a toy model with the installed versions: freeze, thaw, save, load. Some seconds.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings and the model's layers as JSON.")] = False,
 ) -> None:
     """Look for problems that would stop a run.
@@ -202,7 +205,7 @@ def doctor(
     with _plain_errors("demo"):
         from .doctor import examine, render
 
-        examined = examine(config, model)
+        examined = examine(config, model, self_check=self_check)
     typer.echo(json.dumps(examined.to_json(), indent=2) if as_json else render(examined))
     raise typer.Exit(examined.exit_code)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -136,7 +137,12 @@ class FreezeConfig(Section):
         "Checks after a freeze that every active parameter still receives its gradient. A graph that is found to be cut is an error. In "
         "doubtful cases (used in a forward, no gradient, no cut found), warn: one warning; raise: an error. off: no check.",
     )
-    allow_untested_versions: bool = setting(False, "true or false", "Allow a DeepSpeed version outside the tested range.")
+    untested_versions: Literal["check", "allow", "refuse"] = setting(
+        "check",
+        "'check', 'allow' or 'refuse'",
+        "A version of DeepSpeed (or of torch under DDP and FSDP) that was not tested. check: it is checked with a toy model, once, in some "
+        "seconds; allow: it is used unchecked; refuse: it is an error.",
+    )
     attention: AttentionSettings = setting(AttentionSettings(), "an object", "Settings of the policy `attention`.")
     linear: LinearSettings = setting(LinearSettings(), "an object", "Settings of the policy `linear`.")
     late: LateSettings = setting(LateSettings(), "an object", "Settings of the policy `late`.")
@@ -200,11 +206,24 @@ class FreezeConfig(Section):
         """
         if isinstance(source, FreezeConfig):
             return source
-        section = _find_section(source)
+        section = _with_current_names(_find_section(source))
         try:
             return cls.model_validate(section)
         except ValidationError as error:
             raise ValueError("\n".join(_problems(error, section))) from None
+
+
+def _with_current_names(section: object) -> object:
+    """Replace the key `allow_untested_versions` of version 0.1 by `untested_versions`. A wrong value of it is left as it is."""
+    if not isinstance(section, Mapping) or not isinstance(section.get(_FORMER), bool) or "untested_versions" in section:
+        return section
+    rest = {key: value for key, value in section.items() if key != _FORMER}
+    current = "allow" if section[_FORMER] else "check"
+    warnings.warn(f"{SECTION}.{_FORMER} is deprecated: set {SECTION}.untested_versions to {current!r}", FutureWarning, stacklevel=4)
+    return {**rest, "untested_versions": current}
+
+
+_FORMER = "allow_untested_versions"
 
 
 def with_settings(source: FreezeConfig | Mapping[str, Any] | str | Path | None, settings: Mapping[str, Any]) -> FreezeConfig:

@@ -164,6 +164,13 @@ def share_timeout() -> None:
                 backend._set_default_timeout(wanted)
 
 
+def shortest_timeout() -> float | None:
+    """Return the shortest timeout of the main group's backends, in seconds; None without a group, or where it is unknown."""
+    if not dist.is_initialized():
+        return None
+    return min((timeout.total_seconds() for _, timeout in _timeouts(dist.group.WORLD).values()), default=None)
+
+
 def _timeouts(group: Any) -> dict[str, tuple[Any, Any]]:
     """Return the backend and the timeout for each kind of device of this process's group, as far as the backend has one."""
     found: dict[str, tuple[Any, Any]] = {}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import deepspeed
+import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
@@ -19,9 +20,10 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from smartfrz_ds._version import __version__
+from smartfrz_ds.backends.deepspeed.compat import config_of, untested_version
 from smartfrz_ds.backends.deepspeed.complete_checkpoints import CompleteCheckpoints
 from smartfrz_ds.backends.deepspeed.names import managed_accumulation
-from smartfrz_ds.backends.factory import make_backend
+from smartfrz_ds.backends.factory import check_start, make_backend
 from smartfrz_ds.backends.pipeline.stage import PrunedPipeline
 from smartfrz_ds.checkpoint.deepspeed import Checkpoints, find_together, hide_marker
 from smartfrz_ds.checkpoint.files import MARKER
@@ -35,6 +37,8 @@ from smartfrz_ds.runtime.controller import Controller
 from smartfrz_ds.signals.lr_scale import layer_groups
 
 from .build_locks import clear as clear_build_locks
+from .selfcheck import judge
+from .selfcheck.case import Case, of_config
 
 EngineT = TypeVar("EngineT", bound=DeepSpeedEngine)
 ConfigSource = FreezeConfig | Mapping[str, Any] | str | Path | None
@@ -292,9 +296,17 @@ def attach(
 def _turn_on(engine: Any, settings: FreezeConfig, probe_batch: Any = None, *, defer_policy: bool = False) -> None:
     share_timeout()
     ranks = Collectives(collective_device(engine.module.parameters()))
-    backend = ranks.run_on_all_ranks(
-        lambda: make_backend(engine, zero3_frozen=settings.zero3.frozen, allow_untested_versions=settings.allow_untested_versions)
+    ranks.run_on_all_ranks(lambda: check_start(engine))
+    verdict = judge(
+        ranks,
+        untested_version(),
+        lambda: case_of(engine, settings),
+        settings.untested_versions,
+        versions={"deepspeed": deepspeed.__version__, "torch": torch.__version__},
+        library=Path(deepspeed.__file__).parent / "runtime",
     )
+    backend = ranks.run_on_all_ranks(lambda: make_backend(engine, zero3_frozen=settings.zero3.frozen))
+    backend.warnings += [verdict.text] if verdict.text else []
     engine.smartfrz = Controller(
         engine.module,
         backend,
@@ -307,6 +319,12 @@ def _turn_on(engine: Any, settings: FreezeConfig, probe_batch: Any = None, *, de
     )
     mixin: type = FreezingPipelineMixin if isinstance(engine, PipelineEngine) else FreezingMixin
     engine.__class__ = type(f"Freezing{type(engine).__name__}", (mixin, type(engine)), {})
+
+
+def case_of(engine: Any, settings: FreezeConfig) -> Case:
+    """Return what a self-check checks for this engine."""
+    pipeline = isinstance(engine, PipelineEngine)
+    return of_config(config_of(engine), pipeline=pipeline, frozen=settings.zero3.frozen, device=torch.device(engine.device).type)
 
 
 def _with_groups(settings: FreezeConfig, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

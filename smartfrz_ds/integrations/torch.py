@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from smartfrz_ds._version import __version__
 from smartfrz_ds.backends.torch.base import TorchBackend, local
-from smartfrz_ds.backends.torch.compat import make_torch_backend
+from smartfrz_ds.backends.torch.compat import make_torch_backend, untested_torch, wrapper_of
 from smartfrz_ds.backends.torch.several import SeveralOptimizers, bare_optimizer, refuse_step_within_backward
 from smartfrz_ds.checkpoint.torch import restore_from, save_beside
 from smartfrz_ds.config.settings import FreezeConfig
@@ -28,6 +28,8 @@ from smartfrz_ds.model.hooks import ModuleHook
 from smartfrz_ds.runtime.controller import Controller
 
 from .closures import RanClosure
+from .selfcheck import judge
+from .selfcheck.case import of_wrapper
 
 
 class TorchController(Controller):
@@ -275,6 +277,16 @@ def attach_torch(
     ranks.assert_same(f"smartfrz_ds {__version__}, torch {torch.__version__}", "package versions")
     settings, backend = ranks.run_on_all_ranks(lambda: _prepare(model, bare, config))
     compare_before_attach(settings, model, bare, ranks)
+    wrapper = wrapper_of(model)
+    verdict = judge(
+        ranks,
+        untested_torch() if wrapper is not None else None,
+        lambda: of_wrapper(str(wrapper), frozen=settings.fsdp.frozen, device=backend.device.type),
+        settings.untested_versions,
+        versions={"torch": torch.__version__},
+        library=None,
+    )
+    backend.warnings += [verdict.text] if verdict.text else []
     backend.use_scaler(scaler)
     backend.listen()
     hooks = _Hooks(bare)
@@ -308,8 +320,7 @@ def _prepare(
     settings = FreezeConfig.load(config)
     if not settings.enabled:
         settings = settings.model_copy(update={"policy": "manual"})
-    untested = settings.allow_untested_versions
-    backend = make_torch_backend(model, optimizer, fsdp_frozen=settings.fsdp.frozen, allow_untested_versions=untested)
+    backend = make_torch_backend(model, optimizer, fsdp_frozen=settings.fsdp.frozen)
     own = {p: name for name, p in model.named_parameters() if p.requires_grad}
     held = {p for group in backend.groups for p in group}
     if not held.intersection(own):

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 
+from smartfrz_ds.backends.deepspeed.compat import TESTED_DEEPSPEED
 from smartfrz_ds.cli import doctor
 from smartfrz_ds.cli.doctor import examine, render
 from smartfrz_ds.cli.doctor_config import check_config, check_model, load_model, traps
@@ -25,6 +26,9 @@ from smartfrz_ds.cli.doctor_refusals import wrong_values
 from smartfrz_ds.cli.findings import Finding
 from smartfrz_ds.config.refusals import refused_by
 from smartfrz_ds.config.settings import FreezeConfig
+from smartfrz_ds.integrations.selfcheck import verdict
+from smartfrz_ds.integrations.selfcheck.case import of_config
+from smartfrz_ds.integrations.selfcheck.judge import _key
 
 GOOD: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 8,
@@ -51,15 +55,42 @@ def program(folder: Path, name: str, text: str) -> None:
 # ---- the machine
 
 
-def test_untested_deepspeed_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not [f for f in doctor.check_versions() if f.level == "problem"]
-    monkeypatch.setattr(deepspeed, "__version__", "0.18.2")
-    found = only(doctor.check_versions(), "problem")
-    assert found.check == "deepspeed" and "0.18.2 is not among the tested versions (==0.19.8)" in found.text
-    assert "pip install 'deepspeed==0.19.8'" in found.answer
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of self-checks."""
+    monkeypatch.setenv("SMARTFRZ_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
-def test_untested_torch_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_untested_deepspeed_waits_for_its_self_check(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    found = doctor.check_versions()
+    assert "DeepSpeed 0.19.8: tested" in [f.text for f in found] and not [f for f in found if f.level == "problem"]
+    monkeypatch.setattr(deepspeed, "__version__", "0.99.2")
+    waiting = only(doctor.check_versions(), "warning")
+    assert waiting.check == "deepspeed" and f"0.99.2 is not among the tested versions ({TESTED_DEEPSPEED})" in waiting.text
+    assert "not checked here yet (ZeRO-0, fp32; ZeRO-1, fp32; ZeRO-2, fp32; ZeRO-3, fp32)" in waiting.text
+    assert "--self-check" in waiting.answer and f"pip install 'deepspeed{TESTED_DEEPSPEED}'" in waiting.answer
+
+
+@pytest.mark.parametrize(("kind", "level"), [("self-checked", "warning"), ("refused", "problem")])
+def test_the_verdict_of_an_earlier_self_check_is_told(kind: Any, level: str, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    monkeypatch.setattr(deepspeed, "__version__", "0.99.2")
+    raw = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
+    case = of_config(raw, device="cpu" if torch.accelerator.device_count() == 0 else torch.accelerator.current_accelerator().type)
+    key = _key(case, {"deepspeed": "0.99.2", "torch": torch.__version__}, Path(deepspeed.__file__).parent / "runtime")
+    verdict.write(key, verdict.Verdict(kind, "what was found"), print)
+    found = only(doctor.check_versions(raw, FreezeConfig()), level)
+    assert found.text == "what was found"
+
+
+@pytest.mark.parametrize(("setting", "level", "words"), [("allow", "warning", "used unchecked"), ("refuse", "problem", "refused at start")])
+def test_an_untested_version_by_the_setting(setting: str, level: str, words: str, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    monkeypatch.setattr(deepspeed, "__version__", "0.99.2")
+    found = only(doctor.check_versions({}, FreezeConfig.load({"untested_versions": setting})), level)
+    assert words in found.text and f'smartfrz.untested_versions is "{setting}"' in found.text
+
+
+def test_untested_torch_is_a_warning(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setattr(torch, "__version__", "2.6.0+cpu")
     assert "torch 2.6.0+cpu is not among the tested versions" in only(doctor.check_versions(), "warning").text
 

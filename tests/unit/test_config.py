@@ -283,7 +283,7 @@ def test_digest_sees_every_setting_but_the_log_path() -> None:
         {"enabled": False}, {"dry_run": True}, {"policy": "manual"}, {"layers": ["a"]}, {"keep_active": ["a"]}, {"order": "any"},
         {"tied": "freeze"}, {"frozen_mode": "train"}, {"max_frozen_fraction": 0.5}, {"warmup_steps": 1}, {"freeze_interval": 60},
         {"cooldown": 2}, {"snapshot_interval": 5}, {"window": 3}, {"sample_size": 2}, {"total_steps": 4}, {"keep_state": 1}, {"seed": 1},
-        {"allow_untested_versions": True}, {"attention": {"predictor": "p"}}, {"attention": {"threshold": 0.5}},
+        {"untested_versions": "allow"}, {"attention": {"predictor": "p"}}, {"attention": {"threshold": 0.5}},
         {"attention": {"patience": 3}}, {"attention": {"mode": "budget"}}, {"attention": {"budget": 0.2}},
             {"linear": {"start_step": 1}}, {"linear": {"end_step": 2}},
         {"zero3": {"frozen": "auto"}}, {"guard": {}}, {"guard": {"metric": "x"}}, {"guard": {"tolerance": 0.5}}, {"guard": {"window": 3}},

@@ -23,18 +23,21 @@ from .leaf_modules import describe_partial_leaves
 TESTED_DEEPSPEED = SpecifierSet(">=0.16.4,<=0.19.8,!=0.17.*,!=0.18.0,!=0.18.1,!=0.18.2,!=0.18.3,!=0.18.4,!=0.18.5")
 
 
-def check_version(*, allow_untested: bool) -> str | None:
-    """Refuse an untested DeepSpeed, or return a warning if the user allows it.
-
-    Raises:
-        ValueError: Names the installed and the tested versions and the setting that overrides the check.
-    """
+def untested_version() -> str | None:
+    """Return in words that the installed DeepSpeed is untested; None for a tested one."""
     if TESTED_DEEPSPEED.contains(deepspeed.__version__, prereleases=True):
         return None
-    found = f"DeepSpeed {deepspeed.__version__} is not among the tested versions ({TESTED_DEEPSPEED})"
-    if allow_untested:
-        return found + "; going on because smartfrz.allow_untested_versions is true"
-    raise ValueError(f"{found}. Install a tested one, or set smartfrz.allow_untested_versions to true to try all the same.")
+    return f"DeepSpeed {deepspeed.__version__} is not among the tested versions ({TESTED_DEEPSPEED})"
+
+
+def check_version() -> None:
+    """Refuse an untested DeepSpeed, for what a self-check does not cover.
+
+    Raises:
+        ValueError: Names the installed and the tested versions.
+    """
+    if found := untested_version():
+        raise ValueError(f"{found}. Install a tested one")
 
 
 def check_engine(engine: DeepSpeedEngine) -> None:

@@ -21,39 +21,37 @@ from .several import refuse_in_backward
 TESTED_TORCH = SpecifierSet("==2.13.*")
 
 
-def check_torch(*, allow_untested: bool) -> str | None:
-    """Refuse an untested version of torch.
-
-    Args:
-        allow_untested: The setting `smartfrz.allow_untested_versions`.
-
-    Returns:
-        None for a tested version, a warning for an allowed untested one.
-
-    Raises:
-        ValueError: The version is untested and not allowed.
-    """
+def untested_torch() -> str | None:
+    """Return in words that the installed torch is untested; None for a tested one."""
     if TESTED_TORCH.contains(torch.__version__.split("+")[0], prereleases=True):
         return None
-    found = f"torch {torch.__version__} is not among the tested versions ({TESTED_TORCH})"
-    if allow_untested:
-        return found + "; continuing because smartfrz.allow_untested_versions is true"
-    raise ValueError(f"{found}. Install a tested version, or set smartfrz.allow_untested_versions to true to try this one.")
+    return f"torch {torch.__version__} is not among the tested versions ({TESTED_TORCH})"
 
 
-def make_torch_backend(
-    model: nn.Module, optimizer: torch.optim.Optimizer, *, fsdp_frozen: FrozenUnits = "sharded", allow_untested_versions: bool = False
-) -> TorchBackend:
+def wrapper_of(model: nn.Module) -> str | None:
+    """Return the kind of wrapper around a model whose private attributes are used: "ddp", "fsdp1" or "fsdp2"; None for others.
+
+    Args:
+        model: The model as the training loop calls it.
+    """
+    module = getattr(model, "_orig_mod", model)  # torch/_dynamo/eval_frame.py: OptimizedModule
+    if any(isinstance(m, FSDPModule) for m in module.modules()):
+        return "fsdp2"
+    if isinstance(module, DistributedDataParallel):
+        return "ddp"
+    return "fsdp1" if isinstance(module, FullyShardedDataParallel) else None
+
+
+def make_torch_backend(model: nn.Module, optimizer: torch.optim.Optimizer, *, fsdp_frozen: FrozenUnits = "sharded") -> TorchBackend:
     """Create the backend for a model.
 
     Args:
         model: The model as the training loop calls it.
         optimizer: Its optimizer.
         fsdp_frozen: Where FSDP2 keeps the weights of frozen units, see Fsdp2Backend.
-        allow_untested_versions: The setting of that name.
 
     Raises:
-        ValueError: An untested torch under a wrapper, or an unsupported feature, by name.
+        ValueError: An unsupported feature, or something private that this torch lacks, by name.
     """
     refuse_in_backward(optimizer)
     module = getattr(model, "_orig_mod", model)  # torch/_dynamo/eval_frame.py: OptimizedModule
@@ -65,7 +63,6 @@ def make_torch_backend(
     if not fsdp2 and not isinstance(module, DistributedDataParallel | FullyShardedDataParallel):
         several = dist.is_initialized() and dist.get_world_size() > 1
         return (Unwrapped if several else TorchBackend)(model, module, optimizer)  # uses no private attributes
-    warning = check_torch(allow_untested=allow_untested_versions)
     made: TorchBackend
     if isinstance(module, DistributedDataParallel):
         check_needs("ddp", module)
@@ -76,5 +73,4 @@ def make_torch_backend(
     else:
         check_needs("fsdp2", module)
         made = Fsdp2Backend(model, module, optimizer, frozen=fsdp_frozen)
-    made.warnings += [warning] if warning else []
     return made
