@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -150,9 +152,22 @@ def _summed(numbers: tuple[int, int]) -> list[int]:
     return [int(n) for n in both]
 
 
+def _end_with_parent() -> None:
+    """End this process when the run that started it has ended: a killed rank leaves no toy behind."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def main() -> None:
     """Run one rank."""
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+    _end_with_parent()
     job = json.loads((folder / "case.json").read_text())
     torch.set_num_threads(1)
     try:
