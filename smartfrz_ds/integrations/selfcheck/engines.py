@@ -50,7 +50,7 @@ class EngineToy:
 
     def change(self, action: str, layers: Sequence[str]) -> None:
         """Freeze or thaw layers of `Net`."""
-        names = [f"layers.{int(x.split('.')[1]) + 1}" if x.startswith("blocks.") else x for x in layers]
+        names = [f"layers.{0 if x == 'embeddings' else int(x.split('.')[1]) + 1}" for x in layers]  # entries of the pipeline's list
         getattr(self._engine.smartfrz, action)(names if self._case.kind == "pipeline" else list(layers))
 
     def weights(self) -> Tensor:
