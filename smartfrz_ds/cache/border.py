@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any, Literal
 
@@ -332,10 +333,15 @@ class Replay:
         if expected.module is not module:
             raise CallDiffers("the model called its frozen layers in another order than before")
         self._next += 1
-        values = [self._tensors[x.value] if x.kind == "stored" else x.value for x in expected.leaves]
+        values = [self._value(x) for x in expected.leaves]
         if self._next == len(self._plan.calls):
             self.passed = perf_counter()
         return self._reopen(module, tree_unflatten(values, expected.structure))
+
+    def _value(self, leaf: Leaf) -> Any:
+        if leaf.kind == "stored":
+            return self._tensors[leaf.value]
+        return leaf.value.clone() if leaf.kind == "shared" else leaf.value  # a layer may write into it
 
     @property
     def complete(self) -> bool:
@@ -343,10 +349,21 @@ class Replay:
         return self._next == len(self._plan.calls)
 
 
+class Carried:
+    """A forward that is recorded behind a replay of a shallower border: the rows of the deeper one are computed from stored rows."""
+
+    def __init__(self, outer: Discovery | Capture, inner: Replay) -> None:
+        self._outer, self._inner = outer, inner
+
+    def call(self, module: nn.Module, real: Call, args: Any, kwargs: Any) -> Any:
+        """Run a frozen module, or return what it would have returned, and record it."""
+        return self._outer.call(module, partial(self._inner.call, module, real, args, kwargs), args, kwargs)
+
+
 class Scope:
     """The forward that is going on: calls of frozen modules from other threads, or outside of it, are not part of it."""
 
-    def __init__(self, forward: Discovery | Capture | Replay) -> None:
+    def __init__(self, forward: Discovery | Capture | Replay | Carried) -> None:
         self.forward, self._thread = forward, threading.get_ident()
 
     def is_here(self) -> bool:

@@ -18,11 +18,13 @@ class Gain:
         forwards: Forwards that could have been a hit.
         hits: Forwards that skipped the prefix.
         saved: Seconds saved so far.
+        carried: Complete forwards that began at a shallower border.
     """
 
     forwards: int = 0
     hits: int = 0
     saved: float = 0.0
+    carried: int = 0
     returned: int = 0  # forwards since a row came back for the first time
     returned_hits: int = 0
     _prefix: list[float] = field(default_factory=list)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .border import Around, Call, CallDiffers, Capture, Discovery, Plan, Replay, Rows, Scope, call_of, is_wrapped
+from .border import Around, Call, CallDiffers, Capture, Carried, Discovery, Plan, Replay, Rows, Scope, call_of, is_wrapped
 from .gain import Gain
 from .keys import Batch, describe
 from .proof import RandomState, difference, refusal, same_bits, undone
@@ -53,6 +53,7 @@ class PrefixCache:
         spot_check: One hit in this many is run completely and compared.
         reopen: Given a frozen module and its output; returns the output as this package's hooks would leave it.
         tell: Called with each remark, for the log.
+        shallower: The cache of a part of this prefix, which was removed from the model: its rows are carried to this border.
 
     Attributes:
         off: Why the cache is off; "" while it is in use.
@@ -73,9 +74,13 @@ class PrefixCache:
         spot_check: int,
         reopen: Callable[[nn.Module, Any], Any],
         tell: Callable[[str], None],
+        shallower: PrefixCache | None = None,
     ) -> None:
         self._model, self._tops, self._later, self._device = model, tuple(tops), tuple(later), device
         self._store, self._spot_check, self._reopen, self._tell = store, spot_check, reopen, tell
+        self._shallower = shallower
+        if shallower is not None:
+            shallower._shallower = None
         self._kinds: dict[bytes, _Kind] = {}
         self._scope: Scope | None = None
         self._skipped_last = False  # whether the last forward of the model skipped the prefix
@@ -103,7 +108,10 @@ class PrefixCache:
         for around in self._around:
             around.remove()
         self._around.clear()
-        self._kinds.clear()
+
+    def is_part_of(self, tops: Sequence[nn.Module]) -> bool:
+        """Whether a prefix of these modules contains this one, and is longer."""
+        return len(tops) > len(self._tops) and tuple(tops[: len(self._tops)]) == self._tops
 
     def turn_off(self, reason: str) -> None:
         """End the use of the cache: `off` says why."""
@@ -143,7 +151,7 @@ class PrefixCache:
             return call()
         keys = perf_counter() - began
         if rows is None or found is None:
-            return self._complete(kind, batch, call, keys)
+            return self._complete(kind, batch, call, keys, self._carried(args, kwargs))
         mixed = not _is_one_batch(found)
         if mixed in kind.proven and kind.hits < self._spot_check:
             return self._skip(kind, rows, call, began)
@@ -160,29 +168,63 @@ class PrefixCache:
         rows = Rows(kind.plan)
         return (there, rows) if self._store.read(there, rows.views()) else (None, None)
 
-    def _complete(self, kind: _Kind, batch: Batch, call: Call, keys: float) -> Any:
-        """Run the whole model, and store the rows."""
-        if kind.plan is None:
-            discovery = Discovery(batch.rows, self._later, self._device)
-            try:
-                output = self._within(discovery, call)
-            finally:
-                kind.plan, rows = discovery.finish()
-            if discovery.reason:
-                self._drop(kind, discovery.reason)
+    def _carried(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Replay | None:
+        """Return the replay of this batch at the shallower border, if all of its rows are there and proven."""
+        old = self._shallower
+        if old is None or old.off or not (state := old._state.token()) or old._state.refusal:
+            return None
+        batch = describe(args, kwargs, state)
+        kind = None if isinstance(batch, str) else old._kinds.get(batch.kind)
+        if kind is None or kind.plan is None or kind.off or isinstance(batch, str):
+            return None
+        found, rows = old._look_up(kind, batch)
+        if found is None or rows is None or (not _is_one_batch(found)) not in kind.proven:
+            return None
+        return Replay(kind.plan, rows.on_device(), self._reopen)
+
+    def _complete(self, kind: _Kind, batch: Batch, call: Call, keys: float, carried: Replay | None = None) -> Any:
+        """Run the whole model, or its part behind a shallower border, and store the rows."""
+        forward: Discovery | Capture
+        forward = Discovery(batch.rows, self._later, self._device) if kind.plan is None else Capture(kind.plan, self._device)
+        before, began = None if carried is None else RandomState(self._device), perf_counter()
+        rows: Rows | None = None
+        try:
+            output = self._within(forward if carried is None else Carried(forward, carried), call)
+        except CallDiffers:  # of the shallower border; no active layer has run yet
+            assert before is not None
+            before.restore()
+            self._shallower = None
+            return self._complete(kind, batch, call, keys)
+        finally:
+            if isinstance(forward, Discovery):
+                plan, rows = forward.finish()
+        if carried is not None:
+            self._check_calls(carried)
+            self._skipped_last = True
+            self.gain.carried += 1
+        if isinstance(forward, Discovery):
+            kind.plan = plan
+            if forward.reason:
+                self._drop(kind, forward.reason)
             elif rows is not None:
                 self._write(batch, rows)
-            return output
-        capture, began = Capture(kind.plan, self._device), perf_counter()
-        output = self._within(capture, call)
-        if not capture.complete:
-            self._drop(kind, capture.reason or "the model did not call all of its frozen layers")
-            return output
-        writing = perf_counter()
-        self._write(batch, capture.rows)
-        write = perf_counter() - writing + capture.packing
-        self.gain.filled(prefix=capture.passed - began - capture.packing, keys=keys, write=write)
+        elif not forward.complete:
+            self._drop(kind, forward.reason or "the model did not call all of its frozen layers")
+        else:
+            writing = perf_counter()
+            self._write(batch, forward.rows)
+            if carried is None:
+                write = perf_counter() - writing + forward.packing
+                self.gain.filled(prefix=forward.passed - began - forward.packing, keys=keys, write=write)
         return output
+
+    @staticmethod
+    def _check_calls(replay: Replay) -> None:
+        if not replay.complete:
+            raise RuntimeError(
+                "the prefix cache skipped frozen layers that this forward did not call, although its arguments were those of forwards that "
+                "did: the result may be wrong; allowed: smartfrz.cache.mode 'off'"
+            )
 
     def _write(self, batch: Batch, rows: Rows) -> None:
         if self._device.type != "cpu":
@@ -204,11 +246,7 @@ class PrefixCache:
             before.restore()
             self._drop(kind, str(error))
             return call()
-        if not replay.complete:
-            raise RuntimeError(
-                "the prefix cache skipped frozen layers that this forward did not call, although its arguments were those of forwards that "
-                "did: the result may be wrong; allowed: smartfrz.cache.mode 'off'"
-            )
+        self._check_calls(replay)
         self._skipped_last = True
         self.complete_of_step -= 1
         self.gain.hit(keys=reading - began, read=replay.passed - reading)
@@ -254,7 +292,7 @@ class PrefixCache:
         self.gain.forwards += 1
         return output
 
-    def _within(self, forward: Discovery | Capture | Replay, call: Call) -> Any:
+    def _within(self, forward: Discovery | Capture | Replay | Carried, call: Call) -> Any:
         self._scope = Scope(forward)
         try:
             return call()
@@ -292,7 +330,7 @@ class PrefixCache:
     @property
     def changes(self) -> int:
         """How often the weights of the prefix turned out to have changed."""
-        return 0 if not self._around else self._state.changes
+        return 0 if self.off else self._state.changes
 
 
 def _is_one_batch(found: Sequence[tuple[int, Found]]) -> bool:

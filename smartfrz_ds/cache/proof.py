@@ -18,8 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils._pytree import tree_leaves
 
-# Hooks of engines do nothing for a module that does not run; hooks of this package are taken care of by the cache.
-_ENGINES = ("smartfrz_ds.", "deepspeed.", "torch.distributed.", "torch.nn.parallel.")
+# Hooks of engines do nothing for a module that does not run; hooks of this package are taken care of by the cache; those with which
+# transformers collects hidden states do nothing until it is asked for them, and then the model's output shows it.
+_HARMLESS = ("smartfrz_ds.", "deepspeed.", "torch.distributed.", "torch.nn.parallel.", "transformers.utils.output_capturing.")
 _DEPTH = 4  # of objects in the model's output whose tensors are compared
 
 
@@ -40,21 +41,41 @@ def refusal(named: Iterable[tuple[str, nn.Module]]) -> str:
             return f"{name} ({type(module).__name__}) computes statistics over the batch, so a row depends on its neighbours"
         if found := next((key for key in vars(module) if "capacity" in key), None):
             return f"{name} has experts of limited capacity ({found}), so a row can depend on its neighbours"
-        # torch/nn/modules/module.py: the dictionaries of a module's hooks
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if not _is_harmless(hook):
-                return f"a forward hook of other code on {name} ({_origin(hook)}) would not run for a skipped layer"
+        if hook := _foreign((*module._forward_hooks.values(), *module._forward_pre_hooks.values())):
+            return f"a forward hook of other code on {name} ({hook}) would not run for a skipped layer"
         # torch/nn/modules/module.py: set by Module.compile()
         if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
             return f"{name} is compiled, and a compiled module can't be skipped"
     return ""
 
 
+def hook_refusal(between: Iterable[tuple[str, nn.Module]], model: nn.Module) -> str:
+    """Return why hooks of other code on the modules that contain the prefix forbid its use; "" if none does.
+
+    A hook before a forward can change what the frozen layers get; one behind it sees what skipped layers returned. Only hooks behind the
+    whole model are harmless.
+
+    Args:
+        between: The modules of the model that are in no layer, with their names.
+        model: The model.
+    """
+    for name, module in between:
+        behind = () if module is model else module._forward_hooks.values()
+        if hook := _foreign((*module._forward_pre_hooks.values(), *behind)):
+            return f"a forward hook of other code on {name or 'the model'} ({hook}) acts on the inputs or outputs of frozen layers"
+    return ""
+
+
+def _foreign(hooks: Iterable[Any]) -> str:
+    # torch/nn/modules/module.py: the dictionaries of a module's hooks
+    return next((_origin(hook) for hook in hooks if not _is_harmless(hook)), "")
+
+
 def _is_harmless(hook: Any) -> bool:
     function = getattr(hook, "func", hook)
     if getattr(function, "__name__", "") == "make_inputs_require_grads":  # its effect on a frozen layer is undone anyway
         return True
-    return _origin(hook).startswith(_ENGINES)
+    return _origin(hook).startswith(_HARMLESS)
 
 
 def _origin(hook: Any) -> str:

@@ -10,19 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from .keys import KEY_BYTES
-from .proof import named_modules, refusal
+from .proof import hook_refusal, named_modules, refusal
 
 _PROBES = 4  # weights of each tensor that are looked at in each forward
 _CHECK_EVERY = 50  # forwards between two complete readings of the weights
+_STATES = 16  # recent states; as many new ones in a row end the use of the cache
+_PLAIN = (bool, int, float, str, type(None))
 _CHUNK = 1 << 24  # elements hashed at once
 
 
 class PrefixState:
     """Watches weights, buffers, modes and adapters of the prefix.
 
-    A cheap look comes with each forward: version counters, addresses and a few elements of each tensor, flags, adapters, settings of
-    torch that choose kernels. All weights are hashed when the cheap look shows a change, after `suspect`, and once in 50 forwards: a write
-    through `.data` leaves no trace in the version counter.
+    A cheap look comes with each forward: version counters, addresses and a few elements of each tensor; attributes of the modules and of
+    their configuration that are numbers or text; hooks, adapters, and settings of torch that choose kernels. All weights are hashed when a
+    tensor shows a change, after `suspect`, and once in 50 forwards: a write through `.data` leaves no trace in the version counter.
 
     Args:
         model: The model.
@@ -44,13 +46,16 @@ class PrefixState:
     ) -> None:
         self._restore_flags = restore_flags
         self._model, self._tops, self._later, self._stored = model, tops, later, stored
-        self._looked: tuple[Any, ...] | None = None
+        self._seen_flags: tuple[Any, ...] = ()
+        self._seen_tensors: tuple[Any, ...] = ()
+        self._seen_hooks: tuple[int, ...] = ()
         self._until_reading = 0
+        self._tokens: dict[bytes, None] = {}
+        self._new_in_a_row = 0
         self._token = b""
         self.refusal = ""
         self.changes = 0  # how often the weights turned out to be others
         self._weights = b""
-        self.weights_read = False
         self._collect()
 
     def suspect(self) -> None:
@@ -59,38 +64,58 @@ class PrefixState:
 
     def token(self) -> bytes:
         """Return the digest of the current state. `refusal` says then whether, and why, the prefix can't be cached."""
-        look = self._look()
+        flags, tensors, hooks = self._flags(), self._traces(), self._hooks()
         self._until_reading -= 1
-        if look == self._looked and self._until_reading > 0:
+        due = tensors != self._seen_tensors or self._until_reading <= 0
+        if flags == self._seen_flags and hooks == self._seen_hooks and not due:
             return self._token
         if any(p.requires_grad for p in self._params):
             self._restore_flags()
-        self._collect()
-        weights = self._read()
-        if self._weights and weights != self._weights:
-            self.changes += 1
-        self._weights, self._until_reading = weights, _CHECK_EVERY
-        self._looked = self._look()
+        if due:
+            self._collect()
+            weights = self._read()
+            if self._weights and weights != self._weights:
+                self.changes += 1
+            self._weights, self._until_reading = weights, _CHECK_EVERY
+        flags, self._seen_tensors, self._seen_hooks = self._flags(), self._traces(), self._hooks()
+        self.refusal = refusal(self._named) or hook_refusal(self._between, self._model)
         digest = blake2b(self._weights, digest_size=KEY_BYTES)
-        digest.update(repr((self._names, self._looked[0])).encode())
+        digest.update(repr((self._names, flags)).encode())
         self._token = digest.digest()
-        self.refusal = refusal(self._named)
+        self._note_new(flags)
+        self._seen_flags = flags
         return self._token
+
+    def _note_new(self, flags: tuple[Any, ...]) -> None:
+        """Refuse a state that never comes back: its rows would not, either."""
+        self._new_in_a_row = 0 if self._token in self._tokens else self._new_in_a_row + 1
+        self._tokens[self._token] = None
+        if len(self._tokens) > _STATES:
+            del self._tokens[next(iter(self._tokens))]
+        if self._new_in_a_row >= _STATES and not self.refusal:
+            old = self._seen_flags[0] if self._seen_flags else ()
+            changed = [key for (_, key), x, y in zip(self._attributes, old, flags[0], strict=False) if x != y]
+            what = f"the attribute {changed[0]!r} of a module" if changed else "a weight or a buffer"
+            self.refusal = f"{what} that the frozen layers may read changes in every forward"
 
     def _collect(self) -> None:
         self._named = named_modules(self._model, self._tops)
-        self._modules = [module for _, module in self._named]
-        self._names = [(name, type(module).__qualname__) for name, module in self._named]
+        inside = {module for _, module in self._named}
+        behind = {m for top in self._later for m in top.modules()}.difference(inside)
+        of_model = [(name, m) for name, m in self._model.named_modules() if m not in behind]
+        self._between = [(name, m) for name, m in of_model if m not in inside]
+        self._modules = [m for _, m in of_model]
+        self._names = [(name, type(m).__qualname__) for name, m in of_model]
         self._adapted = [m for m in self._modules if hasattr(m, "active_adapters") or hasattr(m, "merged_adapters")]
-        behind = {m for top in self._later for m in top.modules()}.difference(self._modules)
-        of_model = [m for m in self._model.modules() if m not in behind]
-        own = set(self._modules)
+        configs = {id(x): x for m in self._modules if hasattr(x := vars(m).get("config"), "__dict__")}
+        holders = [vars(x) for x in (*self._modules, *configs.values())]
+        self._attributes = [(held, key) for held in holders for key, value in held.items() if isinstance(value, _PLAIN)]
         # torch/nn/modules/module.py: what a module holds directly
-        params = dict.fromkeys(p for m in of_model for p in m._parameters.values() if p is not None and (m in own or not p.requires_grad))
-        buffers = dict.fromkeys(b for m in of_model for b in m._buffers.values() if b is not None)
-        self._params = list(params)
-        self._tensors: list[Tensor] = [*(self._stored(p) for p in params), *buffers]
-        self._held = [*params, *buffers]
+        every = (p for m in self._modules for p in m._parameters.values() if p is not None and (m in inside or not p.requires_grad))
+        buffers = dict.fromkeys(b for m in self._modules for b in m._buffers.values() if b is not None)
+        self._params = list(dict.fromkeys(every))
+        self._tensors: list[Tensor] = [*(self._stored(p) for p in self._params), *buffers]
+        self._held: list[Tensor] = [*self._params, *buffers]
         self._samples: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for tensor in self._tensors:
             flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else None
@@ -99,15 +124,22 @@ class PrefixState:
             picked = [flat[(2 * k + 1) * flat.numel() // (2 * _PROBES)] for k in range(_PROBES)]
             self._samples.setdefault((flat.device, flat.dtype), []).extend(picked)
 
-    def _look(self) -> tuple[Any, ...]:
-        flags = (
-            tuple(m.training for m in self._modules),
+    def _flags(self) -> tuple[Any, ...]:
+        return (
+            tuple(held.get(key) for held, key in self._attributes),
             tuple((_as_text(m, "active_adapters"), _as_text(m, "merged_adapters"), _as_text(m, "disable_adapters")) for m in self._adapted),
+            tuple(p.requires_grad for p in self._params),
             _environment(self._tensors[0].device if self._tensors else torch.device("cpu")),
         )
-        tensors = tuple((x._version, x.data_ptr(), x.requires_grad) for x in self._held)
+
+    def _hooks(self) -> tuple[int, ...]:
+        return tuple(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self._modules)
+
+    def _traces(self) -> tuple[Any, ...]:
+        """Return what a change of a tensor most likely shows in."""
+        tensors = tuple((x._version, x.data_ptr()) for x in self._held)
         probes = tuple(torch.stack(values).view(torch.uint8).cpu().numpy().tobytes() for values in self._samples.values())
-        return flags, tensors, probes
+        return tensors, probes
 
     def _read(self) -> bytes:
         digest = blake2b(digest_size=KEY_BYTES)

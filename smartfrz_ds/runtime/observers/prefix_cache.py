@@ -38,13 +38,13 @@ class CacheWatch(StepObserver):
         self._restore_flags = restore_flags
         self._run, self._boundary, self._settings = run, boundary, run.config.cache
         self._cache: PrefixCache | None = None
+        self._previous: PrefixCache | None = None  # of the prefix before the last change
         self._store: Tiers | None = None
         self._changed = False  # whether the prefix has to be taken up anew
         self._told_off = False
         self._next_report = _FIRST_REPORT
         self._last: float | None = None
         self._past = (0, 0, 0.0)  # forwards, hits and seconds saved with earlier prefixes
-        self._prefix: tuple[str, ...] = ()
         self._removed = False
         self._refusal = run.backend.prefix_cache_refusal
         if self._refusal and self._settings.mode == "on":
@@ -145,7 +145,9 @@ class CacheWatch(StepObserver):
             spot_check=self._settings.spot_check,
             reopen=self._boundary.reopen,
             tell=run.journal.note,
+            shallower=self._previous if self._previous is not None and self._previous.is_part_of(tops) else None,
         )
+        self._previous = None
         if self._cache.off:
             self._say_off(self._cache)
         else:
@@ -191,6 +193,7 @@ class CacheWatch(StepObserver):
         if self._cache is not None:
             self._past = self._numbers()
             self._cache.remove()
+            self._previous = None if self._cache.off else self._cache
             self._cache = None
 
     def remove(self) -> None:
