@@ -269,15 +269,16 @@ class RowStore:
         reserved = int(self._head["reserved"][0])
         if end <= reserved:
             return True
-        wanted = min(max(end, reserved + _GROWTH), self.limit)
-        try:
-            os.posix_fallocate(self.descriptor, self._begin + reserved, wanted - reserved)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT):
-                return False
-            raise
-        self._head["reserved"] = wanted
-        return True
+        for wanted in (min(max(end, reserved + _GROWTH), self.limit), end):
+            try:
+                os.posix_fallocate(self.descriptor, self._begin + reserved, wanted - reserved)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT):
+                    raise
+            else:
+                self._head["reserved"] = wanted
+                return True
+        return False
 
     def _entry(self, key: bytes) -> int | None:
         number = self._known.get(key)
