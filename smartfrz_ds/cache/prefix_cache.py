@@ -59,6 +59,9 @@ class PrefixCache:
         off: Why the cache is off; "" while it is in use.
         remarks: Why single classes of batches, or calls, are not cached.
         gain: Counts and times.
+        trained: Forwards that may have been trained on.
+        forwards_of_step: Those of the current step.
+        complete_of_step: Those of them that ran completely.
     """
 
     def __init__(
@@ -86,7 +89,7 @@ class PrefixCache:
         self._skipped_last = False  # whether the last forward of the model skipped the prefix
         self.remarks: list[str] = []
         self.gain = Gain()
-        self.forwards_of_step = self.complete_of_step = 0
+        self.forwards_of_step = self.complete_of_step = self.trained = 0
         self._around: list[Around] = []
         self.off = refusal(named_modules(model, self._tops))
         if taken := next((type(m).__name__ for m in (model, *self._tops) if is_wrapped(m)), ""):
@@ -134,6 +137,7 @@ class PrefixCache:
             return call()
         batch = describe(args, kwargs, state)
         self.forwards_of_step += 1
+        self.trained += 1
         self.complete_of_step += 1
         self._skipped_last = False
         if isinstance(batch, str):
@@ -141,6 +145,10 @@ class PrefixCache:
             return call()
         kind = self._kinds.setdefault(batch.kind, _Kind())
         if len(self._kinds) > _CLASSES:
+            if not self.gain.hits:
+                self.turn_off(
+                    f"{_CLASSES} batches had as many kinds of shapes and arguments: is the number of the batch an argument of the model?"
+                )
             self._kinds.pop(next(iter(self._kinds)))
         if kind.off:
             return call()

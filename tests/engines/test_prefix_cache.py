@@ -537,6 +537,34 @@ def test_arguments_without_bytes() -> None:
     assert run.hits == 0 and "is a object, which has no key" in run.note
 
 
+def test_models_that_are_not_seen() -> None:
+    """Compiled as a whole, or trained in eval mode."""
+
+    def evaluated(step: int, model: Any, controller: Any) -> None:
+        model.eval()
+
+    def compiled() -> nn.Module:
+        model = Net()
+        model.compile(backend="eager")
+        return model
+
+    for make, between in ((compiled, lambda *_: None), (Net, evaluated)):
+        run = both(make, vectors(), mode="auto", frozen=4, between=between)
+        assert run.hits == 0 and "no forward of the model was seen that is trained on" in run.note
+
+
+def test_number_of_the_batch_as_an_argument() -> None:
+    class Numbered(Net):
+        def forward(self, x: Tensor, number: int) -> Tensor:
+            return super().forward(x)
+
+    def number(step: int, batch: dict[str, Any]) -> dict[str, Any]:
+        return batch | {"number": step}
+
+    run = both(Numbered, vectors(8), mode="auto", frozen=4, alter=number, epochs=140)
+    assert run.hits == 0 and "is the number of the batch an argument of the model?" in run.note
+
+
 def test_mode_on_is_an_error_where_it_cannot_be_used() -> None:
     with pytest.raises(RuntimeError, match=r"smartfrz.cache.mode: got 'on'.*wte.weight.*tied 'freeze'"):
         train(gpt2, text(), "on", frozen=3)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from reference import cached_runs, oracle
+from reference.torch_models import wrap
 from safetensors.torch import save_file
 from workers import ranks
 from workers.worker_exact import full
@@ -79,10 +80,43 @@ def run(case: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return {"weights": torch.stack(weights)}, facts
 
 
+def refused(case: dict[str, Any]) -> dict[str, Any]:
+    """One step with a frozen prefix on an engine without the cache, and what mode "on" raises there."""
+    errors, notes = [], []
+    for mode in ("on", "auto"):
+        case["cache"] = {"mode": mode}
+        model = oracle.Net()
+        try:
+            if case["kind"] == "fsdp2":
+                module = wrap("fsdp2", model)
+                optimizer = torch.optim.AdamW(module.parameters(), lr=oracle.LR)
+                controller = smartfrz_ds.attach_torch(module, optimizer, {"policy": "manual", "cache": case["cache"]})
+            else:
+                module = engine_for(case, model)
+                controller = module.smartfrz
+        except ValueError as error:
+            errors.append(str(error))
+            continue
+        controller.freeze(controller.layers[:3])
+        loss = oracle.loss_of(module, *oracle.data(0, 0, dist.get_rank()), "fp32")
+        if case["kind"] == "fsdp2":
+            loss.backward()
+            optimizer.step()
+        else:
+            module.backward(loss)
+            module.step()
+        notes.append(controller.report().cache_note)
+        controller.detach()
+    return {"errors": errors, "notes": notes}
+
+
 def main() -> None:
     with ranks.job() as (cases, folder):
         for case in cases:
             with ranks.case(case["name"]):
+                if case.get("refused"):
+                    ranks.write(folder, case["name"], refused(case))
+                    continue
                 tensors, facts = run(case)
                 save_file(tensors, folder / f"{case['name']}.{dist.get_rank()}.safetensors")
                 ranks.write(folder, case["name"], facts)

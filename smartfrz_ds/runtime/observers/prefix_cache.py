@@ -17,6 +17,7 @@ from smartfrz_ds.runtime.run_context import RunContext
 
 from .protocol import LayoutChange, StepObserver
 
+_UNSEEN = 5  # steps without a forward of the model
 _FIRST_REPORT = 100  # forwards; then ten times as many, and so on
 
 
@@ -44,6 +45,7 @@ class CacheWatch(StepObserver):
         self._told_off = False
         self._next_report = _FIRST_REPORT
         self._last: float | None = None
+        self._steps = 0  # with the current prefix
         self._past = (0, 0, 0.0)  # forwards, hits and seconds saved with earlier prefixes
         self._removed = False
         self._refusal = run.backend.prefix_cache_refusal
@@ -95,6 +97,12 @@ class CacheWatch(StepObserver):
         cache = self._cache
         if cache is None:
             return
+        self._steps += 1
+        if self._steps >= _UNSEEN and not cache.trained:
+            cache.turn_off(
+                "no forward of the model was seen that is trained on: it is compiled as a whole, trained in eval mode, or only parts of it "
+                "are called"
+            )
         now, forwards = perf_counter(), cache.forwards_of_step
         if self._last is not None and forwards and cache.complete_of_step == forwards:
             cache.gain.step(now - self._last, forwards)
@@ -133,7 +141,7 @@ class CacheWatch(StepObserver):
         if self._store is None and not self._open_store():
             return
         assert self._store is not None
-        self._told_off, self._last = False, None
+        self._told_off, self._last, self._steps = False, None, 0
         self._cache = PrefixCache(
             run.model,
             tops,
