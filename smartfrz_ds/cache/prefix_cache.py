@@ -147,7 +147,8 @@ class PrefixCache:
         if len(self._kinds) > _CLASSES:
             if not self.gain.hits:
                 self.turn_off(
-                    f"{_CLASSES} batches had as many kinds of shapes and arguments: is the number of the batch an argument of the model?"
+                    f"more than {_CLASSES} kinds of batches, and no batch came back in its kind: each combination of shapes (padded to "
+                    "the longest row?) and arguments (the number of the batch?) is one"
                 )
             self._kinds.pop(next(iter(self._kinds)))
         if kind.off:
