@@ -107,7 +107,8 @@ def test_an_attribute_that_is_missing_is_refused(said: dict[str, Any], engine: s
         "bf16 optimizer": {"autotp_size", "mpu"},
         "stage 3": {"autotp_size", "mpu", "leaf_parameters", "z3_leaf_module"},
         "offload": {"super_offload", "ratio", "device"},
-        "pipeline": {"grid", "get_slice_parallel_world_size", "_reentrant_activation_checkpointing", "fp16_enabled"},
+        # _reentrant_activation_checkpointing, which older releases lack, is in the table of needs instead
+        "pipeline": {"grid", "get_slice_parallel_world_size", "fp16_enabled"},
     }
     expected |= more[engine]
     assert expected <= found.keys()
