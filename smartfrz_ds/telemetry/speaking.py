@@ -85,6 +85,7 @@ class Speaker:
         self.length_from = ""  # source of the length of the run
         self._started = self._ended = not run.config.enabled  # disabled: exists only because a checkpoint has frozen layers
         self._held: list[str] = []
+        self.cache_note: Callable[[], str] = str  # returns what the prefix cache has brought, or why it is not used
         log.on_cut = self._log_was_cut
         self._voice.at_exit(self)
 
@@ -160,9 +161,9 @@ class Speaker:
         self._voice.say(text)
 
     def outcome(self) -> str:
-        """Say what froze so far, or why nothing did."""
-        run = self._run
-        return outcome(
+        """Say what froze so far, or why nothing did, and what the prefix cache has brought."""
+        run, cache = self._run, self.cache_note()
+        said = outcome(
             step=run.step,
             layers=run.names,
             frozen=run.frozen,
@@ -174,6 +175,7 @@ class Speaker:
             total_steps=run.total_steps,
             dry_run=run.config.dry_run,
         )
+        return f"{said}; prefix cache: {cache}" if cache else said
 
     def end(self) -> None:
         """Write the last line, once, unless the controller took no step."""

@@ -7,7 +7,9 @@ the same keys, something behind the frozen layers that reads what a skipped laye
 from __future__ import annotations
 
 import copy
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -564,6 +566,23 @@ def test_number_of_the_batch_as_an_argument() -> None:
 
     run = both(Numbered, vectors(8), mode="auto", frozen=4, alter=number, epochs=140)
     assert run.hits == 0 and "more than 256 kinds of batches" in run.note
+
+
+def test_log_and_report_say_what_it_brought_or_why_it_is_off(tmp_path: Path) -> None:
+    for make, tied, words in (
+        (gpt2, "train", "prefix cache: off: the weight transformer.wte.weight"),
+        (bert, "train", "skipped the frozen layers"),
+    ):
+        log = tmp_path / f"{words[:5]}.jsonl"
+        settings = {"tied": tied, "log_path": str(log), "status_interval": 1, "total_steps": STEPS * EPOCHS}
+        outcomes: list[str] = []
+
+        def ask(step: int, model: Any, controller: Any, outcomes: list[str] = outcomes) -> None:
+            outcomes.append(controller.report().outcome)
+
+        train(make, text(), "auto", frozen=3, settings=settings, between=ask)
+        last = json.loads(log.read_text().splitlines()[-1])
+        assert words in last["outcome"] and words in outcomes[-1]
 
 
 def test_mode_on_is_an_error_where_it_cannot_be_used() -> None:

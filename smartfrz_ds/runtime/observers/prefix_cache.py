@@ -48,6 +48,7 @@ class CacheWatch(StepObserver):
         self._steps = 0  # with the current prefix
         self._past = (0, 0, 0.0)  # forwards, hits and seconds saved with earlier prefixes
         self._removed = False
+        run.journal.speaker.cache_note = lambda: self.note
         self._refusal = run.backend.prefix_cache_refusal
         if self._refusal and self._settings.mode == "on":
             raise ValueError(f"smartfrz.cache.mode: got 'on', but {self._refusal}; allowed here: 'off' or 'auto'")
@@ -205,8 +206,6 @@ class CacheWatch(StepObserver):
             self._cache = None
 
     def remove(self) -> None:
-        if self._numbers()[0]:
-            self._run.journal.note(f"prefix cache: {self._brought()}")
         self._let_go()
         self._removed = True
         if self._store is not None:
