@@ -62,9 +62,6 @@ JUDGED = listed("judged", 3, "judged")
 QUICK = ["Mixtral z0", "Mixtral z3 resume", "Qwen2Moe z1", "Mixtral z3 only experts", "Listed z3 only some experts"]
 Outcomes = Callable[[str], Path]
 
-# The same arithmetic in another order of roundings, along two trajectories of which one is shorter: see `check`.
-FACTOR = {"fp32": 16.0, "bf16": 4.0}
-
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
@@ -92,9 +89,10 @@ def leaves_of(case: Case) -> int:
 def check(case: Case, seen: dict[str, Any]) -> None:
     assert seen["leaves"] == leaves_of(case) and seen["drift"] == 0.0 and seen["said"] == []
     assert max(seen["control"]) > 5e-3, "a run without the freezes differs"
-    # What was compared with nothing frozen says how far DeepSpeed itself is from one process (clipping sums in another order, ZeRO-3
-    # computes experts in buffers that are aligned in another way, bf16 is summed in bf16). Where that is nothing, there is nothing here.
-    assert max(seen["apart"]) <= FACTOR[case.dtype] * max(seen["own"]), (seen["apart"], seen["own"])
+    # Bit for bit at stages 0 to 2. At stage 3 DeepSpeed is not with nothing frozen either: experts are computed in buffers that are aligned
+    # in another way. A thaw starts with fresh moments, and Adam's first step makes of a rounding of a small gradient a part of a step; so
+    # the bound is what roundings of the gradients make of the oracle with the same freezes and thaws.
+    assert seen["distance"] <= seen["bound"], (seen["distance"], seen["bound"], seen["apart"], seen["own"])
     frozen: set[str] = set()
     for step in range(case.steps):
         if event := case.at(step):
@@ -116,9 +114,11 @@ def test_a_run_with_freezes_equals_one_process(outcomes: Outcomes, name: str) ->
         seen = json.loads((outcomes(name) / f"{name}.{rank}.json").read_text())
         check(CASES[name], seen)
     if CASES[name].stage < 3 and CASES[name].dtype == "fp32" and not CASES[name].clip:
-        assert max(seen["own"]) == max(seen["apart"]) == 0.0
+        assert max(seen["own"]) == max(seen["apart"]) == seen["bound"] == 0.0
     bytes_ = [seen["bytes"][1], min(seen["bytes"][1:])]
-    print(f"| {name} | {max(seen['own']):.1e} | {max(seen['apart']):.1e} | {bytes_[0]:,} -> {bytes_[1]:,} | {seen['saved']:.1%} |")
+    frozen = max(seen["apart"][: min((k for k, event in PLANS[CASES[name].plan][1].items() if event[0] == "thaw"), default=None)])
+    numbers = [max(seen["own"]), frozen, max(seen["apart"]), seen["distance"], seen["bound"]]
+    print(f"\n| {name} | {' | '.join(f'{x:.1e}' for x in numbers)} | {bytes_[0]:,} -> {bytes_[1]:,} | {seen['saved']:.1%} |")
 
 
 def test_a_policy_reads_experts_that_had_no_token(outcomes: Outcomes) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from reference.bounds import Noisy, no_noise
 from reference.oracle import BATCH, DECAY, LR
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -222,7 +223,7 @@ def layer_of(name: str, patterns: str | list[str]) -> str:
     return ".".join(parts[:depth])
 
 
-def reference(case: Case, *, freezes: bool) -> list[Tensor]:
+def reference(case: Case, *, freezes: bool, noise: Noisy = no_noise) -> list[Tensor]:
     """One process in plain torch, both ranks' batches: all weights after each step.
 
     A gradient that no rank has is 0, as DeepSpeed has it, also if an expert had no token.
@@ -251,7 +252,7 @@ def reference(case: Case, *, freezes: bool) -> list[Tensor]:
             for n, *pair in zip(live, *per_rank, strict=True):
                 total[n] += pair[0] / 2 + pair[1] / 2
         for n in live:
-            masters[n].grad = total[n].float()
+            masters[n].grad = noise(step, total[n].float())
         if case.clip:
             factor = (torch.stack([masters[n].grad.norm() for n in live]).norm() + 1e-6) / case.clip  # type: ignore[union-attr]
             if factor > 1:

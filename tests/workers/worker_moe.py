@@ -13,6 +13,7 @@ import torch.distributed as dist
 from deepspeed.utils import get_z3_leaf_modules, set_z3_leaf_modules
 from deepspeed.utils.z3_leaf_module import unset_z3_leaf_modules
 from reference import moe, oracle
+from reference.bounds import distance, noisy, spread
 from torch import Tensor, nn
 from workers import ranks
 
@@ -173,6 +174,15 @@ def run(case: moe.Case, folder: Path) -> dict[str, Any]:
         facts["resumed"][k] = [max(apart(again.history, seen.history[k:])), again.frozen == seen.frozen[k:], again.drift]
         other.destroy()
     gc.collect()
+    whole = torch.stack(expected(case, freezes=True))
+    facts["distance"] = distance(torch.stack(seen.history), whole)
+    dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float32
+    exact = case.stage < 3 and case.dtype == "fp32" and not case.clip
+    facts["bound"] = (
+        0.0
+        if exact
+        else spread([torch.stack(s) for s in noisy(lambda n: moe.reference(case, freezes=True, noise=n), dtype=dtype)], whole, dtype)
+    )
     return facts | {"own": own(case)}
 
 
