@@ -60,7 +60,7 @@ class RecomputeBoundary:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the positions of the layers whose region begins in front of them."""
-        return {"joined": [position for position, joined in sorted(self._joined.items()) if joined]}
+        return {"joined": [layer.position for layer in self._layers if self._began_in_front(layer)]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what was learned in forwards with nothing frozen; with a frozen prefix it cannot be learned again."""
@@ -87,14 +87,15 @@ class RecomputeBoundary:
         for module in (m for layer in self._layers[:first] for top in layer.modules for m in top.modules()):
             self._marks += _cut_behind_users_hook(module)
         begin = first  # start of the region that contains the first active layer
-        while begin > 0 and self._joined.get(begin, False):
+        while begin > 0 and self._began_in_front(self._layers[begin]):
             begin -= 1
         # If a region begins with the first layer of the model, its input is the user's, who had to make it require
         # grad from the start.
         if begin > 0:
-            self._opened.update(self._mark(self._layers[begin - 1], self._open))
-        if begin < first:
-            self._mark(self._layers[first - 1], self._cut_recomputed)
+            self._opened.update(self._mark(self._ends_before(begin), self._open))
+        # The rest of a layer may run behind its parts too, with what they have computed: no cut there.
+        if begin < first and not self._is_part(self._layers[first]):
+            self._mark(self._layers[first - 1].modules, self._cut_recomputed)
 
     def reopen(self, module: nn.Module, output: Any) -> Any:
         """Make the output of a frozen module require grad as its hook would, where the module itself did not run."""
@@ -106,8 +107,34 @@ class RecomputeBoundary:
         for handle in self._first_looks:
             handle.remove()
 
-    def _mark(self, layer: Layer, function: Callable[..., Any]) -> list[nn.Module]:
-        modules = [module for module in layer.modules if next(module.parameters(), None) is not None]
+    def _began_in_front(self, layer: Layer) -> bool:
+        """Return whether the region of a layer begins in front of it.
+
+        A part that has not run as a module, such as an expert without a token or a list of experts, is taken to continue the region of
+        what is in front of it. If that is wrong, back-propagation goes further than it must; the opposite would cut it off.
+        """
+        joined = self._joined.get(layer.position)
+        return self._is_part(layer) if joined is None else joined
+
+    def _is_part(self, layer: Layer) -> bool:
+        """Return whether a layer was taken out of another one."""
+        return any(layer.name.startswith(f"{other.name}.") for other in self._layers)
+
+    def _ends_before(self, begin: int) -> tuple[nn.Module, ...]:
+        """Return the modules whose outputs may enter the layer at position `begin`: those of the layer in front of it.
+
+        If that is a part, or the rest, of a module that ends there, then the whole module and all that belongs to it: a part need not run
+        as a module, and the rest may run behind it.
+        """
+        last, following = self._layers[begin - 1], self._layers[begin].name
+        for other in self._layers[:begin]:
+            inside = f"{other.name}."
+            if other.whole is not None and (last is other or last.name.startswith(inside)) and not following.startswith(inside):
+                return (*(m for x in self._layers if x is other or x.name.startswith(inside) for m in x.modules), other.whole)
+        return last.modules
+
+    def _mark(self, tops: Sequence[nn.Module], function: Callable[..., Any]) -> list[nn.Module]:
+        modules = [module for module in tops if next(module.parameters(), None) is not None]
         self._marks += [module.register_forward_hook(ModuleHook(function, self._time)) for module in modules]
         return modules
 
@@ -125,7 +152,8 @@ class RecomputeBoundary:
                 handle.remove()
 
         # In front of ZeRO-3's own hooks, whose copies of the inputs do not require grad inside a region.
-        mine = [top.register_forward_pre_hook(ModuleHook(note, self._time), with_kwargs=True, prepend=True) for top in layer.modules]
+        tops = layer.modules if layer.whole is None else (layer.whole,)  # which may compute something before its first module runs
+        mine = [top.register_forward_pre_hook(ModuleHook(note, self._time), with_kwargs=True, prepend=True) for top in tops]
         return mine
 
     def _watch(self, layer: Layer, *, once: bool) -> list[RemovableHandle]:

@@ -36,6 +36,7 @@ class Layer:
         user_frozen_borrowed: Like `borrowed`, under the same condition.
         projector: Whether it only connects one stack of blocks to the next, as between a vision tower and a language
             model.
+        whole: The module that it is the rest of, if other layers were taken out of it.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Layer:
     user_frozen: tuple[nn.Parameter, ...] = ()
     user_frozen_borrowed: tuple[nn.Parameter, ...] = ()
     projector: bool = False
+    whole: nn.Module | None = None
 
     @property
     def numel(self) -> int:
@@ -137,6 +139,7 @@ def _build(model: nn.Module, groups: list[Group]) -> tuple[Layer, ...]:
     last = {p: position for position, used in enumerate(uses) for p in used}
     for position, (group, modules, used) in enumerate(zip(kept, parts, uses, strict=True)):
         own = [p for p in used if p.requires_grad and taken[p] == position]
+        whole = named.get(group.name) if group.name not in group.paths else None
         layers.append(
             Layer(
                 name=group.name,
@@ -149,6 +152,7 @@ def _build(model: nn.Module, groups: list[Group]) -> tuple[Layer, ...]:
                 user_frozen=tuple(p for p in used if not p.requires_grad and taken[p] == position),
                 user_frozen_borrowed=tuple(p for p in used if not p.requires_grad and taken[p] < position),
                 projector=group.projector,
+                whole=whole if isinstance(whole, nn.Module) else None,
             )
         )
     every = [p for layer in layers for p in layer.params]

@@ -53,7 +53,8 @@ OPTIONS = [
     ),
     listed("Listed z3 resume", 3, "only some experts", saves=SAVES),
     listed("Listed z3 kept", 3, "some experts", keep_state=100, saves=(4,)),
-    listed("Listed z3 reentrant", 3, "only some experts", checkpointing="reentrant"),
+    listed("Listed z3 reentrant", 3, "only some experts", checkpointing="reentrant", saves=(1, 4)),
+    listed("Listed z2 reentrant", 2, "only some experts", checkpointing="reentrant"),
     listed("Listed z3 not reentrant", 3, "some experts", checkpointing="not reentrant"),
     listed("Listed z3 accumulation clip", 3, "only some experts", accumulation=2, clip=0.7),
 ]

@@ -49,6 +49,9 @@ def pattern_groups(model: nn.Module, patterns: Sequence[str]) -> list[Group]:
         rest = _rest_of("", model, taken)
         if rest:
             groups.append(Group("head" if "head" not in taken else "rest", "head", rest))
+    names = [group.name for group in groups]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"smartfrz.layers: two layers would have the name {twice!r}: it is a match of a pattern, and the rest has it too")
     if groups[-1].kind != "head":
         groups[-1].kind = "head"
     return groups
