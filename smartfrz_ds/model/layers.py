@@ -139,7 +139,7 @@ def _build(model: nn.Module, groups: list[Group]) -> tuple[Layer, ...]:
     last = {p: position for position, used in enumerate(uses) for p in used}
     for position, (group, modules, used) in enumerate(zip(kept, parts, uses, strict=True)):
         own = [p for p in used if p.requires_grad and taken[p] == position]
-        whole = named.get(group.name) if group.name not in group.paths else None
+        whole = named[group.rest_of] if group.rest_of else None
         layers.append(
             Layer(
                 name=group.name,

@@ -93,6 +93,8 @@ def test_a_bank_stands_behind_the_rest_of_its_block() -> None:
     rest = layers["layers.0"]
     assert rest.params == (net.layers[0].scale, net.layers[0].attention.weight, net.layers[0].mlp.router.weight)
     assert net.layers[0].drop in rest.modules, "what has no weights freezes with the rest"
+    assert rest.whole is net.layers[0] and all(x.whole is None for x in layers.values() if "experts" in x.name or x.kind != "block")
+    assert all(x.whole is None for x in find_layers(net))
     assert net.layers[0].mlp.router in rest.modules and net.layers[0].mlp not in rest.modules
     assert names(net, ["auto"]) == names(net, "auto") == ["embeddings", "layers.0", "layers.1", "head"]
 

@@ -113,6 +113,7 @@ def _unfold(model: nn.Module, entry: _Entry) -> Iterator[Group]:
     for part in before:
         yield from _unfold(model, part)
     if taken := {path for part in entry.parts for path in part.group.paths}:
+        group.rest_of = group.name if group.name in group.paths else ""
         group.paths = [rest for path in group.paths for rest in _without(path, _at(model, path), taken)]
         if not any(not isinstance(found := _at(model, path), nn.Module) or weight_of(found) for path in group.paths):
             patterns = ", ".join(repr(pattern) for pattern in dict.fromkeys(part.pattern for part in entry.parts))

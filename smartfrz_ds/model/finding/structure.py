@@ -38,12 +38,14 @@ class Group:
         kind: Kind of the layer.
         paths: Names of its modules and parameters.
         projector: Whether it connects two towers.
+        rest_of: Name of the module that it was before other groups were taken out of it; "" where none were.
     """
 
     name: str
     kind: LayerKind
     paths: list[str] = field(default_factory=list)
     projector: bool = False
+    rest_of: str = ""
 
 
 def block_groups(model: nn.Module) -> list[Group]:
