@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
@@ -47,6 +47,9 @@ def main() -> None:
     with ranks.job() as (_, folder):
         compat.TESTED_DEEPSPEED = SpecifierSet("==0.1")
         out = {}
+        scratch = folder / "scratch"
+        scratch.mkdir(exist_ok=True)
+        tempfile.tempdir = str(scratch)
         os.environ["SMARTFRZ_CACHE_DIR"] = str(folder / "cache")
         out["checked"] = start()
         os.environ["SMARTFRZ_SELFCHECK_SECONDS"] = "0.01"  # a process that began now would be ended at once
@@ -64,7 +67,7 @@ def main() -> None:
         out["broken"] = start()
         os.environ["SMARTFRZ_SELFCHECK_SECONDS"] = "0.01"
         out["broken, again"] = start()
-        left = [p.name for p in Path("/tmp").glob("smartfrz-selfcheck-*")]
+        left = [p.name for p in scratch.iterdir()]
         ranks.write(folder, "out", out | {"left": left})
 
 
