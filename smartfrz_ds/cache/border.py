@@ -233,7 +233,9 @@ class Discovery:
                     self.reason = f"a frozen {type(module).__name__} returns a {type(leaf).__name__}, which can't be stored"
                     return None, None
                 elif not leaves_prefix and leaf.is_floating_point():
-                    made.append(Leaf("gap", torch.full_like(leaf.detach(), float("nan"), memory_format=torch.contiguous_format)))
+                    # one element of memory: the outputs of all skipped layers, of all classes, would be too much
+                    nan = torch.full((), float("nan"), dtype=leaf.dtype, device=leaf.device)
+                    made.append(Leaf("gap", nan.expand(leaf.shape)))
                 elif leaf.ndim and leaf.shape[0] == self._rows and not _overlaps(leaf):
                     made.append(Leaf("stored", len(stored)))
                     stored.append(StoredTensor.of(leaf))

@@ -92,6 +92,8 @@ class PrefixCache:
         self.forwards_of_step = self.complete_of_step = self.trained = 0
         self._around: list[Around] = []
         self.off = refusal(named_modules(model, self._tops))
+        if any(isinstance(m, nn.DataParallel) for m in model.modules()):
+            self.off = "torch.nn.DataParallel copies the modules in each forward"
         if taken := next((type(m).__name__ for m in (model, *self._tops) if is_wrapped(m)), ""):
             self.off = self.off or f"other code has replaced the call of a {taken}"
         if self.off:
