@@ -27,7 +27,7 @@ DEEPSPEED = {
     "of a parameter": "Parameter.ds_persist (runtime/zero/partition_parameters.py), which ZeRO-3 needs",
     "an option, on": f"DeepSpeedZeroOptimizer._offload_accumulated_param_ids ({ZERO12}), which offload_optimizer with ZeRO-1/2 needs",
     "set later": "BF16_Optimizer._hp_grad: _update_hp_grad does not use it (runtime/bf16_optimizer.py), which ZeRO-1 with BF16_Optimizer",
-    "schedule": "PipelineEngine._train_schedule (runtime/pipe/engine.py), which a pipeline needs",
+    "schedule": "PipelineEngine._exec_schedule (runtime/pipe/engine.py), which a pipeline needs",
     "entries of the module": "PipelineModule._layer_specs (runtime/pipe/module.py), which a pipeline needs",
 }
 TORCH = {

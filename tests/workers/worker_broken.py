@@ -94,7 +94,7 @@ DEEPSPEED: dict[str, tuple[Broken, Callable[[], Any]]] = {
     "an option, on": (lost("_offload_accumulated_param_ids"), zero(2, OFFLOAD)),
     "another wrapper's": (lost("round_robin_bit16_offsets"), zero(3)),
     "set later": (lost("_hp_grad"), zero(1, BF16)),
-    "schedule": (lost("_train_schedule"), lambda: pipeline(merged(0, PIPELINE))),
+    "schedule": (lost("_exec_schedule"), lambda: pipeline(merged(0, PIPELINE))),
     "entries of the module": (lost("_layer_specs"), lambda: pipeline(merged(1, PIPELINE))),
 }
 TORCH: dict[str, tuple[Broken, str]] = {
