@@ -258,8 +258,8 @@ def bench_peak(
     accelerators, 2 to 1024 ranks.
     """
     with _plain_errors():
-        from smartfrz_ds.bench.peak import ENGINES
-        from smartfrz_ds.bench.peak import bench_peak as measure
+        from smartfrz_ds.bench.peak.command import ENGINES
+        from smartfrz_ds.bench.peak.command import bench_peak as measure
 
         text = measure(out, ranks=_counts("--ranks", ranks), engines=engine or ENGINES, params=params, staging=staging)
     typer.echo(text)

@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 from smartfrz_ds.backends.deepspeed.flat.memory import SMALL_BYTES
 from smartfrz_ds.backends.deepspeed.flat.partition import FlatLayout
 from smartfrz_ds.backends.deepspeed.flat.permute import PIECE_BYTES
-from smartfrz_ds.bench import paper, peak_paper
+from smartfrz_ds.bench import paper
 from smartfrz_ds.bench.memory import AllocatorTrace
-from smartfrz_ds.bench.peak import ENGINES, bench_peak
+from smartfrz_ds.bench.peak import paper as peak_paper
+from smartfrz_ds.bench.peak.command import ENGINES, bench_peak
 from smartfrz_ds.cli.main import app
 
 ROOT = Path(__file__).parents[2]
@@ -104,6 +105,6 @@ def test_front_that_grows_by_padding_pushes_a_small_parameter_out() -> None:
 
 
 def test_the_documented_table_is_the_one_of_the_code() -> None:
-    """Made anew by: python -m smartfrz_ds.bench.peak_paper docs/cost-of-a-freeze.md"""
+    """Made anew by: python -m smartfrz_ds.bench.peak.paper docs/cost-of-a-freeze.md"""
     text = (ROOT / "docs" / "cost-of-a-freeze.md").read_text()
     assert peak_paper.updated(text) == text

@@ -1,4 +1,4 @@
-"""Measures the engines of `smartfrz bench peak` on every rank. Arguments: CASE FILE SETTINGS, passed by peak.py."""
+"""Measures the engines of `smartfrz bench peak` on every rank. Arguments: CASE FILE SETTINGS, passed by command.py."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import nn
 
 import smartfrz_ds
 from smartfrz_ds.backends.deepspeed.flat import memory, permute, state_moves, weights
+from smartfrz_ds.bench.launching import Settings, worker_main
+from smartfrz_ds.bench.memory import AllocatorTrace
+from smartfrz_ds.bench.zero_worker import BLOCKS, FEATURES, Net, front_half
 
-from .launching import Settings, worker_main
-from .memory import AllocatorTrace
-from .peak import ENGINES
-from .zero_worker import BLOCKS, FEATURES, Net, front_half
+from .command import ENGINES
 
 
 def set_staging(count: int) -> None:

@@ -2,7 +2,7 @@
 
 Each number of ranks is one launch (peak_worker.py) that trains one engine after the other and freezes its front half. On a CPU run the
 host is the device, so everything counts: a new state tensor beside the old one too, which on an accelerator is made in freed memory. That
-case is computed (peak_paper.py) by the same planning code, on shapes without storage.
+case is computed (paper.py) by the same planning code, on shapes without storage.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import peak_paper
-from .launching import Settings, run_cases
+from smartfrz_ds.bench.launching import Settings, run_cases
+
+from . import paper
 
 HOST = {"DS_ACCELERATOR": "cpu"}  # the trace of peak_worker.py is of torch's CPU allocator
 _BF16: Settings = {"bf16": {"enabled": True}}
@@ -66,9 +67,9 @@ def bench_peak(
     settings = {"engines": chosen, "params": params, "staging": staging * 1024}
     cases = [f"{world}-ranks" for world in ranks]
     results = run_cases(
-        "smartfrz_ds.bench.peak_worker", cases, out, settings, lambda case: int(case.split("-")[0]), unit="run", environment=HOST
+        "smartfrz_ds.bench.peak.worker", cases, out, settings, lambda case: int(case.split("-")[0]), unit="run", environment=HOST
     )
-    text = f"{measured_table(results)}\n{peak_paper.WORDS}\n\n{peak_paper.table()}"
+    text = f"{measured_table(results)}\n{paper.WORDS}\n\n{paper.table()}"
     (out / "peak.md").write_text(text)
     return text
 

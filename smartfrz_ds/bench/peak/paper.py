@@ -1,6 +1,6 @@
 """Computes what a freeze holds above the level before on a large cluster: the second table of `smartfrz bench peak`.
 
-`python -m smartfrz_ds.bench.peak_paper docs/cost-of-a-freeze.md` updates it there. The plans are those that a change carries out, made for
+`python -m smartfrz_ds.bench.peak.paper docs/cost-of-a-freeze.md` updates it there. The plans are those that a change carries out, made for
 tensors on torch's meta device.
 """
 
@@ -19,10 +19,9 @@ from smartfrz_ds.backends.deepspeed.flat.permute import PIECE_BYTES
 from smartfrz_ds.backends.deepspeed.flat.state_moves import GroupMoves
 from smartfrz_ds.backends.deepspeed.flat.weights import Arrangement, Place, arrange
 from smartfrz_ds.backends.memory import MemoryNeed
+from smartfrz_ds.bench.paper import STATE, WEIGHT, llama_7b, replaced
 
-from .paper import STATE, WEIGHT, llama_7b, replaced
-
-BEGIN = "<!-- table of peaks: begin (made by smartfrz_ds/bench/peak_paper.py) -->"
+BEGIN = "<!-- table of peaks: begin (made by smartfrz_ds/bench/peak/paper.py) -->"
 END = "<!-- table of peaks: end -->"
 RANKS = (2, 4, 8, 64, 512, 1024)
 FROZEN = 17  # layers: embeddings and 16 blocks
@@ -94,6 +93,6 @@ def updated(text: str) -> str:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m smartfrz_ds.bench.peak_paper docs/cost-of-a-freeze.md")
+        sys.exit("usage: python -m smartfrz_ds.bench.peak.paper docs/cost-of-a-freeze.md")
     target = Path(sys.argv[1])
     target.write_text(updated(target.read_text(encoding="utf-8")), encoding="utf-8")
