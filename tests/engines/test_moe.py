@@ -30,7 +30,9 @@ def listed(name: str, stage: int, plan: str, **more: Any) -> Case:
 
 MODELS = [Case(f"{kind} z{stage}", kind, stage) for kind in HUGGING_FACE for stage in range(4)]
 BANKS = [Case(f"{kind} z{stage} {plan}", kind, stage, plan) for kind in HUGGING_FACE for plan in PARTS for stage in range(4)]
-LISTS = [listed(f"Listed z{stage} {plan}", stage, plan) for plan in PLANS if plan not in ("none", "judged") for stage in range(4)]
+# Not at stages 1 and 2: DeepSpeed reduces gradients in the order in which they come, and fails as soon as an expert of a list has a token
+# on one rank only, with nothing frozen too.
+LISTS = [listed(f"Listed z{stage} {plan}", stage, plan) for plan in PLANS if plan not in ("none", "judged") for stage in (0, 3)]
 OPTIONS = [
     *(
         Case(f"Mixtral z3 {name}", "Mixtral", 3, **more)
@@ -54,7 +56,7 @@ OPTIONS = [
     listed("Listed z3 resume", 3, "only some experts", saves=SAVES),
     listed("Listed z3 kept", 3, "some experts", keep_state=100, saves=(4,)),
     listed("Listed z3 reentrant", 3, "only some experts", checkpointing="reentrant", saves=(1, 4)),
-    listed("Listed z2 reentrant", 2, "only some experts", checkpointing="reentrant"),
+    listed("Listed z0 reentrant", 0, "only some experts", checkpointing="reentrant"),
     listed("Listed z3 not reentrant", 3, "some experts", checkpointing="not reentrant"),
     listed("Listed z3 accumulation clip", 3, "only some experts", accumulation=2, clip=0.7),
 ]
