@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import builtins
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from types import CodeType, ModuleType
 from typing import Any
 
@@ -216,19 +217,22 @@ def _lacks(root: Any, need: Need) -> str:
     if not name:
         return " or ".join(need.names)
     if need.used_by:
-        user = _function(root, need.used_by)
-        if user is None:
+        users = _definitions(root, need.used_by)
+        if not users:
             return f"{need.used_by}, which uses {name}"
-        if not _uses(user, name):
+        if not any(_uses(_unwrapped(user), name) for user in users):
             return f"{name}: {need.used_by} does not use it"
     if need.exists_late:
         return ""
     value = getattr(root, name)
-    if need.kind and not isinstance(value, getattr(builtins, need.kind)):
+    # a number that comes from a computation of DeepSpeed's is one of NumPy
+    if need.kind and not isinstance(value, Integral if need.kind == "int" else getattr(builtins, need.kind)):
         return f"{name} as a {need.kind}: it is a {type(value).__name__}"
     if need.call is not None:
         return _cannot_call(name, value, *need.call)
-    return "" if need.parameters is None else _cannot_override(name, value, need.parameters)
+    if need.parameters is None:
+        return ""
+    return _cannot_override(name, next(_of_libraries(root, name), value), need.parameters)
 
 
 def _has(root: Any, name: str) -> bool:
@@ -289,9 +293,20 @@ def _unwrapped(function: Any) -> Any:
     return function
 
 
-def _function(root: Any, name: str) -> Any:
-    found = getattr(root if isinstance(root, type | ModuleType) else type(root), name, None)
-    return None if found is None else _unwrapped(getattr(found, "__func__", found))
+def _definitions(root: Any, name: str) -> list[Any]:
+    """Return the functions of a name in all classes of an object: a subclass of the user's may go on to the one that it overrides."""
+    if isinstance(root, ModuleType):
+        return [getattr(root, name)] if hasattr(root, name) else []
+    classes = (root if isinstance(root, type) else type(root)).__mro__
+    found = [vars(cls)[name] for cls in classes if name in vars(cls)]
+    return [getattr(x, "fget", None) or getattr(x, "__func__", x) for x in found]
+
+
+def _of_libraries(root: Any, name: str) -> Iterator[Any]:
+    """Yield the methods of a name that DeepSpeed or torch defines for an object, not the overrides in classes derived from them."""
+    for cls in (root if isinstance(root, type) else type(root)).__mro__:
+        if cls.__module__.split(".")[0] in ("deepspeed", "torch") and name in vars(cls):
+            yield vars(cls)[name]
 
 
 def _uses(function: Any, name: str) -> bool:

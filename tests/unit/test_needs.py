@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from torch import nn
 
@@ -251,3 +252,48 @@ def test_an_owner_that_is_missing() -> None:
 
     (found,) = missing(has("grid", "f.py", "pp_group"), root_of, "1.0")
     assert found == "grid, which has pp_group (f.py): has no attribute grid"
+
+
+class Library:
+    """An engine of DeepSpeed's, as far as these tests need one."""
+
+    __module__ = "deepspeed.runtime.engine"
+
+    def load(self, folder: str, tag: str = "") -> Any:
+        return self._load(folder, tag)
+
+    def _load(self, folder: str, tag: str) -> Any: ...
+
+
+class OfTheUser(Library):
+    def load(self, *args: Any, **kwargs: Any) -> Any:
+        return super().load(*args, **kwargs)
+
+
+class Another(Library):
+    __module__ = "deepspeed.runtime.engine"
+
+    def load(self, folder: str, tag: str = "") -> Any: ...
+
+
+def test_an_override_of_the_users_that_goes_on_to_deepspeed_lacks_nothing() -> None:
+    """Background: an engine with `"enabled": false` loads a checkpoint by way of a subclass, and was refused for DeepSpeed's own load."""
+    needs = [
+        *overrides("engine", "engine.py", "_load(folder, tag)", used_by="load"),
+        *overrides("engine", "engine.py", "load(folder, ...)"),
+    ]
+    for engine in (Library(), OfTheUser()):
+        assert missing(needs, lambda owner, engine=engine: engine, "1.0") == []  # type: ignore[misc]
+    # a release whose own method goes another way still does
+    assert missing(needs[:1], lambda owner: type("Release", (), dict(vars(Another)))(), "1.0") == ["Release._load (engine.py)"]
+    lost = type("Release", (), {"__module__": "deepspeed", "load": Another.load, "_load": Library._load})
+    assert missing(needs[:1], lambda owner: lost(), "1.0") == ["Release._load: load does not use it (engine.py)"]
+
+
+def test_a_number_of_numpy_is_a_number() -> None:
+    """Background: the bounds of a pipeline whose layers have moved are numbers of NumPy."""
+    root = SimpleNamespace(start=np.int64(3), name="3")
+    assert missing(has("module", "module.py", "start:int"), lambda owner: root, "1.0") == []
+    assert missing(has("module", "module.py", "name:int"), lambda owner: root, "1.0") == [
+        "SimpleNamespace.name as a int: it is a str (module.py)"
+    ]
