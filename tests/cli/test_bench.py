@@ -70,6 +70,7 @@ def test_unknown_engine_is_named(tmp_path: Path) -> None:
         bench_zero(["z9"], tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed(2)
 def test_command_measures_an_engine_once(tmp_path: Path) -> None:
     """A real 2-rank run of the smallest kind; the second call finds its result and measures nothing."""

@@ -52,6 +52,7 @@ def check(measured: dict[str, dict[str, int]]) -> None:
         assert e["after"] < 0
 
 
+@pytest.mark.slow
 @pytest.mark.distributed(2)
 def test_command_measures_peaks(tmp_path: Path) -> None:
     arguments = ["bench", "peak", "--ranks", "2", "--engine", "z1-bf16", "--engine", "z3-fp32", "--params", "1", "--out", str(tmp_path)]

@@ -62,6 +62,7 @@ def test_nets_are_as_long_as_they_say() -> None:
     assert len(gpt(8, 16, 4)) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.distributed(2)
 def test_command_measures_a_case_once(tmp_path: Path) -> None:
     """Two real stages of layers that sleep for a millisecond, two micro-batches; the second call measures nothing."""

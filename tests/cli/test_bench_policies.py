@@ -169,6 +169,7 @@ def test_full_training_is_the_training_that_plain_torch_does(made: tuple[Path, A
     assert result["loss"] == pytest.approx(float(loss), abs=off)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_and_a_worker_that_dies_stop_nothing(files: tuple[Path, Path], tmp_path: Path) -> None:
     files[1].write_text("policies: {linear: {seeds: 1, one: {layers: ['nowhere.*']}}}")
     run = command(files, tmp_path)

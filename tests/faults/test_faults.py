@@ -298,6 +298,7 @@ def check_restart(folder: Path) -> None:
     assert torch.equal(torch.cat([final[n].view(-1) for n, _ in Net(CELL.width).named_parameters()]), expected(seen))
 
 
+@pytest.mark.slow
 @pytest.mark.distributed(2)
 def test_torchrun_brings_a_run_back(tmp_path: Path) -> None:
     """A rank kills itself once, in step 6; --max-restarts starts both again, and they end with the weights of the undisturbed run."""
