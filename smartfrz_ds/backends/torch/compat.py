@@ -18,7 +18,7 @@ from .needs import check_needs
 from .several import refuse_in_backward
 
 # The backends of DDP and FSDP use private attributes; each release is examined and tested before it is added here.
-TESTED_TORCH = SpecifierSet("==2.13.*")
+TESTED_TORCH = SpecifierSet(">=2.13,<2.15")
 
 
 def untested_torch() -> str | None:
