@@ -86,7 +86,9 @@ def check(facts: dict[str, Any], case: dict[str, Any]) -> None:
     events = PLANNED if case.get("plan") else FREEZES
     assert plain(facts["events"]) == events and facts["step"] == worker.STEPS == facts["total_steps"]
     bound = 0.0
-    if case.get("clip"):  # the norm is summed in another order
+    # The norm of a clipped step is summed in another order, and so are an FSDP2 unit's gradients, which are reduced in each micro-batch
+    # before they are added up.
+    if case.get("clip") or (case["how"] == "fsdp2" and case.get("accumulation")):
         cell, world = worker.cell_of(case, worker.plan_of(plain(facts["events"]))), 1 if case["how"] == "alone" else 2
         bound = spread(
             noisy(lambda noise: oracle.reference(cell, world=world, noise=noise).weights[-1]),
