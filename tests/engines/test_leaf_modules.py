@@ -19,16 +19,10 @@ from helpers import run_worker
 from reference.bounds import distance, noisy, spread
 from reference.oracle import Cell, Net, layer_of, reference
 from safetensors.torch import load_file
+from test_exact import PLANS, PREFIX
 
 from smartfrz_ds.config.settings import SECTION
 
-PREFIX = {
-    "3": ["freeze", ["embeddings", "blocks.0", "blocks.1"]],
-    "6": ["freeze", ["blocks.2"]],
-    "9": ["thaw", ["blocks.1", "blocks.2"]],
-}
-MIDDLE = {"3": ["freeze", ["blocks.1", "blocks.2"]], "6": ["freeze", ["blocks.3"]], "9": ["thaw", ["blocks.1"]]}
-PLANS = {"prefix": PREFIX, "middle": MIDDLE, "none": {}}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
 # gathers nothing ahead and keeps nothing: what a backward needs and does not have fails
 TIGHT = {

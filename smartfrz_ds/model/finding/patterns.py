@@ -46,7 +46,7 @@ def pattern_groups(model: nn.Module, patterns: Sequence[str]) -> list[Group]:
     groups = [group for entry in _nested(entries) for group in _unfold(model, entry)]
     if AUTO not in patterns:
         _set_kinds(named, groups)
-        rest = _rest_of("", model, taken)
+        rest = _rest_of(model, taken)
         if rest:
             groups.append(Group("head" if "head" not in taken else "rest", "head", rest))
     names = [group.name for group in groups]
@@ -146,7 +146,7 @@ def _set_kinds(named: Named, groups: Sequence[Group]) -> None:
             group.kind = "embedding"
 
 
-def _rest_of(top: str, model: nn.Module, taken: Mapping[str, str]) -> list[str]:
+def _rest_of(model: nn.Module, taken: Mapping[str, str]) -> list[str]:
     """Return everything unlisted: the largest modules that contain no listed name, and single parameters."""
     rest: list[str] = []
     covered = {m for path in taken if isinstance(module := _at(model, path), nn.Module) for m in module.modules()}
@@ -163,7 +163,7 @@ def _rest_of(top: str, model: nn.Module, taken: Mapping[str, str]) -> list[str]:
             elif has_state(child):
                 rest.append(below)
 
-    gather(top, model)
+    gather("", model)
     return rest
 
 
