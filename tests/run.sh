@@ -8,6 +8,7 @@
 #   ./tests/run.sh --system      as root: first installs what tests on two hosts and of HTML pages need (iproute2, pdsh, sshd, Chromium)
 #   ./tests/run.sh --versions [X …]  the same package with other releases of DeepSpeed, and a table (tests/versions; --help lists the options)
 #   ./tests/run.sh -k freeze …   everything else goes to pytest
+#   ./tests/run.sh -n 0          in one process; without --slow, two share the test files (-n N for another number), so that ranks overlap
 #   ATEN_CPU_CAPABILITY=default ./tests/run.sh
 #                                with another processor's kernels, in the ranks too; so do MKL_CBWR, ONEDNN_MAX_CPU_ISA, OMP_NUM_THREADS
 set -euo pipefail
@@ -27,11 +28,11 @@ smartfrz_system() {
     fi
 }
 
-slow=false gpu=false versions=false marks="" rest=()
+slow=false gpu=false versions=false marks="" rest=() processes=(-n 2 --dist loadfile)
 while [ $# -gt 0 ]; do
     case $1 in
-    --slow) slow=true ;;
-    --gpu) gpu=true ;;
+    --slow) slow=true processes=() ;; # long proofs have the machine for themselves
+    --gpu) gpu=true processes=() ;;   # and so do those that need a GPU's memory
     --versions)
         versions=true
         shift
@@ -45,6 +46,13 @@ while [ $# -gt 0 ]; do
         shift
         ;;
     -m?*) marks=${1#-m} ;;
+    -n | --numprocesses)
+        [ $# -gt 1 ] || die "$1: expected a number of processes, for example -n 2"
+        processes=(-n "$2" --dist loadfile)
+        shift
+        ;;
+    -n?*) processes=(-n "${1#-n}" --dist loadfile) ;;
+    --pdb) processes=() rest+=("$1") ;;
     *) rest+=("$1") ;;
     esac
     shift
@@ -75,4 +83,4 @@ cd "$root"
 if [ "$versions" = true ]; then
     PYTHONPATH=$root/tests${PYTHONPATH:+:$PYTHONPATH} exec python -m versions ${rest[@]+"${rest[@]}"}
 fi
-exec python -m pytest ${marks:+-m "$marks"} ${rest[@]+"${rest[@]}"}
+exec python -m pytest ${processes[@]+"${processes[@]}"} ${marks:+-m "$marks"} ${rest[@]+"${rest[@]}"}
