@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .border import Around, Call, CallDiffers, Capture, Carried, Discovery, Plan, Replay, Rows, Scope, call_of, is_wrapped
+from .around import Around, call_of, is_wrapped
+from .border import Capture, Carried, Discovery, Replay, Scope
 from .gain import Gain
 from .keys import Batch, describe
+from .plan import Call, CallDiffers, Plan, Rows
 from .proof import RandomState, difference, refusal, same_bits, undone
 from .proof import named_modules as named_modules
 from .state import PrefixState

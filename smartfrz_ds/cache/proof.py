@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 # Hooks of engines do nothing for a module that does not run; hooks of this package are taken care of by the cache; those with which
 # transformers collects hidden states do nothing until it is asked for them, and then the model's output shows it.
-_HARMLESS = ("smartfrz_ds.", "deepspeed.", "torch.distributed.", "torch.nn.parallel.", "transformers.utils.output_capturing.")
+_ENGINES = ("deepspeed.", "torch.distributed.", "torch.nn.parallel.")
+_HARMLESS = ("smartfrz_ds.", *_ENGINES, "transformers.utils.output_capturing.")
 _DEPTH = 4  # of objects in the model's output whose tensors are compared
 
 
@@ -64,6 +65,11 @@ def hook_refusal(between: Iterable[tuple[str, nn.Module]], model: nn.Module) -> 
         if hook := _foreign((*module._forward_pre_hooks.values(), *behind)):
             return f"a forward hook of other code on {name or 'the model'} ({hook}) acts on the inputs or outputs of frozen layers"
     return ""
+
+
+def is_engines_hook(hook: Any) -> bool:
+    """Whether a hook is an engine's own, such as those that gather and release weights."""
+    return _origin(hook).startswith(_ENGINES)
 
 
 def _foreign(hooks: Iterable[Any]) -> str:
