@@ -2,7 +2,8 @@
 # Fine-tunes MiniLM-L6 on BBC News under DeepSpeed ZeRO-2 with two ranks while its converged layers freeze. Makes its own environment.
 #
 #   ./launch/demo.sh                 one run with the policy of the configuration
-#   ./launch/demo.sh --compare       the same without freezing, and with the linear policy beside it
+#   ./launch/demo.sh --compare       the same without freezing, with the linear policy, and without freezing in as few steps as cost
+#                                    the arithmetic of the first run
 #   ./launch/demo.sh --steps 100 …   everything else goes to launch/examples/finetune.py (--help lists it)
 #
 # CONFIG: another DeepSpeed JSON (default: configs/zero2.json). SMARTFRZ_VENV: where the environment lies.
@@ -43,10 +44,12 @@ if ! $compare; then
     launch --out "$out"
     exit
 fi
-# Three runs, each in processes of its own: none inherits another's warm caches, and a finished one stays on disk whatever comes after.
+# Four runs, each in processes of its own: none inherits another's warm caches, and a finished one stays on disk whatever comes after.
 for policy in none attention linear; do
     echo "== $policy"
     launch --policy "$policy" --out "$out/$policy"
 done
-echo "== all three"
-python "$root/launch/examples/table.py" "$out"/none "$out"/attention "$out"/linear | tee "$out/comparison.txt"
+echo "== matched"
+launch --matched "$out/attention" --out "$out/matched"
+echo "== all four"
+python "$root/launch/examples/table.py" "$out"/none "$out"/matched "$out"/attention "$out"/linear | tee "$out/comparison.txt"

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from common import one_line_errors, parser_of, read_config, whole
 from data import bbc_news, package_dir, read_csv
 from sklearn.model_selection import train_test_split
-from table import StepLog, gathered_bytes, optimizer_bytes, table
+from table import Result, StepLog, gathered_bytes, optimizer_bytes, table
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
@@ -43,7 +43,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--train", type=Path, help="CSV file with the columns text,label (default: BBC News)")
     parser.add_argument("--batch-size", type=whole(1), help="texts per rank and micro-batch (default: as in the JSON)")
     parser.add_argument("--max-length", type=whole(1), default=64, help="tokens of a text that are read (default: 64)")
-    return parser.parse_args()
+    parser.add_argument(
+        "--matched",
+        type=Path,
+        metavar="DIR",
+        help="train without freezing, for as many steps as cost the arithmetic of the run whose results are in this folder",
+    )
+    args = parser.parse_args()
+    if args.matched is not None:
+        if args.policy not in (None, "none"):
+            raise ValueError(f"--policy: got {args.policy!r}; allowed with --matched: none")
+        args.policy, args.steps = "none", Result.load(args.matched / "results.json").matched_steps
+    return args
 
 
 def read_model(directory: Path, classes: list[str], seed: int) -> tuple[torch.nn.Module, Any]:
@@ -120,7 +131,8 @@ def main() -> None:
             seen |= {"loss": fmean(losses), "gradient_bytes": gradients, "weight_bytes": gathered_bytes(counted)}
 
     held_out = DataLoader(test[rank::world], 32, collate_fn=pad)
-    result = log.result(scores={"accuracy on held-out texts": accuracy(engine, held_out, len(test)), "held-out texts": len(test)})
+    scores = {"accuracy on held-out texts": accuracy(engine, held_out, len(test)), "held-out texts": len(test)}
+    result = log.result(scores=scores, **({} if args.matched is None else {"policy": "matched"}))
     if rank == 0:
         engine.module.save_pretrained(args.out / "model")
         tokenizer.save_pretrained(args.out / "model")

@@ -21,12 +21,14 @@ from tqdm import tqdm
 from smartfrz_ds.backends.memory import storage_bytes
 from smartfrz_ds.bench.wire import CollectiveBytes
 
+_UNFROZEN = ("none", "matched")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """One run, or the part of it after a resume, as rank 0 sees it."""
 
-    policy: str = "none"  # "none" without freezing
+    policy: str = "none"  # "none" without freezing, "matched" if it was also shortened to the arithmetic of a freezing run
     layers: int = 0  # that can freeze
     scores: dict[str, float]  # at the end, by name
     first_step: int = 1  # of this process
@@ -46,6 +48,11 @@ class Result:
     @property
     def steps(self) -> int:
         return self.first_step - 1 + len(self.series["seconds"])
+
+    @property
+    def matched_steps(self) -> int:
+        """Steps of training without freezing that cost the arithmetic of this run."""
+        return max(1, round(self.steps * (1 - self.saved_flops_fraction)))
 
     def usual(self, name: str) -> list[list[float]]:
         """Return the values of a series up to the first change of the layout, and those after the last one.
@@ -156,7 +163,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def _cells(result: Result) -> dict[str, str]:
-    seconds, freezing, froze = result.series["seconds"], result.policy != "none", len(result.frozen)
+    seconds, freezing, froze = result.series["seconds"], result.policy not in _UNFROZEN, len(result.frozen)
 
     def usual(name: str, show: Callable[[float], str]) -> str:
         return " -> ".join(show(median(part)) for part in result.usual(name) if part)
@@ -200,6 +207,8 @@ def _story(result: Result) -> list[str]:
     """Which layers froze and moved and when, in words."""
     if result.policy == "none":
         return ["none: the same training without freezing."]
+    if result.policy == "matched":
+        return [f"matched: {result.steps} steps without freezing, which cost the arithmetic of a freezing run."]
     if not result.frozen:
         return [f"{result.policy}: froze nothing in {result.steps} steps, so every number above is that of an ordinary run."]
     lines = [f"{result.policy}, {result.steps} steps:"]

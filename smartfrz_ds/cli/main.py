@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from .bench_policies import add_command as add_bench_policies
 from .predictor import add_commands
 
 app = typer.Typer(
@@ -212,6 +213,7 @@ def doctor(
 
 bench = typer.Typer(no_args_is_help=True, help="Measure what freezing saves, with real engines on this machine.", rich_markup_mode=None)
 app.add_typer(bench, name="bench")
+add_bench_policies(bench, _plain_errors)
 
 
 @bench.command("zero")
@@ -351,44 +353,6 @@ def bench_cache(
         from smartfrz_ds.bench.cache import bench_cache as measure
 
         text = measure(out, blocks=_counts("--blocks", blocks), rows=rows, epochs=epochs)
-    typer.echo(text)
-
-
-@bench.command("policies")
-def bench_policies(
-    task: Annotated[
-        list[str] | None, typer.Option(help="Only this task: the name of a shipped one, or a task file of your own. Repeatable.")
-    ] = None,
-    policy: Annotated[list[str] | None, typer.Option(help="Only this entry of the policies file. Repeatable.")] = None,
-    policies_file: Annotated[
-        Path | None,
-        typer.Option(exists=True, dir_okay=False, help="YAML file with policies and their settings (default: the shipped one)."),
-    ] = None,
-    seeds: Annotated[int | None, typer.Option(help="Maximum number of seeds.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Number of parallel runs, one thread each (default: one per core).")] = None,
-    tables: Annotated[bool, typer.Option("--tables", help="Run nothing; make tables of the existing results.")] = False,
-    out: Annotated[Path, typer.Option(file_okay=False, help="Results folder; existing results are not run again.")] = Path(
-        "bench-policies"
-    ),
-) -> None:
-    """Compare policies at equal saved FLOPs.
-
-    Runs the same tasks, seeds and engine for every policy and for training without freezing. Writes tables, a CSV file and a plot.
-    """
-    with _plain_errors("bench"):
-        # Here, not above: this command needs packages that the others do not.
-        from smartfrz_ds.bench.policies.command import bench_policies as measure
-        from smartfrz_ds.bench.policies.files import POLICIES_FILE
-
-        text = measure(
-            out,
-            tasks=task or (),
-            policies=policy or (),
-            policies_file=policies_file or POLICIES_FILE,
-            seeds=seeds,
-            workers=workers,
-            run=not tables,
-        )
     typer.echo(text)
 
 

@@ -11,72 +11,21 @@ from typing import Any
 
 import pytest
 import torch
+from bench_runs import POLICIES_YAML, TASK, command, jobs
 from reference.bounds import Noisy, no_noise, noisy, spread
 from torch.nn import functional as F
-from typer.testing import CliRunner
 
 from smartfrz_ds.bench.policies import nets as policies_nets
 from smartfrz_ds.bench.policies.command import read_result
 from smartfrz_ds.bench.policies.curves import Point, Row, Stat, against_curve, against_full, curve, curve_at, interpolate, over_tasks, stat
-from smartfrz_ds.bench.policies.files import POLICIES_FILE, Job, TaskFile, find_tasks, plan_runs, read_policies, read_task
+from smartfrz_ds.bench.policies.files import POLICIES_FILE, TaskFile, find_tasks, read_policies, read_task
 from smartfrz_ds.bench.policies.nets import build, prepare
 from smartfrz_ds.bench.policies.pool import _Worker, result_file
 from smartfrz_ds.bench.policies.report import Effort, report
-from smartfrz_ds.cli.main import app
+from smartfrz_ds.bench.policies.runs import plan_runs
 from smartfrz_ds.model.flops import FlopMeter, saved_fraction
 from smartfrz_ds.model.layers import find_layers
 from smartfrz_ds.policies import POLICIES
-
-TASK = """
-net: vit
-data: mnist
-width: 8
-depth: 2
-batch: 8
-steps: 20
-lr: 1e-2
-schedule: linear
-held_out: 100
-"""
-POLICIES_YAML = """
-common: {warmup_steps: 10%, snapshot_interval: 1, freeze_interval: 10%, seed: seed}
-policies:
-  linear: {seeds: 1, one: {}}
-  late:
-    seeds: 2
-    curve:
-      0.5: {late: {start_step: 50%}, max_frozen_fraction: 1.0}
-"""
-
-
-def write_files(folder: Path) -> tuple[Path, Path]:
-    task, policies = folder / "tiny.yaml", folder / "policies.yaml"
-    task.write_text(TASK)
-    policies.write_text(POLICIES_YAML)
-    return task, policies
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> tuple[Path, Path]:
-    return write_files(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """The folder of the whole command on a real engine, and what it returned."""
-    folder = tmp_path_factory.mktemp("made")
-    return folder / "out", command(write_files(folder), folder / "out")
-
-
-def command(files: tuple[Path, Path], out: Path, *more: str) -> Any:
-    arguments = ["bench", "policies", "--task", str(files[0]), "--policies-file", str(files[1]), "--out", str(out), "--workers", "1", *more]
-    return CliRunner().invoke(app, arguments)
-
-
-def jobs(files: tuple[Path, Path]) -> dict[tuple[str, str, int], Job]:
-    planned = plan_runs(find_tasks([str(files[0])]), read_policies(files[1]))
-    return {(p.entry, p.label, p.job.seed): p.job for p in planned}
-
 
 # --- real runs -------------------------------------------------------------------------------------------------------------------
 
@@ -102,11 +51,19 @@ def test_runs_are_made_once_and_damaged_ones_again(made: tuple[Path, Any], files
 
     # files for people
     rows = list(csv.DictReader((out / "runs.csv").read_text().splitlines()))
-    assert [(r["entry"], r["label"], int(r["seed"])) for r in rows] == list(planned)
+    # behind the planned runs the matched ones: each freezing run's share of 20 steps, here for three of them
+    assert [(r["entry"], r["label"], int(r["seed"])) for r in rows[:5]] == list(planned)
     assert float(rows[2]["loss"]) == late["loss"]
+    assert [(r["entry"], int(r["steps"]), int(r["seed"])) for r in rows[5:]] == [
+        ("matched", round(20 * (1 - float(rows[i]["saved"]))), int(rows[i]["seed"])) for i in (1, 2, 4)
+    ]
+    assert [float(r["saved"]) for r in rows[5:]] == pytest.approx([1 - int(r["steps"]) / 20 for r in rows[5:]])
+    matched_full = [float(r["full_flops"]) for r in rows[5:]]
+    assert matched_full == pytest.approx([full["flops"]] * 3, rel=1e-9), "a step of a shorter run costs the same"
     assert (out / "policies.png").read_bytes().startswith(b"\x89PNG")
     text = (out / "policies.md").read_text()
-    assert text in first.stdout and "5 of 5 runs" in text and "1 call," in text
+    assert text in first.stdout and "8 of 8 runs" in text and "1 call," in text
+    assert "## Compared with the matched run (FLOPs)" in text
 
     stamps = {key: result_file(out, job).stat().st_mtime_ns for key, job in planned.items()}
     assert command(files, out).exit_code == 0
@@ -300,7 +257,7 @@ def test_a_wrong_task_file_is_told_by_file_key_and_value(files: tuple[Path, Path
         ("seeds: 2", "seed: 2", "policies.late.seed: unknown key, got 2; allowed: policy, seeds, one, curve"),
         ("one: {}", "policy: linear", "policies.linear.one: got nothing, and there is no curve"),
         ("0.5: {", "one: {", "policies.late.curve: got a setting with the label 'one'"),
-        ("linear:", "full:", "policies: got 'full', which always runs"),
+        ("linear:", "full:", "policies: got 'full', which the benchmark adds by itself"),
         ("linear:", "linaer:", "policies.linaer.one: smartfrz.policy: got \"linaer\"; did you mean 'linear'?"),
         ("start_step: 50%", "start_step: -3", "policies.late.curve.0.5: smartfrz.late.start_step: got -3"),
         ("start_step: 50%", "start: 50%", "policies.late.curve.0.5: smartfrz.late.start: unknown key"),

@@ -38,6 +38,13 @@ def result(policy: str = "attention", **changes: Any) -> Result:
     return Result(policy=policy, **{**fields, **changes})
 
 
+def test_a_matched_run_is_as_long_as_the_arithmetic_of_the_freezing_run() -> None:
+    assert result(saved_flops_fraction=0.33).matched_steps == 67 and result().matched_steps == 100
+    text = table([result("none"), result("matched", series={name: values[:67] for name, values in SERIES.items()}), result()])
+    assert "freezing is off  freezing is off" in text
+    assert "matched: 67 steps without freezing, which cost the arithmetic of a freezing run." in text
+
+
 def test_bbc_news_is_whole_sorted_and_has_no_text_twice() -> None:
     corpus = bbc_news()
     assert corpus.classes == ["business", "entertainment", "politics", "sports", "tech"]
@@ -234,8 +241,12 @@ def test_compare_on_own_model_and_data_frees_what_it_freezes(tmp_path: Path) -> 
         ),
         config=tmp_path / "ds.json",
     )
-    assert "policy" in out.split("== all three")[1]
-    none, linear = (Result.load(tmp_path / "out" / policy / "results.json") for policy in ("none", "linear"))
+    assert "matched" in out.split("== all four")[1].split("\n")[1]
+    none, linear, attention, matched = (
+        Result.load(tmp_path / "out" / policy / "results.json") for policy in ("none", "linear", "attention", "matched")
+    )
+    assert matched.frozen == [] and matched.steps == attention.matched_steps == round(16 * (1 - attention.saved_flops_fraction))
+    assert linear.matched_steps == round(16 * (1 - linear.saved_flops_fraction)) < 16
     assert none.frozen == []
     assert linear.frozen, out[-4000:]
     for name in ("gradient_bytes", "weight_bytes"):

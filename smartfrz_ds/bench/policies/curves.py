@@ -20,14 +20,18 @@ class Row:
     """One run.
 
     Attributes:
-        entry: Name of the entry in the policies file, or "full".
-        label: "one", or the label of the setting in the curve.
+        entry: Name of the entry in the policies file, or "full", "matched", "matched-time".
+        label: "one", or the label of the setting in the curve; of a matched run its number of steps.
         run: Name of the result.
         layers, frozen: Number of layers, and of frozen ones at the end.
         first_freeze: Step of the first freeze; None where there was none.
         metric, loss: On held-out data.
         flops, full_flops: Training FLOPs, forward and backward, actual and with nothing frozen.
         saved: Fraction of the FLOPs that was saved.
+        use: "design" or "once", as in the task file.
+        pretrained: Whether the task starts from trained weights.
+        matched_steps, matched_time_steps: Length of full training at the FLOPs, and at the wall time, of this freezing run; None for other
+            runs, and where the time was not measured.
     """
 
     task: str
@@ -48,6 +52,10 @@ class Row:
     cpu_seconds: float
     total_seconds: float
     warnings: tuple[str, ...] = ()
+    use: str = "design"
+    pretrained: bool = False
+    matched_steps: int | None = None
+    matched_time_steps: int | None = None
 
 
 class Stat(NamedTuple):

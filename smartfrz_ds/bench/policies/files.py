@@ -1,26 +1,18 @@
-"""The YAML files of `smartfrz bench policies`: tasks, policies with their settings, and the list of runs made from them.
+"""The YAML files of `smartfrz bench policies`: tasks, and policies with their settings.
 
 A task file defines a training; policies.yaml lists the policies and their settings. Settings are the keys of the "smartfrz" section, the
-same for all tasks: steps are percentages of the run ("10%"), and the word "seed" is replaced by the run's seed.
+same for all tasks: steps are percentages of the run ("10%"), and the word "seed" is replaced by the run's seed (runs.py).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from smartfrz_ds.config.settings import SECTION, FreezeConfig
-from smartfrz_ds.config.shares import percent_of, steps_of
-from smartfrz_ds.predictor.model import DEFAULT_PREDICTOR
 
 from .nets import DATA_OF, DataKind, NetKind
 
@@ -28,6 +20,8 @@ HERE = Path(__file__).parent
 TASKS = HERE / "tasks"
 POLICIES_FILE = HERE / "policies.yaml"
 FULL = "full"  # the name of training without freezing
+MATCHED = "matched"  # full training, shortened to the FLOPs of a freezing run
+MATCHED_TIME = "matched-time"  # full training, shortened to the wall time of a freezing run
 ONE = "one"  # the label of the single setting for all tasks
 
 Section = dict[str, Any]
@@ -55,6 +49,8 @@ class TaskFile(_File):
         warmup: Fraction of the run.
         pretrain_steps: Steps of pretraining on the first five classes; only with data "mnist-half".
         held_out: Number of images or texts (GPT: windows of `length` characters) for the evaluation at the end.
+        use: "design": the policies and their settings were developed with this task in view; "once": they were not.
+        seconds_per_step: CPU seconds of a step of full training with one thread, for estimates.
     """
 
     net: NetKind
@@ -70,6 +66,17 @@ class TaskFile(_File):
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     pretrain_steps: Annotated[int, Field(ge=0)] = 0
     held_out: Annotated[int, Field(ge=1, le=4000)]
+    use: Literal["design", "once"] = "design"
+    seconds_per_step: Annotated[float, Field(gt=0)] | None = None
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether the run starts from trained weights."""
+        return self.net == "minilm" or self.pretrain_steps > 0
+
+    def training_settings(self) -> dict[str, Any]:
+        """Return the JSON-serializable settings on which a result depends."""
+        return self.model_dump(mode="json", exclude={"use", "seconds_per_step"})
 
     @model_validator(mode="after")
     def _fits(self) -> TaskFile:
@@ -127,8 +134,9 @@ class PoliciesFile(_File):
 
     @model_validator(mode="after")
     def _names(self) -> PoliciesFile:
-        if FULL in self.policies:
-            raise ValueError(f"policies: got {FULL!r}, which always runs; allowed: any other name")
+        for name in (FULL, MATCHED, MATCHED_TIME):
+            if name in self.policies:
+                raise ValueError(f"policies: got {name!r}, which the benchmark adds by itself; allowed: any other name")
         return self
 
 
@@ -175,165 +183,6 @@ def find_tasks(names: Iterable[str] = ()) -> dict[str, TaskFile]:
             raise ValueError(f"--task: two files are named {file.stem!r}; allowed: one task per name")
         tasks[file.stem] = read_task(file)
     return tasks
-
-
-# --- the runs --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One run: everything that its result depends on, except the code.
-
-    Attributes:
-        task: Name of the task.
-        settings: The task.
-        section: The complete "smartfrz" section, resolved and checked.
-        seed: Of weights, batches and policies.
-        zero_stage: ZeRO stage of the engine.
-        predictor: SHA-256 digest of the predictor's file, "" where the policy has none.
-    """
-
-    task: str
-    settings: TaskFile
-    section: Section
-    seed: int
-    zero_stage: int
-    predictor: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a JSON-serializable dict of all fields: two jobs with equal dicts are the same run."""
-        return {
-            "task": self.task,
-            "settings": self.settings.model_dump(mode="json"),
-            "section": self.section,
-            "seed": self.seed,
-            "zero_stage": self.zero_stage,
-            "predictor": self.predictor,
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Job:
-        """Rebuild a job from `to_json`'s output."""
-        return cls(**{**data, "settings": TaskFile.model_validate(data["settings"])})
-
-    @property
-    def name(self) -> str:
-        """Name of its result: task/policy-digest-seed."""
-        digest = hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:12]
-        return f"{self.task}/{self.section['policy']}-{digest}-{self.seed}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedRun:
-    """A job and its place in the benchmark. Two of them may share a job, which then runs once.
-
-    Attributes:
-        entry: Name of the entry in the policies file, or "full".
-        label: "one", or the label of the setting in the curve.
-        job: The run.
-    """
-
-    entry: str
-    label: str
-    job: Job
-
-
-def plan_runs(
-    tasks: Mapping[str, TaskFile], policies: PoliciesFile, *, only: Sequence[str] = (), seeds: int | None = None, source: str = "policies"
-) -> list[PlannedRun]:
-    """List all runs, the first seed of all settings first.
-
-    Args:
-        tasks: Tasks by name.
-        policies: The policies file.
-        only: Names of entries; empty: all. Training without freezing is always included.
-        seeds: Maximum number of seeds.
-        source: Name of the policies file, for messages.
-
-    Raises:
-        ValueError: An unknown entry, or settings that a run would refuse, with file, entry, label, key, value and what is allowed.
-    """
-    unknown = [name for name in only if name not in policies.policies]
-    if unknown:
-        raise ValueError(f"--policy: got {unknown[0]!r}; allowed: {', '.join(policies.policies)}")
-    if seeds is not None and seeds < 1:
-        raise ValueError(f"--seeds: got {seeds}; allowed: an integer >= 1")
-    entries = {name: entry for name, entry in policies.policies.items() if not only or name in only}
-    most = max(entry.seeds for entry in entries.values())
-    entries = {FULL: Entry(policy="manual", seeds=most, one={}), **entries}
-    planned = []
-    for seed in range(min(most, seeds or most)):
-        for task, settings in tasks.items():
-            for name, entry in entries.items():
-                for label, own in _settings_of(entry).items():
-                    if seed < entry.seeds:
-                        where = f"{source}: policies.{name}.{label if label == ONE else f'curve.{label}'}"
-                        section = resolve(policies.common, own, entry.policy or name, settings.steps, seed, where)
-                        job = Job(
-                            task=task,
-                            settings=settings,
-                            section=section,
-                            seed=seed,
-                            zero_stage=policies.zero_stage,
-                            predictor=_predictor_of(section),
-                        )
-                        planned.append(PlannedRun(entry=name, label=label, job=job))
-    return planned
-
-
-def resolve(common: Section, own: Section, policy: str, steps: int, seed: int, where: str) -> Section:
-    """Make the complete, checked "smartfrz" section of a run.
-
-    Args:
-        common: Settings of all runs.
-        own: Settings of this run, which take precedence.
-        policy: Name of the policy.
-        steps: Length of the run, for percentages.
-        seed: Replaces the word "seed".
-        where: Source of the settings, for messages.
-
-    Raises:
-        ValueError: As `FreezeConfig.load`, with `where`.
-    """
-    merged: Section = {"policy": policy, "total_steps": steps}
-    for part in (common, own):
-        for key, value in part.items():
-            old = merged.get(key)
-            merged[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
-    section: Section = _resolved(merged, steps, seed)
-    try:
-        config = FreezeConfig.load({SECTION: section})
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    # The policy's own settings with their defaults: a changed default makes another run.
-    own = config.policy_settings
-    return section | ({config.policy: own} if own else {})
-
-
-def _resolved(value: Any, steps: int, seed: int) -> Any:
-    if isinstance(value, dict):
-        return {key: _resolved(inner, steps, seed) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_resolved(inner, steps, seed) for inner in value]
-    if value == "seed":
-        return seed
-    percent = percent_of(value)
-    return value if percent is None else steps_of(percent, steps)
-
-
-def _settings_of(entry: Entry) -> dict[str, Section]:
-    return ({} if entry.one is None else {ONE: entry.one}) | entry.curve
-
-
-def _predictor_of(section: Section) -> str:
-    if section["policy"] != "attention":
-        return ""
-    return _file_digest(Path(section.get("attention", {}).get("predictor") or DEFAULT_PREDICTOR))
-
-
-@cache
-def _file_digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 # --- YAML ------------------------------------------------------------------------------------------------------------------------

@@ -14,38 +14,57 @@ from pathlib import Path
 
 from smartfrz_ds.distributed.devices import accelerator_for
 
-from .files import Job
+from .runs import Job
 
 _TAIL = 3000  # characters of a dead worker's output in the message
 
 
-def run_all(jobs: Sequence[Job], out: Path, workers: int) -> Generator[tuple[Job, str | None]]:
-    """Run jobs in parallel. Closing the iterator early ends the workers.
+class Pool:
+    """Worker processes that are started when they are first needed, and kept between calls of `run`.
 
     Args:
-        jobs: The runs.
         out: Results go to out/runs/NAME.json, the workers' output to out/log/worker-N.txt, pretrained networks to out/cache.
         workers: Number of processes, >= 1.
-
-    Yields:
-        Each job when it has ended, with None or its error.
     """
-    todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
-    for job in jobs:
-        todo.put(job)
-    ended: queue.SimpleQueue[tuple[Job, str | None]] = queue.SimpleQueue()
-    crew = [_Worker(out, number) for number in range(min(workers, len(jobs)))]
-    threads = [threading.Thread(target=_work, args=(worker, todo, ended), daemon=True) for worker in crew]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in jobs:
-            yield ended.get()
-    finally:
-        for worker in crew:
-            worker.stop()
+
+    def __init__(self, out: Path, workers: int) -> None:
+        self._crew = [_Worker(out, number) for number in range(workers)]
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the processes, at once if one is at work."""
+        for worker in self._crew:
+            if worker.idle:
+                worker.close()
+            else:
+                worker.stop()
+
+    def run(self, jobs: Sequence[Job]) -> Generator[tuple[Job, str | None]]:
+        """Run jobs in parallel. Closing the iterator early ends the processes.
+
+        Yields:
+            Each job when it has ended, with None or its error.
+        """
+        todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        for job in jobs:
+            todo.put(job)
+        ended: queue.SimpleQueue[tuple[Job, str | None]] = queue.SimpleQueue()
+        crew = self._crew[: len(jobs)]
+        threads = [threading.Thread(target=_work, args=(worker, todo, ended), daemon=True) for worker in crew]
         for thread in threads:
-            thread.join(timeout=10)
+            thread.start()
+        try:
+            for _ in jobs:
+                yield ended.get()
+        except BaseException:
+            for worker in crew:
+                worker.stop()
+            raise
+        finally:
+            for thread in threads:
+                thread.join(timeout=10)
 
 
 def result_file(out: Path, job: Job) -> Path:
@@ -58,12 +77,13 @@ def _work(worker: _Worker, todo: queue.SimpleQueue[Job], ended: queue.SimpleQueu
         try:
             job = todo.get_nowait()
         except queue.Empty:
-            worker.close()
             return
         try:
+            worker.idle = False
             error = worker.do(job)
         except Exception as failure:  # the consumer waits for this job's end
             error = f"{type(failure).__name__}: {failure}"
+        worker.idle = True
         ended.put((job, error))
 
 
@@ -75,6 +95,7 @@ class _Worker:
         self._log = out / "log" / f"worker-{number}.txt"
         self._process: subprocess.Popen[str] | None = None
         self.stopped = False
+        self.idle = True
 
     def do(self, job: Job) -> str | None:
         """Run a job and wait for its end. Returns None or the error."""

@@ -1,18 +1,15 @@
-"""The tables, CSV file and plot of `smartfrz bench policies`."""
+"""The tables of `smartfrz bench policies`."""
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean
 
 from .curves import Row, Stat, against_curve, against_full, curve_at, over_tasks, stat
-from .files import FULL, ONE
+from .files import FULL, MATCHED, MATCHED_TIME, ONE
+from .judge import Interval, Pair, over_groups, pairs, verdicts
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)  # fractions of saved FLOPs at which the curves are compared
 BASELINES = ("linear", "late")  # all settings are compared with their curves at equal FLOPs
@@ -47,6 +44,7 @@ def report(rows: Sequence[Row], effort: Effort) -> str:
     """Make all tables, as Markdown."""
     tasks = list(dict.fromkeys(r.task for r in rows))
     entries = list(dict.fromkeys(r.entry for r in rows if r.entry != FULL))
+    freezing = [e for e in entries if e not in (MATCHED, MATCHED_TIME)]
     parts = [
         "# Policies at equal cost",
         "Metric: accuracy on held-out inputs in percent; differences in percentage points. Loss: cross-entropy there. Saved: fraction of"
@@ -63,15 +61,19 @@ def report(rows: Sequence[Row], effort: Effort) -> str:
     curves = [e for e in entries if any(r.entry == e and r.label != ONE for r in rows)]
     if curves:
         parts += ["## Curves: change of the metric at the same saved FLOPs", _curves(rows, tasks, curves)]
+    for judge, cost in ((MATCHED, "FLOPs"), (MATCHED_TIME, "wall time")):
+        found = {setting: pairs(rows, *setting, judge) for setting in _settings(rows, freezing)}
+        if any(found.values()):
+            parts += _judged(found, {r.task: r for r in rows}, cost)
     baselines = [e for e in BASELINES if e in curves]
     for baseline in baselines:
         parts += [
             f"## Compared with `{baseline}` at the same saved FLOPs",
             f"Each run minus the curve of `{baseline}` with the same seed at this run's saving. Runs that saved more than the curve reaches"
             " are left out; a cell is empty if all of its runs are.",
-            _compared(rows, tasks, [e for e in entries if e != baseline], baseline),
+            _compared(rows, tasks, [e for e in freezing if e != baseline], baseline),
         ]
-    parts += ["## All settings", _details(rows, tasks, entries)]
+    parts += ["## All settings", _details(rows, tasks, freezing)]
     warned = sorted({f"{r.entry} on {r.task}: {text}" for r in rows for text in r.warnings})
     if warned:
         parts += ["## Warnings of the runs", "\n".join(f"- {text}" for text in warned)]
@@ -163,6 +165,61 @@ def _compared(rows: Sequence[Row], tasks: Sequence[str], entries: Sequence[str],
     return _table(["setting", "mean difference", "loss, relative", *tasks], lines)
 
 
+def _judged(found: dict[tuple[str, str], dict[str, list[Pair]]], tasks: dict[str, Row], cost: str) -> list[str]:
+    """Make the section on the comparison with matched runs. tasks: any run of each task."""
+    groups = {
+        "looked at once, pretrained": [t for t, r in tasks.items() if r.use == "once" and r.pretrained],
+        "looked at once, from scratch": [t for t, r in tasks.items() if r.use == "once" and not r.pretrained],
+        "design, pretrained": [t for t, r in tasks.items() if r.use == "design" and r.pretrained],
+        "design, from scratch": [t for t, r in tasks.items() if r.use == "design" and not r.pretrained],
+        "all tasks": list(tasks),
+    }
+    groups = {name: members for name, members in groups.items() if members}
+    means, losses, each = [], [], []
+    for (entry, label), by_task in found.items():
+        if not by_task:
+            continue
+        name = f"`{entry}` {label}"
+        grouped = {g: [by_task[t] for t in members if t in by_task] for g, members in groups.items()}
+        means.append([name, *(_mean_cell([[p.metric for p in ps] for ps in g], grouped[n], groups[n]) for n, g in grouped.items())])
+        losses.append([name, *(_mean_cell([[p.loss for p in ps] for ps in g], grouped[n], groups[n]) for n, g in grouped.items())])
+        better, worse = verdicts({t: [p.metric for p in ps] for t, ps in by_task.items()})
+        lower, higher = verdicts({t: [-p.loss for p in ps] for t, ps in by_task.items()})
+        counts = [f"{len(x)} of {len(by_task)}" for x in (better, worse, lower, higher)]
+        cells = [
+            f"{_points(stat(p.metric for p in by_task[t]))} / {_points(stat(p.loss for p in by_task[t]), ' %', 1)}"
+            f" ({100 * mean(p.run.saved for p in by_task[t]):.0f} %)"
+            if t in by_task
+            else ""
+            for t in tasks
+        ]
+        each.append([name, *counts, *cells])
+    return [
+        f"## Compared with the matched run ({cost})",
+        f"Each freezing run minus its matched run: full training with the same seed, its schedule shortened to the same {cost}."
+        " Mean over the tasks with the 95 % interval (Student, paired by seed, degrees of freedom after Welch and Satterthwaite), then the"
+        " saved FLOPs. A run that saves nothing is its own matched run. Metric, in points:",
+        _table(["setting", *groups], means),
+        "Loss, in percent of the loss of full training; below 0 the freezing run is better:",
+        _table(["setting", *groups], losses),
+        "By task: metric / loss (saved FLOPs), ± is the standard error. In front: on how many tasks the freezing run is better and worse"
+        " than its matched run at an error rate of 5 % for all tasks together (paired t-tests, Holm's correction).",
+        _table(["setting", "metric better", "worse", "loss lower", "higher", *tasks], each),
+    ]
+
+
+def _mean_cell(values: Sequence[Sequence[float]], pairs_of: Sequence[Sequence[Pair]], members: Sequence[str]) -> str:
+    """Format a mean over tasks, its interval, the saving, and the number of tasks where it is not all of them."""
+    if not values:
+        return ""
+    part = "" if len(values) == len(members) else f", {len(values)} of {len(members)} tasks"
+    return f"{_interval(over_groups(values))} ({100 * mean(mean(p.run.saved for p in ps) for ps in pairs_of):.0f} %{part})"
+
+
+def _interval(i: Interval) -> str:
+    return f"{100 * i.mean:+.2f}" + ("" if math.isnan(i.low) else f" [{100 * i.low:+.2f}, {100 * i.high:+.2f}]")
+
+
 def _details(rows: Sequence[Row], tasks: Sequence[str], entries: Sequence[str]) -> str:
     lines = []
     for task in tasks:
@@ -220,60 +277,3 @@ def _loss(s: Stat, *, sign: bool = False) -> str:
 
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines))
-
-
-# --- files -----------------------------------------------------------------------------------------------------------------------
-
-
-def to_csv(rows: Sequence[Row]) -> str:
-    """Make CSV text: a header, and one line per run and setting."""
-    text = io.StringIO()
-    names = [field.name for field in dataclasses.fields(Row)]
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: getattr(row, name) for name in names} | {"warnings": "; ".join(row.warnings)})
-    return text.getvalue()
-
-
-def plot(rows: Sequence[Row], file: Path) -> None:
-    """Plot metric and loss over the saved FLOPs for each task, as a PNG: curves as lines, the single setting for all tasks as a mark."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    tasks = list(dict.fromkeys(r.task for r in rows))
-    entries = list(dict.fromkeys(r.entry for r in rows if r.entry != FULL))
-    figure = Figure(figsize=(4.2 * len(tasks), 7), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, len(tasks), squeeze=False, sharex=True)
-    value: dict[str, Callable[[Row], float]] = {"metric, %": lambda r: 100 * r.metric, "loss": lambda r: r.loss}
-    for column, task in enumerate(tasks):
-        for line, (name, of) in enumerate(value.items()):
-            ax = axes[line][column]
-            full = stat(of(r) for r in rows if r.task == task and r.entry == FULL)
-            if full.n:
-                ax.axhline(full.mean, color="black", linewidth=0.8, label=FULL if column == 0 else None)
-            for number, entry in enumerate(entries):
-                color = f"C{number % 10}"
-                groups = {
-                    label: [r for r in rows if (r.task, r.entry, r.label) == (task, entry, label)] for _, label in _settings(rows, [entry])
-                }
-                points = {
-                    label: (stat(100 * r.saved for r in same).mean, stat(of(r) for r in same)) for label, same in groups.items() if same
-                }
-                swept = sorted(point for label, point in points.items() if label != ONE)
-                if swept:
-                    errors = [0.0 if math.isnan(s.error) else s.error for _, s in swept]
-                    ax.errorbar([x for x, _ in swept], [s.mean for _, s in swept], errors, color=color, linewidth=1.2, capsize=2)
-                if ONE in points:
-                    x, s = points[ONE]
-                    ax.plot([x], [s.mean], "o" if swept else "s", color=color, markersize=6)
-                ax.plot(
-                    [], [], color=color, marker="" if swept else "s", linestyle="-" if swept else "", label=entry if column == 0 else None
-                )
-            ax.set_title(task if line == 0 else "")
-            ax.set_xlabel("training FLOPs saved, %" if line else "")
-            ax.set_ylabel(name if column == 0 else "")
-            ax.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=min(len(entries) + 1, 6), handles=axes[0][0].get_legend_handles_labels()[0])
-    figure.savefig(file, dpi=110)

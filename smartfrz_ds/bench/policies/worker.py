@@ -12,11 +12,13 @@ import json
 import logging
 import math
 import os
+import platform
 import socket
 import sys
 import tempfile
 import time
 import traceback
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,9 @@ from torch.nn import functional as F
 import smartfrz_ds
 from smartfrz_ds.model.layers import find_layers
 
-from .files import Job, TaskFile
-from .nets import Batch, prepare
+from .files import TaskFile
+from .nets import Batch, Training, prepare
+from .runs import Job
 
 Result = dict[str, Any]
 
@@ -54,20 +57,11 @@ def run(job: Job, cache_dir: Path) -> Result:
     began = time.perf_counter()
     task = job.settings
     training = prepare(task, job.seed, cache_dir)
-    engine: Any = smartfrz_ds.initialize(
-        model=training.model,
-        model_parameters=_groups(training.model),
-        config=deepspeed_config(task, job.zero_stage),
-        smartfrz=job.section,
-        **({"probe_batch": training.probe} if job.section.get("probe") else {}),
-    )[0]
+    engine = start_engine(job, training, deepspeed_config(task, job.zero_stage))
     controller: smartfrz_ds.Controller = engine.smartfrz
-    engine.train()
     start, cpu_start = time.perf_counter(), time.process_time()
     for _ in range(task.steps):
-        inputs, answers = _on(engine.device, next(training.batches))
-        engine.backward(_loss(engine(**inputs), answers))
-        engine.step()
+        do_step(engine, next(training.batches))
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     report = controller.report()
     assert report.step == task.steps, (report.step, task.steps)
@@ -86,6 +80,26 @@ def run(job: Job, cache_dir: Path) -> Result:
         "frozen": [[event.step, list(event.layers)] for event in report.events if event.kind == "freeze"],
         "warnings": [event.message for event in report.events if event.kind == "warning"],
     }
+
+
+def start_engine(job: Job, training: Training, config: dict[str, Any]) -> Any:
+    """Create the engine of a run, in training mode. Collective."""
+    engine: Any = smartfrz_ds.initialize(
+        model=training.model,
+        model_parameters=_groups(training.model),
+        config=config,
+        smartfrz=job.section,
+        **({"probe_batch": training.probe} if job.section.get("probe") else {}),
+    )[0]
+    engine.train()
+    return engine
+
+
+def do_step(engine: Any, batch: Batch) -> None:
+    """Do one step of training with this rank's batch."""
+    inputs, answers = _on(engine.device, batch)
+    engine.backward(_loss(engine(**inputs), answers))
+    engine.step()
 
 
 def deepspeed_config(task: TaskFile, zero_stage: int) -> dict[str, Any]:
@@ -178,11 +192,20 @@ def main() -> None:
             answers.write(json.dumps({"error": error}) + "\n")
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a result depends on, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in ("smartfrz_ds", "torch", "deepspeed", "transformers", "peft", "trl"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
 def write_result(file: Path, job: dict[str, Any], result: Result) -> None:
     """Write a result atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps({"job": job, "result": result}, indent=1))
+    partial.write_text(json.dumps({"job": job, "versions": versions(), "result": result}, indent=1))
     os.replace(partial, file)
 
 
