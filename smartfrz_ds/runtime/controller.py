@@ -140,8 +140,10 @@ class Controller(GuardedAttributes, FormerNames):
         A layer of which the user froze everything before the start trains from now on: its parameters join the groups of the parameters of
         the same names in the nearest layer. Where the user froze a part of a layer, that part stays frozen (user_frozen.py).
 
-        Raises: as `freeze`; and ValueError for a layer that the user froze where such a layer can't train: in a pipeline, under FSDP1,
-            quantized weights, a policy that sets learning rates of single layers.
+        Raises:
+            ValueError: As `freeze`. Also for a layer that the user froze where such a layer cannot train: in a pipeline, under FSDP1,
+                quantized weights, a policy that sets learning rates of single layers.
+            RuntimeError, ChangeUndone, FreezeError: As `freeze`.
         """
         self._check_attached("thaw")
         wanted, state = _as_set(names), self._run.state
