@@ -16,19 +16,18 @@ from torch import nn
 from smartfrz_ds.config.reading import read_config, total_steps_in
 from smartfrz_ds.config.refusals import refused_by
 from smartfrz_ds.config.refusals import section as _sub
-from smartfrz_ds.config.settings import SECTION, FreezeConfig, is_default
+from smartfrz_ds.config.settings import SECTION, FreezeConfig
 from smartfrz_ds.model.flops import FlopMeter, FlopProfile, estimate_profile, saved_fraction
 from smartfrz_ds.model.freeze_modules import check_tied
 from smartfrz_ds.model.keep_active import KeptActive, keep_active, names_inside
 from smartfrz_ds.model.layers import Layer, find_layers
+from smartfrz_ds.runtime.rules.before_start import problems_of_files, problems_of_length
 from smartfrz_ds.runtime.rules.eligibility import allowed, candidates
-from smartfrz_ds.runtime.rules.intervals import resolve, why_never
 
 from .doctor_refusals import wrong_values
 from .findings import Finding
 
 _TOKENS = 128
-_NEEDS_LENGTH = ("linear", "late", "random", "freezeout", "pipetransformer", "weight_drift")
 
 
 def check_config(file: Path) -> tuple[list[Finding], FreezeConfig | None]:
@@ -46,6 +45,7 @@ def check_config(file: Path) -> tuple[list[Finding], FreezeConfig | None]:
     if not settings.enabled:
         return [Finding("config", "warning", f"{SECTION}.enabled is false: nothing will freeze", "set it to true")], settings
     found = [Finding("config", "problem", *pair) for pair in [*wrong_values(raw), *refused_by(raw)]]
+    found += [Finding("config", "problem", one.text, one.remedy) for one in problems_of_files(settings)]
     found += [Finding("config", "warning", *pair) for pair in traps(raw, settings)]
     return found or [Finding("config", "ok", f"{file}: policy {settings.policy!r}")], settings
 
@@ -83,39 +83,15 @@ def traps(raw: Mapping[str, Any], settings: FreezeConfig, *, gpus: int | None = 
     if settings.cache.mode != "off" and stage == 3:
         text = f"{SECTION}.cache.mode is {settings.cache.mode!r}, and ZeRO stage 3 does not support the prefix cache yet"
         found.append((text, "use stage 0, 1 or 2; else 'on' is an error at the start, and 'auto' stays off"))
-    found += _length(settings, raw)
-    if settings.log_path is None:
-        text = f"{SECTION}.log_path is null: no log is written, and smartfrz report has no input"
-        found.append((text, '"log_path": "runs/NAME/freezing.jsonl"'))
-    return found
-
-
-def _length(settings: FreezeConfig, raw: Mapping[str, Any]) -> list[tuple[str, str]]:
-    if settings.policy == "manual":
-        return []
-    total = total_steps_in(raw, settings.total_steps)
-    found = []
-    if not _sub(raw, "scheduler") and settings.policy == "attention":
+    if settings.policy == "attention" and not _sub(raw, "scheduler"):
         text = (
             "there is no scheduler in the JSON: with a constant learning rate the weights keep moving, and the predictor may never freeze"
         )
         found.append((text, "use a decaying learning-rate schedule, here or in the script"))
-    answer = "set scheduler.params.total_num_steps or smartfrz.total_steps; a scheduler or Trainer in the script also sets it"
-    try:
-        now = resolve(settings, total)
-    except ValueError as error:
-        return [*found, *((line, answer) for line in str(error).splitlines())]
-    if total is None and (settings.policy in _NEEDS_LENGTH or (settings.policy == "attention" and settings.attention.mode == "budget")):
-        text = f"the JSON does not set the length of the run, which the policy {settings.policy!r} needs"
-        found.append((text, answer))
-    if why := why_never(settings, total):
-        text, _, what = why.partition(". Set ")
-        found.append((text, f"set {what}"))
-    spaced = not is_default(settings, "snapshot_interval") or not is_default(settings, "window")
-    span = (settings.window - 1) * now.snapshot_interval
-    if total and not why and spaced and settings.policy == "attention" and span > total / 2:
-        text = f"a window of snapshots spans {span} steps, more than half of the run ({total} steps)"
-        found.append((text, "use a smaller snapshot_interval or window"))
+    found += [(one.text, one.remedy) for one in problems_of_length(settings, total_steps_in(raw, settings.total_steps))]
+    if settings.log_path is None:
+        text = f"{SECTION}.log_path is null: no log is written, and smartfrz report has no input"
+        found.append((text, '"log_path": "runs/NAME/freezing.jsonl"'))
     return found
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import hjson  # type: ignore[import-untyped]
 
+_OTHERS = {".yaml": "YAML", ".yml": "YAML", ".py": "Python", ".toml": "TOML", ".ini": "INI"}
+
 
 def read_config(source: str | Path) -> tuple[Mapping[str, Any], str]:
     """Read a DeepSpeed config like deepspeed/runtime/config.py: Hjson (JSON with comments) or base64.
@@ -33,6 +35,9 @@ def read_config(source: str | Path) -> tuple[Mapping[str, Any], str]:
                 raise ValueError("no such file")
             text, where = decoded, "config (base64)"
         else:
+            language = _OTHERS.get(Path(source).suffix.lower())
+            if language is not None:  # Hjson would take some YAML for one long text
+                raise ValueError(f"it is named as a {language} file; allowed: JSON, as DeepSpeed reads it")
             text = Path(source).read_text(encoding="utf-8-sig")
         data = hjson.loads(text, object_pairs_hook=_no_duplicates)
         if not isinstance(data, dict):

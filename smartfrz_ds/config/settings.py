@@ -359,7 +359,8 @@ def _problems(error: ValidationError, section: object) -> list[str]:
         if unknown is not None:
             hint = _did_you_mean(unknown, model.model_fields) or _elsewhere(unknown)
             shown = unknown if unknown.isprintable() else show(unknown)
-            lines[f"{path}.{shown}: unknown key; {hint}allowed: {', '.join(model.model_fields) or 'none'}"] = None
+            known = hint.strip() or f"allowed: {', '.join(model.model_fields) or 'none'}"
+            lines[f"{path}.{shown}: unknown key; {known}"] = None
         elif item["type"] == "value_error":  # a check across keys; its message names the key
             lines[f"{path}.{item['ctx']['error']}"] = None
         else:
@@ -387,6 +388,7 @@ def _elsewhere(key: str) -> str:
         return f"did you mean '{SECTION}.{key}'? "
     for name, field in FreezeConfig.model_fields.items():
         section = _section_of(field)
-        if section is not None and key in section.model_fields:
-            return f"did you mean '{SECTION}.{name}.{key}'? "
+        near = [] if section is None else get_close_matches(key.lower(), section.model_fields, n=1, cutoff=0.75)
+        if near:
+            return f"did you mean '{SECTION}.{name}.{near[0]}'? "
     return ""

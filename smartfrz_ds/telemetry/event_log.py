@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 from .events import FIRST_BYTES, FreezeEvent, Record, Status, finite, parse, whole_lines
 
 _MARKED_BYTES = 1024
+_NO_LOG = "it exists and is not a smartfrz log"
 
 
 class Monitor(Protocol):
@@ -57,12 +59,10 @@ class EventLog:
                 file.seek(0)
                 data = file.read()
                 if not _is_whole_log(data):
-                    raise OSError("it exists and is not a smartfrz log")
+                    raise OSError(_NO_LOG)
                 file.truncate(whole_lines(data))  # drops the torn line of a run that died
         except OSError as error:
-            raise ValueError(
-                f'smartfrz.log_path: got "{path}"; allowed: a writable path, of a new file or of the log of an earlier run ({error})'
-            ) from error
+            raise ValueError(_refusal(path, error)) from error
 
     @property
     def wanted(self) -> bool:
@@ -145,6 +145,30 @@ class EventLog:
             text = f"smartfrz: the log {self.path} could not be cut back to the checkpoint; new events are appended to it: {error}"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
             return None
+
+
+def why_not_a_log(path: Path) -> str:
+    """Explain why `EventLog` would refuse a path. Creates nothing that stays.
+
+    Returns:
+        The error's text; "" if the path can be used.
+    """
+    try:
+        if path.exists():
+            with path.open("r+b") as file:
+                if not _is_whole_log(file.read()):
+                    raise OSError(_NO_LOG)
+        else:
+            folder = next(parent for parent in path.absolute().parents if parent.exists())
+            with tempfile.TemporaryFile(dir=folder):  # os.access says yes to root for folders of read-only file systems
+                pass
+    except OSError as error:
+        return _refusal(path, error)
+    return ""
+
+
+def _refusal(path: Path, error: OSError) -> str:
+    return f'smartfrz.log_path: got "{path}"; allowed: a writable path, of a new file or of the log of an earlier run ({error})'
 
 
 def _keep(path: Path, data: bytes) -> Path:

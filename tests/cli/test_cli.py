@@ -1,13 +1,18 @@
 import json
+import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from smartfrz_ds.cli import doctor_config
 from smartfrz_ds.cli.main import app
+from smartfrz_ds.predictor.model import load_predictor
 from smartfrz_ds.telemetry.event_log import EventLog
 from smartfrz_ds.telemetry.events import FreezeEvent, RunStart, Status
 
@@ -80,6 +85,58 @@ def test_check_config_prints_what_a_run_would_use(tmp_path: Path) -> None:
     assert ["smartfrz.window", "30", "(default)"] in lines
     assert "attention" not in out  # of another policy
     assert out.splitlines()[-1] == f"{file}: ok"
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"attention": {"predictor": "no.safetensors"}}, "smartfrz.attention.predictor: no.safetensors: no such file; allowed:"),
+        ({"log_path": "/proc/none/log.jsonl"}, 'smartfrz.log_path: got "/proc/none/log.jsonl"; allowed: a writable path'),
+        ({"log_path": __file__}, "it exists and is not a smartfrz log"),
+    ],
+)
+def test_what_stops_a_run_at_its_start_stops_the_checks_before(section: dict[str, Any], words: str, tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"train_batch_size": 8, "smartfrz": {"total_steps": 400, **section}}))
+    code, out, err = run("check-config", str(file))
+    assert (code, out) == (2, "") and words in err
+    assert words in "\n".join(one.text for one in doctor_config.check_config(file)[0] if one.level == "problem")
+    with pytest.raises(ValueError, match=re.escape(words)):  # the start
+        if "attention" in section:
+            load_predictor(section["attention"]["predictor"])
+        else:
+            EventLog(Path(section["log_path"]))
+
+
+def test_a_log_that_can_be_written_is_not_made_by_the_check(tmp_path: Path) -> None:
+    file, log = tmp_path / "ds.json", tmp_path / "new" / "log.jsonl"
+    file.write_text(json.dumps({"smartfrz": {"total_steps": 400, "log_path": str(log)}}))
+    assert run("check-config", str(file))[0] == 0
+    assert os.listdir(tmp_path) == ["ds.json"]
+    EventLog(log).write(RunStart(step=0, time=0.0, layers=("a",), kinds=("block",), weights=(4,)))
+    before = log.read_bytes()
+    assert run("check-config", str(file))[0] == 0
+    assert log.read_bytes() == before
+
+
+@pytest.mark.parametrize(("name", "language"), [("ds.yaml", "YAML"), ("ds.yml", "YAML"), ("ds.py", "Python")])
+def test_a_file_in_another_language_is_named(name: str, language: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_text("train_batch_size: 8\nsmartfrz:\n  policy: linear\n")
+    code, _, err = run("check-config", str(file))
+    assert (code, err) == (
+        2,
+        f"error: {file}: not a readable DeepSpeed JSON: it is named as a {language} file; allowed: JSON, as DeepSpeed reads it\n",
+    )
+
+
+def test_check_config_shows_what_was_set_in_other_sections(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text('{"smartfrz": {"total_steps": 400, "cache": {"mode": "auto"}, "guard": {"metric": "loss"}}}')
+    lines = [line.split() for line in run("check-config", str(file))[1].splitlines()]
+    assert ["smartfrz.cache.mode", '"auto"'] in lines
+    assert ["smartfrz.guard.metric", '"loss"'] in lines
+    assert not any(line[0].startswith(("smartfrz.cache.memory", "smartfrz.linear")) for line in lines)
 
 
 def test_check_config_says_when_freezing_is_off(tmp_path: Path) -> None:

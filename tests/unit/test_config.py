@@ -114,16 +114,17 @@ def test_all_problems_at_once_with_key_value_and_what_is_allowed() -> None:
         "smartfrz.max_frozen_fraction: got NaN; allowed: a number in (0, 1]",
         "smartfrz.attention.threshold: got 1.7; allowed: a number in (0, 1), or null",
         "smartfrz.attention.patience: got true; allowed: an integer >= 1",
-        "smartfrz.attention.thresold: unknown key; did you mean 'threshold'? allowed: predictor, threshold, patience, mode, budget",
+        "smartfrz.attention.thresold: unknown key; did you mean 'threshold'?",
     }
-    assert lines[-1].startswith("smartfrz.freez_interval: unknown key; did you mean 'freeze_interval'? allowed: enabled, dry_run, policy,")
+    assert lines[-1] == "smartfrz.freez_interval: unknown key; did you mean 'freeze_interval'?"
 
 
 @pytest.mark.parametrize(
     ("section", "line"),
     [
-        ({"threshold": 0.5}, "smartfrz.threshold: unknown key; did you mean 'smartfrz.attention.threshold'? allowed: "),
-        ({"linear": {"window": 3}}, "smartfrz.linear.window: unknown key; did you mean 'smartfrz.window'? allowed: start_step, end_step"),
+        ({"threshold": 0.5}, "smartfrz.threshold: unknown key; did you mean 'smartfrz.attention.threshold'?"),
+        ({"predictor_path": "x"}, "smartfrz.predictor_path: unknown key; did you mean 'smartfrz.attention.predictor'?"),
+        ({"linear": {"window": 3}}, "smartfrz.linear.window: unknown key; did you mean 'smartfrz.window'?"),
         ({"manual": {"x": 1}}, "smartfrz.manual.x: unknown key; allowed: none"),
         ({1: 2}, "smartfrz.1: unknown key; allowed: enabled"),
         ({"attention": {1: 2}}, "smartfrz.attention.1: unknown key; allowed: predictor"),

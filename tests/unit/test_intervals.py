@@ -15,8 +15,9 @@ from smartfrz_ds.bench.policies.files import POLICIES_FILE, read_policies
 from smartfrz_ds.bench.policies.files import resolve as of_bench
 from smartfrz_ds.cli.check_config import settings_text
 from smartfrz_ds.config.settings import FreezeConfig, digest
+from smartfrz_ds.policies import LayerInfo
 from smartfrz_ds.predictor.constants import MIN_SNAPSHOTS
-from smartfrz_ds.runtime.rules.intervals import first_stage, resolve, why_never
+from smartfrz_ds.runtime.rules.intervals import first_stage, needs_length, resolve, why_never
 from smartfrz_ds.telemetry.events import read_events
 
 
@@ -175,6 +176,25 @@ def test_a_run_that_can_not_freeze_says_what_to_set(settings: dict[str, Any], to
     assert words in why_never(config(**settings), total)
 
 
+@pytest.mark.parametrize("name", sorted(smartfrz_ds.policies.POLICIES))
+@pytest.mark.parametrize("given", [{}, {"start_step": 5, "end_step": 9, "interval": 3, "mode": "budget"}])
+def test_the_policies_that_need_a_length_are_those_that_refuse_to_do_without(name: str, given: dict[str, Any]) -> None:
+    known = FreezeConfig.model_fields[name].default.__class__.model_fields
+    settings = config(policy=name, **{name: {key: value for key, value in given.items() if key in known}})
+    shared = {key: getattr(settings, key) for key in smartfrz_ds.policies.SHARED_SETTINGS.get(name, ())}
+    provided = ["weights", "gradients", "activations", "lr_scale"]
+    try:
+        policy = smartfrz_ds.policies.make_policy(name, {**resolve(settings, None, provisional=True).policy, **shared})
+        smartfrz_ds.policies.check_needs(policy, provided)  # type: ignore[arg-type]
+        if isinstance(policy, smartfrz_ds.policies.ChecksStart):
+            policy.check_start(None, (LayerInfo(name="a", kind="block", numel=4), LayerInfo(name="b", kind="head", numel=4)))
+        refused = False
+    except ValueError as error:
+        assert "the length of the run" in str(error)
+        refused = True
+    assert needs_length(settings) == refused
+
+
 def test_check_config_shows_steps_and_the_first_stage(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"scheduler": {"type": "WarmupLR", "params": {"total_num_steps": 390}}}))
@@ -183,7 +203,7 @@ def test_check_config_shows_steps_and_the_first_stage(tmp_path: Path) -> None:
     assert lines[-2:] == ["first freezing stage: step 48 of 390", f"{file}: ok"]
     assert "first freezing stage: step 6 of 60" in settings_text(file, 60)
     file.write_text('{"smartfrz": {"warmup_steps": 500, "total_steps": 390}}')
-    assert "WARNING: the first freezing stage is step 512, and the run ends at 390" in settings_text(file)
+    assert "WARNING: the first freezing stage is step 512, and the run ends at 390: nothing will freeze. Set " in settings_text(file)
     file.write_text('{"smartfrz": {"warmup_steps": "20%"}}')
     assert "WARNING: smartfrz.warmup_steps: got '20%', and the length of the run is unknown" in settings_text(file)
     file.write_text("{}")

@@ -143,6 +143,13 @@ def first_stage(config: FreezeConfig, total_steps: int | None) -> int | None:
     return first if total_steps is None or first < total_steps else None
 
 
+def needs_length(config: FreezeConfig) -> bool:
+    """Return whether the chosen policy, with these settings, can't work in a run of unknown length."""
+    if config.policy == "attention":
+        return config.attention.mode == "budget"
+    return config.policy == "freezeout" or any(config.policy_settings.get(key, 0) is None for key in _POLICY_STEPS)
+
+
 def why_never(config: FreezeConfig, total_steps: int | None) -> str:
     """Explain why no policy can freeze anything in this run, whatever the layers do, and what to set.
 
