@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _SHM_BYTES = 256 * 2**20  # DeepSpeed's CPU communication op takes 69 MB per rank
 _OPEN_FILES = 1024
+_SHOWN = 3  # items of a list that is shown in part
 _DEFAULT_PORT = 29500  # deepspeed/constants.py: TORCH_DISTRIBUTED_DEFAULT_PORT
 
 
@@ -73,7 +74,8 @@ def examine(config: Path | None = None, model: str | None = None, *, self_check:
     if config is None and model is None:
         return Examined(tuple(findings))
     with contextlib.redirect_stdout(sys.stderr):  # the output of the user's model is not part of the result
-        from .doctor_config import check_config, check_model, load_model
+        from .doctor_config import check_config, check_model
+        from .doctor_load import NotBuilt, load_model
         from .doctor_refusals import check_together
 
         settings = None
@@ -85,9 +87,8 @@ def examine(config: Path | None = None, model: str | None = None, *, self_check:
                 made = load_model(model)
                 found, layers = check_model(*made, settings)
                 found += check_together(made[0], config) if settings is not None else []
-            except ValueError as error:
-                answer = "pass MODULE:CALLABLE, importable from the current folder, or a folder written by save_pretrained"
-                found = [Finding("model", "problem", str(error), answer)]
+            except NotBuilt as error:
+                found = [Finding("model", "problem", str(error), error.remedy)]
             findings += found
     return Examined(tuple(findings), tuple(layers))
 
@@ -101,10 +102,10 @@ def _readable(config: Path | None) -> tuple[Mapping[str, Any] | None, FreezeConf
 
 
 def render(examined: Examined, width: int = 110) -> str:
-    """Format the findings as text, each with its answer below it, then the model's layers and a summary line."""
+    """Format the findings as text, problems first, each with its answer below it, then the model's layers and a summary line."""
     marks = {"ok": "ok     ", "warning": "WARNING", "problem": "PROBLEM"}
     lines = []
-    for f in examined.findings:
+    for f in sorted(examined.findings, key=lambda f: ("problem", "warning", "ok").index(f.level)):
         lines += textwrap.wrap(f"{f.check}: {f.text}", width, initial_indent=f"{marks[f.level]} ", subsequent_indent=" " * 8)
         if f.answer:
             lines += textwrap.wrap(f"-> {f.answer}", width, initial_indent=" " * 8, subsequent_indent=" " * 11, break_long_words=False)
@@ -270,7 +271,7 @@ def check_mpi() -> list[Finding]:
     if not mpi4py:
         text = f"{mpirun} is installed, but mpi4py is not: ranks started by mpirun cannot find each other"
         return [Finding("mpi", "warning", text, "pip install mpi4py, or start with deepspeed or torchrun")]
-    code = "from mpi4py import MPI; print(MPI.Get_library_version().splitlines()[0])"
+    code = "from mpi4py import MPI; print(MPI.Get_library_version().split(',')[0].splitlines()[0].rstrip(chr(0)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -363,8 +364,11 @@ def check_shm(folder: Path = Path("/dev/shm"), needed: int = _SHM_BYTES) -> list
     size = sum(path.stat().st_size for path in left)
     if left:
         text = f"{len(left)} files of ended runs occupy {size / 1e6:.0f} MB in {folder}"
-        jobs = dict.fromkeys(re.sub(r"_\d+$", "_*", str(path)) for path in left)  # one pattern for all ranks of a job
-        found.append(Finding("shared memory", "warning", text, "remove them: rm " + " ".join(jobs)))
+        jobs = list(dict.fromkeys(re.sub(r"_\d+$", "_*", str(path)) for path in left))  # one pattern for all ranks of a job
+        if len(jobs) > _SHOWN and not any(Path(path).parent == folder for path in mapped):
+            jobs = [f"{folder}/deepspeed_*"]  # no running job has any
+        more = f" (then start the doctor again: {len(jobs) - _SHOWN} more jobs have some)" if len(jobs) > _SHOWN else ""
+        found.append(Finding("shared memory", "warning", text, f"remove them: rm {' '.join(jobs[:_SHOWN])}{more}"))
     free = shutil.disk_usage(folder).free
     if free < needed:
         text = f"{free / 1e6:.0f} MB free in {folder}; DeepSpeed's CPU op takes 69 MB per rank, and a rank without it dies of SIGBUS"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,10 +22,9 @@ from smartfrz_ds.model.layers import Layer, find_layers
 from smartfrz_ds.runtime.rules.before_start import problems_of_files, problems_of_length
 from smartfrz_ds.runtime.rules.eligibility import allowed, candidates
 
+from .doctor_load import TOKENS
 from .doctor_refusals import wrong_values
 from .findings import Finding
-
-_TOKENS = 128
 
 
 def check_config(file: Path) -> tuple[list[Finding], FreezeConfig | None]:
@@ -127,43 +124,6 @@ class LayerFacts:
         return asdict(self)
 
 
-def load_model(name: str) -> tuple[nn.Module, Any]:
-    """Build a model.
-
-    Args:
-        name: MODULE:CALLABLE, which is called without arguments and returns a module, or a module and the input of its forward; or the name
-            or folder of a Hugging Face model, which is built on the meta device, without weights.
-
-    Returns:
-        The model, and the input of its forward; None where there is none.
-
-    Raises:
-        ValueError: The model cannot be built.
-    """
-    module, colon, function = name.rpartition(":")
-    try:
-        if colon and not Path(name).exists():
-            sys.path.insert(0, os.getcwd())
-            made = getattr(importlib.import_module(module), function)()
-            model, batch = made if isinstance(made, tuple) else (made, None)
-            if not isinstance(model, nn.Module):
-                raise ValueError(f"it returned {type(model).__name__}; expected a torch.nn.Module")
-            return model, batch
-        import transformers
-
-        config = transformers.AutoConfig.from_pretrained(name)
-        kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
-        with torch.device("meta"):
-            model = transformers.AutoModel.from_config(config) if kind in (None, transformers.AutoModel) else kind(config)
-        return model, {"input_ids": torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta")}
-    except ModuleNotFoundError as error:
-        if error.name == "transformers":
-            raise
-        raise ValueError(f"--model {name}: {error}") from error
-    except Exception as error:
-        raise ValueError(f"--model {name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
-
-
 def check_model(model: nn.Module, batch: Any = None, settings: FreezeConfig | None = None) -> tuple[list[Finding], list[LayerFacts]]:
     """Examine the layers of a model, their order, and which of them can freeze.
 
@@ -181,6 +141,8 @@ def check_model(model: nn.Module, batch: Any = None, settings: FreezeConfig | No
         layers = find_layers(model, settings.layers)
     except ValueError as error:
         answer = "list the layers explicitly, front to back, in smartfrz.layers (docs/configuration.md)"
+        if "ScriptModule" in str(error):
+            answer = "call the function before torch.jit.script; torch.compile works with freezing"
         return [Finding("model", "problem", str(error), answer)], []
     try:
         kept = keep_active(settings.keep_active, layers, names_inside(model, layers), "smartfrz.keep_active")
@@ -200,7 +162,7 @@ def check_model(model: nn.Module, batch: Any = None, settings: FreezeConfig | No
             Finding("model", "problem", text, "the table has the reason for each; check smartfrz.keep_active and max_frozen_fraction")
         )
     else:
-        how = "counted in a forward" if measured else f"estimated from the weights, {_TOKENS} tokens (too low for convolutions)"
+        how = "counted in a forward" if measured else f"estimated from the weights, {TOKENS} tokens (too low for convolutions)"
         most = max(fact.saved for fact in able)
         text = f"{len(layers)} layers, {len(able)} can freeze; freezing all of these saves {100 * most:.0f} % of a step's FLOPs ({how})"
         found.append(Finding("model", "ok", text))
@@ -277,4 +239,4 @@ def _profile(model: nn.Module, layers: Sequence[Layer], batch: Any, settings: Fr
         meter.remove()
         if meter.profile is not None and any(meter.profile.forward):
             return meter.profile, True
-    return estimate_profile(layers, _TOKENS), False
+    return estimate_profile(layers, TOKENS), False

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from smartfrz_ds.model.finding.facts import numel_of, shape_of
@@ -105,6 +106,10 @@ def find_layers(model: nn.Module, patterns: str | Sequence[str] = "auto") -> tup
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model has no trainable parameters: there is nothing to freeze")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and any(True for _ in module.parameters()):
+            what = f"the module {name!r} is" if name else "the model is"
+            raise ValueError(f"{what} a ScriptModule, whose parts can't be frozen; allowed: the module from which torch.jit made it")
     if isinstance(patterns, str) and patterns != "auto":
         raise ValueError(f"smartfrz.layers: got {patterns!r}; allowed: 'auto' or a list of names, front to back")
     groups = pattern_groups(model, [patterns] if isinstance(patterns, str) else patterns)

@@ -21,7 +21,8 @@ from torch import nn
 from smartfrz_ds.backends.deepspeed.compat import TESTED_DEEPSPEED
 from smartfrz_ds.cli import doctor
 from smartfrz_ds.cli.doctor import examine, render
-from smartfrz_ds.cli.doctor_config import check_config, check_model, load_model, traps
+from smartfrz_ds.cli.doctor_config import check_config, check_model, traps
+from smartfrz_ds.cli.doctor_load import NotBuilt, load_model
 from smartfrz_ds.cli.doctor_refusals import wrong_values
 from smartfrz_ds.cli.findings import Finding
 from smartfrz_ds.config.refusals import refused_by
@@ -438,20 +439,12 @@ def test_models_that_freezing_can_do_nothing_with() -> None:
 def test_models_are_found_by_callable_and_by_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     transformers = pytest.importorskip("transformers")
     (tmp_path / "my_nets_for_doctor.py").write_text(
-        "import torch\n"
-        "def small():\n    return torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3))), torch.zeros(1, 4)\n"
-        "def number():\n    return 3\n"
-        "def broken():\n    raise RuntimeError('no such weights')\n"
+        "import torch\ndef small():\n    return torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3))), torch.zeros(1, 4)\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     found, facts = check_model(*load_model("my_nets_for_doctor:small"))
     assert [x.forward for x in facts] == pytest.approx([1 / 3] * 3) and "counted" in found[0].text
-    for name, words in (("number", "returned int"), ("broken", "no such weights"), ("nothing", "no attribute 'nothing'")):
-        with pytest.raises(ValueError, match=words):
-            load_model(f"my_nets_for_doctor:{name}")
-    with pytest.raises(ValueError, match="No module named 'my_nats'"):
-        load_model("my_nats:small")
     transformers.BertConfig(num_hidden_layers=2, architectures=["BertForSequenceClassification"]).save_pretrained(tmp_path / "bert")
     model, batch = load_model(str(tmp_path / "bert"))
     assert type(model).__name__ == "BertForSequenceClassification" and next(model.parameters()).is_meta
@@ -460,7 +453,57 @@ def test_models_are_found_by_callable_and_by_folder(tmp_path: Path, monkeypatch:
     assert sum(x.weights for x in facts) == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("name", "words", "remedy"),
+    [
+        ("odd_nets_for_doctor:number", "it returned int", "return the model"),
+        ("odd_nets_for_doctor:broken", "RuntimeError: no such weights (odd_nets_for_doctor.py, line 5)", "needs no data"),
+        ("odd_nets_for_doctor:sized", "it raised TypeError: sized() missing 1 required", "takes no arguments"),
+        ("odd_nets_for_doctor:nothing", "has no attribute 'nothing'", "number, broken, sized"),
+        ("odd_nets_for_doctor:net", "net is a model", "def build(): return net"),
+        ("odd_nets_for_doctor:WIDTH", "WIDTH is a int", "MODULE:CALLABLE"),
+        ("my_nats:small", "there is no module 'my_nats'", "folder of the script"),
+        ("imports_for_doctor:small", "imports_for_doctor imports 'not_on_any_index'", "pip install not_on_any_index"),
+        ("./nowhere", "there is no such folder", "save_pretrained"),
+        (".", "there is no config.json in it", "save_pretrained"),
+    ],
+)
+def test_a_model_that_can_not_be_built_has_the_remedy_of_its_cause(
+    name: str, words: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "odd_nets_for_doctor.py").write_text(
+        "import torch\nWIDTH = 3\ndef number(): return WIDTH\ndef broken():\n    raise RuntimeError('no such weights')\n"
+        "def sized(width): return torch.nn.Linear(width, width)\nnet = torch.nn.Linear(2, 2)\n"
+    )
+    (tmp_path / "imports_for_doctor.py").write_text("import not_on_any_index\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for module in ("odd_nets_for_doctor", "imports_for_doctor"):
+        sys.modules.pop(module, None)
+    with pytest.raises(NotBuilt) as caught:
+        load_model(name)
+    assert words in str(caught.value) and remedy in caught.value.remedy
+
+
+def test_a_script_module_is_refused_by_name() -> None:
+    whole = torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    parts = nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.Linear(2, 2)))
+    for model, words in ((whole, "the model is a ScriptModule"), (parts, "the module '1' is a ScriptModule")):
+        assert words in only(check_model(model)[0], "problem").text
+
+
 # ---- all of it
+
+
+def test_problems_come_first_and_long_lists_are_folded(tmp_path: Path) -> None:
+    for job in range(9):
+        for rank in range(2):
+            (tmp_path / f"deepspeed_allreduce_buffer_0_127.0.0.1_{job}_{rank}").touch()
+    (found,) = (one for one in doctor.check_shm(tmp_path, 0) if one.level == "warning")
+    assert found.text.startswith("18 files") and found.answer == f"remove them: rm {tmp_path}/deepspeed_*"
+    text = render(doctor.Examined((Finding("a", "ok", "fine"), Finding("b", "warning", "odd"), Finding("c", "problem", "bad"), found)))
+    assert [line.split()[0] for line in text.splitlines() if line[:1] not in (" ", "")][:4] == ["PROBLEM", "WARNING", "WARNING", "ok"]
 
 
 def test_examine_and_render(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -478,4 +521,4 @@ def test_examine_and_render(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     text = render(bad)
     assert bad.exit_code == 1 and "2 problems" in text.splitlines()[-1]
     assert "PROBLEM build locks: " in text and f"-> remove it: rm '{tmp_path / 'lock'}'" in text
-    assert "No module named 'no_such_module'" in text and max(map(len, text.splitlines())) <= 140
+    assert "there is no module 'no_such_module'" in " ".join(text.split()) and max(map(len, text.splitlines())) <= 140

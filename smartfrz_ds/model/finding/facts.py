@@ -16,7 +16,7 @@ def class_of(module: nn.Module) -> type:
     Wrappers are activation checkpointing, FSDP1, and FSDP2, which replaces the class by one of its own.
     """
     for name in ("_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
-        if isinstance(inner := module._modules.get(name), nn.Module):
+        if name in module._modules and isinstance(inner := module._modules[name], nn.Module):  # a ScriptModule's has no `get`
             return class_of(inner)
     line = type(module).__mro__  # torch/distributed/fsdp/_fully_shard: FSDPBlock, FSDPModule, Block, ...
     return line[2] if line[1].__name__ == "FSDPModule" else line[0]
