@@ -12,7 +12,7 @@ from torch import nn
 import smartfrz_ds
 import smartfrz_ds.policies
 from smartfrz_ds.bench.policies.files import POLICIES_FILE, read_policies
-from smartfrz_ds.bench.policies.files import resolve as of_bench
+from smartfrz_ds.bench.policies.runs import resolve as of_bench
 from smartfrz_ds.cli.check_config import settings_text
 from smartfrz_ds.config.settings import FreezeConfig, digest
 from smartfrz_ds.policies import LayerInfo
