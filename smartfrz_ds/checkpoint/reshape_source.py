@@ -25,7 +25,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors import safe_open
 from torch import Tensor
 
-from smartfrz_ds.backends.deepspeed.compat import TESTED_DEEPSPEED
+from smartfrz_ds.config.versions import TESTED, is_tested
 
 from .files import MARKER, SIDE_FILE, complete_tags, digest_of, kept_file, missing_files, unpack
 from .reshape_states import FlatSource, KeptSource, Params, Stage, entry_of
@@ -101,8 +101,8 @@ class PipelineCheckpoint:
 
     def _check_kind(self) -> None:
         config, saved_by = self.models[0]["ds_config"], self.models[0]["ds_version"]
-        if not TESTED_DEEPSPEED.contains(saved_by, prereleases=True):
-            raise ValueError(f"{self.folder} was saved by DeepSpeed {saved_by}; allowed: {TESTED_DEEPSPEED}, the tested versions")
+        if not is_tested("deepspeed", saved_by):
+            raise ValueError(f"{self.folder} was saved by DeepSpeed {saved_by}; allowed: {TESTED['deepspeed']}, the tested versions")
         self.is_flat = self.models[0]["param_shapes"] is not None
         zero = config.get("zero_optimization") or {}
         for key in ("round_robin_gradients", "parameter_alignment", "elastic_checkpoint"):

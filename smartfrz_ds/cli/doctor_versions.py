@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from smartfrz_ds.config.settings import FreezeConfig
+from smartfrz_ds.config.versions import TESTED, untested
 
 from .findings import Finding
 
@@ -25,8 +26,6 @@ def check_verdicts(raw: Mapping[str, Any] | None, settings: FreezeConfig | None,
     import deepspeed
     import torch
 
-    from smartfrz_ds.backends.deepspeed.compat import TESTED_DEEPSPEED, untested_version
-    from smartfrz_ds.backends.torch.compat import TESTED_TORCH, untested_torch
     from smartfrz_ds.integrations.selfcheck.case import Case, of_config, of_wrapper
 
     settings = FreezeConfig() if settings is None else settings
@@ -36,15 +35,16 @@ def check_verdicts(raw: Mapping[str, Any] | None, settings: FreezeConfig | None,
     versions = {"deepspeed": deepspeed.__version__, "torch": torch.__version__}
     library = Path(deepspeed.__file__).parent / "runtime"
     found = []
-    if (text := untested_version()) is None:
+    if (text := untested(**versions)) is None:
         found.append(Finding("deepspeed", "ok", f"DeepSpeed {deepspeed.__version__}: tested"))
         text = f"DeepSpeed {deepspeed.__version__} is a tested version"
         found += _checked("deepspeed", text, cases, versions, library) if run else []
     else:
-        answer = f"pip install 'deepspeed{TESTED_DEEPSPEED}' is a tested version"
+        wanted = [f"'{package}{TESTED[package]}'" for package in versions if untested(**{package: versions[package]})]
+        answer = f"pip install {' '.join(wanted)} is a tested version"
         found += _untested("deepspeed", text, answer, cases, versions, library, settings, run=run)
-    if (text := untested_torch()) is not None:
-        answer = f"engines of DeepSpeed are not affected; for DDP and FSDP, pip install 'torch{TESTED_TORCH}' is a tested version"
+    if (text := untested(torch=torch.__version__)) is not None:  # DDP and FSDP do without DeepSpeed, and have verdicts of their own
+        answer = f"pip install 'torch{TESTED['torch']}' is a tested version"
         wrappers: list[Any] = [of_wrapper(kind, frozen=settings.fsdp.frozen, device=on) for kind in ("ddp", "fsdp2", "fsdp1")]
         found += _untested("torch", text, answer, wrappers, {"torch": torch.__version__}, None, settings, run=run)
     return found

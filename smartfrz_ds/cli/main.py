@@ -45,7 +45,10 @@ def _plain_errors(extra: str = "predictor") -> Iterator[None]:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from smartfrz_ds.config.versions import tested_range
+
         typer.echo(f"smartfrz {version('smartfrz_ds')} (deepspeed {version('deepspeed')}, torch {version('torch')})")
+        typer.echo(f"tested with {tested_range('deepspeed')}; {tested_range('torch')}")
         raise typer.Exit
 
 
@@ -53,7 +56,9 @@ def _print_version(wanted: bool) -> None:
 def main(
     show_version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the versions of smartfrz_ds, DeepSpeed and torch."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the installed and the tested versions of DeepSpeed and torch."
+        ),
     ] = False,
 ) -> None:
     """Freeze converged layers during a DeepSpeed or FSDP run."""

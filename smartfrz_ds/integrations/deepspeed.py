@@ -20,7 +20,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from smartfrz_ds._version import __version__
-from smartfrz_ds.backends.deepspeed.compat import config_of, untested_version
+from smartfrz_ds.backends.deepspeed.compat import config_of
 from smartfrz_ds.backends.deepspeed.complete_checkpoints import CompleteCheckpoints
 from smartfrz_ds.backends.deepspeed.names import managed_accumulation
 from smartfrz_ds.backends.factory import check_start, make_backend
@@ -28,6 +28,7 @@ from smartfrz_ds.backends.pipeline.stage import PrunedPipeline
 from smartfrz_ds.checkpoint.deepspeed import Checkpoints, find_together, hide_marker
 from smartfrz_ds.checkpoint.files import MARKER
 from smartfrz_ds.config.settings import FreezeConfig
+from smartfrz_ds.config.versions import untested
 from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.distributed.devices import collective_device
 from smartfrz_ds.distributed.failures import compare_before_start, explained, share_timeout
@@ -297,12 +298,13 @@ def _turn_on(engine: Any, settings: FreezeConfig, probe_batch: Any = None, *, de
     share_timeout()
     ranks = Collectives(collective_device(engine.module.parameters()))
     ranks.run_on_all_ranks(lambda: check_start(engine))
+    versions = {"deepspeed": deepspeed.__version__, "torch": torch.__version__}
     verdict = judge(
         ranks,
-        untested_version(),
+        untested(**versions),  # of torch too: ZeRO's hooks, and the views and storages that a freeze changes, are torch's
         lambda: case_of(engine, settings),
         settings.untested_versions,
-        versions={"deepspeed": deepspeed.__version__, "torch": torch.__version__},
+        versions=versions,
         library=Path(deepspeed.__file__).parent / "runtime",
     )
     backend = ranks.run_on_all_ranks(lambda: make_backend(engine, zero3_frozen=settings.zero3.frozen))

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from smartfrz_ds._version import __version__
 from smartfrz_ds.backends.torch.base import TorchBackend, local
-from smartfrz_ds.backends.torch.compat import make_torch_backend, untested_torch, wrapper_of
+from smartfrz_ds.backends.torch.compat import make_torch_backend, wrapper_of
 from smartfrz_ds.backends.torch.several import SeveralOptimizers, bare_optimizer, refuse_step_within_backward
 from smartfrz_ds.checkpoint.torch import restore_from, save_beside
 from smartfrz_ds.config.settings import FreezeConfig
+from smartfrz_ds.config.versions import untested
 from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.distributed.devices import collective_device
 from smartfrz_ds.distributed.failures import compare_before_attach, explained, note_lost_contact, share_timeout
@@ -280,7 +281,7 @@ def attach_torch(
     wrapper = wrapper_of(model)
     verdict = judge(
         ranks,
-        untested_torch() if wrapper is not None else None,
+        untested(torch=torch.__version__) if wrapper is not None else None,
         lambda: of_wrapper(str(wrapper), frozen=settings.fsdp.frozen, device=backend.device.type),
         settings.untested_versions,
         versions={"torch": torch.__version__},

@@ -18,7 +18,6 @@ import pytest
 import torch
 from torch import nn
 
-from smartfrz_ds.backends.deepspeed.compat import TESTED_DEEPSPEED
 from smartfrz_ds.cli import doctor
 from smartfrz_ds.cli.doctor import examine, render
 from smartfrz_ds.cli.doctor_config import check_config, check_model, traps
@@ -27,6 +26,7 @@ from smartfrz_ds.cli.doctor_refusals import wrong_values
 from smartfrz_ds.cli.findings import Finding
 from smartfrz_ds.config.refusals import refused_by
 from smartfrz_ds.config.settings import FreezeConfig
+from smartfrz_ds.config.versions import TESTED
 from smartfrz_ds.integrations.selfcheck import verdict
 from smartfrz_ds.integrations.selfcheck.case import of_config
 from smartfrz_ds.integrations.selfcheck.judge import _key
@@ -68,9 +68,9 @@ def test_untested_deepspeed_waits_for_its_self_check(monkeypatch: pytest.MonkeyP
     assert "DeepSpeed 0.19.8: tested" in [f.text for f in found] and not [f for f in found if f.level == "problem"]
     monkeypatch.setattr(deepspeed, "__version__", "0.99.2")
     waiting = only(doctor.check_versions(), "warning")
-    assert waiting.check == "deepspeed" and f"0.99.2 is not among the tested versions ({TESTED_DEEPSPEED})" in waiting.text
+    assert waiting.check == "deepspeed" and f"0.99.2 is not among the tested versions ({TESTED['deepspeed']})" in waiting.text
     assert "not checked here yet (ZeRO-0, fp32; ZeRO-1, fp32; ZeRO-2, fp32; ZeRO-3, fp32)" in waiting.text
-    assert "--self-check" in waiting.answer and f"pip install 'deepspeed{TESTED_DEEPSPEED}'" in waiting.answer
+    assert "--self-check" in waiting.answer and f"pip install 'deepspeed{TESTED['deepspeed']}'" in waiting.answer
 
 
 @pytest.mark.parametrize(("kind", "level"), [("self-checked", "warning"), ("refused", "problem")])
@@ -93,7 +93,10 @@ def test_an_untested_version_by_the_setting(setting: str, level: str, words: str
 
 def test_untested_torch_is_a_warning(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setattr(torch, "__version__", "2.6.0+cpu")
-    assert "torch 2.6.0+cpu is not among the tested versions" in only(doctor.check_versions(), "warning").text
+    warned = [f for f in doctor.check_versions() if f.level == "warning"]
+    assert [f.check for f in warned] == ["deepspeed", "torch"], "engines of DeepSpeed check themselves too"
+    assert all("torch 2.6.0+cpu is not among the tested versions" in f.text for f in warned)
+    assert all(f"pip install 'torch{TESTED['torch']}'" in f.answer and "deepspeed" not in f.answer for f in warned)
 
 
 def test_cpu_build_beside_a_gpu_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,9 +47,10 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return first
 
 
-def test_an_untested_version_that_is_right_starts_with_a_warning(said: dict[str, Any]) -> None:
+def test_an_untested_torch_that_is_right_starts_with_a_warning(said: dict[str, Any]) -> None:
     assert said["checked"]["said"] == ""
     (text,) = said["checked"]["warned"]
+    assert text.startswith("torch 2.") and "DeepSpeed 0" not in text, "DeepSpeed is tested, torch is not"
     assert "is not among the tested versions (==0.1). A self-check of it passed: with a toy model (ZeRO-2, fp32)" in text
 
 
@@ -65,11 +66,14 @@ def test_a_check_that_has_no_time_is_no_verdict_for_later(said: dict[str, Any]) 
 
 def test_the_setting_skips_it(said: dict[str, Any]) -> None:
     assert said["allowed"]["said"] == "" and 'smartfrz.untested_versions is "allow"' in said["allowed"]["warned"][0]
-    assert "Install a tested one" in said["refused"]["said"]
+    text = said["refused"]["said"]
+    assert text.startswith("DeepSpeed 0.") and ", and torch 2." in text and text.count("tested versions (==0.1)") == 2
+    assert "Install a tested one" in text
 
 
 def test_a_deepspeed_that_computes_something_else_after_a_freeze_is_refused(said: dict[str, Any]) -> None:
     text = said["broken"]["said"]
+    assert text.startswith("DeepSpeed 0.") and "torch 2." not in text
     assert "its self-check failed with ZeRO-2, fp32: with layers frozen, its weights differ from plain torch by" in text
     assert "(with nothing frozen: 0.0e+00)" in text and said["broken"]["warned"] == []
     assert said["broken, again"]["said"] == text, "from the cache"

@@ -1,4 +1,4 @@
-"""Engines of a DeepSpeed that nobody has tested: what the start says, and what it starts. Launched by test_selfcheck.py."""
+"""Engines of a DeepSpeed or a torch that nobody has tested: what the start says, and what it starts. Launched by test_selfcheck.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from workers import ranks
 from workers.worker_refusals import base, plain
 
 import smartfrz_ds
-from smartfrz_ds.backends.deepspeed import compat
+from smartfrz_ds.config.versions import TESTED
 
 #: A DeepSpeed in which a method that is called again after a freeze also clears the first moments.
 CLEARS = """
@@ -45,7 +45,8 @@ def start(setting: str = "check") -> dict[str, Any]:
 
 def main() -> None:
     with ranks.job() as (_, folder):
-        compat.TESTED_DEEPSPEED = SpecifierSet("==0.1")
+        nothing = SpecifierSet("==0.1")
+        own, TESTED["torch"] = TESTED["torch"], nothing
         out = {}
         scratch = folder / "scratch"
         scratch.mkdir(exist_ok=True)
@@ -58,7 +59,9 @@ def main() -> None:
         out["no time"] = start()
         out["no time, again"] = start()
         out["allowed"] = start("allow")
+        TESTED["deepspeed"] = nothing
         out["refused"] = start("refuse")
+        TESTED["torch"] = own
         del os.environ["SMARTFRZ_SELFCHECK_SECONDS"]
         broken = folder / "broken"
         broken.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The tested DeepSpeed versions, and the features that are refused at the start."""
+"""The features that are refused at the start."""
 
 from __future__ import annotations
 
@@ -10,28 +10,14 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups
-from packaging.specifiers import SpecifierSet
 from torch import nn
 
 from smartfrz_ds.backends.probing import CannotTell, ask, ask_count, ask_late, ask_switch
 from smartfrz_ds.config.refusals import REFUSALS, Refusal, number, other_optimizer
+from smartfrz_ds.config.versions import TESTED, untested
 
 from . import names
 from .leaf_modules import describe_partial_leaves
-
-# The backends touch private attributes; docs/versions.md says which releases ran which cells.
-# Those between that did not run are left out, and check themselves at the start.
-TESTED_DEEPSPEED = SpecifierSet(
-    ">=0.16.4,<=0.19.8,!=0.16.5,!=0.16.6,!=0.16.7,!=0.16.8,!=0.17.*,!=0.18.0,!=0.18.1,!=0.18.2,!=0.18.3,!=0.18.4,!=0.18.5,!=0.18.7,"
-    "!=0.19.4,!=0.19.5,!=0.19.7"
-)
-
-
-def untested_version() -> str | None:
-    """Return in words that the installed DeepSpeed is untested; None for a tested one."""
-    if TESTED_DEEPSPEED.contains(deepspeed.__version__, prereleases=True):
-        return None
-    return f"DeepSpeed {deepspeed.__version__} is not among the tested versions ({TESTED_DEEPSPEED})"
 
 
 def check_version() -> None:
@@ -40,7 +26,7 @@ def check_version() -> None:
     Raises:
         ValueError: Names the installed and the tested versions.
     """
-    if found := untested_version():
+    if found := untested(deepspeed=deepspeed.__version__):
         raise ValueError(f"{found}. Install a tested one")
 
 
@@ -76,7 +62,7 @@ def check_engine(engine: DeepSpeedEngine) -> None:
     if unknown:
         lines.append(
             f"smartfrz_ds cannot tell whether a feature is on that it does not work with:{_listed(unknown)}\nInstall a DeepSpeed that "
-            f"was tested ({TESTED_DEEPSPEED})"
+            f"was tested ({TESTED['deepspeed']})"
         )
     raise ValueError("\n".join([*lines, "Set smartfrz.enabled to false to train without it."]))
 

@@ -1,10 +1,9 @@
-"""Selects the backend of a model without DeepSpeed, checks the version of torch, and refuses unsupported features at the start."""
+"""Selects the backend of a model without DeepSpeed, and refuses unsupported features at the start."""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from packaging.specifiers import SpecifierSet
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -16,16 +15,6 @@ from .fsdp1 import Fsdp1Backend
 from .fsdp2 import FrozenUnits, Fsdp2Backend
 from .needs import check_needs
 from .several import refuse_in_backward
-
-# The backends of DDP and FSDP use private attributes; each release is examined and tested before it is added here.
-TESTED_TORCH = SpecifierSet(">=2.13,<2.15")
-
-
-def untested_torch() -> str | None:
-    """Return in words that the installed torch is untested; None for a tested one."""
-    if TESTED_TORCH.contains(torch.__version__.split("+")[0], prereleases=True):
-        return None
-    return f"torch {torch.__version__} is not among the tested versions ({TESTED_TORCH})"
 
 
 def wrapper_of(model: nn.Module) -> str | None:
