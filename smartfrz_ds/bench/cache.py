@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import smartfrz_ds
-from smartfrz_ds.bench.policies.nets import Batch, minilm_on_bbc
+from smartfrz_ds.bench.policies.nets import minilm_on_bbc
+from smartfrz_ds.bench.policies.setups.data import Batch
 from smartfrz_ds.integrations.torch import TorchController
 
 COPIES = ("full", "frozen", "cached")

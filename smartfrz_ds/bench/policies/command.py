@@ -19,11 +19,12 @@ from tqdm import tqdm
 from .curves import Row
 from .estimate import estimate, measured_seconds
 from .files import FULL, MATCHED, MATCHED_TIME, POLICIES_FILE, PoliciesFile, find_tasks, read_policies
-from .nets import check_packages, package_dir
 from .plot import plot, to_csv
 from .pool import Pool, result_file
 from .report import Effort, report
 from .runs import Job, PlannedRun, matched_run, matched_steps, plan_runs
+from .setups.data import package_dir
+from .setups.prepare import check_packages
 from .side_by_side import Engine, check_ranks, measure_time, time_share
 
 _NUMBERS = ("metric", "loss", "flops", "full_flops", "saved", "seconds", "cpu_seconds", "total_seconds")

@@ -24,6 +24,8 @@ MATCHED = "matched"  # full training, shortened to the FLOPs of a freezing run
 MATCHED_TIME = "matched-time"  # full training, shortened to the wall time of a freezing run
 ONE = "one"  # the label of the single setting for all tasks
 
+_PRETRAINED_ON_OTHERS = ("mnist-half", "bbc-chars")  # data
+
 Section = dict[str, Any]
 Count = Annotated[int, Field(ge=1)]
 
@@ -47,9 +49,13 @@ class TaskFile(_File):
         weight_decay: Of AdamW.
         schedule: The learning-rate schedule after the warm-up.
         warmup: Fraction of the run.
-        pretrain_steps: Steps of pretraining on the first five classes; only with data "mnist-half".
+        pretrain_steps: Steps of pretraining; only with data "mnist-half" (on the first five classes) and "bbc-chars" (on "pydoc").
+        train_rows: Number of texts to train on, which is the length of an epoch; 0: all. Only with net "minilm".
+        lora_rank: Rank of LoRA adapters, beside which only the head trains; 0: everything trains. Only with net "minilm" and data "bbc".
         held_out: Number of images or texts (GPT: windows of `length` characters) for the evaluation at the end.
         use: "design": the policies and their settings were developed with this task in view; "once": they were not.
+        entries: Entries of the policies file that are run, or one setting of an entry, like "attention one"; None: all of them.
+        seeds: Maximum number of seeds; None: as in the policies file.
         seconds_per_step: CPU seconds of a step of full training with one thread, for estimates.
     """
 
@@ -66,7 +72,11 @@ class TaskFile(_File):
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     pretrain_steps: Annotated[int, Field(ge=0)] = 0
     held_out: Annotated[int, Field(ge=1, le=4000)]
+    train_rows: Annotated[int, Field(ge=0)] = 0
+    lora_rank: Annotated[int, Field(ge=0)] = 0
     use: Literal["design", "once"] = "design"
+    entries: list[str] | None = None
+    seeds: Count | None = None
     seconds_per_step: Annotated[float, Field(gt=0)] | None = None
 
     @property
@@ -76,15 +86,22 @@ class TaskFile(_File):
 
     def training_settings(self) -> dict[str, Any]:
         """Return the JSON-serializable settings on which a result depends."""
-        return self.model_dump(mode="json", exclude={"use", "seconds_per_step"})
+        settings = self.model_dump(mode="json", exclude={"use", "entries", "seeds", "seconds_per_step"})
+        # Left out at their defaults, so that results that were made before these keys existed stay valid.
+        return {key: value for key, value in settings.items() if value or key not in ("train_rows", "lora_rank")}
 
     @model_validator(mode="after")
     def _fits(self) -> TaskFile:
         if self.data not in DATA_OF[self.net]:
             raise ValueError(f"data: got {self.data!r}; allowed with net {self.net!r}: {', '.join(map(repr, DATA_OF[self.net]))}")
-        if (self.data == "mnist-half") != (self.pretrain_steps > 0):
-            allowed = "an integer >= 1" if self.data == "mnist-half" else "0"
+        if (self.data in _PRETRAINED_ON_OTHERS) != (self.pretrain_steps > 0):
+            allowed = "an integer >= 1" if self.data in _PRETRAINED_ON_OTHERS else "0"
             raise ValueError(f"pretrain_steps: got {self.pretrain_steps}; allowed with data {self.data!r}: {allowed}")
+        for key, fits in (("train_rows", self.net == "minilm"), ("lora_rank", (self.net, self.data) == ("minilm", "bbc"))):
+            if getattr(self, key) and not fits:
+                raise ValueError(f"{key}: got {getattr(self, key)}; allowed with net {self.net!r} and data {self.data!r}: 0")
+        if 0 < self.train_rows < self.batch:
+            raise ValueError(f"train_rows: got {self.train_rows}; allowed: an integer >= batch ({self.batch}), or 0")
         if self.net in ("vit", "gpt") and self.width % 4:
             raise ValueError(f"width: got {self.width}; allowed with net {self.net!r}: a multiple of 4, the number of heads")
         return self

@@ -107,7 +107,7 @@ def plan_runs(
         for task, settings in tasks.items():
             for name, entry in entries.items():
                 for label, own in _settings_of(entry).items():
-                    if seed < entry.seeds:
+                    if seed < min(entry.seeds, settings.seeds or entry.seeds) and _wanted(settings, name, label):
                         where = f"{source}: policies.{name}.{label if label == ONE else f'curve.{label}'}"
                         section = resolve(policies.common, own, entry.policy or name, settings.steps, seed, where)
                         job = Job(
@@ -120,6 +120,10 @@ def plan_runs(
                         )
                         planned.append(PlannedRun(entry=name, label=label, job=job, full_steps=settings.steps))
     return planned
+
+
+def _wanted(task: TaskFile, name: str, label: str) -> bool:
+    return task.entries is None or name == FULL or name in task.entries or f"{name} {label}" in task.entries
 
 
 def matched_steps(steps: int, share: float) -> int:

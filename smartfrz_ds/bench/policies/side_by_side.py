@@ -105,7 +105,7 @@ def measure(_: str, settings: Settings) -> Settings:
 
     from smartfrz_ds.distributed.devices import synchronize
 
-    from .nets import prepare
+    from .setups.prepare import prepare
     from .worker import deepspeed_config, do_step, start_engine
 
     torch.set_num_threads(1)
@@ -116,16 +116,16 @@ def measure(_: str, settings: Settings) -> Settings:
     sides = []
     for each in (full, job):
         training = prepare(job.settings, job.seed, Path(settings["cache"]))
-        sides.append((start_engine(each, training, config), training.batches))
+        sides.append((start_engine(each, training, config), training))
     sums = [0.0, 0.0]
     for number in range(job.settings.steps):
         for side in (0, 1) if number % 2 else (1, 0):
-            engine, batches = sides[side]
-            inputs, answers = next(batches)
+            engine, training = sides[side]
+            inputs, answers = next(training.batches)
             mine = {name: x[rank::ranks] for name, x in inputs.items()}, answers[rank::ranks]
             dist.barrier()
             began = time.perf_counter()
-            do_step(engine, mine)
+            do_step(engine, mine, training.objective)
             synchronize(engine.device)
             taken = torch.tensor([time.perf_counter() - began], dtype=torch.float64, device=engine.device)
             dist.all_reduce(taken, op=dist.ReduceOp.MAX)

@@ -27,14 +27,14 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import logger
 from torch import nn
-from torch.nn import functional as F
 
 import smartfrz_ds
 from smartfrz_ds.model.layers import find_layers
 
 from .files import TaskFile
-from .nets import Batch, Training, prepare
 from .runs import Job
+from .setups.data import Batch
+from .setups.prepare import Objective, Training, prepare
 
 Result = dict[str, Any]
 
@@ -61,12 +61,12 @@ def run(job: Job, cache_dir: Path) -> Result:
     controller: smartfrz_ds.Controller = engine.smartfrz
     start, cpu_start = time.perf_counter(), time.process_time()
     for _ in range(task.steps):
-        do_step(engine, next(training.batches))
+        do_step(engine, next(training.batches), training.objective)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     report = controller.report()
     assert report.step == task.steps, (report.step, task.steps)
     full_flops, flops = controller.state_dict()["flops"]
-    metric, loss = _evaluate(engine, training.held_out)
+    metric, loss = _evaluate(engine, training)
     return {
         "metric": metric,
         "loss": loss,
@@ -95,10 +95,9 @@ def start_engine(job: Job, training: Training, config: dict[str, Any]) -> Any:
     return engine
 
 
-def do_step(engine: Any, batch: Batch) -> None:
+def do_step(engine: Any, batch: Batch, objective: Objective) -> None:
     """Do one step of training with this rank's batch."""
-    inputs, answers = _on(engine.device, batch)
-    engine.backward(_loss(engine(**inputs), answers))
+    engine.backward(objective.loss(engine, _on(engine.device, batch)))
     engine.step()
 
 
@@ -151,25 +150,16 @@ def _on(device: torch.device, batch: Batch) -> Batch:
 
 def _groups(model: nn.Module) -> list[dict[str, Any]]:
     """One parameter group per layer, in every run: some policies set the learning rates of single layers."""
-    return [{"params": list(layer.params)} for layer in find_layers(model) if layer.params]
-
-
-def _loss(output: Any, answers: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-    logits = output if isinstance(output, torch.Tensor) else output.logits
-    return F.cross_entropy(logits.flatten(0, -2), answers.flatten(), reduction=reduction)
+    groups = ([p for p in layer.params if p.requires_grad] for layer in find_layers(model))
+    return [{"params": params} for params in groups if params]
 
 
 @torch.no_grad()
-def _evaluate(engine: Any, batches: tuple[Batch, ...]) -> tuple[float, float]:
-    """Accuracy and mean loss."""
+def _evaluate(engine: Any, training: Training) -> tuple[float, float]:
+    """Accuracy and mean loss on held-out data."""
     engine.eval()
-    right, loss, count = 0, 0.0, 0
-    for inputs, answers in (_on(engine.device, batch) for batch in batches):
-        output = engine(**inputs)
-        logits = output if isinstance(output, torch.Tensor) else output.logits
-        right += int((logits.argmax(-1) == answers).sum())
-        loss += float(_loss(output, answers, "sum"))
-        count += answers.numel()
+    scores = [training.objective.score(engine, _on(engine.device, batch)) for batch in training.held_out]
+    right, loss, count = (sum(values) for values in zip(*scores, strict=True))
     return right / count, loss / count if math.isfinite(loss) else math.nan
 
 

@@ -1,0 +1,1 @@
+"""Data, models and objectives of the tasks of `smartfrz bench policies`."""
