@@ -61,6 +61,8 @@ class Discovery:
         return output
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self._calls:  # an active layer that runs before all frozen ones (text embeddings, then an image tower) gets nothing of them
+            return
         if not self._passed:
             self._passed = True
             if not self._random.is_unchanged():

@@ -74,17 +74,17 @@ class Gain:
         whole = median(self._steps)
         return whole / max(whole - less, whole / 100)
 
-    def objection(self, min_gain: float, *, evicted: int) -> str:
+    def objection(self, min_gain: float, *, is_full: bool) -> str:
         """Return why the cache does not pay; "" where it does, or where this is not known yet.
 
         Args:
             min_gain: The setting of that name.
-            evicted: Rows that were let go because the store was full.
+            is_full: Whether a row found no place in the store.
         """
         factor = self.predicted()
         if factor is not None and factor < min_gain:
             return f"a step would be faster by a factor of {factor:.2f} only; smartfrz.cache.min_gain is {min_gain:g}"
-        if evicted and not self.returned:
+        if is_full and not self.returned:
             return "the store is full, and none of its rows came back"
         if factor is not None and self.returned >= _WINDOW:
             rate = self.returned_hits / self.returned

@@ -59,6 +59,8 @@ class PrefixCache:
 
     Attributes:
         off: Why the cache is off; "" while it is in use.
+        is_fault: Whether that is an error of the disk, or of the memory, that holds the rows.
+        is_damaged: Whether stored rows turned out to be wrong that may have been used.
         remarks: Why single classes of batches, or calls, are not cached.
         gain: Counts and times.
         trained: Forwards that may have been trained on.
@@ -90,6 +92,7 @@ class PrefixCache:
         self._scope: Scope | None = None
         self._skipped_last = False  # whether the last forward of the model skipped the prefix
         self.remarks: list[str] = []
+        self.is_fault = self.is_damaged = False
         self.gain = Gain()
         self.forwards_of_step = self.complete_of_step = self.trained = 0
         self._around: list[Around] = []
@@ -120,8 +123,9 @@ class PrefixCache:
         """Whether a prefix of these modules contains this one, and is longer."""
         return len(tops) > len(self._tops) and tuple(tops[: len(self._tops)]) == self._tops
 
-    def turn_off(self, reason: str) -> None:
+    def turn_off(self, reason: str, *, is_fault: bool = False) -> None:
         """End the use of the cache: `off` says why."""
+        self.is_fault = self.is_fault or (is_fault and not self.off)
         self.off = self.off or reason
 
     # --- the model's call -----------------------------------------------------------------------------------------------------
@@ -160,7 +164,7 @@ class PrefixCache:
         try:
             found, rows = self._look_up(kind, batch)
         except OSError as error:
-            self.turn_off(f"its rows can't be read: {error}")
+            self.turn_off(f"its rows can't be read: {error}", is_fault=True)
             return call()
         keys = perf_counter() - began
         if rows is None or found is None:
@@ -190,7 +194,11 @@ class PrefixCache:
         kind = None if isinstance(batch, str) else old._kinds.get(batch.kind)
         if kind is None or kind.plan is None or kind.off or isinstance(batch, str):
             return None
-        found, rows = old._look_up(kind, batch)
+        try:
+            found, rows = old._look_up(kind, batch)
+        except OSError as error:
+            self.turn_off(f"its rows can't be read: {error}", is_fault=True)
+            return None
         if found is None or rows is None or (not _is_one_batch(found)) not in kind.proven:
             return None
         return Replay(kind.plan, rows.on_device(), self._reopen)
@@ -245,7 +253,7 @@ class PrefixCache:
         try:
             self._store.insert(batch.keys, rows.views())
         except OSError as error:
-            self.turn_off(f"its rows can't be stored: {error}")
+            self.turn_off(f"its rows can't be stored: {error}", is_fault=True)
 
     def _skip(self, kind: _Kind, rows: Rows, call: Call, began: float) -> Any:
         """Run the model without its frozen layers."""
@@ -285,6 +293,7 @@ class PrefixCache:
             reason = reason or capture.reason or "the model did not call all of its frozen layers"
         elif not all(same_bits(x, y) for x, y in zip(rows.tensors, capture.rows.tensors, strict=True)):
             if not first:
+                self.is_damaged = True
                 self.turn_off(
                     "a comparison found stored rows that differ from computed ones: the steps since the last comparison used them"
                 )

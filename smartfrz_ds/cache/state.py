@@ -16,6 +16,9 @@ _PROBES = 4  # weights of each tensor that are looked at in each forward
 _CHECK_EVERY = 50  # forwards between two complete readings of the weights
 _STATES = 16  # recent states; as many new ones in a row end the use of the cache
 _PLAIN = (bool, int, float, str, type(None))
+_DTYPES = ("dtype", "torch_dtype")  # of a configuration of transformers; set to the model's by the first save
+# Likewise, by the first save or the first forward of a classifier. Only the head and the loss read the last one.
+_OF_NO_PREFIX = ("architectures", "transformers_version", "_name_or_path", "problem_type")
 _CHUNK = 1 << 24  # elements hashed at once
 
 
@@ -108,8 +111,15 @@ class PrefixState:
         self._names = [(name, type(m).__qualname__) for name, m in of_model]
         self._adapted = [m for m in self._modules if hasattr(m, "active_adapters") or hasattr(m, "merged_adapters")]
         configs = {id(x): x for m in self._modules if hasattr(x := vars(m).get("config"), "__dict__")}
-        holders = [vars(x) for x in (*self._modules, *configs.values())]
-        self._attributes = [(held, key) for held in holders for key, value in held.items() if isinstance(value, _PLAIN)]
+        self._configs = [vars(x) for x in configs.values()]
+        self._attributes = [
+            (held, key)
+            for held in (*map(vars, self._modules), *self._configs)
+            for key, value in held.items()
+            if isinstance(value, _PLAIN) and not (key in (*_DTYPES, *_OF_NO_PREFIX) and any(held is x for x in self._configs))
+        ]
+        of_weights = next((p.dtype for p in self._model.parameters() if p.is_floating_point()), None)
+        self._dtype = _short(of_weights)
         # torch/nn/modules/module.py: what a module holds directly
         every = (p for m in self._modules for p in m._parameters.values() if p is not None and (m in inside or not p.requires_grad))
         buffers = dict.fromkeys(b for m in self._modules for b in m._buffers.values() if b is not None)
@@ -126,9 +136,10 @@ class PrefixState:
 
     def _flags(self) -> tuple[Any, ...]:
         return (
-            tuple(held.get(key) for held, key in self._attributes),
+            tuple(_plain(held.get(key)) for held, key in self._attributes),
             tuple((_as_text(m, "active_adapters"), _as_text(m, "merged_adapters"), _as_text(m, "disable_adapters")) for m in self._adapted),
             tuple(p.requires_grad for p in self._params),
+            tuple(self._dtype if held.get(key) is None else _short(held[key]) for held in self._configs for key in _DTYPES),
             _environment(self._tensors[0].device if self._tensors else torch.device("cpu")),
         )
 
@@ -149,6 +160,15 @@ class PrefixState:
             for start in range(0, flat.numel(), _CHUNK):
                 digest.update(flat[start : start + _CHUNK].view(torch.uint8).cpu().numpy().data)
         return digest.digest()
+
+
+def _plain(value: Any) -> Any:
+    """Return an attribute's value, or only its type where the model has made it an object (a tensor, for example) since."""
+    return value if isinstance(value, _PLAIN) else type(value).__name__
+
+
+def _short(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _as_text(module: nn.Module, name: str) -> str:

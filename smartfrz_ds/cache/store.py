@@ -1,8 +1,12 @@
-"""Rows on this host: one file without a name, written by one rank a row and read by all ranks of the host.
+"""Rows on this host: files without a name, each row written by one rank and read by all ranks of the host.
 
-The file has an index and the rows. It is created without a name (memfd, or a file that is unlinked at once), readable by its user only, so
-nothing is left of it when the last rank ends, however it ends. Ranks open it through /proc. A lock on the file guards the index; rows are
-copied without it, and a reader looks at the index again after the copy, in case the row was let go meanwhile.
+There are two files: the index, always in memory, and the rows, in memory or on disk. Both are created without a name (memfd, O_TMPFILE),
+readable by their user only, so nothing is left of them when the last rank ends, however it ends. Ranks open them through /proc. A lock on
+the index guards it; rows are copied without it, and a reader looks at the index again after the copy, in case the row was let go meanwhile.
+
+The index is memory-mapped, and rows are not: an error of the disk is then an `OSError` and not the end of the process. The lock is a POSIX
+record lock, which ends with the process that holds it. One of `flock` would be inherited by forked children (workers of a data loader) and
+would outlive a killed rank.
 """
 
 from __future__ import annotations
@@ -55,15 +59,16 @@ class Found:
 
 
 class RowStore:
-    """Rows in one file. `create` makes it, `join` opens that of another process of this host.
+    """Rows in one file and their index. `create` makes both, `join` opens those of another process of this host.
 
     Args:
-        descriptor: The open file, which this object closes.
+        descriptor: The open file of the rows, which this object closes.
+        index: That of the index, too.
     """
 
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-        self._map = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
+    def __init__(self, descriptor: int, index: int) -> None:
+        self.descriptor, self.index = descriptor, index
+        self._map = mmap.mmap(index, os.fstat(index).st_size)
         self._head = np.frombuffer(self._map, _HEAD, 1)[0:1]
         if int(self._head["magic"][0]) != _MAGIC:
             raise ValueError("not a store of this version")
@@ -71,7 +76,6 @@ class RowStore:
         at = _HEAD.itemsize
         self._log = np.frombuffer(self._map, "<u4", _RECENT, at)
         self._entries = np.frombuffer(self._map, _ENTRY, entries, at + 4 * _RECENT)
-        self._begin = -(-(at + 4 * _RECENT + entries * _ENTRY.itemsize) // mmap.PAGESIZE) * mmap.PAGESIZE
         self.limit = limit
         self._known: dict[bytes, int] = {}
         self._seen = 0  # changes of the index that `_known` has
@@ -88,40 +92,43 @@ class RowStore:
             OSError: It can't be created.
         """
         entries = int(min(_MOST, max(64, limit // _SMALLEST)))
-        if folder is None:
-            descriptor = os.memfd_create("smartfrz-prefix-cache")
-        else:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            descriptor, path = tempfile.mkstemp(prefix="smartfrz-prefix-cache-", dir=folder)
-            os.unlink(path)
+        descriptor = os.memfd_create("smartfrz-prefix-cache") if folder is None else _nameless(Path(folder))
+        index = -1
         try:
             os.fchmod(descriptor, 0o600)
-            index = _HEAD.itemsize + 4 * _RECENT + entries * _ENTRY.itemsize
-            index = -(-index // mmap.PAGESIZE) * mmap.PAGESIZE
-            os.ftruncate(descriptor, index)
-            if folder is not None:  # a page of a full disk would end the process when it is written
-                os.posix_fallocate(descriptor, 0, index)
-            with mmap.mmap(descriptor, index) as whole:
+            index = os.memfd_create("smartfrz-prefix-cache-index")
+            os.fchmod(index, 0o600)
+            size = _HEAD.itemsize + 4 * _RECENT + entries * _ENTRY.itemsize
+            os.ftruncate(index, size)
+            with mmap.mmap(index, size) as whole:
                 head = np.frombuffer(whole, _HEAD, 1)
                 head["magic"], head["limit"], head["entries"] = _MAGIC, limit, entries
                 del head
-            return cls(descriptor)
+            return cls(descriptor, index)
         except OSError:
             os.close(descriptor)
+            if index >= 0:
+                os.close(index)
             raise
 
     @classmethod
-    def join(cls, process: int, descriptor: int) -> RowStore:
+    def join(cls, process: int, descriptor: int, index: int) -> RowStore:
         """Open the store of another process of this user on this host.
 
         Args:
             process: Its number.
-            descriptor: The file's descriptor there.
+            descriptor: The descriptor of the rows there.
+            index: That of the index.
 
         Raises:
             OSError: It can't be opened, for example because the processes are in different containers.
         """
-        return cls(os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDWR))
+        rows = os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDWR)
+        try:
+            return cls(rows, os.open(f"/proc/{process}/fd/{index}", os.O_RDWR))
+        except OSError:
+            os.close(rows)
+            raise
 
     def close(self) -> None:
         """Give the memory back once all ranks have closed it."""
@@ -129,7 +136,8 @@ class RowStore:
             del self._head, self._log, self._entries
             self._map.close()
             os.close(self.descriptor)
-            self.descriptor = -1
+            os.close(self.index)
+            self.descriptor = self.index = -1
 
     @property
     def rows(self) -> int:
@@ -217,8 +225,10 @@ class RowStore:
                     left.append(place)
                     continue
                 entry = self._entries[number : number + 1]
-                entry["key"], entry["source"], entry["place"], entry["ready"] = np.void(key), source, places[place], 0
-                entry["size"], entry["used"] = size, clock
+                # not ready before the key changes: this process may be killed between any two of these lines
+                entry["ready"] = 0
+                entry["source"], entry["place"], entry["size"], entry["used"] = source, places[place], size, clock
+                entry["key"] = np.void(key)
                 self._note(number)
                 mine.append((place, number))
             self._catch_up()
@@ -232,24 +242,15 @@ class RowStore:
                     self._entries["ready"][number] = 1
         return left
 
-    def clear(self) -> None:
-        """Let all rows go. Only for a store that no other rank uses."""
-        with self._locked():
-            for number in range(int(self._head["used"][0])):
-                self._entries["ready"][number] = 0
-            self._head["used"], self._head["end"], self._head["bytes"] = 0, 0, 0
-            self._head["changes"] += _RECENT + 1  # everyone reads the whole index again
-            self._known.clear()
-
     def _claim(self, size: int, clock: int, evict: bool) -> int | None:
         """Return the position of an entry with room for `size` bytes; None if there is none."""
         head, used = self._head, int(self._head["used"][0])
         room = -(-size // _ALIGN) * _ALIGN
         end = int(head["end"][0])
         if used < len(self._entries) and end + room <= self.limit and self._reserve(end + room):
+            self._entries["offset"][used] = end
             head["used"], head["end"] = used + 1, end + room
             head["bytes"] += size
-            self._entries["offset"][used] = self._begin + end
             return used
         head["full"] = 1
         if not evict:
@@ -271,7 +272,7 @@ class RowStore:
             return True
         for wanted in (min(max(end, reserved + _GROWTH), self.limit), end):
             try:
-                os.posix_fallocate(self.descriptor, self._begin + reserved, wanted - reserved)
+                os.posix_fallocate(self.descriptor, reserved, wanted - reserved)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT):
                     raise
@@ -312,8 +313,25 @@ class RowStore:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+        fcntl.lockf(self.index, fcntl.LOCK_EX)
         try:
             yield
         finally:
-            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+            fcntl.lockf(self.index, fcntl.LOCK_UN)
+
+
+def _nameless(folder: Path) -> int:
+    """Create a file without a name in a folder, for this user only.
+
+    Raises:
+        OSError: It can't be created.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
+    except OSError as error:  # file systems without it: NFS, for example
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise
+    descriptor, path = tempfile.mkstemp(prefix="smartfrz-prefix-cache-", dir=folder)
+    os.unlink(path)
+    return descriptor

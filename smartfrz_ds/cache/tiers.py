@@ -37,18 +37,18 @@ class Tiers:
         return cls(stores)
 
     @property
-    def address(self) -> tuple[int, list[int]]:
+    def address(self) -> tuple[int, list[tuple[int, int]]]:
         """What another rank of this host needs to join: this process, and its descriptors."""
-        return os.getpid(), [x.descriptor for x in self._stores]
+        return os.getpid(), [(x.descriptor, x.index) for x in self._stores]
 
     @classmethod
-    def join(cls, process: int, descriptors: Sequence[int]) -> Tiers:
+    def join(cls, process: int, descriptors: Sequence[tuple[int, int]]) -> Tiers:
         """Open the stores of another process of this host.
 
         Raises:
             OSError: They can't be opened.
         """
-        return cls([RowStore.join(process, x) for x in descriptors])
+        return cls([RowStore.join(process, *x) for x in descriptors])
 
     def close(self) -> None:
         """Let the memory and the files go."""
@@ -96,6 +96,11 @@ class Tiers:
     def nbytes(self) -> int:
         """Bytes of all rows."""
         return sum(x.nbytes for x in self._stores)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a row found no place of its own."""
+        return self._stores[-1].is_full
 
     @property
     def evicted(self) -> int:

@@ -351,6 +351,9 @@ def test_poisoned_row_is_found_by_the_spot_check() -> None:
 
     with pytest.raises(RuntimeError, match="a comparison found stored rows that differ from computed ones"):
         train(bert, text(), "on", frozen=4, between=poison, epochs=6, cache={"spot_check": 3})
+    with pytest.warns(RuntimeWarning, match="the steps since the last comparison used them"):
+        run = train(bert, text(), "auto", frozen=4, between=poison, epochs=6, cache={"spot_check": 3})
+    assert "off: a comparison found" in run.note and len(run.losses) == 6 * STEPS
 
 
 # --- models that are not cached ---------------------------------------------------------------------------------------------------
@@ -492,6 +495,27 @@ def test_attributes_that_the_prefix_reads() -> None:
 
     with pytest.raises(RuntimeError, match="the attribute 'scale' of a module that the frozen layers may read changes in every forward"):
         train(Scaled, vectors(), "on", frozen=4, between=always, epochs=6)
+
+
+def test_attribute_that_becomes_an_object_and_a_layer_in_front_of_the_frozen_ones() -> None:
+    """Background: Qwen2-VL sets `rope_deltas`, None at first, to a tensor, and comparing two of them raised. It runs the embeddings of its
+    text, which come behind the image tower, first: the first active layer was taken for one behind the border."""
+
+    class Deltas(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.deltas: Any = None
+            self.words = nn.Linear(INPUTS, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            words = self.words(x)
+            self.deltas = x[:, :2].detach().clone()
+            for block in [self.inp, *self.blocks]:
+                x = block(x)
+            return self.head(x + words.mean())
+
+    run = both(Deltas, vectors(), frozen=4, settings={"layers": ["inp", "blocks.*", "words", "head"], "order": "any"})
+    assert run.hits >= STEPS - 1, run.note
 
 
 class _Scaled(nn.Module):

@@ -39,10 +39,51 @@ WAV2VEC2 = SIZES | {
     "num_conv_pos_embedding_groups": 2,
     "mask_time_prob": 0.0,
 }
+NO_DROPOUT = ("hidden_dropout", "activation_dropout", "attention_dropout", "feat_proj_dropout", "layerdrop")
+WHISPER = {
+    "d_model": 16,
+    "vocab_size": 50,
+    "num_mel_bins": 8,
+    "max_source_positions": 8,
+    "max_target_positions": 16,
+    "use_cache": False,
+    "decoder_start_token_id": 1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+} | {f"{part}_{what}": value for part in ("encoder", "decoder") for what, value in (("layers", 4), ("attention_heads", 2), ("ffn_dim", 32))}
+AST = {"patch_size": 4, "frequency_stride": 4, "time_stride": 4, "max_length": 16, "num_mel_bins": 8}
+IMAGE = 45  # the token in whose place an image's features go
+LLAVA = {
+    "vision_config": SIZES | {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8, "projection_dim": 8},
+    "text_config": DECODER | {"model_type": "llama"},
+    "image_token_id": IMAGE,
+    "vision_feature_layer": -1,
+    "image_seq_length": 4,
+}
+IDEFICS3 = {
+    "vision_config": SIZES | {"image_size": 16, "patch_size": 4},
+    "text_config": DECODER | {"model_type": "llama", "pad_token_id": 0},
+    "image_token_id": IMAGE,
+    "scale_factor": 2,
+    "pad_token_id": 0,
+}
+QWEN2_VL = {
+    "vision_config": {"depth": 4, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2}
+    | {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 1, "in_channels": 3},
+    "text_config": DECODER
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}, "max_position_embeddings": 64}
+    | {"bos_token_id": 1, "eos_token_id": 2},
+    "image_token_id": IMAGE,
+    "vision_start_token_id": 46,
+    "vision_end_token_id": 47,
+    "video_token_id": 48,
+}
 RESNET = {"embedding_size": 8, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "layer_type": "basic"}
 FREEZE = {"tied": "freeze"}
 
 CACHED, TRAINS, RANDOM = "", "of a frozen layer still trains", "random numbers are drawn in front of the first active layer"
+READS, RAISES = "reads what a skipped layer returned", "without the frozen layers the model raises"
 COLLECTS, BATCH_NORM = "collects something from each layer", "computes statistics over the batch"
 
 # name -> class and configuration of transformers, its settings, data, this package's settings, why it is not cached
@@ -144,9 +185,25 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], str, dict[str, Any], str]] = {
     "resnet": ("ResNetForImageClassification", "ResNetConfig", RESNET, "images", {}, CACHED),
     "resnet-train-mode": ("ResNetForImageClassification", "ResNetConfig", RESNET, "images", {"frozen_mode": "train"}, BATCH_NORM),
     "wav2vec2": ("Wav2Vec2ForSequenceClassification", "Wav2Vec2Config", WAV2VEC2, "audio", {}, RANDOM),
+    "wav2vec2-no-dropout": (
+        "Wav2Vec2ForSequenceClassification",
+        "Wav2Vec2Config",
+        WAV2VEC2 | dict.fromkeys(NO_DROPOUT, 0.0) | {"apply_spec_augment": False},
+        "audio",
+        {},
+        CACHED,
+    ),
+    "audio-spectrogram": ("ASTForAudioClassification", "ASTConfig", SIZES | AST, "spectrograms", {}, CACHED),
+    "whisper": ("WhisperForConditionalGeneration", "WhisperConfig", WHISPER | {"dropout": 0.0}, "speech", FREEZE, CACHED),
+    "whisper-dropout": ("WhisperForConditionalGeneration", "WhisperConfig", WHISPER | {"dropout": 0.1}, "speech", FREEZE, RANDOM),
+    "idefics3-tower": ("Idefics3ForConditionalGeneration", "Idefics3Config", IDEFICS3, "images-in-text", {}, CACHED),
+    "idefics3": ("Idefics3ForConditionalGeneration", "Idefics3Config", IDEFICS3, "images-in-text", {}, READS),
+    "qwen2-vl": ("Qwen2VLForConditionalGeneration", "Qwen2VLConfig", QWEN2_VL, "patches-in-text", {}, CACHED),
+    "llava": ("LlavaForConditionalGeneration", "LlavaConfig", LLAVA, "image-in-text", {}, RAISES),
     "lora-llama": ("LlamaForCausalLM", "LlamaConfig", DECODER, "text", {}, CACHED),
     "lora-bert": ("BertForSequenceClassification", "BertConfig", TEXT_SIZES, "classes", {}, RANDOM),
 }
+DEPTHS = {"idefics3-tower": 3, "idefics3": 9, "qwen2-vl": 9, "llava": 9}  # within the image tower, or within the language model
 LORA = {"lora-llama": ["q_proj"], "lora-bert": ["query"]}
 
 
@@ -155,6 +212,20 @@ def data(kind: str) -> dict[str, Tensor]:
     classes = {"labels": torch.arange(ROWS) % 2}
     if kind == "audio":
         return {"input_values": torch.randn(ROWS, 400, generator=generator), **classes}
+    if kind == "spectrograms":
+        return {"input_values": torch.randn(ROWS, 16, 8, generator=generator), **classes}
+    if kind == "speech":
+        ids = torch.randint(3, 50, (ROWS, 8), generator=generator)
+        return {"input_features": torch.randn(ROWS, 8, 16, generator=generator), "labels": ids}
+    if kind.endswith("-in-text"):
+        ids = torch.randint(3, IMAGE, (ROWS, 8), generator=generator)
+        ids[:, 0], ids[:, 1:5] = IMAGE + 1, IMAGE
+        text = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+        if kind == "patches-in-text":
+            grids = {"image_grid_thw": torch.tensor([[1, 4, 4]]).repeat(ROWS, 1), "mm_token_type_ids": (ids == IMAGE).long()}
+            return text | grids | {"pixel_values": torch.randn(ROWS, 16, 3 * 4 * 4, generator=generator)}
+        images = torch.randn(ROWS, 3, 16, 16, generator=generator)
+        return text | {"pixel_values": images if kind == "image-in-text" else images[:, None], "use_cache": False}
     if "images" in kind:
         pixels = {"pixel_values": torch.randn(ROWS, 3, 16, 16, generator=generator)}
         return pixels if kind == "bare-images" else pixels | classes
@@ -184,8 +255,15 @@ def test_cached_exactly_or_off(name: str) -> None:
     *_, inputs, settings, reason = KINDS[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        depth = max(1, len(find_layers(maker(name)())) * 3 // 5)
+        depth = DEPTHS.get(name) or max(1, len(find_layers(maker(name)())) * 3 // 5)
         mode = "auto" if reason in (TRAINS, BATCH_NORM) else "on"
-        run = both(maker(name), data(inputs), mode=mode, frozen=depth, settings=settings)
+        # the patches of all images are one long tensor without rows: only the same batches hit
+        apart = inputs == "patches-in-text"
+
+        def alter(step: int, batch: dict[str, Any]) -> dict[str, Any]:
+            return batch | ({"pixel_values": batch["pixel_values"].flatten(0, 1)} if apart else {})
+
+        shuffle = not apart
+        run = both(maker(name), data(inputs), mode=mode, frozen=depth, settings=settings, alter=alter, shuffle=shuffle)
     assert reason in run.note and bool(run.hits) == (reason == CACHED), run.note
     assert reason or "not used" not in run.note

@@ -46,7 +46,7 @@ def test_another_process_reads_what_this_one_wrote_and_nothing_is_written_twice(
     store = RowStore.create(1 << 20)
     assert os.fstat(store.descriptor).st_mode & 0o777 == 0o600
     insert(store, range(10))
-    other = RowStore.join(os.getpid(), store.descriptor)
+    other = RowStore.join(os.getpid(), store.descriptor, store.index)
     insert(other, range(5, 15), source=2)
     assert store.rows == other.rows == 15 and store.nbytes == 15 * SIZE
     found = store.find(keys(range(16)))
@@ -80,7 +80,7 @@ def test_row_that_is_let_go_while_it_is_read_is_noticed() -> None:
 @settings(max_examples=60, deadline=None)
 def test_two_processes_never_read_another_rows_bytes(calls: list[tuple[int, int, int]]) -> None:
     first = RowStore.create(12 * 256)
-    both = [first, RowStore.join(os.getpid(), first.descriptor)]
+    both = [first, RowStore.join(os.getpid(), first.descriptor, first.index)]
     for who, start, count in calls:
         numbers = range(start, start + count)
         insert(both[who], numbers)
@@ -102,7 +102,7 @@ from test_row_store import *
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 store = RowStore.create(1 << 30)
 insert(store, range(50))
-resource.setrlimit(resource.RLIMIT_FSIZE, (store._begin + (9 << 20), store._begin + (9 << 20)))
+resource.setrlimit(resource.RLIMIT_FSIZE, (9 << 20, 9 << 20))
 for start in range(100, 50000, 5000):
     insert(store, range(start, start + 5000), evict=False)
 assert store.is_full and (8 << 20) // 256 < store.rows <= (9 << 20) // 256
@@ -124,7 +124,7 @@ def test_writer_that_is_killed_leaves_no_half_row(moment: str) -> None:
 import os, signal, sys
 sys.path[:0] = {sys.path!r}
 from test_row_store import *
-store = RowStore.join({os.getpid()}, {store.descriptor})
+store = RowStore.join({os.getpid()}, {store.descriptor}, {store.index})
 insert(store, range(3))
 def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -199,3 +199,91 @@ def test_where_rows_may_be_columns_the_whole_batch_is_the_key() -> None:
 )
 def test_arguments_without_a_key(arguments: tuple[object, ...], reason: str) -> None:
     assert reason in str(describe(arguments, {}, b""))
+
+
+_KILLED = """
+import os, signal, sys
+sys.path[:0] = {path!r}
+from test_row_store import *
+
+store = RowStore.create(12 * 256)
+insert(store, range(12))
+moment = alive = wrong = 0
+while not alive:
+    moment += {step}
+    leave, stay = os.pipe()
+    child = os.fork()
+    if not child:
+        here = RowStore.join(os.getppid(), store.descriptor, store.index)
+        if {grandchild} and not os.fork():  # a worker of a data loader, which has everything that its parent had open
+            os.close(stay)
+            os.read(leave, 1)  # until the other end is closed
+            os._exit(0)
+        left = [moment]
+
+        def trace(frame, event, argument):
+            if not frame.f_code.co_filename.endswith("store.py"):
+                return None
+            frame.f_trace_opcodes = True
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return trace
+
+        numbers = range(20 * moment, 20 * moment + 5)
+        arguments = keys(numbers), rows(numbers), 1, list(range(5))
+        sys.settrace(trace)
+        here.insert(*arguments, evict=True)
+        os._exit(0)
+    alive = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    signal.alarm(20)  # a lock of the dead would make this wait indefinitely
+    store._seen = -(1 << 20)  # reads the whole index, as a rank does that is far behind
+    for first in range(0, 20 * moment + 5, 4000):
+        numbers = range(first, min(first + 4000, 20 * moment + 5))
+        there = [(n, x) for n, x in zip(numbers, store.find(keys(numbers)), strict=True) if x is not None]
+        target = empty(len(there))
+        assert store.read([x for _, x in there], target)
+        wrong += content(target) != content([rows(range(n, n + 1))[0] for n, _ in there])
+    if store.rows == 12 and not any(store.find(keys(range(12)))):
+        store.close()
+        store = RowStore.create(12 * 256)
+        insert(store, range(12))
+    signal.alarm(0)
+    os.close(leave)
+    os.close(stay)
+print("moments", moment, "wrong", wrong)
+"""
+
+
+@pytest.mark.parametrize("grandchild", [False, True], ids=["alone", "with-a-worker"])
+def test_killed_at_any_moment(grandchild: bool) -> None:
+    """A rank is killed at each bytecode instruction of a write that lets older rows go: no row is ever another's, and no lock stays.
+
+    Background: an entry got its new key while it still counted as ready, with the bytes of the row before; and a lock of `flock` is
+    inherited by the workers of a data loader, which outlive the rank.
+    """
+    program = _KILLED.format(path=sys.path, step=151 if grandchild else 11, grandchild=grandchild)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parent, timeout=300)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.split()
+    assert int(said[1]) > 100 and said[3] == "0", done.stdout
+
+
+def test_two_runs_in_one_folder_have_files_of_their_own(tmp_path: Path) -> None:
+    """For their user only, whatever the umask, and without a name, so that neither finds, overwrites or leaves anything."""
+    before = os.umask(0)
+    try:
+        runs = [Tiers.create(4 * 256, str(tmp_path / "new" / "folder"), 1 << 20) for _ in range(2)]
+    finally:
+        os.umask(before)
+    for number, run in enumerate(runs):
+        for descriptor in (d for pair in run.address[1] for d in pair):
+            assert os.fstat(descriptor).st_mode & 0o777 == 0o600 and os.fstat(descriptor).st_nlink == 0
+            assert not os.get_inheritable(descriptor)
+        run.insert(keys(range(10)), rows(range(100 * number, 100 * number + 10)))
+    assert not list((tmp_path / "new" / "folder").iterdir())
+    for number, run in enumerate(runs):
+        found = [x for x in run.find(keys(range(10))) if x]
+        target = empty(10)
+        assert run.read(found, target) and content(target) == content(rows(range(100 * number, 100 * number + 10)))
+        run.close()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +44,25 @@ def engine_for(case: dict[str, Any], model: torch.nn.Module) -> Any:
     return smartfrz_ds.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
+def lose(controller: Any, folder: Path) -> None:
+    """The file of rows on disk loses its content: a file system that goes away gives the same errors to a reader."""
+    os.ftruncate(controller._cache._store._stores[-1].descriptor, 0)
+
+
+def poison(controller: Any, folder: Path) -> None:
+    """Bytes of all rows change on the disk."""
+    store = controller._cache._store._stores[-1]
+    for entry in range(store.rows):
+        os.pwrite(store.descriptor, b"\xff\x00\xff", int(store._entries["offset"][entry]) + 5)
+
+
+FAULTS: dict[str, Callable[[Any, Path], object]] = {
+    "lost": lose,
+    "poisoned": poison,
+    "folder": lambda controller, folder: shutil.rmtree(folder),
+}
+
+
 def run(case: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     model, rank, world = oracle.Net(), dist.get_rank(), dist.get_world_size()
     if case["kind"] == "ddp":
@@ -56,6 +79,11 @@ def run(case: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     feed = cached_runs.batches(data(), epochs=EPOCHS, batch=oracle.BATCH, rank=rank, world=world)
     for number, batch in enumerate(feed):
         x = batch["x"]
+        if case.get("fault", {}).get("step") == number:
+            dist.barrier()
+            if rank == 0:
+                FAULTS[case["fault"]["what"]](controller, Path(case["cache"]["path"]))
+            dist.barrier()
         if case.get("noise") == rank:  # this rank never sees a row again
             x = x + number
         loss = oracle.loss_of(module, x, batch["y"], case.get("dtype", "fp32"))
@@ -70,6 +98,7 @@ def run(case: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         weights.append(torch.cat([p.float().view(-1) for p in now.values()]))
     watch = controller._cache
     facts = {
+        "warnings": [e.message for e in controller.report().events if e.kind == "warning"],
         "note": controller.report().cache_note,
         "hits": cached_runs.hits_of(controller),
         "rows": None if watch is None or watch._store is None else watch._store.rows,

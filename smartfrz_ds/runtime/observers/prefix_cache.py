@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import perf_counter
@@ -70,9 +71,13 @@ class CacheWatch(StepObserver):
 
     def _brought(self) -> str:
         forwards, hits, saved = self._numbers()
+        share, seconds = hits / max(1, forwards), round(saved, 1) + 0.0  # not "-0.0"
+        said = f"{hits:,} of {forwards:,} forwards skipped the frozen layers ({share:.0%}), {seconds:.1f} s saved"
         store = self._store
-        held = "" if store is None else f", {store.rows:,} rows of {store.nbytes / 2**20:,.1f} MiB on this host"
-        return f"{hits:,} of {forwards:,} forwards skipped the frozen layers ({hits / max(1, forwards):.0%}), {saved:.1f} s saved{held}"
+        if store is None:
+            return said
+        said += f", {store.rows:,} rows of {store.nbytes / 2**20:,.1f} MiB on this host"
+        return said + (", which has no more room" if store.is_full else "")
 
     def on_layout_change(self, change: LayoutChange) -> None:
         self._let_go()
@@ -109,7 +114,7 @@ class CacheWatch(StepObserver):
             cache.gain.step(now - self._last, forwards)
         self._last, cache.forwards_of_step, cache.complete_of_step = now, 0, 0
         if not cache.off and self._settings.mode == "auto" and self._store is not None:
-            cache.turn_off(cache.gain.objection(self._settings.min_gain, evicted=self._store.evicted))
+            cache.turn_off(cache.gain.objection(self._settings.min_gain, is_full=self._store.is_full))
         if cache.off and not self._told_off:
             self._say_off(cache)
         elif self._numbers()[1] and self._numbers()[0] >= self._next_report:
@@ -119,11 +124,18 @@ class CacheWatch(StepObserver):
     def _say_off(self, cache: PrefixCache) -> None:
         self._told_off = True
         cache.remove()
+        if cache.is_fault:  # of this rank, perhaps: an error would leave the others waiting, and the run needs no cache
+            text = f"prefix cache off on rank {self._run.ranks.rank}: {cache.off}; the run goes on without it"
+            self._run.journal.warn(text)
+            if self._run.ranks.rank:  # the journal speaks on rank 0 only
+                warnings.warn(f"smartfrz: {text}", RuntimeWarning, stacklevel=2)
+            return
         if self._settings.mode == "on":
             raise RuntimeError(
                 f"smartfrz.cache.mode: got 'on', but the prefix cache can't be used: {cache.off}; allowed here: 'off' or 'auto'"
             )
-        self._run.journal.note(f"prefix cache off: {cache.off}")
+        say = self._run.journal.warn if cache.is_damaged else self._run.journal.note
+        say(f"prefix cache off: {cache.off}")
 
     def _take_up(self) -> None:
         """Begin with the current prefix. Collective."""
