@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from smartfrz_ds.integrations.torch import TorchController, attach_torch
     from smartfrz_ds.integrations.transformers import FreezeCallback
     from smartfrz_ds.model.layers import find_layers
+    from smartfrz_ds.model.view import View
+    from smartfrz_ds.policies.base import Decision, Policy
     from smartfrz_ds.runtime.controller import Controller, Report
     from smartfrz_ds.signals.lr_scale import layer_groups
     from smartfrz_ds.telemetry.events import FreezeEvent, read_events
@@ -51,6 +53,9 @@ _HOMES = {
     "write_report": "telemetry.report",
     "explained": "distributed.failures",
     "find_layers": "model.layers",
+    "Policy": "policies.base",
+    "View": "model.view",
+    "Decision": "policies.base",
     "layer_groups": "signals.lr_scale",
 }
 
@@ -64,6 +69,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "ChangeUndone",
     "Controller",
+    "Decision",
     "FreezeCallback",
     "FreezeConfig",
     "FreezeError",
@@ -71,9 +77,11 @@ __all__ = [
     "LightningFreezeCallback",
     "MissingGradients",
     "NotEnoughMemory",
+    "Policy",
     "RanksDisagree",
     "Report",
     "TorchController",
+    "View",
     "__version__",
     "attach",
     "attach_torch",

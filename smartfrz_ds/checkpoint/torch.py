@@ -96,7 +96,7 @@ def state_object(controller: Controller, backend: TorchBackend) -> dict[str, Any
         "sharded": backend.sharded,
         "kept": {str(r): "" for r, x in enumerate(kept) if x is not None},
     }
-    packed = pack(controller.state_dict() | about)
+    packed = ranks.run_on_all_ranks(lambda: pack(controller.state_dict() | about))  # a policy's state can fail to be saved
     return {"state": torch.frombuffer(bytearray(packed), dtype=torch.uint8), "kept": kept}
 
 

@@ -50,10 +50,10 @@ def _settings(config: FreezeConfig, total: int | None) -> list[str]:
     now = resolve(config, total, provisional=total is None)
     settings, defaults = config.model_dump(mode="json"), FreezeConfig().model_dump(mode="json")
     lines = [(key, value, defaults[key], getattr(now, key, None)) for key, value in settings.items() if not isinstance(value, dict)]
-    own = settings[config.policy]
-    lines += [(f"{config.policy}.{key}", value, defaults[config.policy][key], now.policy[key]) for key, value in own.items()]
+    own = "policy_settings" if config.is_own_policy else config.policy
+    lines += [(f"{own}.{key}", value, defaults[own].get(key, ...), now.policy[key]) for key, value in settings[own].items()]
     for name, section in settings.items():
-        if isinstance(section, dict) and name != config.policy:
+        if isinstance(section, dict) and name != own:
             usual = defaults[name] or {}  # a section that is null by default has no defaults here
             lines += [(f"{name}.{key}", value, usual.get(key), None) for key, value in section.items() if value != usual.get(key, ...)]
     width = max(len(key) for key, *_ in lines)

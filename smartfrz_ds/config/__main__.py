@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from .settings import update_docs
+from .table import update_docs
 
 if len(sys.argv) != 2:
     sys.exit("usage: python -m smartfrz_ds.config docs/configuration.md")

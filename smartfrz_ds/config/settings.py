@@ -1,6 +1,6 @@
 """The "smartfrz" section of a DeepSpeed JSON: every key with its type, default, range and meaning.
 
-The table in docs/configuration.md is generated from this module: `python -m smartfrz_ds.config docs/configuration.md`.
+The table in docs/configuration.md is generated from this module (table.py).
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, JsonValue, PrivateAttr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from .own import OR_OWN, PolicyObject, check_own_name, with_object
 from .reading import read_config, show
 from .sections import (
     OR_SHARE,
@@ -49,8 +50,6 @@ SECTION = "smartfrz"
 DEEPSPEED_KEYS = frozenset(
     {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_optimization", "optimizer", "fp16", "bf16"}
 )
-TABLE_BEGIN = "<!-- table: begin (made from smartfrz_ds/config/settings.py) -->"
-TABLE_END = "<!-- table: end -->"
 
 
 class FreezeConfig(Section):
@@ -58,10 +57,14 @@ class FreezeConfig(Section):
 
     enabled: bool = setting(True, "true or false", "false: the engine trains as if smartfrz_ds were not installed.")
     dry_run: bool = setting(False, "true or false", "Decide and log, but freeze nothing.")
-    policy: PolicyName = setting(
+    policy: PolicyName | Annotated[str, AfterValidator(check_own_name)] = setting(
         "attention",
-        " or ".join(", ".join(map(repr, get_args(PolicyName))).rsplit(", ", 1)),
-        "The policy that decides. Its own settings are in the sub-section of the same name.",
+        f"{', '.join(map(repr, get_args(PolicyName)))}, {OR_OWN}",
+        "The policy that decides. Its settings are in the sub-section of the same name, those of a class of your own in "
+        "`policy_settings`. The module of such a class is imported: it is code that runs.",
+    )
+    policy_settings: dict[str, JsonValue] = setting(
+        {}, "an object", "Settings of a policy that is not built in: the arguments of its class, by name."
     )
     layers: Literal["auto"] | Annotated[Patterns, Field(min_length=1)] = setting(
         "auto",
@@ -160,6 +163,7 @@ class FreezeConfig(Section):
     fsdp: FsdpSettings = setting(FsdpSettings(), "an object", "How FSDP2 stores frozen layers.")
     cache: CacheSettings = setting(CacheSettings(), "an object", "Whether a batch that comes again skips the forward of frozen layers.")
     guard: GuardSettings | None = setting(None, "an object, or null", "Undoes a freeze that made a metric worse; null: no guard.")
+    _object: PolicyObject | None = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _stage_holds_a_snapshot(self) -> FreezeConfig:
@@ -177,9 +181,31 @@ class FreezeConfig(Section):
             raise ValueError(f"freeze_interval: got '{freeze}'; allowed: a share >= snapshot_interval ({snapshot})")
         return self
 
+    @model_validator(mode="after")
+    def _settings_have_a_policy(self) -> FreezeConfig:
+        """Refuse `policy_settings` where a built-in policy, which does not read it, decides."""
+        if self.policy_settings and not self.is_own_policy:
+            raise ValueError(
+                f"policy_settings: got {show(self.policy_settings)}; allowed with the built-in policy {self.policy!r}: an empty object, "
+                f"as its settings are in {SECTION}.{self.policy}"
+            )
+        return self
+
     @property
-    def policy_settings(self) -> dict[str, Any]:
+    def is_own_policy(self) -> bool:
+        """Whether the policy is not one of this package's."""
+        return self.policy not in get_args(PolicyName)
+
+    @property
+    def policy_object(self) -> PolicyObject | None:
+        """The policy as the script passed it; None if the settings name it."""
+        return self._object if self._object is not None and self._object.name == self.policy else None
+
+    @property
+    def chosen_settings(self) -> dict[str, Any]:
         """The chosen policy's settings as written; shares are converted to steps by `intervals.resolve`."""
+        if self.is_own_policy:
+            return dict(self.policy_settings)
         section: Section = getattr(self, self.policy)
         return section.model_dump()
 
@@ -207,10 +233,17 @@ class FreezeConfig(Section):
         if isinstance(source, FreezeConfig):
             return source
         section = _with_current_names(_find_section(source))
+        section = with_object(section) if isinstance(section, Mapping) else section
+        given = section["policy"] if isinstance(section, dict) and isinstance(section.get("policy"), PolicyObject) else None
+        section = {**section, "policy": given.name} if isinstance(section, dict) and given is not None else section
         try:
-            return cls.model_validate(section)
+            config = cls.model_validate(section)
         except ValidationError as error:
             raise ValueError("\n".join(_problems(error, section))) from None
+        if given is not None and config.policy_settings:
+            raise ValueError(f"{SECTION}.policy_settings: got {show(config.policy_settings)}; allowed with an object: an empty object")
+        config._object = given
+        return config
 
 
 def _with_current_names(section: object) -> object:
@@ -231,14 +264,17 @@ def with_settings(source: FreezeConfig | Mapping[str, Any] | str | Path | None, 
 
     Args:
         source: As in `FreezeConfig.load`.
-        settings: Top-level keys of the section and their new values.
+        settings: Top-level keys of the section and their new values; `policy` may be an object.
 
     Raises:
         ValueError: As in `FreezeConfig.load`.
     """
     if not settings:
         return FreezeConfig.load(source)
+    settings = with_object(settings)
     section = source.model_dump(exclude_unset=True) if isinstance(source, FreezeConfig) else _find_section(source)
+    if isinstance(source, FreezeConfig) and source.policy_object is not None:
+        section = {**source.model_dump(exclude_unset=True), "policy": source.policy_object}
     return FreezeConfig.load({SECTION: {**section, **settings} if isinstance(section, Mapping) else section})
 
 
@@ -257,51 +293,14 @@ def digest(config: FreezeConfig) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def to_markdown() -> str:
-    """Return the Markdown table of all keys, one row each; keys of sub-sections are dotted."""
-    rows = ["| key | default | allowed | meaning |", "| --- | --- | --- | --- |"]
-    for name, field in FreezeConfig.model_fields.items():
-        if _section_of(field) is not None and field.default is not None:
-            continue
-        rows.append(_row(name, FreezeConfig))
-    for name, field in FreezeConfig.model_fields.items():
-        if (section := _section_of(field)) is not None:
-            rows += [_row(key, section, prefix=f"{name}.") for key in section.model_fields]
-    return "\n".join(rows) + "\n"
-
-
-def update_docs(text: str) -> str:
-    """Replace the table between the two markers of a page.
-
-    Args:
-        text: The page's text.
-
-    Returns:
-        The text with the regenerated table.
-
-    Raises:
-        ValueError: A marker is missing.
-    """
-    head, begin, rest = text.partition(TABLE_BEGIN)
-    _, end, tail = rest.partition(TABLE_END)
-    if not begin or not end:
-        raise ValueError(f"the document needs the two lines {TABLE_BEGIN!r} and {TABLE_END!r}, in this order")
-    return f"{head}{begin}\n{to_markdown()}{end}{tail}"
-
-
-def _row(key: str, section: type[Section], prefix: str = "") -> str:
-    default = json.dumps(section.model_fields[key].get_default())
-    cells = (f"`{prefix}{key}`", f"`{default}`", _allowed(key, section), section.model_fields[key].description or "")
-    return "| " + " | ".join(cells) + " |"
-
-
-def _section_of(field: FieldInfo) -> type[Section] | None:
+def section_of(field: FieldInfo) -> type[Section] | None:
     """Return the sub-section class that a key holds, also if the key is nullable; None for a plain value."""
     kinds = (field.annotation, *get_args(field.annotation))
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
-def _allowed(key: str, section: type[Section]) -> str:
+def allowed_for(key: str, section: type[Section]) -> str:
+    """Return the allowed values of a key in words."""
     extra = section.model_fields[key].json_schema_extra
     assert isinstance(extra, dict), key
     return str(extra["allowed"])
@@ -350,9 +349,9 @@ def _problems(error: ValidationError, section: object) -> list[str]:
             key = str(part)
             assert isinstance(value, Mapping), path
             path, value, field = f"{path}.{key}", value[key], model.model_fields[key]
-            inner = _section_of(field)
+            inner = section_of(field)
             if inner is None:
-                allowed, hint = _allowed(key, model), _did_you_mean(value, _choices(field.annotation))
+                allowed, hint = allowed_for(key, model), _did_you_mean(value, _choices(field.annotation))
                 break  # the rest of the path is a union member or a list index
             model = inner
             allowed = _keys(model) + (", or null" if field.default is None else "")
@@ -387,7 +386,7 @@ def _elsewhere(key: str) -> str:
     if key in FreezeConfig.model_fields:
         return f"did you mean '{SECTION}.{key}'? "
     for name, field in FreezeConfig.model_fields.items():
-        section = _section_of(field)
+        section = section_of(field)
         near = [] if section is None else get_close_matches(key.lower(), section.model_fields, n=1, cutoff=0.75)
         if near:
             return f"did you mean '{SECTION}.{name}.{near[0]}'? "

@@ -12,6 +12,7 @@ from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DistributedType
 
 from smartfrz_ds.checkpoint.files import SIDE_FILE
+from smartfrz_ds.config.own import with_object
 from smartfrz_ds.config.settings import FreezeConfig, with_settings
 from smartfrz_ds.signals.lr_forecast import total_steps_of
 
@@ -35,7 +36,8 @@ def prepare(
             without DeepSpeed the defaults.
         probe_batch: As in `attach`.
         device_placement: Passed to accelerator.prepare.
-        settings: Single settings by name, which take precedence over `config`.
+        settings: Single settings by name, which take precedence over `config`. `policy` may be an object of your own
+            (`smartfrz_ds.Policy`).
 
     Returns:
         The result of accelerator.prepare.
@@ -48,6 +50,8 @@ def prepare(
     if len(models) != 1 or sum(_is_optimizer(x) for x in objects) != 1:
         got = ", ".join(type(x).__name__ for x in objects) or "nothing"
         raise ValueError(f"prepare: got {got}; allowed: exactly one model and one optimizer among the arguments")
+
+    settings = with_object(settings)
 
     def over(source: ConfigSource) -> FreezeConfig:
         return with_settings(source if config is None else config, settings)

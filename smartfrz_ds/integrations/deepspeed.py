@@ -27,13 +27,14 @@ from smartfrz_ds.backends.factory import check_start, make_backend
 from smartfrz_ds.backends.pipeline.stage import PrunedPipeline
 from smartfrz_ds.checkpoint.deepspeed import Checkpoints, find_together, hide_marker
 from smartfrz_ds.checkpoint.files import MARKER
-from smartfrz_ds.config.settings import FreezeConfig
+from smartfrz_ds.config.own import by_name
+from smartfrz_ds.config.settings import FreezeConfig, with_settings
 from smartfrz_ds.config.versions import untested
 from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.distributed.devices import collective_device
 from smartfrz_ds.distributed.failures import compare_before_start, explained, share_timeout
 from smartfrz_ds.model.layers import find_layers
-from smartfrz_ds.policies import POLICIES, SetsLr
+from smartfrz_ds.policies import Policy, SetsLr, policy_class
 from smartfrz_ds.runtime.controller import Controller
 from smartfrz_ds.signals.lr_scale import layer_groups
 
@@ -226,6 +227,7 @@ def initialize(
     *args: Any,
     smartfrz: ConfigSource = None,
     probe_batch: Any = None,
+    policy: Any = None,
     **kwargs: Any,
 ) -> tuple[DeepSpeedEngine, Any, Any, Any]:
     """Call deepspeed.initialize with freezing enabled. Collective.
@@ -237,6 +239,7 @@ def initialize(
         args: Arguments of deepspeed.initialize.
         smartfrz: The settings, if they are not in the "smartfrz" section of the DeepSpeed config.
         probe_batch: As in `attach`.
+        policy: As in `attach`.
         kwargs: Keyword arguments of deepspeed.initialize.
 
     Returns:
@@ -248,7 +251,7 @@ def initialize(
     """
     clear_build_locks()
     source = _config_of(args, kwargs)
-    settings = FreezeConfig.load(smartfrz if smartfrz is not None else source)
+    settings = with_settings(smartfrz if smartfrz is not None else source, by_name(policy))
     model = kwargs.get("model", args[1] if len(args) > 1 else None)
     model = None if isinstance(model, PipelineModule) else model
     compare_before_start(model, settings, source, deepspeed_version=deepspeed.__version__)
@@ -258,7 +261,13 @@ def initialize(
 
 
 def attach(
-    engine: EngineT, config: ConfigSource = None, *, probe_batch: Any = None, defer_policy: bool = False, later: bool = False
+    engine: EngineT,
+    config: ConfigSource = None,
+    *,
+    probe_batch: Any = None,
+    policy: str | Policy | None = None,
+    defer_policy: bool = False,
+    later: bool = False,
 ) -> EngineT:
     """Enable freezing for an existing engine. Collective.
 
@@ -270,6 +279,7 @@ def attach(
         probe_batch: Inputs on which the outputs of the layers are compared (`smartfrz.probe` of them), as the model's forward takes them: a
             tensor, a tuple of positional arguments or a dict of keyword arguments, in the model's dtype. Needed on every rank, with the
             same shapes; the values of rank 0 are used.
+        policy: The policy that decides, by name or as an object of your own (`smartfrz_ds.Policy`); it takes precedence over `config`.
         defer_policy: The scheduler and the length of the run follow with `engine.smartfrz.set_schedule(…)`, before the first step.
         later: Deprecated, the former name of `defer_policy`.
 
@@ -285,7 +295,7 @@ def attach(
     if not isinstance(engine, DeepSpeedEngine):
         raise ValueError(f"attach: got a {type(engine).__name__}; allowed: a DeepSpeedEngine or PipelineEngine")
     # engine.config: the dict that DeepSpeed parsed (runtime/engine.py)
-    settings = FreezeConfig.load(engine.config if config is None else config)
+    settings = with_settings(engine.config if config is None else config, by_name(policy))
     if settings.enabled:
         _turn_on(engine, settings, probe_batch, defer_policy=defer_policy or later)
     elif not isinstance(engine, RestoringMixin):
@@ -334,11 +344,21 @@ def _with_groups(settings: FreezeConfig, args: tuple[Any, ...], kwargs: dict[str
     # deepspeed/__init__.py: initialize(args, model, optimizer, model_parameters, ...)
     given = dict(zip(("args", "model", "optimizer", "model_parameters"), args, strict=False)) | kwargs
     own = given.get("model_parameters") is not None or isinstance(given.get("optimizer"), Optimizer)
-    wanted = settings.enabled and not settings.dry_run and issubclass(POLICIES[settings.policy], SetsLr)
+    wanted = settings.enabled and issubclass(_policy_class(settings), SetsLr) and not settings.dry_run
     model = given.get("model")
     if own or not wanted or len(args) > 3 or not isinstance(model, Module) or isinstance(model, PipelineModule):
         return kwargs
     return kwargs | {"model_parameters": layer_groups(find_layers(model, settings.layers))}
+
+
+def _policy_class(settings: FreezeConfig) -> type[Any]:
+    """Return the class of the policy. Where it is not built in, collective if there is a process group: a rank may fail to import it."""
+
+    def find() -> type[Any]:
+        return policy_class(settings.policy, settings.policy_object)
+
+    together = settings.is_own_policy and torch.distributed.is_initialized()
+    return Collectives(collective_device()).run_on_all_ranks(find) if together else find()
 
 
 def _config_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ConfigSource:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from smartfrz_ds.checkpoint.torch import restore_object, state_object
+from smartfrz_ds.config.own import with_object
 from smartfrz_ds.config.settings import FreezeConfig, with_settings
 from smartfrz_ds.runtime.controller import Controller
 
@@ -60,7 +61,8 @@ class LightningFreezeCallback(_Callback):  # type: ignore[misc]
         config: The settings: a dict, the path of a DeepSpeed JSON or a FreezeConfig. None: the "smartfrz" section of the DeepSpeed config
             that the strategy uses, without DeepSpeed the defaults.
         probe_batch: As in `smartfrz_ds.attach`.
-        settings: Single settings by name, which take precedence over `config`.
+        settings: Single settings by name, which take precedence over `config`. `policy` may be an object of your own
+            (`smartfrz_ds.Policy`).
 
     Attributes:
         controller: The controller of the current fit(), or of the last one. None before the first, and with `enabled: false`.
@@ -71,6 +73,7 @@ class LightningFreezeCallback(_Callback):  # type: ignore[misc]
 
     def __init__(self, config: Any = None, *, probe_batch: Any = None, **settings: Any) -> None:
         self.controller: Controller | None = None
+        settings = with_object(settings)
         self._config, self._settings, self._probe_batch = config, settings, probe_batch
         # Without a config only names can be checked: the values are in a JSON that is not known yet.
         with_settings(config, settings if config is not None else {k: v for k, v in settings.items() if k not in FreezeConfig.model_fields})

@@ -19,13 +19,15 @@ from smartfrz_ds.backends.torch.base import TorchBackend, local
 from smartfrz_ds.backends.torch.compat import make_torch_backend, wrapper_of
 from smartfrz_ds.backends.torch.several import SeveralOptimizers, bare_optimizer, refuse_step_within_backward
 from smartfrz_ds.checkpoint.torch import restore_from, save_beside
-from smartfrz_ds.config.settings import FreezeConfig
+from smartfrz_ds.config.own import by_name
+from smartfrz_ds.config.settings import FreezeConfig, with_settings
 from smartfrz_ds.config.versions import untested
 from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.distributed.devices import collective_device
 from smartfrz_ds.distributed.failures import compare_before_attach, explained, note_lost_contact, share_timeout
 from smartfrz_ds.errors import FreezeError
 from smartfrz_ds.model.hooks import ModuleHook
+from smartfrz_ds.policies.base import Policy
 from smartfrz_ds.runtime.controller import Controller
 
 from .closures import RanClosure
@@ -240,6 +242,7 @@ def attach_torch(
     *,
     scheduler: Any = None,
     probe_batch: Any = None,
+    policy: str | Policy | None = None,
     scaler: Any = None,
     defer_policy: bool = False,
     later: bool = False,
@@ -257,6 +260,7 @@ def attach_torch(
         scheduler: The optimizer's scheduler (of several, any of theirs, or their container). It determines the length of the run
             (`total_steps: "auto"`) and the remaining learning rate.
         probe_batch: Inputs on which the outputs of the layers are compared, as in `attach`.
+        policy: The policy that decides, by name or as an object of your own (`smartfrz_ds.Policy`); it takes precedence over `config`.
         scaler: The torch.amp.GradScaler, if there is one and the policy reads gradients.
         defer_policy: The scheduler and the length of the run follow with `controller.set_schedule(…)`, before the first step.
         later: Deprecated, the former name of `defer_policy`.
@@ -276,7 +280,7 @@ def attach_torch(
     share_timeout()
     ranks = Collectives(collective_device(local(p) for p in model.parameters()))
     ranks.assert_same(f"smartfrz_ds {__version__}, torch {torch.__version__}", "package versions")
-    settings, backend = ranks.run_on_all_ranks(lambda: _prepare(model, bare, config))
+    settings, backend = ranks.run_on_all_ranks(lambda: _prepare(model, bare, with_settings(config, by_name(policy))))
     compare_before_attach(settings, model, bare, ranks)
     wrapper = wrapper_of(model)
     verdict = judge(

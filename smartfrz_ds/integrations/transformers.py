@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from smartfrz_ds.checkpoint.files import SIDE_FILE
+from smartfrz_ds.config.own import PolicyObject, with_object
 from smartfrz_ds.config.settings import FreezeConfig, with_settings
 from smartfrz_ds.model.hooks import ModuleHook
 from smartfrz_ds.runtime.controller import Controller
@@ -42,7 +43,8 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         config: The settings: a dict, the path of a DeepSpeed JSON or a FreezeConfig. None: the "smartfrz" section of the DeepSpeed config
             that the Trainer uses, without DeepSpeed the defaults.
         probe_batch: As in `smartfrz_ds.attach`.
-        settings: Single settings by name, which take precedence over `config`.
+        settings: Single settings by name, which take precedence over `config`. `policy` may be an object of your own
+            (`smartfrz_ds.Policy`).
 
     Attributes:
         controller: The controller of the current training, or of the last one. None before the first, and with `enabled: false`.
@@ -55,6 +57,7 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def __init__(self, config: ConfigSource = None, *, probe_batch: Any = None, **settings: Any) -> None:
         _check_trainer()
         self.controller: Controller | None = None
+        settings = with_object(settings)
         self._config, self._settings, self._probe_batch = config, settings, probe_batch
         # Without a config only names can be checked: the values are in a JSON that is not known yet.
         with_settings(config, settings if config is not None else {k: v for k, v in settings.items() if k not in FreezeConfig.model_fields})
@@ -81,10 +84,13 @@ class FreezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def _given(self) -> dict[str, Any]:
         """Return the constructor's arguments, JSON-serializable."""
-        config = self._config
+        config, policy = self._config, self._settings.get("policy")
+        settings = self._settings | ({"policy": policy.in_a_trainers_state} if isinstance(policy, PolicyObject) else {})
         if isinstance(config, FreezeConfig):
-            return {"config": config.model_dump(mode="json", exclude_unset=True), **self._settings}
-        return {"config": str(config) if isinstance(config, Path) else config, **self._settings}
+            given = config.policy_object
+            names = {} if given is None else {"policy": given.in_a_trainers_state}
+            return {"config": config.model_dump(mode="json", exclude_unset=True) | names, **settings}
+        return {"config": str(config) if isinstance(config, Path) else config, **settings}
 
     def on_init_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Remove the hooks again: the Trainer is built, and prepares nothing before train()."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from smartfrz_ds.config.own import PolicyObject
 from smartfrz_ds.model.view import LayerInfo, Need, View, Window
 
 from .attention import AttentionPolicy
@@ -16,6 +18,7 @@ from .by_step.one_shot import LatePolicy
 from .by_step.random_layers import RandomPolicy
 from .egeria import EgeriaPolicy
 from .manual import ManualPolicy
+from .own import check_policy, make_own, own_class
 from .pipetransformer import PipeTransformerPolicy
 from .weight_drift import WeightDriftPolicy
 
@@ -52,19 +55,39 @@ _REMEDIES: dict[Need, str] = {
 }
 
 
-def make_policy(name: str, settings: Mapping[str, Any]) -> Policy:
-    """Create a policy.
+def make_policy(name: str, settings: Mapping[str, Any], given: PolicyObject | None = None) -> Policy:
+    """Create a policy, or reset the one that the script passed.
 
     Args:
-        name: A key of `POLICIES`.
+        name: A key of `POLICIES`, 'package.module:Class', or the name of an installed package's policy.
         settings: The policy's settings, passed as keyword arguments.
+        given: The policy as an object.
 
     Raises:
-        ValueError: The name is not in `POLICIES`, or the policy refuses a setting.
+        ValueError: There is no such policy, or it refuses a setting.
     """
+    if given is not None:
+        check_policy(given.policy, name, POLICIES)
+        given.policy.load_state_dict(json.loads(given.initial))
+        return given.policy
     if name not in POLICIES:
-        raise ValueError(f"smartfrz.policy: got {name!r}; allowed: {', '.join(POLICIES)}")
+        return make_own(name, settings, POLICIES)
     return POLICIES[name](**settings)
+
+
+def policy_class(name: str, given: PolicyObject | None = None) -> type[Any]:
+    """Return the class of a policy, imported if necessary.
+
+    Args:
+        name: As in `make_policy`.
+        given: As in `make_policy`.
+
+    Raises:
+        ValueError: It cannot be imported, or lacks a method.
+    """
+    if given is not None:
+        return type(given.policy)
+    return POLICIES[name] if name in POLICIES else own_class(name, POLICIES)
 
 
 def check_needs(policy: Policy, given: Collection[Need], why: Mapping[Need, str] | None = None) -> None:
@@ -105,4 +128,5 @@ __all__ = [
     "Window",
     "check_needs",
     "make_policy",
+    "policy_class",
 ]

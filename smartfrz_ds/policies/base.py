@@ -36,10 +36,10 @@ class Decision:
 
 @runtime_checkable
 class Policy(Protocol):
-    """A policy decides which layers freeze.
+    """A policy decides which layers freeze. Export: `smartfrz_ds.Policy`.
 
     Attributes:
-        name: The name under which `smartfrz.policy` selects it.
+        name: Its name in messages and checkpoints; for a policy of this package also the one at `smartfrz.policy`.
         needs: What the run must provide; a run that cannot is refused at start.
     """
 

@@ -45,12 +45,33 @@ def decide(
     try:
         view = look()
         decision = policy.decide(view)
-        unknown = set(decision.freeze) - set(view.candidates)
-        if unknown:
-            raise ValueError(f"it named {sorted(unknown)}, which are not candidates")
+        _check(decision, view)
         return decision, allow(decision.freeze), ""
     except Exception as error:
         return Decision(), frozenset(), f"policy {policy.name!r} failed at step {step}, nothing was frozen: {error}"
+
+
+def _check(decision: object, view: View) -> None:
+    """Check a decision before rank 0 broadcasts it: an error later would leave the other ranks waiting.
+
+    Raises:
+        ValueError, TypeError: It is not a decision about this view.
+    """
+    if not isinstance(decision, Decision):
+        raise TypeError(f"decide returned a {type(decision).__name__}; needed: a Decision")
+    if isinstance(decision.freeze, str):
+        raise TypeError(f"Decision.freeze is the text {decision.freeze!r}; needed: a tuple of names")
+    if unknown := set(decision.freeze) - set(view.candidates):
+        raise ValueError(f"it named {sorted(map(str, unknown))}, which are not candidates")
+    names = {layer.name for layer in view.layers}
+    for name, p in decision.probabilities.items():
+        if name not in names or not isinstance(p, float | int) or not (0 <= p <= 1 or p != p):
+            raise ValueError(f"it gave the probability {p!r} for {name!r}; needed: a layer's name and a number in [0, 1]")
+    for name, reason in decision.reasons.items():
+        if not isinstance(name, str) or not isinstance(reason, str):
+            raise TypeError(f"it gave the reason {reason!r} for {name!r}; needed: a layer's name and a text")
+    if not isinstance(decision.note, str):
+        raise TypeError(f"its note is {decision.note!r}; needed: a text")
 
 
 def broadcast_decision(ranks: Collectives, names: Sequence[str], own: tuple[Decision, frozenset[str], str], about: str) -> StageDecision:

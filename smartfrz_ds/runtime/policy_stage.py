@@ -13,6 +13,7 @@ from smartfrz_ds.model.layers import Layer
 from smartfrz_ds.model.view import View, layer_infos
 from smartfrz_ds.policies import SHARED_SETTINGS, make_policy
 from smartfrz_ds.policies.base import ChecksStart, Decision, Policy
+from smartfrz_ds.policies.own import saved_state
 from smartfrz_ds.runtime.observers.protocol import LayoutChange, StepObserver
 from smartfrz_ds.runtime.rules.eligibility import allowed, candidates, recorded
 from smartfrz_ds.runtime.rules.intervals import resolve, why_never
@@ -285,7 +286,7 @@ class PolicyStage(StepObserver):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "policy": {"name": self.policy.name, "state": self.policy.state_dict()},
+            "policy": {"name": self.policy.name, "state": saved_state(self.policy)},
             "spacing": self._run.intervals.spacing,
             "supplies": self.inputs.state_dict(),
         }
@@ -307,20 +308,22 @@ class PolicyStage(StepObserver):
             return
         self._unit.restart()
         now = self._run.intervals.spacing
-        saved = state.get("spacing") or now  # older checkpoints do not have it
-        if state["policy"]["name"] == self.policy.name and saved == now:
-            self.policy.load_state_dict(state["policy"]["state"])
+        spacing = state.get("spacing") or now  # older checkpoints do not have it
+        name, saved = state["policy"]["name"], state["policy"]["state"]
+        if name == self.policy.name and spacing == now:
+            self._run.ranks.run_on_all_ranks(lambda: self.policy.load_state_dict(saved))
         else:
             self._renew()
         measured = dict(state.get("supplies", {}))
-        if saved["measured"] != now["measured"] and "manual" not in (state["policy"]["name"], self.policy.name):
+        if spacing["measured"] != now["measured"] and "manual" not in (name, self.policy.name):
             # Snapshots further apart move further, and gradients are summed over an interval: mixed ones look like a change of the layer.
             self._history.load_state_dict({})
             measured["gradients"] = None
             self._run.journal.warn(
-                f"the checkpoint was saved with snapshots every {saved['measured'][0]} steps and freezing stages every "
-                f"{saved['measured'][1]}, this run has them every {now['measured'][0]} and {now['measured'][1]} steps: frozen layers stay "
-                "frozen, and the policy starts anew. To continue it, set smartfrz.snapshot_interval and freeze_interval to the saved values"
+                f"the checkpoint was saved with snapshots every {spacing['measured'][0]} steps and freezing stages every "
+                f"{spacing['measured'][1]}, this run has them every {now['measured'][0]} and {now['measured'][1]} steps: frozen layers "
+                "stay frozen, and the policy starts anew. To continue it, set smartfrz.snapshot_interval and freeze_interval to the saved "
+                "values"
             )
         self.inputs.load_state_dict(measured)
 
@@ -353,7 +356,7 @@ def build_policy(config: FreezeConfig, layers: Sequence[Layer], total_steps: int
     settings = dict(resolve(config, total_steps, provisional=config.policy == "manual").policy) | {
         key: getattr(config, key) for key in SHARED_SETTINGS.get(config.policy, ())
     }
-    policy = make_policy(config.policy, settings)
+    policy = make_policy(config.policy, settings, config.policy_object)
     if isinstance(policy, ChecksStart):
         policy.check_start(total_steps, layer_infos(layers))
     return policy

@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning, Callback, EarlyStopp
 from lightning.pytorch.strategies import SingleDeviceXLAStrategy
 from reference import oracle
 from reference.bounds import noisy, spread
+from reference.own_policies import EveryThird
 from workers import worker_lightning as worker
 from workers.worker_lightning import Module, checkpoint, facts_of, fit, loader, module_of, trainer_for, whole
 
@@ -214,6 +215,12 @@ def test_a_compiled_module(tmp_path: Path, how: str) -> None:
     trainer, weights = fit(ALONE, tmp_path, module=module)
     assert plain(facts_of(trainer)["events"]) == FREEZES and apart_from_oracle(trainer, weights) == 0.0
     torch._dynamo.reset()
+
+
+def test_a_policy_of_ones_own_is_passed_as_an_object(tmp_path: Path) -> None:
+    quick = {"warmup_steps": 0, "freeze_interval": 1, "snapshot_interval": 1, "cooldown": 0, "max_frozen_fraction": 0.3}
+    trainer, _ = fit(ALONE, tmp_path, freezer=smartfrz_ds.LightningFreezeCallback(policy=EveryThird(every=4), **quick))
+    assert facts_of(trainer)["events"] == [["freeze", 4, ["embeddings"]], ["freeze", 8, ["net.blocks.0"]]]
 
 
 def test_frozen_layers_show_in_the_metrics_and_the_controller_sees_theirs(tmp_path: Path) -> None:

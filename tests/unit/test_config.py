@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smartfrz_ds.config.settings import FreezeConfig, _section_of, digest, to_markdown, update_docs
+from smartfrz_ds.config.settings import FreezeConfig, digest, section_of
+from smartfrz_ds.config.table import to_markdown, update_docs
 
 DOC = Path(__file__).parents[2] / "docs" / "configuration.md"
 EXAMPLES = re.findall(r"```json\n(.*?)```", DOC.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -53,7 +54,7 @@ def test_whole_config_and_section_alone_give_the_same(tmp_path: Path) -> None:
     configs = [FreezeConfig.load(source) for source in (section, {"smartfrz": section}, json.loads(text), file, str(file), encoded)]
     assert all(config == configs[0] for config in configs)
     assert configs[0].layers == ("emb", "block.*")
-    assert configs[0].policy_settings == {"start_step": 5, "end_step": 9}
+    assert configs[0].chosen_settings == {"start_step": 5, "end_step": 9}
 
 
 def test_file_may_have_comments_as_deepspeed_allows(tmp_path: Path) -> None:
@@ -109,7 +110,8 @@ def test_all_problems_at_once_with_key_value_and_what_is_allowed() -> None:
     )
     assert set(lines[:-1]) == {
         "smartfrz.policy: got \"Attenton\"; did you mean 'attention'? allowed: 'attention', 'linear', 'late', 'random', "
-        "'freezeout', 'autofreeze', 'egeria', 'pipetransformer', 'weight_drift' or 'manual'",
+        "'freezeout', 'autofreeze', 'egeria', 'pipetransformer', 'weight_drift', 'manual', 'package.module:Class', or the name of a policy "
+        "of an installed package",
         'smartfrz.window: got "50"; allowed: an integer >= 2',
         "smartfrz.max_frozen_fraction: got NaN; allowed: a number in (0, 1]",
         "smartfrz.attention.threshold: got 1.7; allowed: a number in (0, 1), or null",
@@ -172,7 +174,7 @@ def test_section_must_be_an_object(section: object) -> None:
 def keys() -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
     for name, field in FreezeConfig.model_fields.items():
-        section = _section_of(field)
+        section = section_of(field)
         found += [(name,)] if field.default is None or section is None else []  # a section that may be null has a row of its own
         found += [(name, key) for key in section.model_fields] if section else []
     return found
@@ -185,7 +187,7 @@ def nested(key: tuple[str, ...], value: object) -> dict[str, object]:
 @pytest.mark.parametrize("key", keys(), ids=".".join)
 def test_words_of_the_range_are_the_range(key: tuple[str, ...]) -> None:
     """Each key's `allowed` text is read as a program and compared with what is accepted, type by type and at the ends of the range."""
-    model = FreezeConfig if len(key) == 1 else _section_of(FreezeConfig.model_fields[key[0]])
+    model = FreezeConfig if len(key) == 1 else section_of(FreezeConfig.model_fields[key[0]])
     assert model is not None
     extra = model.model_fields[key[-1]].json_schema_extra
     assert isinstance(extra, dict)
@@ -241,7 +243,7 @@ def test_seed_fits_torch_generators() -> None:
 
 
 def test_settings_of_a_policy_not_chosen_are_checked_too() -> None:
-    assert FreezeConfig.load({"policy": "manual", "attention": {"threshold": 0.5}}).policy_settings == {}
+    assert FreezeConfig.load({"policy": "manual", "attention": {"threshold": 0.5}}).chosen_settings == {}
     assert problems({"policy": "manual", "attention": {"threshold": 5}})
 
 

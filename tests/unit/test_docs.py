@@ -235,7 +235,7 @@ def python_blocks(page: str) -> list[Block]:
 
 
 def test_every_python_block_is_run_or_says_why_not() -> None:
-    here = {"docs/configuration.md", "docs/planning.md", "docs/monitoring.md", "docs/predictor.md", "docs/pytorch.md"}
+    here = {"docs/configuration.md", "docs/planning.md", "docs/monitoring.md", "docs/predictor.md", "docs/pytorch.md", "docs/policies.md"}
     elsewhere = {"README.md", "docs/adding-to-a-script.md", "docs/checkpoints.md", "docs/huggingface.md"}  # test_docs_run.py
     elsewhere |= {"docs/lightning.md"}  # test_lightning.py
     assert {b.page for b in blocks("python") if not b.not_run} == here | elsewhere
@@ -259,6 +259,34 @@ def test_python_block_of_the_predictor_records_a_run(tmp_path: Path, monkeypatch
     names_ = {"loader": batches(0, 100), "held_out_inputs": torch.randn(8, 8), "accuracy": 0.5, "loss_of": nn.functional.cross_entropy}
     block.run({"model": model, "optimizer": optimizer, "scheduler": scheduler} | names_)
     assert (tmp_path / "recordings" / "runs" / "my-run.safetensors").is_file()
+
+
+def test_python_block_of_a_policy_decides_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the page says: named in the settings, from a module of the user's, and as an object; and it is as short as it looks."""
+    (block,) = python_blocks("docs/policies.md")
+    lines = [line for line in block.text.splitlines() if line.strip()]
+    assert len(lines) <= 21
+    (tmp_path / "my_policies.py").write_text(block.text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    namespace: dict[str, Any] = {}
+    block.run(namespace)
+    frozen = []
+    for given in (
+        {"config": {"policy": "my_policies:LowestChange", "policy_settings": {"share": 0.5}}},
+        {"config": {}, "policy": namespace["LowestChange"](share=0.5)},
+    ):
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        quick = {"warmup_steps": 0, "freeze_interval": 1, "snapshot_interval": 1, "cooldown": 0, "total_steps": 20}
+        controller = smartfrz_ds.attach_torch(model, optimizer, quick | given.pop("config"), **given)
+        for x, y in batches(0, 8):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        frozen.append([(event.step, event.layers) for event in controller.report().events])
+        controller.detach()
+    # the second snapshot is the first with a movement; two calm stages in a row freeze a layer
+    assert frozen[0] == frozen[1] == [(step, (layer,)) for step, layer in zip((3, 5, 7), controller.layers, strict=False)]
 
 
 class Run:

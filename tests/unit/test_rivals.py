@@ -97,7 +97,7 @@ def revived(policy: Policy, **settings: Any) -> Policy:
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_is_made_from_the_settings_of_a_run(name: str) -> None:
     config = FreezeConfig.load({"policy": name})
-    settings = config.policy_settings | {key: getattr(config, key) for key in SHARED_SETTINGS.get(name, ())}
+    settings = config.chosen_settings | {key: getattr(config, key) for key in SHARED_SETTINGS.get(name, ())}
     policy = make_policy(name, settings)
     assert isinstance(policy, Policy) and type(policy) is POLICIES[name] and policy.name == name
     assert policy.needs <= {"weights", "gradients", "activations", "total_steps", "lr_scale"}
@@ -107,7 +107,7 @@ def test_every_policy_is_made_from_the_settings_of_a_run(name: str) -> None:
 
 def test_the_sections_defaults_are_the_policies_own() -> None:
     for name, kind in POLICIES.items():
-        policy, plain = make_policy(name, FreezeConfig.load({"policy": name}).policy_settings), kind()
+        policy, plain = make_policy(name, FreezeConfig.load({"policy": name}).chosen_settings), kind()
         settings = {key: value for key, value in vars(plain).items() if not key.startswith("_")}
         assert settings == {key: vars(policy)[key] for key in settings}, name
 

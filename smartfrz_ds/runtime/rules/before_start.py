@@ -1,6 +1,6 @@
 """What can be known of a run before it starts: the checks that the start, `smartfrz doctor` and `smartfrz check-config` share.
 
-Imports torch only where the settings name a predictor's file.
+Imports torch only where the settings name a predictor's file or a policy's class.
 """
 
 from __future__ import annotations
@@ -33,8 +33,18 @@ class Problem:
 
 
 def problems_of_files(config: FreezeConfig) -> list[Problem]:
-    """Check the files that the settings name: the predictor is one, and the log can be written. Changes nothing on disk."""
+    """Check the files that the settings name: the predictor is one, the log can be written, and a policy's class is one (its module runs).
+
+    Changes nothing on disk.
+    """
     found = []
+    if config.enabled and config.is_own_policy:
+        from smartfrz_ds.policies import make_policy  # here: it needs torch
+
+        try:
+            make_policy(config.policy, config.policy_settings, config.policy_object)
+        except ValueError as error:
+            found.append(Problem(str(error), "docs/policies.md says what a policy of your own needs", certain=True))
     if config.enabled and config.policy == "attention" and config.attention.predictor is not None:
         from smartfrz_ds.predictor.model import load_predictor  # here: it needs torch
 

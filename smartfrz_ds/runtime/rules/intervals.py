@@ -107,8 +107,8 @@ def resolve(config: FreezeConfig, total_steps: int | None, *, provisional: bool 
     status = freeze if config.status_interval is None else number("status_interval", config.status_interval)
     keep = number("keep_state", config.keep_state)
     watch = 0 if config.guard is None else number("guard.window", config.guard.window)
-    policy = dict(config.policy_settings)
-    shares = {key for key in _POLICY_STEPS if isinstance(policy.get(key), str)}
+    policy = dict(config.chosen_settings)
+    shares: set[str] = set() if config.is_own_policy else {key for key in _POLICY_STEPS if isinstance(policy.get(key), str)}
     for key in shares:
         policy[key] = number(f"{config.policy}.{key}", policy[key])
     start, end = policy.get("start_step"), policy.get("end_step")
@@ -124,7 +124,7 @@ def resolve(config: FreezeConfig, total_steps: int | None, *, provisional: bool 
         keep_state=keep,
         guard_window=watch,
         policy=policy,
-        planned=total_steps if any(policy.get(key, 0) is None for key in _POLICY_STEPS) else None,
+        planned=total_steps if not config.is_own_policy and any(policy.get(key, 0) is None for key in _POLICY_STEPS) else None,
     )
 
 
@@ -192,6 +192,8 @@ def _first_decision(config: FreezeConfig, now: Intervals, total_steps: int) -> t
     if config.policy == "autofreeze":
         step = now.first_from(1) + now.freeze_interval
         return step, f"the policy 'autofreeze' can freeze at its second stage, step {step}, at the earliest"
+    if config.is_own_policy:
+        return now.first_from(1), ""
     start = now.policy.get("interval") if config.policy == "pipetransformer" else now.policy.get("start_step")
     if start is None and config.policy in ("late", "weight_drift"):
         start = int(now.policy["share"] * total_steps)

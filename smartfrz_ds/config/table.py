@@ -1,0 +1,49 @@
+"""The table of settings in docs/configuration.md, generated from the declarations: `python -m smartfrz_ds.config docs/configuration.md`."""
+
+from __future__ import annotations
+
+import json
+
+from .sections import Section
+from .settings import FreezeConfig, allowed_for, section_of
+
+TABLE_BEGIN = "<!-- table: begin (made from smartfrz_ds/config/settings.py) -->"
+TABLE_END = "<!-- table: end -->"
+
+
+def to_markdown() -> str:
+    """Return the Markdown table of all keys, one row each; keys of sub-sections are dotted."""
+    rows = ["| key | default | allowed | meaning |", "| --- | --- | --- | --- |"]
+    for name, field in FreezeConfig.model_fields.items():
+        if section_of(field) is not None and field.default is not None:
+            continue
+        rows.append(_row(name, FreezeConfig))
+    for name, field in FreezeConfig.model_fields.items():
+        if (section := section_of(field)) is not None:
+            rows += [_row(key, section, prefix=f"{name}.") for key in section.model_fields]
+    return "\n".join(rows) + "\n"
+
+
+def update_docs(text: str) -> str:
+    """Replace the table between the two markers of a page.
+
+    Args:
+        text: The page's text.
+
+    Returns:
+        The text with the regenerated table.
+
+    Raises:
+        ValueError: A marker is missing.
+    """
+    head, begin, rest = text.partition(TABLE_BEGIN)
+    _, end, tail = rest.partition(TABLE_END)
+    if not begin or not end:
+        raise ValueError(f"the document needs the two lines {TABLE_BEGIN!r} and {TABLE_END!r}, in this order")
+    return f"{head}{begin}\n{to_markdown()}{end}{tail}"
+
+
+def _row(key: str, section: type[Section], prefix: str = "") -> str:
+    default = json.dumps(section.model_fields[key].get_default())
+    cells = (f"`{prefix}{key}`", f"`{default}`", allowed_for(key, section), section.model_fields[key].description or "")
+    return "| " + " | ".join(cells) + " |"
