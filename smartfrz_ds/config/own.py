@@ -65,13 +65,13 @@ def with_object(settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: It is a class, or the name of an object in a Trainer's state.
     """
-    given = settings.get("policy")
+    given: Any = settings.get("policy")
     if isinstance(given, str) and given.endswith(_OF_OBJECT):
         raise ValueError(
             f"smartfrz.policy: the Trainer's state names {given}, which can't be made again from it; allowed: "
             "restore_callback_states_from_checkpoint=False, or the policy by name, with smartfrz.policy_settings"
         )
-    if given is None or isinstance(given, str | PolicyObject | int | float | list | dict):  # plain data is checked as such
+    if given is None or isinstance(given, PolicyObject | str | int | float | list | tuple | dict | set | frozenset | bytes):
         return dict(settings)
     if isinstance(given, type):
         raise ValueError(

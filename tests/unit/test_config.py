@@ -297,7 +297,8 @@ def test_digest_sees_every_setting_but_the_log_path() -> None:
         {"pipetransformer": {"interval": 5}}, {"pipetransformer": {"gradients": False}}, {"weight_drift": {"threshold": 0.5}},
         {"weight_drift": {"start_step": 1}}, {"weight_drift": {"share": 0.25}}, {"pipeline": {"rebalance": "on_freeze"}},
         {"pipeline": {"min_gain": 1.5}}, {"pipeline": {"memory_limit": "1GB"}}, {"status_interval": 5},
-        {"fsdp": {"frozen": "unsharded"}}, {"gradient_check": "off"}, {"cache": {"mode": "auto"}}, {"cache": {"memory": "1GB"}},
+        {"policy": "a.b:C", "policy_settings": {"x": 1}}, {"fsdp": {"frozen": "unsharded"}}, {"gradient_check": "off"},
+            {"cache": {"mode": "auto"}}, {"cache": {"memory": "1GB"}},
             {"cache": {"path": "x"}}, {"cache": {"disk": "1GB"}}, {"cache": {"min_gain": 2.0}}, {"cache": {"spot_check": 5}},
     ]  # fmt: skip
     assert len(changed) == len(keys()) - 1  # all but log_path
