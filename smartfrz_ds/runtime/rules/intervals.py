@@ -147,7 +147,7 @@ def needs_length(config: FreezeConfig) -> bool:
     """Return whether the chosen policy, with these settings, can't work in a run of unknown length."""
     if config.policy == "attention":
         return config.attention.mode == "budget"
-    return config.policy == "freezeout" or any(config.policy_settings.get(key, 0) is None for key in _POLICY_STEPS)
+    return config.policy == "freezeout" or any(config.chosen_settings.get(key, 0) is None for key in _POLICY_STEPS)
 
 
 def why_never(config: FreezeConfig, total_steps: int | None) -> str:
