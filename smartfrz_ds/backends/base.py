@@ -17,6 +17,7 @@ from smartfrz_ds.model.hooks import PluginTime
 from smartfrz_ds.model.layers import Layer, find_layers
 from smartfrz_ds.model.view import Need
 
+from .forward_ways import ForwardWays
 from .memory import MemoryNeed, storage_bytes
 from .memory import Released as Released
 from .param_order import insert_in_order
@@ -172,8 +173,8 @@ class Backend(ABC):
 
     #: whether a forward of the model communicates, as it gathers weights
     gathers_in_forward = False
-    #: why the prefix cache can't be used with this engine; empty where it can
-    prefix_cache_refusal: str = ""
+    #: what must know which modules a forward runs, where the prefix cache skips some
+    forward_ways: ForwardWays = ForwardWays()
 
     def loss_scale_on_device(self) -> float | Tensor:
         """Return `loss_scale`, as a tensor where reading its value would make the host wait for the device."""
@@ -319,8 +320,7 @@ class Backend(ABC):
         if not self.is_boundary():
             raise RuntimeError(self.not_a_boundary())
         known = {p for group in self.groups for p in group}
-        unknown = [p for p in (*freeze, *thaw) if p not in known]
-        if unknown:
+        if unknown := [p for p in (*freeze, *thaw) if p not in known]:
             raise ValueError(f"{len(unknown)} parameters are not in the optimizer, first of shape {tuple(unknown[0].shape)}")
         if not known - self.frozen - set(freeze) | set(thaw):
             raise ValueError("nothing would be left to train: keep at least one layer active")

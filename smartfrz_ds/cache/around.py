@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,3 +66,50 @@ def call_with_engine(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str
 def is_wrapped(module: nn.Module) -> bool:
     """Whether something else has replaced this module's call."""
     return "_call_impl" in vars(module)
+
+
+class Course:
+    """The modules with hooks of an engine that a forward enters and leaves, in order, those in skipped layers left out.
+
+    If a forward raises on one rank, the others continue to wait for its part of their weights. With the course of an earlier forward, the
+    rank runs the engine's hooks of the modules that are left, without the modules.
+
+    Attributes:
+        events: A module, and whether it was entered or left.
+        paused: Whether a layer runs that will be skipped.
+    """
+
+    def __init__(self) -> None:
+        self.events: list[tuple[nn.Module, bool]] = []
+        self.paused = False
+
+    @contextmanager
+    def recorded(self, model: nn.Module) -> Iterator[None]:
+        """Record the forward that is the block."""
+        hooked = [
+            m for m in model.modules() if any(is_engines_hook(x) for x in (*m._forward_pre_hooks.values(), *m._forward_hooks.values()))
+        ]
+        handles = [m.register_forward_pre_hook(self._enter, prepend=True) for m in hooked]
+        handles += [m.register_forward_hook(self._leave, prepend=True) for m in hooked]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if not self.paused:
+            self.events.append((module, True))
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self.paused:
+            self.events.append((module, False))
+
+    def finish_like(self, known: Course, model: nn.Module) -> None:
+        """Run the engine's hooks that a forward of `model` on this course, which has raised, did not come to."""
+        for module, enters in (*known.events[len(self.events) :], (model, False)):
+            hooks = module._forward_pre_hooks if enters else module._forward_hooks
+            with_kwargs = module._forward_pre_hooks_with_kwargs if enters else module._forward_hooks_with_kwargs
+            for key, hook in list(hooks.items()):
+                if is_engines_hook(hook):
+                    hook(module, (), *([{}] if key in with_kwargs else []), *([] if enters else [()]))

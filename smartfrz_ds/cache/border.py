@@ -20,6 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from smartfrz_ds.model.hooks import ModuleHook
 
+from .around import Course
 from .plan import Call, CallDiffers, Leaf, Plan, Rows, SkippedCall, StoredTensor
 from .proof import RandomState, same_bits
 
@@ -31,10 +32,14 @@ class Discovery:
         rows: Number of rows of the batch.
         later: The modules of all active layers.
         device: The device on which the model runs.
+
+    Attributes:
+        course: Told when a layer runs that will be skipped.
     """
 
     def __init__(self, rows: int, later: Sequence[nn.Module], device: torch.device) -> None:
         self._rows, self._device = rows, device
+        self.course = Course()
         self._random = RandomState(device)
         self._calls: list[tuple[nn.Module, TreeSpec, list[Any], list[int]]] = []
         self._origins: dict[int, tuple[int, int]] = {}  # address of a storage -> call and leaf that returned it last
@@ -46,7 +51,11 @@ class Discovery:
 
     def call(self, module: nn.Module, real: Call, args: Any, kwargs: Any) -> Any:
         """Run a frozen module, and note what it returns."""
-        output = real()
+        self.course.paused = not self._passed
+        try:
+            output = real()
+        finally:
+            self.course.paused = False
         if not self._passed:
             # the output of a frozen layer may require grad, for the active layers behind it: nothing flows behind that
             inputs = (x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.requires_grad)

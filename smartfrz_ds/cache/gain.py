@@ -31,6 +31,7 @@ class Gain:
     _keys: list[float] = field(default_factory=list)
     _reads: list[float] = field(default_factory=list)
     _writes: list[float] = field(default_factory=list)
+    _exchanges: list[float] = field(default_factory=list)
     _steps: list[float] = field(default_factory=list)  # of whole steps without a hit
     _forwards_of_step: int = 0
 
@@ -47,7 +48,16 @@ class Gain:
         self.hits += 1
         self._note(self._keys, keys)
         self._note(self._reads, read)
-        self.saved += (median(self._prefix) if self._prefix else 0.0) - keys - read
+        self.saved += (median(self._prefix) if self._prefix else 0.0) - keys - read - self.exchange
+
+    def exchanged(self, seconds: float) -> None:
+        """Record an exchange with the other ranks."""
+        self._note(self._exchanges, seconds)
+
+    @property
+    def exchange(self) -> float:
+        """Seconds of an exchange with the other ranks, without waiting for a later rank, for which the forward would wait anyway."""
+        return min(self._exchanges, default=0.0)
 
     def seen(self, rows_back: int, is_hit: bool) -> None:
         """Record how many rows of a batch had been stored before."""
@@ -70,7 +80,7 @@ class Gain:
         if min(len(self._prefix), len(self._steps)) < _FIRST:
             return None
         read = median(self._reads or self._writes)
-        less = self._forwards_of_step * (median(self._prefix) - median(self._keys) - read)
+        less = self._forwards_of_step * (median(self._prefix) - median(self._keys) - read - self.exchange)
         whole = median(self._steps)
         return whole / max(whole - less, whole / 100)
 

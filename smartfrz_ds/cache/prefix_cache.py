@@ -4,12 +4,14 @@ A forward in which gradients are on and the model is in training mode has keys. 
 else it runs completely and its rows are stored. Before the first use in a class of batches (shapes, dtypes, other arguments, state of the
 prefix), a batch is run both ways and compared bit for bit: the forward without the frozen layers first, then the complete one, which is the
 one that is trained on. Rows of different stored batches are used together only after such a comparison of a batch composed of them.
+
+With an engine that gathers weights in forward, all ranks do the same with their batches (agreement.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -17,28 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .around import Around, call_of, is_wrapped
+from smartfrz_ds.backends.forward_ways import ForwardWays
+from smartfrz_ds.distributed.collectives import Collectives
+
+from .agreement import Agreement, Way, common_way
+from .around import Around, Course, call_of, call_with_engine, is_wrapped
 from .border import Capture, Carried, Discovery, Replay, Scope
 from .gain import Gain
-from .keys import Batch, describe
-from .plan import Call, CallDiffers, Plan, Rows
+from .keys import KEY_BYTES, Batch
+from .lookup import Kind, Look, Lookup
+from .plan import Call, CallDiffers, Rows
 from .proof import RandomState, difference, refusal, same_bits, undone
 from .proof import named_modules as named_modules
 from .state import PrefixState
-from .store import Found
 from .tiers import Tiers
-
-_CLASSES = 256  # classes of batches that are kept
-
-
-@dataclass
-class _Kind:
-    """What is known of one class of batches."""
-
-    plan: Plan | None = None
-    proven: set[bool] = field(default_factory=set)  # composed of several stored batches, or one of them again
-    hits: int = 0  # since the last comparison
-    off: str = ""
 
 
 class PrefixCache:
@@ -49,6 +43,8 @@ class PrefixCache:
         tops: The modules of the frozen prefix, each as large as possible.
         later: Those of the layers behind it.
         stored: Returns this rank's stored part of a parameter.
+        ways: The part of the engine that must know which modules a forward runs.
+        ranks: The ranks that must do the same; None if this one decides for itself.
         restore_flags: Switches frozen parameters off again that other code has switched on.
         device: The device on which the model runs.
         store: The rows of this host.
@@ -75,6 +71,8 @@ class PrefixCache:
         later: Sequence[nn.Module],
         *,
         stored: Callable[[nn.Parameter], Tensor],
+        ways: ForwardWays,
+        ranks: Collectives | None,
         restore_flags: Callable[[], None],
         device: torch.device,
         store: Tiers,
@@ -84,11 +82,11 @@ class PrefixCache:
         shallower: PrefixCache | None = None,
     ) -> None:
         self._model, self._tops, self._later, self._device = model, tuple(tops), tuple(later), device
-        self._store, self._spot_check, self._reopen, self._tell = store, spot_check, reopen, tell
-        self._shallower = shallower
-        if shallower is not None:
-            shallower._shallower = None
-        self._kinds: dict[bytes, _Kind] = {}
+        self._store, self._reopen, self._tell, self._ways = store, reopen, tell, ways
+        self._agreement = None if ranks is None else Agreement(ranks)
+        self._shallower = () if shallower is None else shallower._tops
+        self._wants_off = ""  # until the ranks agree
+        self._lookup: Lookup
         self._scope: Scope | None = None
         self._skipped_last = False  # whether the last forward of the model skipped the prefix
         self.remarks: list[str] = []
@@ -96,14 +94,29 @@ class PrefixCache:
         self.gain = Gain()
         self.forwards_of_step = self.complete_of_step = self.trained = 0
         self._around: list[Around] = []
-        self.off = refusal(named_modules(model, self._tops))
+        self.off = refusal(named_modules(model, self._tops)) or ways.objection(self._tops)
         if any(isinstance(m, nn.DataParallel) for m in model.modules()):
             self.off = "torch.nn.DataParallel copies the modules in each forward"
         if taken := next((type(m).__name__ for m in (model, *self._tops) if is_wrapped(m)), ""):
             self.off = self.off or f"other code has replaced the call of a {taken}"
+        if self._agreement is not None:
+            self.off = self._agreement.reason(self.off)
         if self.off:
             return
-        self._state = PrefixState(model, self._tops, self._later, stored=stored, restore_flags=restore_flags)
+        self._state = PrefixState(
+            model,
+            self._tops,
+            self._later,
+            stored=stored,
+            held=ways.held,
+            restore_flags=restore_flags,
+            device=device,
+            ignored=ways.own_attributes,
+        )
+        earlier = None if shallower is None else shallower._lookup
+        if earlier is not None:
+            earlier.shallower = None
+        self._lookup = Lookup(self._state, store, spot_check=spot_check, reopen=reopen, shallower=earlier)
         self._around = [Around(model, self._forward), *(Around(top, self._frozen_module) for top in self._tops)]
         for around in self._around:
             around.install()
@@ -118,15 +131,19 @@ class PrefixCache:
         for around in self._around:
             around.remove()
         self._around.clear()
+        self._ways.end()
 
     def is_part_of(self, tops: Sequence[nn.Module]) -> bool:
         """Whether a prefix of these modules contains this one, and is longer."""
         return len(tops) > len(self._tops) and tuple(tops[: len(self._tops)]) == self._tops
 
     def turn_off(self, reason: str, *, is_fault: bool = False) -> None:
-        """End the use of the cache: `off` says why."""
-        self.is_fault = self.is_fault or (is_fault and not self.off)
-        self.off = self.off or reason
+        """End the use of the cache: `off` says why. Where the ranks must agree, in the next forward that may be trained on."""
+        self.is_fault = self.is_fault or (is_fault and not (self.off or self._wants_off))
+        if self._agreement is None:
+            self.off = self.off or reason
+        else:
+            self._wants_off = self._wants_off or reason
 
     # --- the model's call -----------------------------------------------------------------------------------------------------
 
@@ -137,85 +154,69 @@ class PrefixCache:
         if not module.training or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             # An evaluation or a reference pass: nothing is stored or used. It may have left other weights behind.
             self._state.suspect()
+            self._ways.before("complete", (), together=False)
             return call()
         began = perf_counter()
-        state = self._state.token()
-        if self._state.refusal:
-            self.turn_off(self._state.refusal)
-            return call()
-        batch = describe(args, kwargs, state)
+        look = self._look(args, kwargs)
+        way, keys = look.way, perf_counter() - began
+        if self._agreement is not None:
+            way, look = self._agree(self._agreement, look, args, kwargs)
+        elif way is Way.OFF:
+            self.turn_off(look.reason, is_fault=look.is_fault)
+        if look.batch is not None:
+            self.gain.seen(look.back, way >= Way.CHECK)
         self.forwards_of_step += 1
         self.trained += 1
         self.complete_of_step += 1
         self._skipped_last = False
-        if isinstance(batch, str):
-            self._remark(batch)
-            return call()
-        kind = self._kinds.setdefault(batch.kind, _Kind())
-        if len(self._kinds) > _CLASSES:
-            if not self.gain.hits:
-                self.turn_off(
-                    f"more than {_CLASSES} kinds of batches, and no batch came back in its kind: each combination of shapes (padded to "
-                    "the longest row?) and arguments (the number of the batch?) is one"
-                )
-            self._kinds.pop(next(iter(self._kinds)))
-        if kind.off:
-            return call()
-        try:
-            found, rows = self._look_up(kind, batch)
-        except OSError as error:
-            self.turn_off(f"its rows can't be read: {error}", is_fault=True)
-            return call()
-        keys = perf_counter() - began
-        if rows is None or found is None:
-            return self._complete(kind, batch, call, keys, self._carried(args, kwargs))
-        mixed = not _is_one_batch(found)
-        if mixed in kind.proven and kind.hits < self._spot_check:
-            return self._skip(kind, rows, call, began)
-        return self._compare(kind, batch, rows, mixed, call, partial(module.forward, *args, **kwargs))
+        if way is Way.PLAIN and look.reason:
+            self._remark(look.reason)
+        if way is Way.SKIP:
+            return self._skip(look, call, keys)
+        if way in (Way.PROVE, Way.CHECK):
+            bare = partial(call_with_engine, module, args, kwargs) if self._ways.communicates else partial(module.forward, *args, **kwargs)
+            return self._compare(look, way is Way.PROVE, call, bare)
+        if look.kind is not None and look.rows is None and way is not Way.OFF:
+            return self._complete(look.kind, look, call, keys, look.carried if way is Way.CARRY else None)
+        self._ways.before("complete", (), together=True)
+        return call()
 
-    def _look_up(self, kind: _Kind, batch: Batch) -> tuple[list[tuple[int, Found]] | None, Rows | None]:
-        found = self._store.find(batch.keys)
-        there = [x for x in found if x is not None]
-        is_hit = len(there) == len(found) and kind.plan is not None
-        self.gain.seen(len(there), is_hit)
-        if not is_hit:
-            return None, None
-        assert kind.plan is not None
-        rows = Rows(kind.plan)
-        return (there, rows) if self._store.read(there, rows.views()) else (None, None)
+    def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Look:
+        return Look(Way.OFF, self._wants_off, is_fault=self.is_fault) if self._wants_off else self._lookup.look(args, kwargs)
 
-    def _carried(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Replay | None:
-        """Return the replay of this batch at the shallower border, if all of its rows are there and proven."""
-        old = self._shallower
-        if old is None or old.off or not (state := old._state.token()) or old._state.refusal:
-            return None
-        batch = describe(args, kwargs, state)
-        kind = None if isinstance(batch, str) else old._kinds.get(batch.kind)
-        if kind is None or kind.plan is None or kind.off or isinstance(batch, str):
-            return None
-        try:
-            found, rows = old._look_up(kind, batch)
-        except OSError as error:
-            self.turn_off(f"its rows can't be read: {error}", is_fault=True)
-            return None
-        if found is None or rows is None or (not _is_one_batch(found)) not in kind.proven:
-            return None
-        return Replay(kind.plan, rows.on_device(), self._reopen)
+    def _agree(self, agreement: Agreement, look: Look, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Way, Look]:
+        """Return what all ranks do, and what this one could do."""
+        while True:
+            known = bool(agreement.weights)
+            wishes, changed, seconds = agreement.exchange(look.way, self._state.weights or bytes(KEY_BYTES))
+            self.gain.exchanged(seconds)
+            if not changed:
+                break
+            self._state.shared = agreement.weights
+            if known:
+                self._lookup.shallower = None  # which has the same weights, and knows of this rank's part only
+            look = self._look(args, kwargs)
+        way = common_way(wishes)
+        if way is Way.OFF:
+            self.off, self.is_fault = agreement.fault(look.reason, look.is_fault)
+        return way, look
 
-    def _complete(self, kind: _Kind, batch: Batch, call: Call, keys: float, carried: Replay | None = None) -> Any:
+    def _complete(self, kind: Kind, look: Look, call: Call, keys: float, carried: Replay | None = None) -> Any:
         """Run the whole model, or its part behind a shallower border, and store the rows."""
-        forward: Discovery | Capture
-        forward = Discovery(batch.rows, self._later, self._device) if kind.plan is None else Capture(kind.plan, self._device)
+        assert look.batch is not None
+        batch, forward = look.batch, self._recorder(kind, look.batch)
         before, began = None if carried is None else RandomState(self._device), perf_counter()
         rows: Rows | None = None
+        self._ways.before("complete" if carried is None else "carry", () if carried is None else self._shallower, together=True)
         try:
-            output = self._within(forward if carried is None else Carried(forward, carried), call)
-        except CallDiffers:  # of the shallower border; no active layer has run yet
+            with self._recorded(forward):
+                output = self._within(forward if carried is None else Carried(forward, carried), call)
+        except CallDiffers as error:  # of the shallower border; no active layer has run yet
             assert before is not None
             before.restore()
-            self._shallower = None
-            return self._complete(kind, batch, call, keys)
+            self._lookup.shallower = None
+            self._must_not_differ(error)
+            return self._complete(kind, look, call, keys)
         finally:
             if isinstance(forward, Discovery):
                 plan, rows = forward.finish()
@@ -224,7 +225,7 @@ class PrefixCache:
             self._skipped_last = True
             self.gain.carried += 1
         if isinstance(forward, Discovery):
-            kind.plan = plan
+            kind.plan, kind.course = plan, forward.course
             if forward.reason:
                 self._drop(kind, forward.reason)
             elif rows is not None:
@@ -239,6 +240,14 @@ class PrefixCache:
                 self.gain.filled(prefix=forward.passed - began - forward.packing, keys=keys, write=write)
         return output
 
+    def _recorder(self, kind: Kind, batch: Batch) -> Discovery | Capture:
+        return Discovery(batch.rows, self._later, self._device) if kind.plan is None else Capture(kind.plan, self._device)
+
+    def _recorded(self, forward: Discovery | Capture) -> AbstractContextManager[None]:
+        if self._agreement is None or isinstance(forward, Capture):
+            return nullcontext()
+        return forward.course.recorded(self._model)
+
     @staticmethod
     def _check_calls(replay: Replay) -> None:
         if not replay.complete:
@@ -246,6 +255,14 @@ class PrefixCache:
                 "the prefix cache skipped frozen layers that this forward did not call, although its arguments were those of forwards that "
                 "did: the result may be wrong; allowed: smartfrz.cache.mode 'off'"
             )
+
+    def _must_not_differ(self, error: CallDiffers) -> None:
+        """Raise where other ranks are in this forward, too, and can't repeat it."""
+        if self._agreement is not None:
+            raise RuntimeError(
+                f"prefix cache: {error}, although its arguments were the same, and the other ranks can't repeat this forward; allowed: "
+                "smartfrz.cache.mode 'off'"
+            ) from error
 
     def _write(self, batch: Batch, rows: Rows) -> None:
         if self._device.type != "cpu":
@@ -255,64 +272,83 @@ class PrefixCache:
         except OSError as error:
             self.turn_off(f"its rows can't be stored: {error}", is_fault=True)
 
-    def _skip(self, kind: _Kind, rows: Rows, call: Call, began: float) -> Any:
+    def _skip(self, look: Look, call: Call, keys: float) -> Any:
         """Run the model without its frozen layers."""
-        assert kind.plan is not None
+        kind, rows = look.kind, look.rows
+        assert kind is not None and kind.plan is not None and rows is not None
+        began = perf_counter()
         replay, before = Replay(kind.plan, rows.on_device(), self._reopen), RandomState(self._device)
-        reading = perf_counter()
+        self._lookup.has_hit = True
         kind.hits += 1
+        self._ways.before("skip", self._tops, together=True)
+        entering = perf_counter()
         try:
             output = self._within(replay, call)
         except CallDiffers as error:  # no active layer has run yet
             before.restore()
             self._drop(kind, str(error))
+            self._must_not_differ(error)
             return call()
         self._check_calls(replay)
         self._skipped_last = True
         self.complete_of_step -= 1
-        self.gain.hit(keys=reading - began, read=replay.passed - reading)
+        self.gain.hit(keys=keys + entering - began, read=replay.passed - entering)
         return output
 
-    def _compare(self, kind: _Kind, batch: Batch, rows: Rows, mixed: bool, call: Call, bare: Call) -> Any:
+    def _compare(self, look: Look, first: bool, call: Call, bare: Call) -> Any:
         """Run the whole model, and compare the stored rows with it; the first time also the output without the frozen layers."""
-        assert kind.plan is not None
-        first, skipped, reason = mixed not in kind.proven, None, ""
+        kind, rows, batch = look.kind, look.rows, look.batch
+        assert kind is not None and kind.plan is not None and rows is not None and batch is not None
+        skipped, reason = None, ""
         if first:
             replay = Replay(kind.plan, rows.on_device(), self._reopen)
             with undone(self._model, self._device):
-                try:
-                    skipped = self._within(replay, bare)
-                except Exception as error:  # placeholders can lead anywhere; the complete forward follows
-                    reason = f"without the frozen layers the model raises {type(error).__name__}: {error}"
-                if not reason and not replay.complete:
-                    reason = "without the frozen layers the model calls them differently"
+                skipped, reason = self._probe(kind, replay, bare)
+            if not reason and not replay.complete:
+                reason = "without the frozen layers the model calls them differently"
+        self._ways.before("complete", (), together=True)
         capture = Capture(kind.plan, self._device)
         output = self._within(capture, call)
         kind.hits = 0
+        self.gain.forwards += 1
+        stale = ""
         if not capture.complete:
             reason = reason or capture.reason or "the model did not call all of its frozen layers"
         elif not all(same_bits(x, y) for x, y in zip(rows.tensors, capture.rows.tensors, strict=True)):
-            if not first:
-                self.is_damaged = True
-                self.turn_off(
-                    "a comparison found stored rows that differ from computed ones: the steps since the last comparison used them"
-                )
-                return output
+            if look.mixed in kind.proven:
+                stale = "a comparison found stored rows that differ from computed ones: the steps since the last comparison used them"
             reason = (
                 "a batch composed of rows of several batches has other bits: a row depends on its neighbours"
-                if mixed
-                else ("the same batch has other bits when it comes again")
+                if look.mixed
+                else "the same batch has other bits when it comes again"
             )
         elif first and not reason:
             reason = difference(output, skipped)
-        if reason:
+        if self._agreement is not None:  # what one rank has found concerns all
+            stale, reason = (self._agreement.reason(x) for x in (stale, reason))
+        if stale:
+            self.off, self.is_damaged = stale, True
+        elif reason:
             self._drop(kind, reason)
         elif first:
-            kind.proven.add(mixed)
-            of = "rows of several stored batches" if mixed else "a stored batch"
+            kind.proven.add(look.mixed)
+            of = "rows of several stored batches" if look.mixed else "a stored batch"
             self._tell(f"prefix cache: proven for {batch.rows} rows of {kind.plan.row_bytes:,} bytes, on {of}")
-        self.gain.forwards += 1
         return output
+
+    def _probe(self, kind: Kind, replay: Replay, bare: Call) -> tuple[Any, str]:
+        """Run the model without its frozen layers and without a backward. Return its output, and what it raised."""
+        output, reason, course = None, "", Course()
+        self._ways.before("probe", self._tops, together=True)
+        try:
+            with nullcontext() if self._agreement is None else course.recorded(self._model):
+                output = self._within(replay, bare)
+        except Exception as error:  # placeholders can lead anywhere; the complete forward follows
+            reason = f"without the frozen layers the model raises {type(error).__name__}: {error}"
+            if self._agreement is not None:  # the other ranks may not have raised
+                course.finish_like(kind.course, self._model)
+        self._ways.after_probe()
+        return output, reason
 
     def _within(self, forward: Discovery | Capture | Replay | Carried, call: Call) -> Any:
         self._scope = Scope(forward)
@@ -340,7 +376,7 @@ class PrefixCache:
 
     # --- reasons --------------------------------------------------------------------------------------------------------------
 
-    def _drop(self, kind: _Kind, reason: str) -> None:
+    def _drop(self, kind: Kind, reason: str) -> None:
         kind.off, kind.plan = reason, None
         self._remark(reason)
 
@@ -353,8 +389,3 @@ class PrefixCache:
     def changes(self) -> int:
         """How often the weights of the prefix turned out to have changed."""
         return 0 if self.off else self._state.changes
-
-
-def _is_one_batch(found: Sequence[tuple[int, Found]]) -> bool:
-    """Whether these rows are one stored batch, complete and in its order."""
-    return all(x.source == found[0][1].source and x.place == place for place, (_, x) in enumerate(found))

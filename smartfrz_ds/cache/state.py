@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -35,7 +35,14 @@ class PrefixState:
         later: Those of the layers behind it. Frozen weights and buffers of the model in neither (a position embedding of the model itself)
             count as the prefix's.
         stored: Returns this rank's stored part of a parameter.
+        held: Returns the tensor whose address and version counter show that it was written.
         restore_flags: Switches frozen parameters off again that other code has switched on (`requires_grad`).
+        device: The device on which the model runs.
+        ignored: Names of attributes of modules that are an engine's own.
+
+    Attributes:
+        weights: Digest of this rank's part of the weights, as read last.
+        shared: Digest of the parts of all ranks, where weights are sharded: it takes the place of `weights`, which differ by rank.
     """
 
     def __init__(
@@ -45,10 +52,13 @@ class PrefixState:
         later: Sequence[nn.Module],
         *,
         stored: Callable[[nn.Parameter], Tensor],
+        held: Callable[[nn.Parameter], Tensor],
         restore_flags: Callable[[], None],
+        device: torch.device,
+        ignored: Collection[str] = (),
     ) -> None:
-        self._restore_flags = restore_flags
-        self._model, self._tops, self._later, self._stored = model, tops, later, stored
+        self._restore_flags, self._device, self._ignored = restore_flags, device, ignored
+        self._model, self._tops, self._later, self._stored, self._held_of = model, tops, later, stored, held
         self._seen_flags: tuple[Any, ...] = ()
         self._seen_tensors: tuple[Any, ...] = ()
         self._seen_hooks: tuple[int, ...] = ()
@@ -58,7 +68,8 @@ class PrefixState:
         self._token = b""
         self.refusal = ""
         self.changes = 0  # how often the weights turned out to be others
-        self._weights = b""
+        self.weights = self.shared = b""
+        self._seen_shared = b""
         self._collect()
 
     def suspect(self) -> None:
@@ -70,19 +81,19 @@ class PrefixState:
         flags, tensors, hooks = self._flags(), self._traces(), self._hooks()
         self._until_reading -= 1
         due = tensors != self._seen_tensors or self._until_reading <= 0
-        if flags == self._seen_flags and hooks == self._seen_hooks and not due:
+        if flags == self._seen_flags and hooks == self._seen_hooks and self.shared == self._seen_shared and not due:
             return self._token
         if any(p.requires_grad for p in self._params):
             self._restore_flags()
         if due:
             self._collect()
             weights = self._read()
-            if self._weights and weights != self._weights:
+            if self.weights and weights != self.weights:
                 self.changes += 1
-            self._weights, self._until_reading = weights, _CHECK_EVERY
-        flags, self._seen_tensors, self._seen_hooks = self._flags(), self._traces(), self._hooks()
+            self.weights, self._until_reading = weights, _CHECK_EVERY
+        flags, self._seen_tensors, self._seen_hooks, self._seen_shared = self._flags(), self._traces(), self._hooks(), self.shared
         self.refusal = refusal(self._named) or hook_refusal(self._between, self._model)
-        digest = blake2b(self._weights, digest_size=KEY_BYTES)
+        digest = blake2b(self.shared or self.weights, digest_size=KEY_BYTES)
         digest.update(repr((self._names, flags)).encode())
         self._token = digest.digest()
         self._note_new(flags)
@@ -116,7 +127,9 @@ class PrefixState:
             (held, key)
             for held in (*map(vars, self._modules), *self._configs)
             for key, value in held.items()
-            if isinstance(value, _PLAIN) and not (key in (*_DTYPES, *_OF_NO_PREFIX) and any(held is x for x in self._configs))
+            if isinstance(value, _PLAIN)
+            and key not in self._ignored
+            and not (key in (*_DTYPES, *_OF_NO_PREFIX) and any(held is x for x in self._configs))
         ]
         of_weights = next((p.dtype for p in self._model.parameters() if p.is_floating_point()), None)
         self._dtype = _short(of_weights)
@@ -125,7 +138,7 @@ class PrefixState:
         buffers = dict.fromkeys(b for m in self._modules for b in m._buffers.values() if b is not None)
         self._params = list(dict.fromkeys(every))
         self._tensors: list[Tensor] = [*(self._stored(p) for p in self._params), *buffers]
-        self._held: list[Tensor] = [*self._params, *buffers]
+        self._held: list[Tensor] = [*(self._held_of(p) for p in self._params), *buffers]
         self._samples: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for tensor in self._tensors:
             flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else None
@@ -140,7 +153,7 @@ class PrefixState:
             tuple((_as_text(m, "active_adapters"), _as_text(m, "merged_adapters"), _as_text(m, "disable_adapters")) for m in self._adapted),
             tuple(p.requires_grad for p in self._params),
             tuple(self._dtype if held.get(key) is None else _short(held[key]) for held in self._configs for key in _DTYPES),
-            _environment(self._tensors[0].device if self._tensors else torch.device("cpu")),
+            _environment(self._device),
         )
 
     def _hooks(self) -> tuple[int, ...]:

@@ -45,6 +45,10 @@ class Collectives:
         self.alone = self.count == 1
         self._first = 0 if group is None else dist.get_global_rank(group, 0)  # the global rank of rank 0
 
+    def end(self) -> None:
+        """Give up the group, which must be one of its own. Not collective."""
+        dist.destroy_process_group(self.group)
+
     def assert_same(self, what: str, about: str) -> None:
         """Compare a text with those of all other ranks.
 
@@ -246,6 +250,14 @@ class Collectives:
         tensor = torch.tensor(list(numbers), dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=how, group=self.group)
         return tensor.tolist()
+
+
+def host_ranks() -> Collectives:
+    """Return collectives of all processes in a group of their own that needs no device. Collective.
+
+    Other collectives that are under way delay it neither on the device nor in a queue.
+    """
+    return Collectives(torch.device("cpu"), dist.new_group(backend="gloo"))
 
 
 def _all_gather(everyone: Tensor, mine: Tensor, group: dist.ProcessGroup | None) -> None:

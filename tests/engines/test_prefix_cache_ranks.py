@@ -62,18 +62,3 @@ def test_hit_rates_that_differ_between_ranks(tmp_path: Path) -> None:
         for rank in range(WORLD):
             assert torch.equal(found[f"{name}-off"][rank][0], found[f"{name}-on"][rank][0])
         assert found[f"{name}-on"][1][1]["hits"] == 0
-
-
-@pytest.mark.distributed(2)
-def test_engines_that_gather_in_forward_are_off_by_name(tmp_path: Path) -> None:
-    cases = [
-        {"name": "z3", "kind": "deepspeed", "stage": 3, "refused": True},
-        {"name": "fsdp2", "kind": "fsdp2", "refused": True},
-    ]
-    run_worker("prefix_cache", cases, tmp_path, ranks=WORLD)
-    for name, words in (("z3", "ZeRO stage 3"), ("fsdp2", "FSDP2")):
-        for rank in range(WORLD):
-            told = json.loads((tmp_path / f"{name}.{rank}.json").read_text())
-            assert len(told["errors"]) == len(told["notes"]) == 1, told
-            assert told["errors"][0].startswith(f"smartfrz.cache.mode: got 'on', but {words}"), told
-            assert told["notes"][0].startswith(f"off: {words} gathers weights in forward"), told

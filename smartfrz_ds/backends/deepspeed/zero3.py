@@ -9,8 +9,7 @@ buffers. Touched in DeepSpeed, beside names.py, all in runtime/zero/stage3.py un
                __param_id_to_grad_partition, averaged_gradients, norm_for_param_grads, Parameter.ds_tensor
   numbering    param_dict, params_already_reduced, grad_position
   hooks        _grad_acc_hooks (made here: DeepSpeed's own way gathers every parameter to do it); of leaf modules: leaf_modules.py
-  coordinator  runtime/zero/partitioned_param_coordinator.py: is_invalid_trace, _invalidate_trace and the cache of __params_to_release;
-               runtime/zero/parameter_offload.py: partition_all_parameters, persistent_parameters
+  coordinator  trace.py; runtime/zero/parameter_offload.py: partition_all_parameters, persistent_parameters
   parameters   runtime/zero/partition_parameters.py: ds_status, ds_persist, ds_active_sub_modules, ds_numel, partition, all_gather
 """
 
@@ -25,7 +24,6 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils.torch import register_grad_hook
 from torch import Tensor
 
@@ -41,6 +39,7 @@ from .base import ZeroParam
 from .leaf_modules import LeafHooks, by_leaf
 from .model_files import ModelStates
 from .replicas import Replicas
+from .trace import Zero3Ways
 
 _GRAD_PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 FrozenStorage = Literal["sharded", "replicated", "auto"]
@@ -54,7 +53,6 @@ class Zero3Backend(ShardedBackend):
     """
 
     gathers_in_forward = True
-    prefix_cache_refusal = "ZeRO stage 3 gathers weights in forward, where the ranks would have to agree on every batch; not supported yet"
 
     def __init__(self, engine: Any, frozen: FrozenStorage = "sharded") -> None:
         zero = engine.optimizer
@@ -71,6 +69,7 @@ class Zero3Backend(ShardedBackend):
         self.name = "ZeRO-3" + (f" with offloaded {' and '.join(offloads)}" if offloads else "")
         self._replicas = Replicas(zero, frozen)
         self._leaf_hooks = LeafHooks(zero)
+        self.forward_ways: Zero3Ways = Zero3Ways(zero)
 
     # --- FlatBackend ----------------------------------------------------------------------------------------------------------
 
@@ -150,7 +149,7 @@ class Zero3Backend(ShardedBackend):
         self._number_params(groups)
         self._make_gradient_buffers(groups)
         self._make_hooks(groups)
-        _renew_trace(zero._get_param_coordinator())
+        self.forward_ways.renew()
         self._follow_shards(p for group in self.groups for p in group)
 
     def beyond_the_optimizer(self, tx: Transaction) -> int:
@@ -308,17 +307,3 @@ class Zero3Backend(ShardedBackend):
         frozen: set[ZeroParam] = set(self.frozen)
         if any(p.ds_status == ZeroParamStatus.INFLIGHT for p in frozen):
             raise FreezeError("a frozen parameter is being gathered")
-
-
-def _renew_trace(coordinator: PartitionedParameterCoordinator) -> None:
-    """Make the coordinator record the order of modules again.
-
-    A frozen prefix only shortens the trace, so DeepSpeed never sees a mismatch and continues to prefetch for a backward that no longer
-    happens; and the parameters that it may release are cached by step.
-    """
-    if not coordinator.is_invalid_trace():
-        coordinator._invalidate_trace()
-    cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
-    for cell in getattr(cached, "__closure__", None) or ():  # instrument_w_nvtx hides the lru_cache in its closure
-        if hasattr(cell.cell_contents, "cache_clear"):
-            cell.cell_contents.cache_clear()

@@ -27,6 +27,7 @@ from torch.nn import Parameter
 from smartfrz_ds.backends.base import RankGroups
 from smartfrz_ds.backends.deepspeed.base import DeepSpeedBackend
 from smartfrz_ds.backends.deepspeed.names import alignment_is_set
+from smartfrz_ds.backends.forward_ways import ForwardWays
 from smartfrz_ds.backends.memory import MemoryNeed
 from smartfrz_ds.backends.transaction import Transaction
 from smartfrz_ds.config.sections import PipelineSettings
@@ -146,7 +147,7 @@ class PipelineStage(_Base):
 
     first_active = first_entry = 0
     is_pipeline = True
-    prefix_cache_refusal = "pipelines are not supported yet"
+    forward_ways = ForwardWays("pipelines are not supported yet")
     takes_none = "a pipeline's stages are laid out over what trains at the start"
     missing: Mapping[Need, str] = MappingProxyType(
         {

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.nn import Parameter
 
 from smartfrz_ds.backends.base import Sampler, SampleRequest
+from smartfrz_ds.backends.forward_ways import ForwardWays
 from smartfrz_ds.errors import FreezeError
 from smartfrz_ds.model.layers import Layer
 
@@ -34,7 +35,9 @@ class Fsdp1Backend(TorchBackend):
     takes_none = "FSDP1 decides which part of a unit's flat parameter trains when the unit is created"
     missing = FSDP_MISSING
     gathers_in_forward = True
-    prefix_cache_refusal = "FSDP1 is not supported"
+    forward_ways = ForwardWays(
+        "FSDP1 keeps the weights of a unit in one flat parameter, of which the model's own are views; allowed: FSDP2"
+    )
     runs_grad_hooks = False  # a flat parameter's gradient is accumulated as a whole
 
     def __init__(self, wrapped: FullyShardedDataParallel, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:

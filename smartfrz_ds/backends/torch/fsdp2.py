@@ -32,6 +32,7 @@ from smartfrz_ds.errors import FreezeError
 from smartfrz_ds.model.layers import Layer
 
 from .base import FSDP_MISSING, TorchBackend, local
+from .unit_ways import Fsdp2Ways
 
 FrozenUnits = Literal["sharded", "unsharded"]
 
@@ -58,7 +59,6 @@ class Fsdp2Backend(TorchBackend):
     knows_reductions = True
     missing = FSDP_MISSING
     gathers_in_forward = True
-    prefix_cache_refusal = "FSDP2 gathers weights in forward, where the ranks would have to agree on every batch; not supported yet"
 
     def __init__(self, wrapped: nn.Module, module: nn.Module, optimizer: torch.optim.Optimizer, *, frozen: FrozenUnits = "sharded") -> None:
         for sharded in wrapped.modules():
@@ -77,6 +77,7 @@ class Fsdp2Backend(TorchBackend):
             seen.update(id(g) for g in groups)
             if groups:
                 self._units[unit] = groups
+        self.forward_ways: Fsdp2Ways = Fsdp2Ways(self._units)
         self._prefetch: dict[FSDPModule, list[Any]] = {}  # the user's own lists, of the units whose list is another now
         self._whole_of: dict[Parameter, Any] = {}  # shard -> its FSDPParam; None: FSDP was told to ignore it
         self._whole: dict[FSDPModule, list[tuple[Any, Any]]] = {}  # units that stay gathered -> their previous flags
@@ -88,6 +89,9 @@ class Fsdp2Backend(TorchBackend):
     @property
     def sharded(self) -> bool:
         return dist.get_world_size() > 1
+
+    def stored(self, param: Parameter) -> Tensor:
+        return local(self.forward_ways.shard_of(param)).detach()
 
     def rank_groups(self) -> RankGroups:
         """Return, with replicas of shards (HSDP), those of the first replica: all replicas hold the same."""

@@ -63,6 +63,10 @@ FSDP2 = [
     *takes("unit", f"{_FSDP2}/_fully_shard.py", "_get_fsdp_state()", "reshard()"),
     *takes("unit", f"{_FSDP2}/_fully_shard.py", "set_reshard_after_forward(1, recurse)", "set_reshard_after_backward(1, recurse)"),
     *has("state", f"{_FSDP2}/_fsdp_state.py", "_fsdp_param_groups|_fsdp_param_group _states_to_backward_prefetch:list"),
+    # units that are skipped (unit_ways.py)
+    *has("state", f"{_FSDP2}/_fsdp_state.py", "_states_to_forward_prefetch:list"),
+    *has("group", f"{_FSDP2}/_fsdp_param_group.py", "_post_forward_indices:list comm_ctx"),
+    *late("group.comm_ctx", f"{_FSDP2}/_fsdp_param_group.py", "post_forward_order", used_by="lazy_init"),
     *has(
         "group",
         f"{_FSDP2}/_fsdp_param_group.py",

@@ -11,6 +11,7 @@ from typing import Any
 
 from smartfrz_ds.cache.prefix_cache import PrefixCache
 from smartfrz_ds.cache.tiers import Tiers
+from smartfrz_ds.distributed.collectives import Collectives, host_ranks
 from smartfrz_ds.model.activation_checkpointing import RecomputeBoundary
 from smartfrz_ds.model.layers import Layer
 from smartfrz_ds.runtime.rules.user_frozen import is_user_frozen
@@ -50,7 +51,8 @@ class CacheWatch(StepObserver):
         self._past = (0, 0, 0.0)  # forwards, hits and seconds saved with earlier prefixes
         self._removed = False
         run.journal.speaker.cache_note = lambda: self.note
-        self._refusal = run.backend.prefix_cache_refusal
+        self._refusal = run.backend.forward_ways.refusal
+        self._ranks: Collectives | None = None  # those that must do the same in each forward; made with the store
         if self._refusal and self._settings.mode == "on":
             raise ValueError(f"smartfrz.cache.mode: got 'on', but {self._refusal}; allowed here: 'off' or 'auto'")
 
@@ -104,8 +106,8 @@ class CacheWatch(StepObserver):
         if cache is None:
             return
         self._steps += 1
-        if self._steps >= _UNSEEN and not cache.trained:
-            cache.turn_off(
+        if self._steps == _UNSEEN and self._is_unseen(cache):
+            cache.off = cache.off or (
                 "no forward of the model was seen that is trained on: it is compiled as a whole, trained in eval mode, or only parts of it "
                 "are called"
             )
@@ -120,6 +122,11 @@ class CacheWatch(StepObserver):
         elif self._numbers()[1] and self._numbers()[0] >= self._next_report:
             self._next_report *= 10
             self._run.journal.note(f"prefix cache: {self._brought()}")
+
+    def _is_unseen(self, cache: PrefixCache) -> bool:
+        """Whether a rank has seen no forward that is trained on. Collective where the ranks must do the same."""
+        seen = cache.trained > 0
+        return not seen if self._ranks is None else not all(one for (one,) in self._ranks.gather_integers([seen]))
 
     def _say_off(self, cache: PrefixCache) -> None:
         self._told_off = True
@@ -160,6 +167,8 @@ class CacheWatch(StepObserver):
             tops,
             [module for layer in later for module in layer.modules],
             stored=run.backend.stored,
+            ways=run.backend.forward_ways,
+            ranks=self._ranks,
             restore_flags=self._restore_flags,
             device=run.backend.device,
             store=self._store,
@@ -208,6 +217,9 @@ class CacheWatch(StepObserver):
             run.journal.note(f"prefix cache off: {problem}")
             return False
         self._store = made
+        if run.backend.forward_ways.communicates and not run.ranks.alone:
+            # on one host without the device, which a copy of its answer would make the host wait for
+            self._ranks = host_ranks() if run.ranks.group is None and len(set(hosts)) == 1 else run.ranks
         return True
 
     def _let_go(self) -> None:
@@ -223,6 +235,9 @@ class CacheWatch(StepObserver):
         if self._store is not None:
             self._store.close()
             self._store = None
+        if self._ranks is not None and self._ranks is not self._run.ranks:
+            self._ranks.end()
+        self._ranks = None
 
 
 def _boot() -> str:

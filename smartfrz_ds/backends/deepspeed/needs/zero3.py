@@ -48,8 +48,23 @@ ZERO3 = [
     *takes("deepspeed.utils.torch", "utils/torch.py", "register_grad_hook(2)"),
     *late("optimizer", _ZERO3, "_epilogue_ran_this_backward", used_by="independent_gradient_partition_epilogue", versions=">=0.18.5"),
     # the order of modules
-    *takes(_COORDINATOR_CLASS, _COORDINATOR, "is_invalid_trace(1)", "_invalidate_trace(1)"),
+    *takes(
+        _COORDINATOR_CLASS,
+        _COORDINATOR,
+        "is_invalid_trace(1)",
+        "is_complete_trace(1)",
+        "is_record_trace(1)",
+        "_invalidate_trace(1)",
+        "reset_step(1)",
+    ),
     *has(_COORDINATOR_CLASS, _COORDINATOR, "_PartitionedParameterCoordinator__params_to_release"),
+    *has(
+        "optimizer.parameter_offload.param_coordinator",
+        _COORDINATOR,
+        "_PartitionedParameterCoordinator__trace_mode _PartitionedParameterCoordinator__submodule_order "
+        "_PartitionedParameterCoordinator__param_order _PartitionedParameterCoordinator__step_id_module_fetched_for",
+    ),
+    *has("deepspeed.runtime.zero.partitioned_param_coordinator.ZeRoTraceMode", _COORDINATOR, "INVALID COMPLETE"),
     # parameters
     *has(
         "param", _PARAMETERS, "ds_id:int ds_status ds_persist ds_numel:int ds_shape ds_tensor ds_secondary_tensor ds_active_sub_modules:set"
