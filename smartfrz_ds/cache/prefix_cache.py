@@ -244,7 +244,7 @@ class PrefixCache:
         return Discovery(batch.rows, self._later, self._device) if kind.plan is None else Capture(kind.plan, self._device)
 
     def _recorded(self, forward: Discovery | Capture) -> AbstractContextManager[None]:
-        if self._agreement is None or isinstance(forward, Capture):
+        if not self._ways.communicates or isinstance(forward, Capture):
             return nullcontext()
         return forward.course.recorded(self._model)
 
@@ -257,11 +257,11 @@ class PrefixCache:
             )
 
     def _must_not_differ(self, error: CallDiffers) -> None:
-        """Raise where other ranks are in this forward, too, and can't repeat it."""
-        if self._agreement is not None:
+        """Raise where a forward that has begun can't be repeated: other ranks are in it, too."""
+        if self._ways.communicates:
             raise RuntimeError(
-                f"prefix cache: {error}, although its arguments were the same, and the other ranks can't repeat this forward; allowed: "
-                "smartfrz.cache.mode 'off'"
+                f"prefix cache: {error}, although its arguments were the same, and a forward that has begun to gather weights can't be "
+                "repeated; allowed: smartfrz.cache.mode 'off'"
             ) from error
 
     def _write(self, batch: Batch, rows: Rows) -> None:
@@ -341,11 +341,11 @@ class PrefixCache:
         output, reason, course = None, "", Course()
         self._ways.before("probe", self._tops, together=True)
         try:
-            with nullcontext() if self._agreement is None else course.recorded(self._model):
+            with course.recorded(self._model) if self._ways.communicates else nullcontext():
                 output = self._within(replay, bare)
         except Exception as error:  # placeholders can lead anywhere; the complete forward follows
             reason = f"without the frozen layers the model raises {type(error).__name__}: {error}"
-            if self._agreement is not None:  # the other ranks may not have raised
+            if self._ways.communicates:  # other ranks may not have raised
                 course.finish_like(kind.course, self._model)
         self._ways.after_probe()
         return output, reason

@@ -31,11 +31,13 @@ Facts = dict[str, Any]
 pytestmark = pytest.mark.distributed(2)
 
 
-def trained(cases: dict[str, dict[str, Any]], folder: Path, *, cache: dict[str, Any] = ON) -> dict[str, list[tuple[Facts, Facts]]]:
+def trained(
+    cases: dict[str, dict[str, Any]], folder: Path, *, cache: dict[str, Any] = ON, worker: str = "prefix_cache"
+) -> dict[str, list[tuple[Facts, Facts]]]:
     """Train each case without the cache and with it, require equal bits, and return what each rank reports of both."""
     modes = {"off": {"mode": "off"}, "on": cache}
     jobs = [{"name": f"{name}-{mode}", **case, "cache": about} for name, case in cases.items() for mode, about in modes.items()]
-    run_worker("prefix_cache", jobs, folder, ranks=WORLD)
+    run_worker(worker, jobs, folder, ranks=WORLD)
     found: dict[str, list[tuple[Facts, Facts]]] = {}
     for name in cases:
         for rank in range(WORLD):
@@ -169,3 +171,14 @@ def test_a_thaw_of_a_part_of_the_prefix(tmp_path: Path) -> None:
     """The border moves forward: rows of the longer prefix are of no more use."""
     for name, ranks in trained({"z3": ZERO3 | {"thaw": 6}, "fsdp2": FSDP2 | {"thaw": 6}}, tmp_path).items():
         assert all(0 < on["hits"] < ALL_HIT for _, on in ranks), (name, ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["z3", "fsdp2"])
+def test_models_of_transformers(tmp_path: Path, engine: str) -> None:
+    """Tied weights, adapters, experts (a leaf module of ZeRO-3), and the layers' own activation checkpointing. All batches hit but one."""
+    names = ["gpt2", "bert-reentrant", "bert-non-reentrant", "llama", "lora", *(["mixtral"] if engine == "z3" else [])]
+    cases = {f"{engine}-{name}": {"engine": engine, "model": name} for name in names}
+    for name, ranks in trained(cases, tmp_path, worker="prefix_cache_models").items():
+        for _, on in ranks:
+            assert on["hits"] == 2 * STEPS - 1, (name, on)
