@@ -2,7 +2,7 @@
 
 Background: with 4,800 parameters a plain step took 45,887 calls, because the question whether a policy has something to freeze counted
 the elements of all parameters, three times in each step. On a GPU each value that is read from a tensor waits for the whole queue.
-The numbers are those of docs/cost-of-being-there.md.
+The numbers are those of docs/cost-of-a-freeze.md.
 """
 
 from __future__ import annotations

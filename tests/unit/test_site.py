@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +65,15 @@ def test_the_page_of_commands_names_them_all() -> None:
     page = (ROOT / "docs/cli.md").read_text()
     command: Any = typer.main.get_command(app)
     assert [name for name in command.commands if f"`smartfrz {name}`" not in page] == []
+
+
+def test_the_picture_of_a_step_shows_the_measured_numbers() -> None:
+    spec = spec_from_file_location("step", ROOT / "docs/step.py")
+    assert spec is not None and spec.loader is not None
+    step = module_from_spec(spec)
+    spec.loader.exec_module(step)
+    assert step.draw() == (ROOT / "docs/step.svg").read_text(), "run: python docs/step.py"
+    results = (ROOT / "docs/results.md").read_text()
+    (row,) = [line for line in results.splitlines() if line.startswith("| ZeRO-2 fp32 |")]
+    assert f"| {step.TIME[1]:g} |" in row and row.endswith(f"| {step.TRAFFIC[0]}, 227, {step.TRAFFIC[1]} |")
+    assert f"{step.STATE[0]} to {step.STATE[1]} MB" in results

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,15 +123,38 @@ def adding_to_a_script() -> None:
 
 
 def checkpoints() -> None:
-    model = Net()
-    engine, *_ = smartfrz_ds.initialize(model=model, model_parameters=list(model.parameters()), config=CONFIG)
-    step(engine)
-    engine.smartfrz.freeze(["embeddings"])
-    names: dict[str, Any] = {"engine": engine}
+    """The run that the page resumes ends as the one that goes on: weights and learning rate, bit for bit."""
     (block,) = python_blocks("docs/checkpoints.md")
-    block.run(names)
-    assert names["client_state"]["epoch"] == 3 and names["path"]
-    assert engine.smartfrz.frozen == ("embeddings",) and stays(engine, "embeddings")
+    save, load = block.text.split("...\n")
+
+    def train(engine: Any, first: int, last: int) -> None:
+        for number in range(first, last):
+            torch.manual_seed(number)
+            step(engine)
+
+    def make() -> dict[str, Any]:
+        model = Net()
+        optimizer = AdamW(model.parameters(), lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 12)
+        config = {key: value for key, value in CONFIG.items() if key != "optimizer"}
+        config["zero_allow_untested_optimizer"] = True
+        engine, *_ = smartfrz_ds.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
+        return {"engine": engine, "scheduler": scheduler}
+
+    straight, resumed = make(), make()
+    train(straight["engine"], 0, 3)
+    straight["engine"].smartfrz.freeze(["embeddings"])
+    train(straight["engine"], 3, 5)
+    replace(block, text=save).run(straight)
+    train(straight["engine"], 5, 12)
+
+    replace(block, text=load).run(resumed)
+    assert resumed["client_state"]["epoch"] == 3 and resumed["path"]
+    assert resumed["engine"].smartfrz.frozen == ("embeddings",) and resumed["engine"].smartfrz.step == 5
+    train(resumed["engine"], 5, 12)
+    pairs = zip(weights(straight["engine"].module, ""), weights(resumed["engine"].module, ""), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert resumed["scheduler"].get_last_lr() == straight["scheduler"].get_last_lr() == [0.0]
 
 
 def huggingface() -> None:
