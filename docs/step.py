@@ -32,7 +32,11 @@ def panel(x: int, title: str, frozen: int, index: int) -> Iterator[str]:
             style = 'class="gone"' if gone else f'fill="{color}"'
             yield f'<rect x="{x + layer * (CELL + GAP)}" y="{TOP + row * (CELL + GAP)}" width="{CELL}" height="{CELL}" rx="3" {style}/>'
     y, full = TOP + len(ROWS) * (CELL + GAP) + 14, LAYERS * (CELL + GAP) - GAP
-    for offset, measured, unit, color in ((0, TIME, "× time", "#4477aa"), (26, TRAFFIC, " MB sent", "#ccbb44"), (52, STATE, " MB state", "#aa3377")):
+    for offset, measured, unit, color in (
+        (0, TIME, "× time", "#4477aa"),
+        (26, TRAFFIC, " MB sent", "#ccbb44"),
+        (52, STATE, " MB state", "#aa3377"),
+    ):
         yield f'<rect class="track" x="{x}" y="{y + offset}" width="{full}" height="18" rx="3"/>'
         yield f'<rect x="{x}" y="{y + offset}" width="{full * measured[index] / measured[0]:.0f}" height="18" rx="3" fill="{color}"/>'
         yield f'<text class="bar" x="{x + 6}" y="{y + offset + 13}">{measured[index]:g}{unit}</text>'
@@ -47,7 +51,9 @@ def draw() -> str:
         ".small{font-size:12px}.bar{font-size:12px;font-weight:bold;fill:#fff;paint-order:stroke;stroke:#1c2a3f;stroke-width:2px}"
         ".gone{fill:none;stroke:#9aa5b4;stroke-dasharray:3 3}.track{fill:#e9edf2}"
     )
-    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}"><style>{style}</style>']
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}"><style>{style}</style>'
+    ]
     lines.append(f'<rect width="{width}" height="{height}" fill="#fff"/><text class="small" x="12" y="{TOP - 10}">layer</text>')
     for row, (name, _, _) in enumerate(ROWS):
         lines.append(f'<text x="12" y="{TOP + row * (CELL + GAP) + 21}">{name}</text>')

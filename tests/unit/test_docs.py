@@ -238,6 +238,8 @@ def test_every_python_block_is_run_or_says_why_not() -> None:
     here = {"docs/configuration.md", "docs/planning.md", "docs/monitoring.md", "docs/predictor.md", "docs/pytorch.md", "docs/policies.md"}
     elsewhere = {"README.md", "docs/adding-to-a-script.md", "docs/checkpoints.md", "docs/huggingface.md"}  # test_docs_run.py
     elsewhere |= {"docs/lightning.md"}  # test_lightning.py
+    recipes = ("lora", "long-context", "vision-language", "rl", "continued-pretraining")  # test_recipes.py
+    elsewhere |= {f"docs/{name}.md" for name in recipes}
     assert {b.page for b in blocks("python") if not b.not_run} == here | elsewhere
 
 

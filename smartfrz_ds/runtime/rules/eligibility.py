@@ -22,8 +22,12 @@ def candidates(layers: Sequence[Layer], frozen: Collection[str], kept_active: Co
 def allowed(
     layers: Sequence[Layer], frozen: Collection[str], wanted: Collection[str], *, order: Order, max_frozen_fraction: float
 ) -> frozenset[str]:
-    """Return those of the layers named by a policy that `order` and `max_frozen_fraction` (of all layers, in (0, 1]) allow."""
-    room = int(max_frozen_fraction * len(layers) + 1e-9) - len(frozen)
+    """Return those of the layers named by a policy that `order` and `max_frozen_fraction` (of all layers, in (0, 1]) allow.
+
+    The last layer that trains is never among them. Usually that is the head, but under LoRA the head has no weights that train.
+    """
+    training = sum(1 for layer in layers if layer.numel and layer.name not in frozen)
+    room = min(int(max_frozen_fraction * len(layers) + 1e-9) - len(frozen), training - 1)
     chosen: list[str] = []
     for layer in layers:
         if layer.name in frozen or not layer.numel:
