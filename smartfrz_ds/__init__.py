@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from smartfrz_ds.cache.host_sampler import HostSampler
     from smartfrz_ds.config.settings import FreezeConfig
     from smartfrz_ds.distributed.failures import explained
     from smartfrz_ds.integrations.accelerate import prepare
@@ -52,6 +53,7 @@ _HOMES = {
     "read_events": "telemetry.events",
     "write_report": "telemetry.report",
     "explained": "distributed.failures",
+    "HostSampler": "cache.host_sampler",
     "find_layers": "model.layers",
     "Policy": "policies.base",
     "View": "model.view",
@@ -74,6 +76,7 @@ __all__ = [
     "FreezeConfig",
     "FreezeError",
     "FreezeEvent",
+    "HostSampler",
     "LightningFreezeCallback",
     "MissingGradients",
     "NotEnoughMemory",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import run_worker
+from helpers import TESTS, run_worker
+from hosts import PORT, two_hosts
+from hosts import both as hosts_both
 from reference import oracle
 from safetensors.torch import load_file
 
@@ -62,3 +65,44 @@ def test_hit_rates_that_differ_between_ranks(tmp_path: Path) -> None:
         for rank in range(WORLD):
             assert torch.equal(found[f"{name}-off"][rank][0], found[f"{name}-on"][rank][0])
         assert found[f"{name}-on"][1][1]["hits"] == 0
+
+
+def check_two_hosts(folder: Path) -> None:
+    """With `HostSampler` all batches of the later epochs hit, on each host with rows of its own; with `DistributedSampler` hardly any."""
+    for sampler in ("host", "plain"):
+        for rank in range(WORLD):
+            off, on = (load_file(folder / f"{sampler}-{mode}.{rank}.safetensors")["weights"] for mode in ("off", "on"))
+            assert torch.equal(off, on), sampler
+            facts = json.loads((folder / f"{sampler}-on.{rank}.json").read_text())
+            assert facts["hosts"] == [0, 1]
+            if sampler == "host":
+                assert facts["hits"] == STEPS * (EPOCHS - 1) - 1 and facts["rows"] == ROWS // WORLD, facts
+            else:  # a batch is complete with a probability of 1/16, 3/16 and 41/100 in the later epochs
+                assert facts["hits"] < STEPS * (EPOCHS - 1) / 2, facts
+
+
+TWO_HOSTS = [
+    {"name": f"{sampler}-{mode}", **ENGINES["z2"], "sampler": sampler, "cache": {"mode": "off"} if mode == "off" else ON}
+    for sampler in ("host", "plain")
+    for mode in ("off", "on")
+]
+
+
+@pytest.mark.distributed(2)
+def test_samples_that_stay_on_their_host(tmp_path: Path) -> None:
+    """Two ranks with a store each, as if they were on two hosts."""
+    run_worker("prefix_cache", [case | {"apart": True} for case in TWO_HOSTS], tmp_path, ranks=WORLD)
+    check_two_hosts(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed(2)
+def test_two_hosts(tmp_path: Path) -> None:
+    """Two network namespaces with a rank each: their host names tell the ranks apart."""
+    (tmp_path / "job.json").write_text(json.dumps(TWO_HOSTS))
+    script = [str(TESTS / "workers" / "worker_prefix_cache.py"), str(tmp_path / "job.json"), str(tmp_path)]
+    with two_hosts() as pair:
+        meet = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", pair[0].address, "--master_port", str(PORT)]
+        command = [[str(Path(sys.executable).with_name("torchrun")), *meet, "--node_rank", str(node), *script] for node in range(2)]
+        hosts_both(pair, command, timeout=150)
+    check_two_hosts(tmp_path)

@@ -158,3 +158,38 @@ def test_reference_passes_and_generation(tmp_path: Path) -> None:
     assert same(runs["off"], runs["on"])
     assert texts["off"] == texts["on"] and len(texts["on"]) == EPOCHS and len({tuple(x) for x in texts["on"]}) > 1
     assert hits_of(runs["on"].freezer.controller) > STEPS, runs["on"].freezer.controller.report().cache_note
+
+
+class Noted(smartfrz_ds.HostSampler):
+    """Notes the order of each epoch."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.orders: list[list[int]] = []
+
+    def __iter__(self) -> Iterator[int]:
+        self.orders.append(list(super().__iter__()))
+        return iter(self.orders[-1])
+
+
+class OnItsHost(Trainer):
+    """As docs/prefix-cache.md shows it."""
+
+    sampler: Noted
+
+    def _get_train_sampler(self, *_: Any) -> Any:
+        self.sampler = Noted(self.train_dataset, seed=self.args.seed, batch_size=self.args.per_device_train_batch_size)
+        return self.sampler
+
+
+def test_sampler_of_hosts(tmp_path: Path) -> None:
+    """The Trainer sets the sampler's epochs, in a resumed run too."""
+    run = trained(tmp_path, "on", bert(), "bert", trainer=OnItsHost)
+    expected = smartfrz_ds.HostSampler(range(ROWS), seed=0, batch_size=BATCH)
+    for epoch, order in enumerate(run.sampler.orders):
+        expected.set_epoch(epoch)
+        assert order == list(expected)
+    assert len(run.sampler.orders) == EPOCHS and hits_of(run.freezer.controller) >= 3 * STEPS - 1
+    resume = str(tmp_path / f"checkpoint-{3 * STEPS}")
+    again = trained(tmp_path / "again", "on", bert(), "bert", trainer=OnItsHost, resume=resume)
+    assert again.sampler.orders[-3:] == run.sampler.orders[3:] and history(again) == history(run)

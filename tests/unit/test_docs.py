@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -235,7 +236,8 @@ def python_blocks(page: str) -> list[Block]:
 
 
 def test_every_python_block_is_run_or_says_why_not() -> None:
-    here = {"docs/configuration.md", "docs/planning.md", "docs/monitoring.md", "docs/predictor.md", "docs/pytorch.md", "docs/policies.md"}
+    pages = ("configuration", "planning", "monitoring", "predictor", "pytorch", "policies", "prefix-cache")
+    here = {f"docs/{page}.md" for page in pages}
     elsewhere = {"README.md", "docs/adding-to-a-script.md", "docs/checkpoints.md", "docs/huggingface.md"}  # test_docs_run.py
     elsewhere |= {"docs/lightning.md"}  # test_lightning.py
     recipes = ("lora", "long-context", "vision-language", "rl", "continued-pretraining")  # test_recipes.py
@@ -250,6 +252,17 @@ def test_python_blocks_of_settings_and_planning() -> None:
             block.run(namespace)
             if page.endswith("planning.md"):
                 assert namespace["new"] == [0, 16, 22, 27, 32]  # as its comment says
+
+
+def test_python_blocks_of_the_prefix_cache() -> None:
+    loader, trainer = python_blocks("docs/prefix-cache.md")
+    namespace: dict[str, Any] = {}
+    loader.run(namespace)
+    assert sorted(namespace["sampler"]) == list(range(100))
+    trainer.run(namespace)
+    own = namespace["HostTrainer"].__dict__["_get_train_sampler"]
+    arguments = SimpleNamespace(seed=0, per_device_train_batch_size=10)
+    assert sorted(own(SimpleNamespace(train_dataset=range(30), args=arguments))) == list(range(30))
 
 
 def test_python_block_of_the_predictor_records_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

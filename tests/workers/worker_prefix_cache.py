@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from workers import ranks
 from workers.worker_exact import full
 
 import smartfrz_ds
 from smartfrz_ds.bench.wire import CollectiveBytes
+from smartfrz_ds.distributed import hosts
+from smartfrz_ds.distributed.collectives import Collectives
 
+NAME = hosts.name_of_this_host
 ROWS, EPOCHS = 32, 4
 STEPS = EPOCHS * ROWS // 2 // oracle.BATCH  # micro-batches of each of two ranks
 
@@ -112,6 +116,17 @@ def options_of(case: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
+def sampled(kind: str) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of a real loader, with a sampler over all ranks."""
+    rows = data()
+    dataset = TensorDataset(rows["x"], rows["y"])
+    sampler = smartfrz_ds.HostSampler(dataset, seed=1) if kind == "host" else DistributedSampler(dataset, seed=1)
+    loader = DataLoader(dataset, oracle.BATCH, sampler=sampler)
+    for epoch in range(EPOCHS):
+        sampler.set_epoch(epoch)
+        yield from ({"x": x, "y": y} for x, y in loader)
+
+
 def lose(controller: Any, folder: Path) -> None:
     """The file of rows on disk loses its content: a file system that goes away gives the same errors to a reader."""
     os.ftruncate(controller._cache._store._stores[-1].descriptor, 0)
@@ -136,6 +151,8 @@ class Run:
 
     def __init__(self, case: dict[str, Any]) -> None:
         self.case, self.bare, self.rank = case, model_for(case), dist.get_rank()
+        if case.get("apart"):  # each rank counts as a host of its own, with a store of its own
+            hosts.name_of_this_host = lambda: f"host-{self.rank}"
         self.is_torch = case["kind"] != "deepspeed"
         if self.is_torch:
             self.module: Any = wrap(case["kind"], self.bare, **options_of(case))
@@ -219,6 +236,8 @@ class Run:
         weights, losses, wire = [], [], []
         self.module.train()
         feed = cached_runs.batches(data(), epochs=EPOCHS, batch=oracle.BATCH, rank=self.rank, world=dist.get_world_size())
+        if "sampler" in case:
+            feed = sampled(case["sampler"])
         for number, batch in enumerate(feed):
             self.before(number)
             if case.get("noise") == self.rank:  # this rank never sees a row again
@@ -236,6 +255,7 @@ class Run:
         facts = {
             "warnings": [e.message for e in controller.report().events if e.kind == "warning"],
             "note": controller.report().cache_note,
+            "hosts": hosts.hosts_of_ranks(Collectives(torch.device("cpu"))),
             "hits": cached_runs.hits_of(controller),
             "rows": None if watch is None or watch._store is None else watch._store.rows,
             "wire": wire,
@@ -244,6 +264,7 @@ class Run:
             "sizes": dict(zip(self.params, shapes, strict=True)),
         }
         controller.detach()
+        hosts.name_of_this_host = NAME
         if not self.is_torch:
             self.module.destroy()
         return {"weights": torch.stack(weights), "losses": torch.tensor(losses)}, facts

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import socket
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from smartfrz_ds.cache.prefix_cache import PrefixCache
 from smartfrz_ds.cache.tiers import Tiers
 from smartfrz_ds.distributed.collectives import Collectives, host_ranks
+from smartfrz_ds.distributed.hosts import hosts_of_ranks
 from smartfrz_ds.model.activation_checkpointing import RecomputeBoundary
 from smartfrz_ds.model.layers import Layer
 from smartfrz_ds.runtime.rules.user_frozen import is_user_frozen
@@ -190,10 +189,10 @@ class CacheWatch(StepObserver):
     def _open_store(self) -> bool:
         """Create this host's store, or open that of another rank of it. Collective."""
         run, settings = self._run, self._settings
-        host = f"{socket.gethostname()} {_boot()}"
-        hosts = run.ranks.gather_objects(host)
+        hosts = hosts_of_ranks(run.ranks)
         problem, made = "", None
-        first = hosts.index(host) == run.ranks.rank
+        first_rank = hosts.index(hosts[run.ranks.rank])
+        first = first_rank == run.ranks.rank
         if first:
             try:
                 made = Tiers.create(settings.memory_bytes, settings.path, settings.disk_bytes)
@@ -201,7 +200,7 @@ class CacheWatch(StepObserver):
                 problem = f"its store can't be created: {error}"
         addresses = run.ranks.gather_objects(None if made is None else made.address)
         if not first:
-            address = addresses[hosts.index(host)]
+            address = addresses[first_rank]
             try:
                 made = None if address is None else Tiers.join(*address)
                 problem = "the first rank of this host can't create the store" if made is None else ""
@@ -238,11 +237,3 @@ class CacheWatch(StepObserver):
         if self._ranks is not None and self._ranks is not self._run.ranks:
             self._ranks.end()
         self._ranks = None
-
-
-def _boot() -> str:
-    """Return a number that processes of one machine share: a container may have another's host name."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
