@@ -6,10 +6,7 @@ from packaging.specifiers import SpecifierSet
 
 #: By package. The backends touch private names, so a release is in it only if its cells ran; docs/versions.md says which cells.
 TESTED = {
-    "deepspeed": SpecifierSet(
-        ">=0.16.4,<=0.19.8,!=0.16.5,!=0.16.6,!=0.16.7,!=0.16.8,!=0.17.*,!=0.18.0,!=0.18.1,!=0.18.2,!=0.18.3,!=0.18.4,!=0.18.5,!=0.18.7,"
-        "!=0.19.4,!=0.19.5,!=0.19.7"
-    ),
+    "deepspeed": SpecifierSet(">=0.16.4,<=0.19.8,!=0.17.*,!=0.18.0,!=0.18.1,!=0.18.2,!=0.18.3,!=0.18.4,!=0.18.5"),
     "torch": SpecifierSet(">=2.13,<2.15"),
 }
 _NAMES = {"deepspeed": "DeepSpeed", "torch": "torch"}

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.distributed(2)
 
 LEAF_BY_DEFAULT = ("Mixtral", "Qwen2Moe", "Qwen3Moe")
 LISTED = {"leaf_module": {"classes": ["ListedSparseBlock"]}}
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 SAVES = (1, 3, 5, 7)  # before, between and after the freezes, and between two thaws
 PARTS = ("experts rest", "only experts")
 
@@ -53,6 +54,8 @@ OPTIONS = [
             "reentrant experts rest": {"checkpointing": "reentrant", "plan": "experts rest"},
         }.items()
     ),
+    *(Case(f"Mixtral z{z} offload", "Mixtral", z, zero=OFFLOAD, saves=(5,)) for z in (2, 3)),
+    *(Case(f"Mixtral z{z} offload only experts", "Mixtral", z, "only experts", zero=OFFLOAD) for z in (2, 3)),
     listed("Listed z3 resume", 3, "only some experts", saves=SAVES),
     listed("Listed z3 kept", 3, "some experts", keep_state=100, saves=(4,)),
     listed("Listed z3 reentrant", 3, "only some experts", checkpointing="reentrant", saves=(1, 4)),

@@ -39,6 +39,7 @@ def config(case: moe.Case) -> dict[str, Any]:
         "gradient_clipping": case.clip,
         "steps_per_print": 10**9,
         "optimizer": {"type": "AdamW", "params": {"lr": oracle.LR, "weight_decay": oracle.DECAY, "torch_adam": True}},
+        "zero_force_ds_cpu_optimizer": False,  # an offloaded optimizer is torch's too
         # nothing is gathered ahead or kept: what a backward needs and does not have fails
         "zero_optimization": {
             "stage": case.stage,
@@ -134,7 +135,7 @@ _own: dict[Any, list[float]] = {}
 
 def own(case: moe.Case) -> list[float]:
     """How far DeepSpeed alone, with nothing frozen, is from one process with nothing frozen."""
-    key = (case.kind, case.stage, case.dtype, case.clip, case.accumulation, case.auxiliary, case.checkpointing)
+    key = (case.kind, case.stage, case.dtype, case.clip, case.accumulation, case.auxiliary, case.checkpointing, str(case.zero))
     if key not in _own:
         plain = start(case, plugin=False)
         _own[key] = apart(train(plain, case, 0).history, expected(case, freezes=False))
