@@ -212,7 +212,11 @@ def trainer_for(case: Mapping[str, Any], folder: Path, *, model: Any = None, cal
     }
     if case["how"] == "fsdp2":
         units = {"transformer_layer_cls_to_wrap": case["units"]} if "units" in case else {}
-        arguments |= {"fsdp": True, "fsdp_config": {"state_dict_type": case["format"]} | units} | accelerated(case)
+        arguments |= {"fsdp": True, "fsdp_config": {"state_dict_type": case["format"]} | units} | accelerated()
+        if not hasattr(TrainingArguments, "_process_fsdp_args"):
+            # transformers 4 leaves these to `accelerate launch`, which sets them; without, it is FSDP1, which Accelerate refuses on a CPU
+            policy = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_STATE_DICT_TYPE": case["format"]}
+            os.environ.update({"FSDP_VERSION": "2", **policy})
     trainer = InOrder(
         model=model if model is not None else model_of(case["model"]),
         args=TrainingArguments(**named(arguments | case.get("trainer", {}) | more)),
@@ -245,12 +249,8 @@ def reset() -> None:
     unset_hf_deepspeed_config()
 
 
-def accelerated(case: Mapping[str, Any]) -> dict[str, Any]:
+def accelerated() -> dict[str, Any]:
     """Accelerate shards on accelerators only. It is told that this CPU is one; all that follows is what it does there."""
-    if not hasattr(TrainingArguments, "_process_fsdp_args"):
-        # transformers 4 leaves these to `accelerate launch`, which sets them; without, it is FSDP1, which Accelerate refuses on a CPU
-        policy = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_STATE_DICT_TYPE": case["format"]}
-        os.environ.update({"FSDP_VERSION": "2", **policy})
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return {"accelerator_config": {"use_configured_state": True}}
