@@ -113,6 +113,9 @@ def plan(
     frozen: Annotated[str | None, typer.Option(help="Fractions of the layers to compare, e.g. 0.25,0.5.")] = None,
     schedule: Annotated[str | None, typer.Option(help="Phases of a run as SHARE:FRACTION, e.g. 0.4:0,0.6:0.5.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the run.")] = 100_000,
+    rows: Annotated[int | None, typer.Option(min=1, help="Samples of the data: predicts the prefix cache as well.")] = None,
+    cache_space: Annotated[float, typer.Option(help="GB of a host for the cache's rows, memory and disk.")] = 4.3,
+    hosts: Annotated[int, typer.Option(min=1, help="Hosts; with several, samples stay on their host (HostSampler).")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in seconds, bytes and hours.")] = False,
 ) -> None:
     """Predict what freezing saves on a cluster.
@@ -142,6 +145,9 @@ def plan(
             frozen=frozen,
             schedule=schedule,
             steps=steps,
+            rows=rows,
+            cache_space=cache_space,
+            hosts=hosts,
         )
     typer.echo(json.dumps(made.as_dict(), indent=2) if as_json else command.render(made, of_run=schedule is not None))
 

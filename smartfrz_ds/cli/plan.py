@@ -6,11 +6,13 @@ import math
 from itertools import pairwise
 from pathlib import Path
 
+from smartfrz_ds.planner.cached import CachedPhase, CacheUse
 from smartfrz_ds.planner.costs import Cluster, LayerCost, Link, estimate_costs, load_costs
 from smartfrz_ds.planner.cut import DoesNotFit
-from smartfrz_ds.planner.plan import Phase, Plan, Step, freeze_plan
+from smartfrz_ds.planner.plan import Phase, PhasePlan, Plan, Step, freeze_plan
 from smartfrz_ds.planner.simulate import check_schedule
 
+_TRAFFIC = ("idle", "to replicas", "between stages", "layers of the stages")
 _DEFAULT_FRACTIONS = "0.25,0.5,0.75"
 
 
@@ -34,6 +36,9 @@ def planned(
     frozen: str | None,
     schedule: str | None,
     steps: int,
+    rows: int | None = None,
+    cache_space: float = 4.3,
+    hosts: int = 1,
 ) -> Plan:
     """Make the plan for the options of `smartfrz plan`, in their units: TFLOP/s, GB/s, microseconds, GB.
 
@@ -41,7 +46,7 @@ def planned(
         ValueError: An option is wrong; the message has its value and what is allowed.
     """
     check_schedule(order, "--order")
-    for option, value in (("--tflops", tflops), ("--bandwidth", bandwidth)):
+    for option, value in (("--tflops", tflops), ("--bandwidth", bandwidth), ("--cache-space", cache_space)):
         if not value > 0:
             raise ValueError(f"{option}: got {value:g}; allowed: a number above 0")
     if (profile is None) == (shape["layers"] is None):
@@ -50,6 +55,8 @@ def planned(
         raise ValueError("--frozen, --schedule: allowed: at most one of them")
     if zero > 1 and stages > 1:
         raise ValueError(f"--zero: got {zero} with --pp {stages}; allowed in a pipeline: 0 or 1")
+    if rows is not None and stages > 1:
+        raise ValueError(f"--rows: got {rows} with --pp {stages}; allowed without a pipeline, which has no prefix cache yet")
     costs = load_costs(profile) if profile else _estimated(shape, tflops, recompute, replicas if zero else 1)
     if stages > len(costs):
         raise ValueError(f"--pp: got {stages}; allowed: at most {len(costs)}, one layer per stage")
@@ -68,6 +75,11 @@ def planned(
         phases = parse_schedule(schedule, len(costs))
     else:
         phases = parse_fractions(_DEFAULT_FRACTIONS if frozen is None else frozen, len(costs))
+    cache = None
+    if rows is not None:
+        batch = shape["micro_batch"] or 1
+        epochs = steps * micro_batches * batch * replicas / rows
+        cache = CacheUse(epochs=epochs, rows=rows, batch=batch, space=cache_space * 1e9, hosts=hosts)
     try:
         return freeze_plan(
             costs,
@@ -79,6 +91,7 @@ def planned(
             parts=None if parts is None else parse_parts(parts, len(costs), stages),
             schedule="gpipe" if order == "gpipe" else "1f1b",
             memory_limit=None if memory_limit is None else memory_limit * 1e9,
+            cache=cache,
         )
     except DoesNotFit:
         allowed = f"a number of GB that some partition of {len(costs)} layers into {stages} stages respects on every rank"
@@ -123,29 +136,46 @@ def render(plan: Plan, *, of_run: bool) -> str:
         of_run: Whether the phases make up a run; then the hours are included.
     """
     whole = plan.unfrozen
-    rows = [["share", "frozen", "pruned", "", "rebalanced", "", "idle", "to replicas", "between stages", "layers of the stages"]]
-    rows.append(["", "0", _ms(whole.seconds), "1.00x", _ms(whole.seconds), "1.00x", *_traffic(whole)])
+    with_cache = any(p.cached is not None for p in plan.phases)
+    rows = [["share", "frozen", "pruned", "", "rebalanced", "", *(["cached", ""] if with_cache else []), *_TRAFFIC]]
+    same = [_ms(whole.seconds), "1.00x"]
+    rows.append(["", "0", *same * (3 if with_cache else 2), *_traffic(whole)])
     for p in plan.phases:
-        speeds = [x for s in (p.pruned, p.rebalanced) for x in (_ms(s.seconds), f"{whole.seconds / s.seconds if s.seconds else 1:.2f}x")]
+        seconds = [p.pruned.seconds, p.rebalanced.seconds, *([] if p.cached is None else [p.cached.seconds])]
+        speeds = [x for s in seconds for x in (_ms(s), f"{whole.seconds / s if s else 1:.2f}x")]
         rows.append([f"{p.share:.0%}" if of_run else "", str(p.frozen), *speeds, *_traffic(p.rebalanced)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    last = len(rows[0]) - 1
     lines = [
-        "  ".join(cell.rjust(width) if i < 9 else cell for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows
+        "  ".join(cell.rjust(width) if i < last else cell for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows
     ]
     lines.append("")
     lines.append(
         "Times per optimizer step. To replicas: sent by the busiest rank; between stages: by all ranks of a pipeline; idle: share of time."
     )
+    lines += [_cache_line(p, p.cached) for p in plan.phases if p.cached is not None and p.frozen]
     if of_run:
         hours = plan.hours
-        for name, label in (("pruned", "pruned"), ("rebalanced", "rebalanced")):
-            saved = hours["unfrozen"] - hours[name]
+        for label in ("pruned", "rebalanced", *(["cached"] if with_cache else [])):
+            saved = hours["unfrozen"] - hours[label]
             share = saved / hours["unfrozen"] if hours["unfrozen"] else 0.0
             lines.append(
-                f"{label}: {hours[name]:.1f} of {hours['unfrozen']:.1f} hours for {plan.steps} steps, "
+                f"{label}: {hours[label]:.1f} of {hours['unfrozen']:.1f} hours for {plan.steps} steps, "
                 f"saves {saved:.1f} h ({share:.0%}), {saved * plan.ranks:.0f} device hours on {plan.ranks} devices"
             )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _cache_line(phase: PhasePlan, cached: CachedPhase) -> str:
+    """Describe the prefix cache in a phase."""
+    need = f"{_size(cached.need)} a host ({_size(cached.row_bytes)} a sample)"
+    if cached.reason:
+        return f"Cached, {phase.frozen} frozen: off, {cached.reason}; all samples would take {need}."
+    found = "" if cached.hit_rate > 0.999 else f", {cached.hit_rate:.0%} of the micro-batches hit"
+    return (
+        f"Cached, {phase.frozen} frozen: {_ms(cached.first)} in the first epoch, {_ms(cached.hit)} where all samples are stored{found}; "
+        f"samples take {need}."
+    )
 
 
 def _estimated(shape: dict[str, int | None], tflops: float, recompute: bool, shards: int) -> list[LayerCost]:

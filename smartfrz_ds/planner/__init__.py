@@ -4,6 +4,7 @@ Pure arithmetic on measured or estimated layer costs: no engine, no tensors, no 
 every rank.
 """
 
+from .cached import CachedPhase, CacheUse, cached_phase
 from .costs import Cluster, LayerCost, Link, Tied, Traffic, estimate_costs, load_costs
 from .cut import DoesNotFit, best_cut
 from .plan import Phase, PhasePlan, Plan, Step, freeze_plan
@@ -11,6 +12,8 @@ from .simulate import Deadlock, Instruction, Timeline, instructions, replay, sim
 from .width import Width, better_width
 
 __all__ = [
+    "CacheUse",
+    "CachedPhase",
     "Cluster",
     "Deadlock",
     "DoesNotFit",
@@ -27,6 +30,7 @@ __all__ = [
     "Width",
     "best_cut",
     "better_width",
+    "cached_phase",
     "estimate_costs",
     "freeze_plan",
     "instructions",

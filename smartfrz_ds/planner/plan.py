@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .cached import CachedPhase, CacheUse, cached_phase
 from .costs import Cluster, LayerCost
 from .cut import best_cut
 from .simulate import Schedule, Timeline, check_parts, simulate
@@ -53,12 +54,14 @@ class PhasePlan:
         frozen: Number of frozen front layers.
         pruned: A step with the cut at the start of the run.
         rebalanced: A step with the best cut for this phase (the same with a single stage).
+        cached: A step with the prefix cache; None where it was not asked for.
     """
 
     share: float
     frozen: int
     pruned: Step
     rebalanced: Step
+    cached: CachedPhase | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +82,14 @@ class Plan:
 
     @property
     def hours(self) -> dict[str, float]:
-        """Hours of the run: never frozen, pruned, rebalanced."""
+        """Hours of the run: never frozen, pruned, rebalanced, and cached if that was asked for."""
         share = {
             "unfrozen": sum(p.share * self.unfrozen.seconds for p in self.phases),
             "pruned": sum(p.share * p.pruned.seconds for p in self.phases),
             "rebalanced": sum(p.share * p.rebalanced.seconds for p in self.phases),
         }
+        if self.phases and all(p.cached is not None for p in self.phases):
+            share["cached"] = sum(p.share * p.cached.seconds for p in self.phases if p.cached is not None)
         return {name: self.steps * seconds / 3600 for name, seconds in share.items()}
 
     def as_dict(self) -> dict[str, Any]:
@@ -103,6 +108,7 @@ def freeze_plan(
     parts: Sequence[int] | None = None,
     schedule: Schedule = "1f1b",
     memory_limit: float | None = None,
+    cache: CacheUse | None = None,
 ) -> Plan:
     """Predict the cost of each phase of a run.
 
@@ -118,11 +124,14 @@ def freeze_plan(
         schedule: "1f1b" or "gpipe".
         memory_limit: Bytes of a rank (weights, gradients, optimizer state, activations), for rebalanced cuts and the
             default first cut; None: no limit.
+        cache: The use of the prefix cache; None: it is off. Only with a single stage.
 
     Raises:
         ValueError: Names the argument.
     """
     cluster = cluster or Cluster()
+    if cache is not None and stages > 1:
+        raise ValueError(f"cache: got one with {stages} stages; allowed in a pipeline: None, it has no prefix cache yet")
     if steps < 1:
         raise ValueError(f"steps: got {steps!r}; allowed: an integer >= 1")
     for phase in phases:
@@ -154,9 +163,11 @@ def freeze_plan(
     planned, bounds = [], first
     for phase in phases:
         bounds = cut(phase.frozen, bounds)
-        planned.append(
-            PhasePlan(share=phase.share, frozen=phase.frozen, pruned=step(first, phase.frozen), rebalanced=step(bounds, phase.frozen))
-        )
+        cached = None
+        if cache is not None:
+            cached = cached_phase(costs, phase.frozen, phase.share, cache, micro_batches=micro_batches, cluster=cluster)
+        pruned, rebalanced = step(first, phase.frozen), step(bounds, phase.frozen)
+        planned.append(PhasePlan(share=phase.share, frozen=phase.frozen, pruned=pruned, rebalanced=rebalanced, cached=cached))
     return Plan(unfrozen=step(first, 0), phases=tuple(planned), steps=steps, ranks=stages * cluster.replicas)
 
 
