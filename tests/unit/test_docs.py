@@ -344,6 +344,7 @@ def test_python_blocks_without_deepspeed_resume_exactly(
     resumed.train(8, 12)
     equal = all(torch.equal(a, b) for a, b in zip(straight.weights(), resumed.weights(), strict=True))
     assert equal != forgets_the_scheduler
+    assert (straight.names["scheduler"].get_last_lr() == resumed.names["scheduler"].get_last_lr()) != forgets_the_scheduler
 
 
 def test_python_block_of_the_log_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
