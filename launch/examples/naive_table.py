@@ -3,7 +3,7 @@
     deepspeed --num_accelerators 2 launch/examples/naive_table.py
 
 trains a small GPT, freezes its embeddings and the first half of its blocks after half of the steps in both ways, and prints a Markdown
-table (that of docs/results.md). Every number is counted on rank 0: bytes passed to torch.distributed, bytes of live optimizer tensors, weights
+table (docs/results.md). Every number is counted on rank 0: bytes passed to torch.distributed, bytes of live optimizer tensors, weights
 compared with a copy.
 """
 
