@@ -143,8 +143,8 @@ class FreezeConfig(Section):
     untested_versions: Literal["check", "allow", "refuse"] = setting(
         "check",
         "'check', 'allow' or 'refuse'",
-        "A version of DeepSpeed (or of torch under DDP and FSDP) that was not tested. check: it is checked with a toy model, once, in some "
-        "seconds; allow: it is used unchecked; refuse: it is an error.",
+        "A version of DeepSpeed or torch that was not tested. check: it is checked with a toy model, once, in some seconds; allow: it is "
+        "used unchecked; refuse: it is an error.",
     )
     attention: AttentionSettings = setting(AttentionSettings(), "an object", "Settings of the policy `attention`.")
     linear: LinearSettings = setting(LinearSettings(), "an object", "Settings of the policy `linear`.")
