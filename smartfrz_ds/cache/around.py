@@ -85,10 +85,9 @@ class Course:
 
     @contextmanager
     def recorded(self, model: nn.Module) -> Iterator[None]:
-        """Record the forward that is the block."""
-        hooked = [
-            m for m in model.modules() if any(is_engines_hook(x) for x in (*m._forward_pre_hooks.values(), *m._forward_hooks.values()))
-        ]
+        """Record the forward of `model` that is the block, without `model` itself."""
+        inside = (m for m in model.modules() if m is not model)
+        hooked = [m for m in inside if any(is_engines_hook(x) for x in (*m._forward_pre_hooks.values(), *m._forward_hooks.values()))]
         handles = [m.register_forward_pre_hook(self._enter, prepend=True) for m in hooked]
         handles += [m.register_forward_hook(self._leave, prepend=True) for m in hooked]
         try:

@@ -58,7 +58,7 @@ def all_hit(found: dict[str, list[tuple[Facts, Facts]]]) -> None:
 
 
 def test_equal_with_rows_of_the_other_rank(tmp_path: Path) -> None:
-    """Two micro-batches a step; ZeRO-3 keeps small parameters gathered, FSDP2 gathers two units ahead. More are below, where bytes count."""
+    """Two micro-batches a step; ZeRO-3 keeps small parameters gathered, FSDP2 gathers two units ahead. More are where bytes count."""
     cases = {
         "z3-persistent": {"kind": "deepspeed", "stage": 3, "accumulation": 2},
         "fsdp2": FSDP2 | {"ahead": True, "accumulation": 2},

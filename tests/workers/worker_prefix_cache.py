@@ -62,7 +62,7 @@ class Reads(oracle.Net):
             raise ArithmeticError("NaN in the model")
         if self.answer == "raises-on-0" and early.isnan().any() and dist.get_rank() == 0:
             raise ArithmeticError("NaN on one rank")
-        return self.head(self.blocks[4](x) + 0 * early.nan_to_num())
+        return self.head(self.blocks[4](x) + early)
 
 
 REGIONS: dict[str, Callable[..., Tensor]] = {
