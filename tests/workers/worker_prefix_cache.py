@@ -108,7 +108,7 @@ def options_of(case: dict[str, Any]) -> dict[str, Any]:
     """Those of fully_shard."""
     options: dict[str, Any] = {}
     if case.get("dtype") == "bf16":
-        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if case.get("offload"):
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
     if "reshard" in case:
