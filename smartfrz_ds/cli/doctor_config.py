@@ -77,9 +77,6 @@ def traps(raw: Mapping[str, Any], settings: FreezeConfig, *, gpus: int | None = 
             f"zero_optimization.reduce_bucket_size is {bucket:.0e} weights: each rank may allocate {4 * bucket / 1e9:.1f} GB for it (fp32)"
         )
         found.append((text, "set it to a few million on a machine without GPUs"))
-    if settings.cache.mode != "off" and stage == 3:
-        text = f"{SECTION}.cache.mode is {settings.cache.mode!r}, and ZeRO stage 3 does not support the prefix cache yet"
-        found.append((text, "use stage 0, 1 or 2; else 'on' is an error at the start, and 'auto' stays off"))
     if settings.policy == "attention" and not _sub(raw, "scheduler"):
         text = (
             "there is no scheduler in the JSON: with a constant learning rate the weights keep moving, and the predictor may never freeze"

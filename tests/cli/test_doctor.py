@@ -364,14 +364,6 @@ def test_traps(change: dict[str, Any], words: str) -> None:
     assert words in text and answer
 
 
-def test_the_prefix_cache_is_not_for_stage_3() -> None:
-    for stage, count in ((2, 0), (3, 1)):
-        raw = GOOD | {"zero_optimization": {"stage": stage, "reduce_bucket_size": 1000}}
-        raw["smartfrz"] = {**GOOD["smartfrz"], "cache": {"mode": "auto"}}
-        found = traps(raw, FreezeConfig.load(raw), gpus=0)
-        assert len(found) == count and all("cache.mode is 'auto', and ZeRO stage 3" in text for text, _ in found)
-
-
 def test_traps_of_the_cpu_are_none_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     raw = GOOD | {"zero_optimization": {"stage": 1}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}
