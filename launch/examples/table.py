@@ -43,6 +43,8 @@ class Result:
     plugin_seconds: float = 0.0  # in the plugin's hooks, without freezes
     pause_seconds: float = 0.0  # in freezes
     saved_flops_fraction: float = 0.0  # of the run's training FLOPs, in [0, 1]
+    cached: list[int] = field(default_factory=list)  # steps in which the prefix cache skipped the frozen layers
+    cache_note: str = ""  # what the prefix cache brought, or why it is not used; "" where it is switched off
     stages: list[dict[str, Any]] = field(default_factory=list)  # for each rank of a pipeline its stage, entries, frozen ones, bytes
 
     @property
@@ -57,10 +59,13 @@ class Result:
     def usual(self, name: str) -> list[list[float]]:
         """Return the values of a series up to the first change of the layout, and those after the last one.
 
-        The first three steps, in which the optimizer creates its state, and each step with a change and the next one are left out.
+        The first three steps, in which the optimizer creates its state, each step with a change and the next one, and those that the prefix
+        cache made shorter are left out.
         """
         values = list(enumerate(self.series.get(name, ()), self.first_step))
-        odd = {step + more for step in self.changed for more in (0, 1)} | {step for step, _ in values[: min(3, len(values) // 4)]}
+        odd = {*self.cached, *(step + more for step in self.changed for more in (0, 1))} | {
+            step for step, _ in values[: min(3, len(values) // 4)]
+        }
         first, last = min(self.changed, default=self.steps), max((step for step in self.changed if step < self.steps), default=self.steps)
         parts = ((self.first_step, first), (last + 1, self.steps))
         return [[value for step, value in values if begin <= step <= end and step not in odd] for begin, end in parts]
@@ -94,7 +99,7 @@ class StepLog:
     def __init__(self, steps: range, controller: Any, *, memory: Callable[[], int]) -> None:
         if not steps:
             raise ValueError(f"nothing to do: {steps.start - 1} steps are done, and --steps or --stop-after ask for {steps.stop - 1}")
-        self.steps, self.series = steps, defaultdict[str, list[float]](list)
+        self.steps, self.series, self._cached, self._hits = steps, defaultdict[str, list[float]](list), list[int](), 0
         self._controller, self._memory, self._held = controller, memory, 0
         redrawn = 0.5 if sys.stderr.isatty() else 15.0  # seconds; rarely, if the output is a file
         self._bar = tqdm(total=steps.stop - 1, initial=steps.start - 1, disable=dist.get_rank() != 0, unit="step", mininterval=redrawn)
@@ -106,6 +111,11 @@ class StepLog:
         yield values
         for name, value in {"seconds": time.perf_counter() - start, **values}.items():
             self.series[name].append(value)
+        if self._controller is not None and self._controller.config.cache.mode != "off":
+            hits = self._controller.report().cache_hits
+            if hits > self._hits:
+                self._cached.append(self.steps.start - 1 + len(self.series["seconds"]))
+            self._hits = hits
         if len(self.series["seconds"]) == 1:  # moments are made in the first step
             self._held = self._memory()
         frozen = "off" if self._controller is None else f"{len(self._controller.frozen)}/{len(self._controller.layers)}"
@@ -129,6 +139,8 @@ class StepLog:
             plugin_seconds=report.plugin_seconds - report.freeze_seconds,
             pause_seconds=report.freeze_seconds,
             saved_flops_fraction=report.saved_flops_fraction,
+            cached=self._cached,
+            cache_note=report.cache_note,
             **more,
         )
 
@@ -178,6 +190,7 @@ def _cells(result: Result) -> dict[str, str]:
         "frozen": (f"{froze} of {result.layers} layers" if froze else "nothing") if freezing else "freezing is off",
         "time per step, median": usual("seconds", lambda s: f"{s * 1e3:.0f} ms"),
         "  steps behind that median": " -> ".join(str(len(part)) for part in result.usual("seconds") if part),
+        "  with the prefix cache": _with_cache(result),
         "tokens per second": usual("seconds", lambda s: f"{result.tokens / s:,.0f}") if result.tokens else "",
         "whole training": f"{sum(seconds):.1f} s",
         "optimizer memory, this rank": " -> ".join(map(size, result.optimizer_bytes[: 2 if froze else 1])),
@@ -187,6 +200,11 @@ def _cells(result: Result) -> dict[str, str]:
         "pause for freezing, in all": f"{result.pause_seconds:.2f} s" if froze else "-",
         "arithmetic saved, whole run": f"{result.saved_flops_fraction:.1%}" if froze else "-",
     }
+
+
+def _with_cache(result: Result) -> str:
+    steps = [seconds for step, seconds in enumerate(result.series["seconds"], result.first_step) if step in set(result.cached)]
+    return f"{median(steps) * 1e3:.0f} ms ({len(steps)} steps)" if steps else "-" if result.cache_note else ""
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
@@ -216,7 +234,7 @@ def _story(result: Result) -> list[str]:
         names = ", ".join(name for name, at in result.frozen if at == step)
         moved = [f"stages of {sizes(bounds)} layers, {gain:.2f}x predicted" for at, bounds, gain in result.moves if at == step]
         lines.append(f"  step {step:>5}: {'; '.join(filter(None, [names, *moved]))}")
-    return lines
+    return [*lines, f"  prefix cache: {result.cache_note}"] if result.cache_note else lines
 
 
 if __name__ == "__main__":

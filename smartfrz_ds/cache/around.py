@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .proof import is_engines_hook
+from .proof import is_engines_hook, named_modules, refusal
 
 
 class Around:
@@ -112,3 +112,13 @@ class Course:
             for key, hook in list(hooks.items()):
                 if is_engines_hook(hook):
                     hook(module, (), *([{}] if key in with_kwargs else []), *([] if enters else [()]))
+
+
+def structure_refusal(model: nn.Module, tops: Sequence[nn.Module]) -> str:
+    """Return why the structure of a model forbids the prefix cache with these frozen modules in front; "" if nothing in it does."""
+    if any(isinstance(m, nn.DataParallel) for m in model.modules()):
+        return "torch.nn.DataParallel copies the modules in each forward"
+    if reason := refusal(named_modules(model, tops)):
+        return reason
+    taken = next((type(m).__name__ for m in (model, *tops) if is_wrapped(m)), "")
+    return f"other code has replaced the call of a {taken}" if taken else ""

@@ -83,6 +83,11 @@ class Lookup:
         self._kinds: dict[bytes, Kind] = {}
         self.has_hit = False
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row of the first class that can be stored; 0 if there is none."""
+        return next((kind.plan.row_bytes for kind in self._kinds.values() if kind.plan is not None), 0)
+
     def look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Look:
         """Return what this rank could do with the arguments of a forward."""
         state = self.state.token()

@@ -23,13 +23,13 @@ from smartfrz_ds.backends.forward_ways import ForwardWays
 from smartfrz_ds.distributed.collectives import Collectives
 
 from .agreement import Agreement, Way, common_way
-from .around import Around, Course, call_of, call_with_engine, is_wrapped
+from .around import Around, Course, call_of, call_with_engine, structure_refusal
 from .border import Capture, Carried, Discovery, Replay, Scope
 from .gain import Gain
 from .keys import KEY_BYTES, Batch
 from .lookup import Kind, Look, Lookup
 from .plan import Call, CallDiffers, Rows
-from .proof import RandomState, difference, refusal, same_bits, undone
+from .proof import RandomState, difference, same_bits, undone
 from .proof import named_modules as named_modules
 from .state import PrefixState
 from .tiers import Tiers
@@ -94,11 +94,7 @@ class PrefixCache:
         self.gain = Gain()
         self.forwards_of_step = self.complete_of_step = self.trained = 0
         self._around: list[Around] = []
-        self.off = refusal(named_modules(model, self._tops)) or ways.objection(self._tops)
-        if any(isinstance(m, nn.DataParallel) for m in model.modules()):
-            self.off = "torch.nn.DataParallel copies the modules in each forward"
-        if taken := next((type(m).__name__ for m in (model, *self._tops) if is_wrapped(m)), ""):
-            self.off = self.off or f"other code has replaced the call of a {taken}"
+        self.off = structure_refusal(model, self._tops) or ways.objection(self._tops)
         if self._agreement is not None:
             self.off = self._agreement.reason(self.off)
         if self.off:
@@ -132,6 +128,11 @@ class PrefixCache:
             around.remove()
         self._around.clear()
         self._ways.end()
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a stored row, of the first class of batches; 0 before a forward that can be stored."""
+        return 0 if self.off else self._lookup.row_bytes
 
     def is_part_of(self, tops: Sequence[nn.Module]) -> bool:
         """Whether a prefix of these modules contains this one, and is longer."""

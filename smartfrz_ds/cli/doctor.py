@@ -74,6 +74,7 @@ def examine(config: Path | None = None, model: str | None = None, *, self_check:
     if config is None and model is None:
         return Examined(tuple(findings))
     with contextlib.redirect_stdout(sys.stderr):  # the output of the user's model is not part of the result
+        from .doctor_cache import check_cache
         from .doctor_config import check_config, check_model
         from .doctor_load import NotBuilt, load_model
         from .doctor_refusals import check_together
@@ -86,7 +87,8 @@ def examine(config: Path | None = None, model: str | None = None, *, self_check:
             try:
                 made = load_model(model)
                 found, layers = check_model(*made, settings)
-                found += check_together(made[0], config) if settings is not None else []
+                if settings is not None:
+                    found += [*check_together(made[0], config), *check_cache(*made, settings, layers)]
             except NotBuilt as error:
                 found = [Finding("model", "problem", str(error), error.remedy)]
             findings += found

@@ -268,7 +268,7 @@ class Controller(GuardedAttributes, FormerNames):
             predicted=self._freezer.predicted,
             policy_note=self._policy_stage.note,
             width_note="" if self._moves is None else self._moves.note,
-            cache_note="" if self._cache is None else self._cache.note,
+            cache={} if self._cache is None else self._cache.facts(),
             user_frozen=self._users.names,
         )
 

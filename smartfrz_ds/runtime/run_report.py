@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from smartfrz_ds.backends.cost import PausePrediction
 from smartfrz_ds.telemetry.events import FreezeEvent
@@ -31,6 +33,11 @@ class Report:
         log_path: The log file of this controller, on rank 0; "" where there is none. A second engine that exists at the same time with the
             same `smartfrz.log_path` writes to a separate file.
         cache_note: What the prefix cache has brought on this rank, or why it is not used; "" where it is switched off.
+        cache_forwards: Forwards of this rank that the prefix cache could have shortened, with a frozen prefix.
+        cache_hits: Those of them that skipped the frozen layers.
+        cache_seconds: Seconds that this saved, less the time for keys and reading.
+        cache_reason: Why the prefix cache is off, or does not take some batches; "" where nothing speaks against it.
+        cache_row_bytes: Bytes of a stored row; 0 where nothing was stored yet.
         outcome: What froze so far, or why nothing did, in one sentence; on rank 0 with the policy's reasons.
     """
 
@@ -48,6 +55,11 @@ class Report:
     user_frozen: tuple[str, ...] = ()
     log_path: str = ""
     cache_note: str = ""
+    cache_forwards: int = 0
+    cache_hits: int = 0
+    cache_seconds: float = 0.0
+    cache_reason: str = ""
+    cache_row_bytes: int = 0
     outcome: str = ""
 
 
@@ -58,10 +70,13 @@ def report_of(
     predicted: PausePrediction | None,
     policy_note: str,
     width_note: str,
-    cache_note: str,
+    cache: Mapping[str, Any],
     user_frozen: tuple[str, ...],
 ) -> Report:
-    """Return where `run` stands, as this rank sees it. The arguments are fields of `Report` that other parts of the run know."""
+    """Return where `run` stands, as this rank sees it.
+
+    The arguments are fields of `Report` that other parts of the run know; `cache` has those that begin with "cache_".
+    """
     log = run.journal.log
     return Report(
         step=run.step,
@@ -77,6 +92,6 @@ def report_of(
         width_note=width_note,
         user_frozen=user_frozen,
         log_path="" if log.path is None else str(log.path),
-        cache_note=cache_note,
         outcome=run.journal.speaker.outcome(),
+        **cache,
     )

@@ -132,6 +132,19 @@ def test_table_shows_each_run_in_a_column_and_says_what_froze() -> None:
     assert "tokens per second" not in columns and "weights gathered per step" not in columns
 
 
+def test_the_table_says_what_the_prefix_cache_brought() -> None:
+    seconds = [0.5] * 40 + [0.25] * 30 + [0.125] * 30
+    note = "30 of 60 forwards skipped the frozen layers (50%), 3.8 s saved"
+    cached = result(**FROZEN, series=SERIES | {"seconds": seconds}, cached=list(range(71, 101)), cache_note=note)
+    text = table([result("none", layers=0), cached, result(**FROZEN, cache_note="off: no sample came back")])
+    cells = {line[:30].strip(): line[30:] for line in text.split("\n\n")[0].splitlines()}
+    assert "500 ms -> 250 ms" in cells["time per step, median"] and "36 -> 29" in cells["steps behind that median"]
+    assert cells["with the prefix cache"].split("  ")[0].strip() in ("-", "")
+    assert "125 ms (30 steps)" in cells["with the prefix cache"]
+    assert f"  prefix cache: {note}" in text.splitlines() and "  prefix cache: off: no sample came back" in text.splitlines()
+    assert "prefix cache" not in table([result(**FROZEN)])
+
+
 def test_the_table_of_a_pipeline_says_what_moved_and_what_each_stage_holds() -> None:
     stages = [
         {"stage": 0, "start": [0, 4], "end": [0, 5], "frozen": 4, "bytes": [2_000_000, 0]},

@@ -87,7 +87,7 @@ def train(
 
 def hits_of(controller: Any) -> int:
     watch = controller._cache
-    return 0 if watch is None else watch._numbers()[1]
+    return 0 if watch is None else watch.numbers()[1]
 
 
 def both(make: Callable[[], nn.Module], data: Inputs, *, mode: str = "on", **options: Any) -> Run:

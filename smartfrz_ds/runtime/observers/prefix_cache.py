@@ -61,17 +61,32 @@ class CacheWatch(StepObserver):
         if self._refusal:
             return f"off: {self._refusal}"
         if self._cache is None:
-            return "no frozen layers in front yet" if not self._numbers()[0] else self._brought()
+            return "no frozen layers in front yet" if not self.numbers()[0] else self._brought()
         reasons = [f"off: {self._cache.off}"] if self._cache.off else [f"not used for some batches: {x}" for x in self._cache.remarks]
-        return "; ".join([self._brought(), *reasons] if self._numbers()[0] or not reasons else reasons)
+        return "; ".join([self._brought(), *reasons] if self.numbers()[0] or not reasons else reasons)
 
-    def _numbers(self) -> tuple[int, int, float]:
+    def facts(self) -> dict[str, Any]:
+        """Return the fields of the report that begin with "cache_"."""
+        forwards, hits, seconds = self.numbers()
+        cache = self._cache
+        reason = self._refusal if cache is None else cache.off or next(iter(cache.remarks), "")
+        return {
+            "cache_note": self.note,
+            "cache_forwards": forwards,
+            "cache_hits": hits,
+            "cache_seconds": seconds,
+            "cache_reason": reason,
+            "cache_row_bytes": 0 if cache is None else cache.row_bytes,
+        }
+
+    def numbers(self) -> tuple[int, int, float]:
+        """Return the forwards that could have been a hit, those that were one, and the seconds saved."""
         forwards, hits, saved = self._past
         gain = None if self._cache is None else self._cache.gain
         return (forwards, hits, saved) if gain is None else (forwards + gain.forwards, hits + gain.hits, saved + gain.saved)
 
     def _brought(self) -> str:
-        forwards, hits, saved = self._numbers()
+        forwards, hits, saved = self.numbers()
         share, seconds = hits / max(1, forwards), round(saved, 1) + 0.0  # not "-0.0"
         said = f"{hits:,} of {forwards:,} forwards skipped the frozen layers ({share:.0%}), {seconds:.1f} s saved"
         store = self._store
@@ -118,7 +133,7 @@ class CacheWatch(StepObserver):
             cache.turn_off(cache.gain.objection(self._settings.min_gain, is_full=self._store.is_full))
         if cache.off and not self._told_off:
             self._say_off(cache)
-        elif self._numbers()[1] and self._numbers()[0] >= self._next_report:
+        elif self.numbers()[1] and self.numbers()[0] >= self._next_report:
             self._next_report *= 10
             self._run.journal.note(f"prefix cache: {self._brought()}")
 
@@ -223,7 +238,7 @@ class CacheWatch(StepObserver):
 
     def _let_go(self) -> None:
         if self._cache is not None:
-            self._past = self._numbers()
+            self._past = self.numbers()
             self._cache.remove()
             self._previous = None if self._cache.off else self._cache
             self._cache = None
