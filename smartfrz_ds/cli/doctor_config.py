@@ -20,7 +20,7 @@ from smartfrz_ds.model.freeze_modules import check_tied
 from smartfrz_ds.model.keep_active import KeptActive, keep_active, names_inside
 from smartfrz_ds.model.layers import Layer, find_layers
 from smartfrz_ds.runtime.rules.before_start import problems_of_files, problems_of_length
-from smartfrz_ds.runtime.rules.eligibility import allowed, candidates
+from smartfrz_ds.runtime.rules.eligibility import Order, allowed, candidates
 
 from .doctor_load import TOKENS
 from .doctor_refusals import wrong_values
@@ -189,8 +189,8 @@ def _facts(layers: Sequence[Layer], profile: FlopProfile, settings: FreezeConfig
             reason = "nothing to freeze: " + ("its weights were frozen by the user" if _has_weights(layer) else "no weights of its own")
         elif layer.name in kept.names:
             reason = "smartfrz.keep_active" + (f": {why}" if (why := kept.reason(layer.name)) else "")
-        elif layer.name not in fits and settings.order == "front_to_back" and _blocked(layer, layers, able):
-            reason = f"the earlier layer {_blocked(layer, layers, able)} stays active"
+        elif layer.name not in fits and (blocked := _blocked(layer, layers, able, settings.order)):
+            reason = f"the {'earlier' if settings.order == 'front_to_back' else 'later'} layer {blocked} stays active"
         elif layer.name not in fits:
             reason = f"max_frozen_fraction {settings.max_frozen_fraction}"
         else:
@@ -215,8 +215,12 @@ def _has_weights(layer: Layer) -> bool:
     return any(next(module.parameters(), None) is not None for module in layer.modules) and not layer.borrowed
 
 
-def _blocked(layer: Layer, layers: Sequence[Layer], able: set[str]) -> str:
-    return next((x.name for x in layers[: layer.position] if x.numel and x.name not in able), "")
+def _blocked(layer: Layer, layers: Sequence[Layer], able: set[str], order: Order) -> str:
+    """Return the active layer that keeps this one active, by `order`; "" if there is none."""
+    if order == "any":
+        return ""
+    first = layers[: layer.position] if order == "front_to_back" else layers[layer.position + 1 :]
+    return next((x.name for x in first if x.numel and x.kind != "head" and x.name not in able), "")
 
 
 def _profile(model: nn.Module, layers: Sequence[Layer], batch: Any, settings: FreezeConfig) -> tuple[FlopProfile, bool]:

@@ -50,6 +50,7 @@ PolicyName = Literal[
     "attention",
     "linear",
     "late",
+    "band",
     "random",
     "freezeout",
     "autofreeze",
@@ -140,8 +141,21 @@ class LateSettings(Section):
     )
 
 
+class BandSettings(Section):
+    """`smartfrz.band`: freeze the front and the back of the network at one step, and train the middle. Needs `order` "any"."""
+
+    width: float = setting(0.4, "a number in (0, 1)", "Share of the body's layers that keeps training.", gt=0, lt=1)
+    center: float = setting(0.5, "a number in [0, 1]", "Position of the middle of these layers; 0: front, 1: back.", ge=0, le=1)
+    start_step: Steps | None = setting(
+        None, f"an integer >= 0, {OR_SHARE}, or null", "The step at which the rest freezes; null: after `share` of the run."
+    )
+    share: float = setting(
+        0.1, "a number in [0, 1)", "Share of the run's steps before the freeze, used if `start_step` is null.", ge=0, lt=1
+    )
+
+
 class RandomSettings(Section):
-    """`smartfrz.random`: freeze layers at random steps; the front ones with `order` front_to_back, any with `any`."""
+    """`smartfrz.random`: freeze layers at random steps; the first ones in `order`, or any of them with `any`."""
 
     ratio: float | None = setting(
         None,

@@ -22,6 +22,7 @@ from .sections import (
     OR_SHARE,
     AttentionSettings,
     AutoFreezeSettings,
+    BandSettings,
     CacheSettings,
     EgeriaSettings,
     FreezeOutSettings,
@@ -75,11 +76,11 @@ class FreezeConfig(Section):
     keep_active: Patterns = setting(
         (), "a list of name patterns", "Layers that never freeze: patterns of their names, or of modules inside them."
     )
-    order: Literal["front_to_back", "any"] = setting(
+    order: Literal["front_to_back", "back_to_front", "any"] = setting(
         "front_to_back",
-        "'front_to_back' or 'any'",
-        "front_to_back: a layer freezes only if all layers before it are frozen (only a frozen prefix shortens back-propagation); any: no "
-        "such restriction.",
+        "'front_to_back', 'back_to_front' or 'any'",
+        "front_to_back: a layer freezes only if all layers before it are frozen (only a frozen prefix shortens back-propagation); "
+        "back_to_front: only if all layers behind it but the head are; any: no such restriction.",
     )
     tied: Literal["train", "freeze"] = setting(
         "train",
@@ -149,6 +150,7 @@ class FreezeConfig(Section):
     attention: AttentionSettings = setting(AttentionSettings(), "an object", "Settings of the policy `attention`.")
     linear: LinearSettings = setting(LinearSettings(), "an object", "Settings of the policy `linear`.")
     late: LateSettings = setting(LateSettings(), "an object", "Settings of the policy `late`.")
+    band: BandSettings = setting(BandSettings(), "an object", "Settings of the policy `band`.")
     random: RandomSettings = setting(RandomSettings(), "an object", "Settings of the policy `random`.")
     freezeout: FreezeOutSettings = setting(FreezeOutSettings(), "an object", "Settings of the policy `freezeout`.")
     autofreeze: AutoFreezeSettings = setting(AutoFreezeSettings(), "an object", "Settings of the policy `autofreeze`.")

@@ -12,6 +12,7 @@ from smartfrz_ds.model.view import LayerInfo, Need, View, Window
 from .attention import AttentionPolicy
 from .autofreeze import AutoFreezePolicy
 from .base import ChecksStart, Decision, Policy, SetsLr
+from .by_step.band import BandPolicy
 from .by_step.freezeout import FreezeOutPolicy
 from .by_step.linear import LinearPolicy
 from .by_step.one_shot import LatePolicy
@@ -28,6 +29,7 @@ POLICIES: dict[str, type[Policy]] = {
         AttentionPolicy,
         LinearPolicy,
         LatePolicy,
+        BandPolicy,
         RandomPolicy,
         FreezeOutPolicy,
         AutoFreezePolicy,
@@ -41,7 +43,8 @@ POLICIES: dict[str, type[Policy]] = {
 # Settings of the whole run that a policy takes in addition to those of its own section.
 SHARED_SETTINGS: dict[str, tuple[str, ...]] = {
     "attention": ("max_frozen_fraction",),
-    "linear": ("max_frozen_fraction",),
+    "linear": ("max_frozen_fraction", "order"),
+    "band": ("max_frozen_fraction", "order"),
     "random": ("max_frozen_fraction", "order"),
 }
 
@@ -110,6 +113,7 @@ __all__ = [
     "SHARED_SETTINGS",
     "AttentionPolicy",
     "AutoFreezePolicy",
+    "BandPolicy",
     "ChecksStart",
     "Decision",
     "EgeriaPolicy",

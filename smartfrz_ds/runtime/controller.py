@@ -105,6 +105,15 @@ class Controller(GuardedAttributes, FormerNames):
         """The frozen layers, in order. Layers that the user froze before are not among them."""
         return self._run.frozen
 
+    def active_weights(self, since: int | None = None) -> tuple[str, ...]:
+        """Name the parameters that train, as the model's `named_parameters` does (in a pipeline, those of this stage). Not collective.
+
+        Args:
+            since: A step; parameters of layers that froze after it are named too, since they have moved since then. A copy of the model
+                that was synchronized at this step, as in a rollout engine, is up to date after these have been sent to it.
+        """
+        return self._run.active_weights(since)
+
     @property
     def intervals(self) -> Intervals:
         """The settings that count steps, as numbers of steps; provisional until the length of the run is known (`set_schedule`)."""

@@ -13,6 +13,7 @@ from smartfrz_ds.backends.base import Backend
 from smartfrz_ds.config.settings import FreezeConfig
 from smartfrz_ds.distributed.collectives import Collectives
 from smartfrz_ds.distributed.devices import synchronize
+from smartfrz_ds.model.freeze_modules import leaving_params
 from smartfrz_ds.model.hooks import PluginTime
 from smartfrz_ds.model.layers import Layer
 from smartfrz_ds.model.run_state import RunState
@@ -54,6 +55,15 @@ class RunContext:
     threshold: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     last_checkpoint: str | None = None
+
+    def active_weights(self, since: int | None) -> tuple[str, ...]:
+        """Return what `Controller.active_weights` documents."""
+        frozen = [layer for layer in self.layers if layer.name in self.state.frozen]
+        still = frozen if since is None else [layer for layer in frozen if self.state.frozen_at[layer.name] <= since]
+        left = {id(p) for p in leaving_params(frozen, self.layers, self.config.tied)}
+        unmoved = {id(p) for p in leaving_params(still, self.layers, self.config.tied)} & left
+        # Not requires_grad alone: other code may switch it on for a moment (runtime/observers/adapters.py).
+        return tuple(name for name, p in self.model.named_parameters() if id(p) not in unmoved and (p.requires_grad or id(p) in left))
 
     def start_of_change(self) -> float:
         """Return the start of the work for a change, in time.perf_counter() seconds: not before the device has finished the step."""

@@ -109,7 +109,7 @@ def test_all_problems_at_once_with_key_value_and_what_is_allowed() -> None:
         }
     )
     assert set(lines[:-1]) == {
-        "smartfrz.policy: got \"Attenton\"; did you mean 'attention'? allowed: 'attention', 'linear', 'late', 'random', "
+        "smartfrz.policy: got \"Attenton\"; did you mean 'attention'? allowed: 'attention', 'linear', 'late', 'band', 'random', "
         "'freezeout', 'autofreeze', 'egeria', 'pipetransformer', 'weight_drift', 'manual', 'package.module:Class', or the name of a policy "
         "of an installed package",
         'smartfrz.window: got "50"; allowed: an integer >= 2',
@@ -290,7 +290,8 @@ def test_digest_sees_every_setting_but_the_log_path() -> None:
         {"attention": {"patience": 3}}, {"attention": {"mode": "budget"}}, {"attention": {"budget": 0.2}},
             {"linear": {"start_step": 1}}, {"linear": {"end_step": 2}},
         {"zero3": {"frozen": "auto"}}, {"guard": {}}, {"guard": {"metric": "x"}}, {"guard": {"tolerance": 0.5}}, {"guard": {"window": 3}},
-        {"guard": {"smoothing": 0.5}}, {"probe": 2}, {"late": {"start_step": 1}}, {"late": {"share": 0.5}}, {"random": {"ratio": 0.5}},
+        {"guard": {"smoothing": 0.5}}, {"probe": 2}, {"late": {"start_step": 1}}, {"late": {"share": 0.5}}, {"order": "back_to_front"},
+        {"band": {"width": 0.5}}, {"band": {"center": 0.1}}, {"band": {"start_step": 1}}, {"band": {"share": 0.5}}, {"random": {"ratio": 0.5}},
         {"random": {"start_step": 1}}, {"random": {"end_step": 2}}, {"random": {"seed": 1}}, {"freezeout": {"t0": 0.5}},
         {"freezeout": {"growth": "linear"}}, {"freezeout": {"scale_lr": False}}, {"autofreeze": {"quantile": 0.25}},
         {"egeria": {"window": 2}}, {"egeria": {"tolerance": 0.5}}, {"egeria": {"refresh": 1}}, {"pipetransformer": {"alpha": 0.5}},

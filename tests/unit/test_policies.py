@@ -70,7 +70,7 @@ def decisions(policy: Policy, steps: range, layers: dict[str, Tensor], **kwargs:
 
 
 def test_another_name_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"smartfrz\.policy: got 'atention'; allowed: attention, linear, late, random, freezeout, "):
+    with pytest.raises(ValueError, match=r"smartfrz\.policy: got 'atention'; allowed: attention, linear, late, band, random, freezeout, "):
         make_policy("atention", {})
 
 

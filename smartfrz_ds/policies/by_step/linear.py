@@ -1,4 +1,6 @@
-"""The `linear` policy: freeze the front layers one by one, evenly spaced between two steps. The baseline for other policies.
+"""The `linear` policy: freeze layers one by one, evenly spaced between two steps. The baseline for other policies.
+
+The front layers freeze first; with `smartfrz.order` "back_to_front" the last ones do.
 
 Source: Composer's layer freezing (mosaicml/composer, algorithms/layer_freezing), with whole layers and steps instead of
 parameters and time.
@@ -7,7 +9,7 @@ parameters and time.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from smartfrz_ds.model.view import LayerInfo, Need, View
 from smartfrz_ds.policies.base import Decision
@@ -21,13 +23,20 @@ class LinearPolicy:
     name = "linear"
     needs: frozenset[Need] = frozenset()
 
-    def __init__(self, start_step: int | None = None, end_step: int | None = None, max_frozen_fraction: float = 0.75) -> None:
+    def __init__(
+        self,
+        start_step: int | None = None,
+        end_step: int | None = None,
+        max_frozen_fraction: float = 0.75,
+        order: Literal["front_to_back", "back_to_front", "any"] = "front_to_back",
+    ) -> None:
         """Check the settings.
 
         Args:
             start_step: The first step, >= 0; None: 20 % of the run.
             end_step: The last step, > start_step; None: 80 % of the run.
             max_frozen_fraction: Share of all layers (head included) that freeze, in (0, 1].
+            order: The run's order: with "back_to_front" the last layer before the head freezes first.
 
         Raises:
             ValueError: A value is out of range.
@@ -36,7 +45,7 @@ class LinearPolicy:
             raise ValueError(f"smartfrz.max_frozen_fraction: got {max_frozen_fraction}; allowed: a number in (0, 1]")
         if start_step is not None and start_step < 0:
             raise ValueError(f"smartfrz.linear.start_step: got {start_step}; allowed: an integer >= 0, or null")
-        self.start_step, self.end_step, self.max_frozen_fraction = start_step, end_step, max_frozen_fraction
+        self.start_step, self.end_step, self.max_frozen_fraction, self.order = start_step, end_step, max_frozen_fraction, order
         if start_step is not None and end_step is not None:
             self._steps(None)
 
@@ -55,12 +64,14 @@ class LinearPolicy:
     def decide(self, view: View) -> Decision:
         """Freeze the layers that are due at the view's step."""
         start, end = self._steps(view.total_steps)
-        front = [layer.name for layer in view.layers if layer.kind != "head" and layer.numel > 0]
-        most = min(len(front), int(self.max_frozen_fraction * len(view.layers) + 1e-9))
+        way = [layer.name for layer in view.layers if layer.kind != "head" and layer.numel > 0]
+        if self.order == "back_to_front":
+            way.reverse()
+        most = min(len(way), int(self.max_frozen_fraction * len(view.layers) + 1e-9))
         due = linear_count(view.step, start, end, most)
         candidates = set(view.candidates)
-        chosen = tuple(name for name in front[:due] if name in candidates)
-        return Decision(freeze=chosen, reasons={name: f"layer {front.index(name) + 1} of {due} due at step {view.step}" for name in chosen})
+        chosen = tuple(name for name in way[:due] if name in candidates)
+        return Decision(freeze=chosen, reasons={name: f"layer {way.index(name) + 1} of {due} due at step {view.step}" for name in chosen})
 
     def state_dict(self) -> dict[str, Any]:
         """Return an empty state: the step alone decides."""

@@ -21,8 +21,8 @@ _DEFAULT_START, _DEFAULT_END = 0.2, 0.8  # shares of the run, as in the policy `
 class RandomPolicy:
     """Draws a step once for each of `ratio` of the layers, and freezes each layer at its step.
 
-    With order "front_to_back" the front layers are chosen and the drawn steps are sorted; with "any" the layers are
-    drawn too.
+    With order "front_to_back" the front layers are chosen and the drawn steps are sorted; "back_to_front" is the same from
+    the back; with "any" the layers are drawn too.
     """
 
     name = "random"
@@ -34,7 +34,7 @@ class RandomPolicy:
         start_step: int | None = None,
         end_step: int | None = None,
         seed: int = 0,
-        order: Literal["front_to_back", "any"] = "front_to_back",
+        order: Literal["front_to_back", "back_to_front", "any"] = "front_to_back",
         max_frozen_fraction: float = 0.75,
     ) -> None:
         """Check the settings.
@@ -44,7 +44,7 @@ class RandomPolicy:
             start_step: The first step that can be drawn, >= 0; None: 20 % of the run.
             end_step: The last step that can be drawn, > start_step; None: 80 % of the run.
             seed: Seed of the draws.
-            order: The run's order, "front_to_back" or "any".
+            order: The run's order.
             max_frozen_fraction: Upper limit of `ratio`, in (0, 1].
 
         Raises:
@@ -96,8 +96,10 @@ class RandomPolicy:
         generator = torch.Generator().manual_seed(self.seed)
         if self.order == "any":
             names = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
+        elif self.order == "back_to_front":
+            names.reverse()
         steps: list[int] = torch.randint(start, end + 1, (count,), generator=generator).tolist()
-        return dict(zip(names, sorted(steps) if self.order == "front_to_back" else steps, strict=False))
+        return dict(zip(names, steps if self.order == "any" else sorted(steps), strict=False))
 
     def _steps(self, total_steps: int | None) -> tuple[int, int]:
         start = step_of("smartfrz.random.start_step", self.start_step, _DEFAULT_START, total_steps)

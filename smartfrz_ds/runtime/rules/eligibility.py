@@ -7,7 +7,7 @@ from typing import Literal
 
 from smartfrz_ds.model.layers import Layer
 
-Order = Literal["front_to_back", "any"]
+Order = Literal["front_to_back", "back_to_front", "any"]
 
 
 def candidates(layers: Sequence[Layer], frozen: Collection[str], kept_active: Collection[str]) -> tuple[str, ...]:
@@ -29,14 +29,19 @@ def allowed(
     training = sum(1 for layer in layers if layer.numel and layer.name not in frozen)
     room = min(int(max_frozen_fraction * len(layers) + 1e-9) - len(frozen), training - 1)
     chosen: list[str] = []
-    for layer in layers:
+    for layer in _in_order(layers, order):
         if layer.name in frozen or not layer.numel:
             continue
         if layer.name in wanted and len(chosen) < room:
             chosen.append(layer.name)
-        elif order == "front_to_back":
+        elif order != "any":
             break
     return frozenset(chosen)
+
+
+def _in_order(layers: Sequence[Layer], order: Order) -> list[Layer]:
+    """Return the layers in the order in which they freeze. From the back the head is left out: it never freezes."""
+    return [layer for layer in reversed(layers) if layer.kind != "head"] if order == "back_to_front" else list(layers)
 
 
 def check_order(layers: Sequence[Layer], frozen: Collection[str], order: Order) -> None:
@@ -45,16 +50,18 @@ def check_order(layers: Sequence[Layer], frozen: Collection[str], order: Order) 
     Raises:
         ValueError: It has one; with both layers.
     """
-    if order != "front_to_back":
+    if order == "any":
         return
-    active = next((x.name for x in layers if x.name not in frozen and x.numel), None)
-    behind = False
-    for layer in layers:
-        behind = behind or layer.name == active
-        if behind and layer.name in frozen:
+    way = _in_order(layers, order)
+    active = next((x.name for x in way if x.name not in frozen and x.numel), None)
+    beyond = False
+    for layer in way:
+        beyond = beyond or layer.name == active
+        if beyond and layer.name in frozen:
+            side = "in front of" if order == "front_to_back" else "behind"
             raise ValueError(
-                f"layer {layer.name!r} can't be frozen while {active!r} in front of it is active "
-                '(smartfrz.order is "front_to_back"; allowed with "any")'
+                f'layer {layer.name!r} can\'t be frozen while {active!r} {side} it is active (smartfrz.order is "{order}"; '
+                'allowed with "any")'
             )
 
 

@@ -195,7 +195,7 @@ def _first_decision(config: FreezeConfig, now: Intervals, total_steps: int) -> t
     if config.is_own_policy:
         return now.first_from(1), ""
     start = now.policy.get("interval") if config.policy == "pipetransformer" else now.policy.get("start_step")
-    if start is None and config.policy in ("late", "weight_drift"):
+    if start is None and config.policy in ("late", "weight_drift", "band"):
         start = int(now.policy["share"] * total_steps)
     step = now.first_from(start or 1)
     return (
