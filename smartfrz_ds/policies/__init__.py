@@ -44,9 +44,12 @@ POLICIES: dict[str, type[Policy]] = {
 SHARED_SETTINGS: dict[str, tuple[str, ...]] = {
     "attention": ("max_frozen_fraction",),
     "linear": ("max_frozen_fraction", "order"),
-    "band": ("max_frozen_fraction", "order"),
+    "band": ("max_frozen_fraction",),
     "random": ("max_frozen_fraction", "order"),
 }
+
+# These name layers from the front only: from the back they would never freeze anything.
+_FRONT_ONLY = ("attention", "freezeout", "autofreeze", "egeria", "pipetransformer")
 
 # What to do if the run cannot provide what a policy needs.
 _REMEDIES: dict[Need, str] = {
@@ -56,6 +59,18 @@ _REMEDIES: dict[Need, str] = {
     "total_steps": "the length of the run, which is unknown; allowed: an integer at smartfrz.total_steps",
     "lr_scale": "separate parameter groups for each layer",
 }
+
+
+def check_order_of(name: str, order: str) -> None:
+    """Refuse an order in which a policy would freeze nothing, or only a part.
+
+    Raises:
+        ValueError: Names the order, the policy, and what is allowed.
+    """
+    if order == "back_to_front" and name in _FRONT_ONLY:
+        raise ValueError(f"smartfrz.order: got 'back_to_front'; allowed with policy {name!r}: 'front_to_back', 'any'")
+    if order != "any" and name == "band":  # the back freezes while layers in front of it train
+        raise ValueError(f"smartfrz.order: got {order!r}; allowed with policy 'band': 'any'")
 
 
 def make_policy(name: str, settings: Mapping[str, Any], given: PolicyObject | None = None) -> Policy:

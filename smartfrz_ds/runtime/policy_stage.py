@@ -11,7 +11,7 @@ from smartfrz_ds.config.settings import FreezeConfig
 from smartfrz_ds.model.flops import FlopTally
 from smartfrz_ds.model.layers import Layer
 from smartfrz_ds.model.view import View, layer_infos
-from smartfrz_ds.policies import SHARED_SETTINGS, make_policy
+from smartfrz_ds.policies import SHARED_SETTINGS, check_order_of, make_policy
 from smartfrz_ds.policies.base import ChecksStart, Decision, Policy
 from smartfrz_ds.policies.own import saved_state
 from smartfrz_ds.runtime.observers.protocol import LayoutChange, StepObserver
@@ -351,11 +351,12 @@ def build_policy(config: FreezeConfig, layers: Sequence[Layer], total_steps: int
         total_steps: Length of the run in steps, None where unknown.
 
     Raises:
-        ValueError: It refuses the settings or the length of the run.
+        ValueError: It refuses the settings, the order or the length of the run.
     """
     settings = dict(resolve(config, total_steps, provisional=config.policy == "manual").policy) | {
         key: getattr(config, key) for key in SHARED_SETTINGS.get(config.policy, ())
     }
+    check_order_of(config.policy, config.order)
     policy = make_policy(config.policy, settings, config.policy_object)
     if isinstance(policy, ChecksStart):
         policy.check_start(total_steps, layer_infos(layers))

@@ -191,7 +191,7 @@ def test_shipped_files_have_every_policy_and_enough_seeds() -> None:
     assert rules == set(POLICIES) - {"manual"}
     for name, entry in policies.policies.items():
         rule = entry.policy or name
-        swept = rule in ("attention", "linear", "late")
+        swept = name in ("attention", "attention-budget", "linear", "late")
         assert entry.seeds >= (5 if swept else 3), name
         assert bool(entry.curve) >= swept and (entry.one is not None or name != rule), name
     for planned in plan_runs(tasks, policies):

@@ -223,7 +223,7 @@ def test_words_of_the_range_are_the_range(key: tuple[str, ...]) -> None:
         "half": (0.5, "number in" in allowed or "a number > 0" in allowed),
         "below": (int(low) - 1, False),
         "zero": (0, ("integer" in allowed and low == 0 and "start_step" not in allowed) or "[0, " in allowed),
-        "one as float": (1.0, "(0, 1]" in allowed or "a number >" in allowed),
+        "one as float": (1.0, ", 1]" in allowed or "a number >" in allowed),
     }
     if "integer" in allowed and "start_step" not in allowed and ">= snapshot_interval" not in allowed:
         candidates["lowest"] = (int(low), True)
@@ -290,8 +290,9 @@ def test_digest_sees_every_setting_but_the_log_path() -> None:
         {"attention": {"patience": 3}}, {"attention": {"mode": "budget"}}, {"attention": {"budget": 0.2}},
             {"linear": {"start_step": 1}}, {"linear": {"end_step": 2}},
         {"zero3": {"frozen": "auto"}}, {"guard": {}}, {"guard": {"metric": "x"}}, {"guard": {"tolerance": 0.5}}, {"guard": {"window": 3}},
-        {"guard": {"smoothing": 0.5}}, {"probe": 2}, {"late": {"start_step": 1}}, {"late": {"share": 0.5}}, {"order": "back_to_front"},
-        {"band": {"width": 0.5}}, {"band": {"center": 0.1}}, {"band": {"start_step": 1}}, {"band": {"share": 0.5}}, {"random": {"ratio": 0.5}},
+        {"guard": {"smoothing": 0.5}}, {"probe": 2}, {"late": {"start_step": 1}}, {"late": {"share": 0.5}},
+        {"band": {"width": 0.5}}, {"band": {"center": 0.1}}, {"band": {"start_step": 1}}, {"band": {"share": 0.5}},
+        {"random": {"ratio": 0.5}},
         {"random": {"start_step": 1}}, {"random": {"end_step": 2}}, {"random": {"seed": 1}}, {"freezeout": {"t0": 0.5}},
         {"freezeout": {"growth": "linear"}}, {"freezeout": {"scale_lr": False}}, {"autofreeze": {"quantile": 0.25}},
         {"egeria": {"window": 2}}, {"egeria": {"tolerance": 0.5}}, {"egeria": {"refresh": 1}}, {"pipetransformer": {"alpha": 0.5}},

@@ -8,7 +8,7 @@ from reference.oracle import Net
 from smartfrz_ds.config.settings import FreezeConfig
 from smartfrz_ds.model.layers import find_layers
 from smartfrz_ds.model.view import LayerInfo, View
-from smartfrz_ds.policies import BandPolicy, LinearPolicy, RandomPolicy
+from smartfrz_ds.policies import POLICIES, BandPolicy, LinearPolicy, RandomPolicy, check_order_of
 from smartfrz_ds.runtime.rules.eligibility import allowed, check_order
 
 LAYERS = find_layers(Net())  # embeddings, blocks.0 to blocks.4, head
@@ -17,7 +17,7 @@ INFOS = tuple(LayerInfo(name=x.name, kind=x.kind, numel=x.numel) for x in LAYERS
 
 
 def test_from_the_back_a_layer_freezes_only_behind_frozen_ones() -> None:
-    kept = dict(order="back_to_front", max_frozen_fraction=1.0)
+    kept = {"order": "back_to_front", "max_frozen_fraction": 1.0}
     assert allowed(LAYERS, (), NAMES[:-1], **kept) == set(NAMES[:-1])  # type: ignore[arg-type]
     assert allowed(LAYERS, (), ["blocks.4", "blocks.2"], **kept) == {"blocks.4"}  # type: ignore[arg-type]
     assert allowed(LAYERS, ["blocks.4"], ["blocks.3", "embeddings"], **kept) == {"blocks.3"}  # type: ignore[arg-type]
@@ -60,7 +60,6 @@ def test_layers_without_weights_of_their_own_are_not_counted() -> None:
         ({"width": 1.0}, "smartfrz.band.width: got 1.0; allowed: a number in (0, 1)"),
         ({"center": -0.1}, "smartfrz.band.center: got -0.1; allowed: a number in [0, 1]"),
         ({"start_step": -1}, "smartfrz.band.start_step: got -1; allowed: an integer >= 0"),
-        ({"order": "front_to_back"}, "smartfrz.order: got 'front_to_back'; allowed with policy 'band': 'any'"),
     ],
 )
 def test_a_wrong_setting_of_the_band_is_named(settings: dict[str, object], words: str) -> None:
@@ -79,8 +78,21 @@ def test_a_limit_that_leaves_a_part_active_is_refused_at_the_start() -> None:
 
 def test_the_settings_of_the_file_reach_the_policy() -> None:
     config = FreezeConfig.load({"smartfrz": {"policy": "band", "order": "any", "band": {"width": 0.2, "start_step": "20%"}}})
-    assert config.policy_settings["width"] == 0.2
+    assert config.band.width == 0.2
     assert FreezeConfig.load({"smartfrz": {"order": "back_to_front"}}).order == "back_to_front"
+
+
+def test_policies_that_name_the_front_are_refused_from_the_back() -> None:
+    for name in POLICIES:
+        if name in ("attention", "freezeout", "autofreeze", "egeria", "pipetransformer"):
+            with pytest.raises(ValueError, match=rf"order: got 'back_to_front'; allowed with policy '{name}': 'front_to_back', 'any'"):
+                check_order_of(name, "back_to_front")
+        elif name != "band":
+            check_order_of(name, "back_to_front")
+        check_order_of(name, "any")
+    for order in ("front_to_back", "back_to_front"):
+        with pytest.raises(ValueError, match=rf"smartfrz.order: got '{order}'; allowed with policy 'band': 'any'"):
+            check_order_of("band", order)
 
 
 def test_random_and_linear_take_the_order() -> None:

@@ -170,7 +170,7 @@ def resolve(common: Section, own: Section, policy: str, steps: int, seed: int, w
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     # The policy's own settings with their defaults: a changed default makes another run.
-    own = config.policy_settings
+    own = {} if config.is_own_policy else config.chosen_settings
     return section | ({config.policy: own} if own else {})
 
 

@@ -6,7 +6,7 @@ Source: in post-training with reinforcement learning, layers in the middle carry
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from smartfrz_ds.model.view import LayerInfo, Need, View
 from smartfrz_ds.policies.base import Decision
@@ -25,7 +25,6 @@ class BandPolicy:
         center: float = 0.5,
         start_step: int | None = None,
         share: float = 0.1,
-        order: Literal["front_to_back", "back_to_front", "any"] = "any",
         max_frozen_fraction: float = 0.75,
     ) -> None:
         """Check the settings.
@@ -35,7 +34,6 @@ class BandPolicy:
             center: Position of the band's middle in the body, in [0, 1].
             start_step: The step of the freeze, >= 0; None: after `share` of the run.
             share: Share of the run's steps before the freeze, in [0, 1).
-            order: The run's order, which must be "any": the back freezes while layers in front of it train.
             max_frozen_fraction: The run's limit, as a share of all layers.
 
         Raises:
@@ -47,8 +45,6 @@ class BandPolicy:
             raise ValueError(f"smartfrz.band.width: got {width}; allowed: a number in (0, 1)")
         if not 0.0 <= center <= 1.0:
             raise ValueError(f"smartfrz.band.center: got {center}; allowed: a number in [0, 1]")
-        if order != "any":
-            raise ValueError(f"smartfrz.order: got {order!r}; allowed with policy 'band': 'any'")
         self.width, self.center, self.max_frozen_fraction = width, center, max_frozen_fraction
         self.start_step, self.share = start_step, share
 
