@@ -26,14 +26,15 @@ def wrong_values(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
     """
     try:
         # The functions that deepspeed/runtime/config.py calls for each section; its whole parser needs a process group.
-        from deepspeed.runtime.config import _reject_removed_config_keys
+        from deepspeed.runtime import config as parser
         from deepspeed.runtime.precision_config import get_bfloat16_config, get_float16_config
         from deepspeed.runtime.zero.config import get_zero_config
     except ModuleNotFoundError:  # reported by the check of versions
         return []
     except ImportError as error:
         return [(f"the values of the DeepSpeed config cannot be checked: {error}", "install a tested version of DeepSpeed")]
-    if removed := _refused_values("", _reject_removed_config_keys, raw):
+    reject = getattr(parser, "_reject_removed_config_keys", None)  # since 0.19.7
+    if reject is not None and (removed := _refused_values("", reject, raw)):
         return removed  # their sections would report them again as unknown keys
     checks = {"zero_optimization": get_zero_config, "bf16": get_bfloat16_config, "fp16": get_float16_config}
     return [found for key, check in checks.items() if raw.get(key) is not None for found in _refused_values(key, check, raw)]

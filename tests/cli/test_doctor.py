@@ -309,6 +309,12 @@ def test_values_that_deepspeed_itself_refuses(part: dict[str, Any], words: str, 
     assert words in "\n".join(f.text for f in check_config(file)[0] if f.level == "problem")
 
 
+def test_a_deepspeed_without_the_check_of_removed_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed before 0.19.7: a correct config was reported as one that cannot be checked."""
+    monkeypatch.delattr(deepspeed.runtime.config, "_reject_removed_config_keys")
+    assert wrong_values(GOOD) == [] and wrong_values(GOOD | {"zero_optimization": {"stage": 9}})
+
+
 def test_values_that_a_trainer_fills_in_are_none_of_them() -> None:
     auto = {"stage": "auto", "reduce_bucket_size": "auto", "offload_optimizer": {"device": "auto"}}
     assert wrong_values(GOOD | {"zero_optimization": auto, "fp16": {"enabled": "auto"}, "bf16": {"enabled": "auto"}}) == []
