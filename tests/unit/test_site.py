@@ -16,6 +16,7 @@ import typer
 from docs_blocks import ROOT
 
 from smartfrz_ds.cli.main import app
+from smartfrz_ds.telemetry.events import Status, read_log
 
 needs_mkdocs = pytest.mark.skipif(find_spec("mkdocs") is None, reason="the site needs pip install -c constraints.txt -e '.[docs]'")
 
@@ -67,11 +68,26 @@ def test_the_page_of_commands_names_them_all() -> None:
     assert [name for name in command.commands if f"`smartfrz {name}`" not in page] == []
 
 
-def test_the_picture_of_a_step_shows_the_measured_numbers() -> None:
-    spec = spec_from_file_location("step", ROOT / "docs/step.py")
+def script(name: str) -> Any:
+    """A script of docs/, as a module."""
+    spec = spec_from_file_location(name, ROOT / f"docs/{name}.py")
     assert spec is not None and spec.loader is not None
-    step = module_from_spec(spec)
-    spec.loader.exec_module(step)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_picture_of_a_run_is_drawn_from_its_log() -> None:
+    drawn = script("run").draw(ROOT / "docs/run.jsonl")
+    assert drawn == (ROOT / "docs/run.svg").read_text(), "run: python docs/run.py docs/run.jsonl"
+    assert "7.9 % of the run's FLOPs" in (ROOT / "README.md").read_text()
+    assert [r.saved_flops_fraction for r in read_log(ROOT / "docs/run.jsonl") if isinstance(r, Status)][-1] == pytest.approx(
+        0.079, abs=5e-4
+    )
+
+
+def test_the_picture_of_a_step_shows_the_measured_numbers() -> None:
+    step = script("step")
     assert step.draw() == (ROOT / "docs/step.svg").read_text(), "run: python docs/step.py"
     results = (ROOT / "docs/results.md").read_text()
     (row,) = [line for line in results.splitlines() if line.startswith("| ZeRO-2 fp32 |")]
