@@ -229,7 +229,7 @@ def test_two_settings_that_come_to_the_same_are_one_run(files: tuple[Path, Path]
         ("batch: 8", "bach: 8", "bach: unknown key, got 8; allowed: net, data, width"),
         ("batch: 8", "", "batch: missing"),
         ("steps: 20", "steps: 20\nsteps: 30", "duplicate key 'steps'"),
-        ("net: vit", "net: vgg", "net: got 'vgg'; allowed: 'vit', 'rescnn', 'cnn', 'gpt' or 'minilm'"),
+        ("net: vit", "net: vgg", "net: got 'vgg'; allowed: 'vit', 'rescnn', 'cnn', 'gpt', 'minilm' or 'gpt2'"),
         ("data: mnist", "data: bbc", "data: got 'bbc'; allowed with net 'vit': 'mnist', 'mnist-half'"),
         ("data: mnist", "data: mnist-half", "pretrain_steps: got 0; allowed with data 'mnist-half': an integer >= 1"),
         ("lr: 1e-2", "lr: .nan", "lr: got nan; allowed: a finite number"),

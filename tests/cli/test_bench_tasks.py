@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from smartfrz_ds.bench.policies.files import POLICIES_FILE, TaskFile, find_tasks, read_policies
 from smartfrz_ds.bench.policies.runs import plan_runs
 from smartfrz_ds.bench.policies.setups import data
-from smartfrz_ds.bench.policies.setups.prepare import CrossEntropy, prepare
+from smartfrz_ds.bench.policies.setups.prepare import CrossEntropy, check_packages, prepare
 from smartfrz_ds.bench.policies.worker import alone, run
 
 # peft reads it (transformers 5)
@@ -48,6 +49,7 @@ def test_what_a_result_does_not_depend_on_is_not_in_its_name() -> None:
     [
         ({"lora_rank": 4, "data": "bbc-masked"}, "lora_rank: got 4; allowed with net 'minilm' and data 'bbc-masked': 0"),
         ({"train_rows": 4, "net": "gpt", "data": "pydoc"}, "train_rows: got 4; allowed with net 'gpt' and data 'pydoc': 0"),
+        ({"net": "gpt2", "data": "bbc-preferences", "pretrain_steps": 1}, "lora_rank: got 0; allowed with net 'gpt2': an integer >= 1"),
         ({"train_rows": 4}, "train_rows: got 4; allowed: an integer >= batch (8), or 0"),
         ({"net": "gpt", "data": "bbc-chars"}, "pretrain_steps: got 0; allowed with data 'bbc-chars': an integer >= 1"),
     ],
@@ -57,6 +59,13 @@ def test_settings_that_do_not_fit_are_named(changes: dict[str, object], words: s
     with pytest.raises(ValueError, match=r".") as error:
         TaskFile.model_validate(settings | changes)
     assert words in str(error.value)
+
+
+@pytest.mark.skipif(find_spec("trl") is not None, reason="TRL is installed")
+def test_the_preference_task_needs_trl_and_is_no_default() -> None:
+    assert "gpt2-dpo" not in find_tasks() and find_tasks(["gpt2-dpo"])["gpt2-dpo"].lora_rank > 0
+    with pytest.raises(ValueError, match=r"needs the package 'trl': pip install 'smartfrz_ds\[preferences\]'"):
+        check_packages(find_tasks(["gpt2-dpo"]).values())
 
 
 # --- data ------------------------------------------------------------------------------------------------------------------------
@@ -121,9 +130,11 @@ def test_the_gpt_is_pretrained_on_one_text_and_trained_on_another(tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.distributed(1)
+@pytest.mark.filterwarnings("ignore")  # TRL's and datasets' own, where they are installed
 def test_every_task_runs_and_freezes_on_a_real_engine(tmp_path: Path) -> None:
+    names = sorted(set(find_tasks()) - DESIGN) + (["gpt2-dpo"] if find_spec("trl") else [])
     with torch.random.fork_rng(), alone():  # DeepSpeed keeps its first process group
-        for name in sorted(set(find_tasks()) - DESIGN):
+        for name in names:
             task = find_tasks([name])[name]
             task = task.model_copy(update={"steps": 12, "pretrain_steps": min(task.pretrain_steps, 2), "held_out": 32, "entries": None})
             planned = plan_runs({name: task}, read_policies(POLICIES_FILE), only=["late"], seeds=1)

