@@ -334,7 +334,7 @@ class PrefixCache:
         elif first:
             kind.proven.add(look.mixed)
             of = "rows of several stored batches" if look.mixed else "a stored batch"
-            self._tell(f"prefix cache: proven for {batch.rows} rows of {kind.plan.row_bytes:,} bytes, on {of}")
+            self._tell(f"proven for {batch.rows} rows of {kind.plan.row_bytes:,} bytes, on {of}")
         return output
 
     def _probe(self, kind: Kind, replay: Replay, bare: Call) -> tuple[Any, str]:
@@ -384,7 +384,7 @@ class PrefixCache:
     def _remark(self, reason: str) -> None:
         if reason not in self.remarks:
             self.remarks.append(reason)
-            self._tell(f"prefix cache: not used for some batches: {reason}")
+            self._tell(f"not used for some batches: {reason}")
 
     @property
     def changes(self) -> int:

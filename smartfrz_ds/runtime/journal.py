@@ -57,6 +57,10 @@ class Journal(StepObserver):
         """Write a console line that is not an event."""
         self.speaker.note(f"step {self._state.step:,}: {text}")
 
+    def cache(self, text: str) -> None:
+        """Record an event of the prefix cache, and write its console line."""
+        self.record(FreezeEvent(kind="cache", step=self._state.step, frozen=self._state.frozen_in_order, message=text))
+
     def note_layers(self, names: Collection[str], text: str) -> None:
         """Write a console line about layers, or parameters, if there are any. text: has {} where their names go."""
         if names:

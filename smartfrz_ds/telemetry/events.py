@@ -18,7 +18,7 @@ FIRST_BYTES = b'{"kind": "'
 """How every line of a log begins."""
 WEIGHTS_ONLY = ", weights only"
 """The end of a "load" event's message where only the weights were loaded."""
-EventKind = Literal["freeze", "thaw", "decision", "warning", "rebalance", "load", "undone"]
+EventKind = Literal["freeze", "thaw", "decision", "warning", "rebalance", "load", "undone", "cache"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,9 @@ class FreezeEvent:
 
     Attributes:
         kind: "freeze" and "thaw" (carried out), "decision" (of a policy, without a freeze), "warning", "rebalance" (layers of a pipeline
-            moved to other stages), "load" (a checkpoint was loaded into the running run; see run_log.py) or "undone" (a change failed
-            on some rank, and every rank was brought back to the previous layout).
+            moved to other stages), "load" (a checkpoint was loaded into the running run; see run_log.py), "undone" (a change failed
+            on some rank, and every rank was brought back to the previous layout) or "cache" (the prefix cache is on, proven, off, or what
+            it has brought so far).
         step: Successful optimizer steps so far, >= 0. For a "load", those of the checkpoint.
         layers: The layers concerned, in order. For a "load", those whose frozen state it changed.
         frozen: All frozen layers after the event, in order.
@@ -40,7 +41,7 @@ class FreezeEvent:
         predicted_seconds: The prediction made just before a freeze (backends/cost.py); 0 where none was made.
         moved_bytes: Bytes sent between ranks, over all ranks.
         dry_run: Whether the run only records decisions.
-        message: The text of a warning, the checkpoint that was loaded, or why a change was undone.
+        message: The text of a warning or about the prefix cache, the checkpoint that was loaded, or why a change was undone.
         bounds: Stage bounds in the pipeline's list of layers after a rebalance.
         gain: Predicted speed-up of a step after a rebalance; 1 where no costs were known.
         from_step: The step at which a "load" took place, else 0.

@@ -76,7 +76,10 @@ def summary(run: RecordedRun) -> list[str]:
         lines = [f"At {at}, {_layers(len(frozen), count)} {'is' if len(frozen) == 1 else 'are'} frozen: {layer_names(frozen, run.layers)}."]
     else:
         lines = [f"At {at}, none of {count} layers is frozen." if run.starts else f"At {at}, no layer is frozen."]
-    lines.append(f"What froze, or why not: {run.outcome()}.")
+    what, _, cache = run.outcome().partition("; prefix cache: ")
+    lines.append(f"What froze, or why not: {what}.")
+    if cache:
+        lines.append(f"The prefix cache: {cache}.")
     if run.last_load is not None:
         lines.append(f"After that, {_loaded(run.last_load, run.layers)}.")
     if run.rollbacks:
@@ -219,7 +222,9 @@ def _row(event: FreezeEvent, order: Sequence[str]) -> str:
     why = [f"<b>{_text(layer_names(names, order))}</b>: {_text(r)}" if several else _text(r) for r, names in reasons.items()]
     if not why:
         why = [_text(event.message) or "manual, or no reason given"]
-    what = {"decision": "would freeze" if event.dry_run else "left out", "rebalance": "stages moved"}.get(event.kind, event.kind)
+    what = {"decision": "would freeze" if event.dry_run else "left out", "rebalance": "stages moved", "cache": "prefix cache"}.get(
+        event.kind, event.kind
+    )
     if event.bounds:
         why = [f"stages begin at {', '.join(map(str, event.bounds[:-1]))}; predicted {event.gain:.2f} × faster"]
     if event.kind == "load":

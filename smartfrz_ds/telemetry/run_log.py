@@ -118,7 +118,7 @@ class RunLog:
         path = self.path
         assert path is not None
         # Lines that only this process wrote are not worth a copy.
-        lost = cut.position < self._before or any(event.kind != "warning" for event in self._first)
+        lost = cut.position < self._before or any(event.kind not in ("warning", "cache") for event in self._first)
         copy = path.with_name(f"{path.stem}.cut-{cut.step}{path.suffix}") if lost else None
         kept, before = self._file.truncate_to(cut.position, cut.mark, copy=copy), self._file.position
         if before == cut.position:

@@ -162,6 +162,8 @@ def event_text(event: FreezeEvent, order: Sequence[str], *, policy: str | None) 
         return f"{at}: dry run, would freeze {layer_names(event.layers, order)} ({_reason(event, order, policy)})"
     if event.kind == "rebalance":
         return f"{at}: {event.message}: a step is predicted to be {event.gain:.2f} times as fast; pause {duration(event.seconds)}"
+    if event.kind == "cache":
+        return f"{at}: prefix cache: {event.message}"
     if event.kind == "undone":
         return f"{at}: {event.message}; {now}, training goes on"
     if event.kind == "load":

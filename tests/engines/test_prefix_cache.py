@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import smartfrz_ds
+from smartfrz_ds import read_events, write_report
 
 STEPS = ROWS // BATCH
 
@@ -595,9 +596,9 @@ def test_number_of_the_batch_as_an_argument() -> None:
 def test_log_and_report_say_what_it_brought_or_why_it_is_off(tmp_path: Path) -> None:
     for make, tied, words in (
         (gpt2, "train", "prefix cache: off: the weight transformer.wte.weight"),
-        (bert, "train", "skipped the frozen layers"),
+        (bert, "freeze", "skipped the frozen layers"),
     ):
-        log = tmp_path / f"{words[:5]}.jsonl"
+        log = tmp_path / tied / "log.jsonl"
         settings = {"tied": tied, "log_path": str(log), "status_interval": 1, "total_steps": STEPS * EPOCHS}
         outcomes: list[str] = []
 
@@ -607,6 +608,15 @@ def test_log_and_report_say_what_it_brought_or_why_it_is_off(tmp_path: Path) -> 
         train(make, text(), "auto", frozen=3, settings=settings, between=ask)
         last = json.loads(log.read_text().splitlines()[-1])
         assert words in last["outcome"] and words in outcomes[-1]
+        told = [e.message for e in read_events(log) if e.kind == "cache"]
+        assert len(told) == (1 if tied == "train" else 2), told
+        for text_of_event, begin in zip(
+            told, ("off: the weight",) if tied == "train" else ("on for embeddings to", "proven for 4 rows"), strict=True
+        ):
+            assert text_of_event.startswith(begin)
+        page = write_report(log.parent).read_text()
+        assert f"The prefix cache: {last['outcome'].partition('; prefix cache: ')[2][:20]}" in page
+        assert '<span class="tag cache">prefix cache</span>' in page and told[-1][:60] in page
 
 
 def test_mode_on_is_an_error_where_it_cannot_be_used() -> None:

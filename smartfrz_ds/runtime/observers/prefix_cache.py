@@ -19,6 +19,7 @@ from smartfrz_ds.runtime.run_context import RunContext
 from .protocol import LayoutChange, StepObserver
 
 _UNSEEN = 5  # steps without a forward of the model
+_MOST_EVENTS = 20  # about single classes of batches
 _FIRST_REPORT = 100  # forwards; then ten times as many, and so on
 
 
@@ -43,7 +44,7 @@ class CacheWatch(StepObserver):
         self._previous: PrefixCache | None = None  # of the prefix before the last change
         self._store: Tiers | None = None
         self._changed = False  # whether the prefix has to be taken up anew
-        self._told_off = False
+        self._told_off, self._told = False, 0
         self._next_report = _FIRST_REPORT
         self._last: float | None = None
         self._steps = 0  # with the current prefix
@@ -135,7 +136,7 @@ class CacheWatch(StepObserver):
             self._say_off(cache)
         elif self.numbers()[1] and self.numbers()[0] >= self._next_report:
             self._next_report *= 10
-            self._run.journal.note(f"prefix cache: {self._brought()}")
+            self._run.journal.cache(self._brought())
 
     def _is_unseen(self, cache: PrefixCache) -> bool:
         """Whether a rank has seen no forward that is trained on. Collective where the ranks must do the same."""
@@ -155,8 +156,10 @@ class CacheWatch(StepObserver):
             raise RuntimeError(
                 f"smartfrz.cache.mode: got 'on', but the prefix cache can't be used: {cache.off}; allowed here: 'off' or 'auto'"
             )
-        say = self._run.journal.warn if cache.is_damaged else self._run.journal.note
-        say(f"prefix cache off: {cache.off}")
+        if cache.is_damaged:
+            self._run.journal.warn(f"prefix cache off: {cache.off}")
+        else:
+            self._run.journal.cache(f"off: {cache.off}")
 
     def _take_up(self) -> None:
         """Begin with the current prefix. Collective."""
@@ -164,7 +167,7 @@ class CacheWatch(StepObserver):
         if self._removed or self._refusal:
             if self._refusal and not self._told_off:
                 self._told_off = True
-                self._run.journal.note(f"prefix cache off: {self._refusal}")
+                self._run.journal.cache(f"off: {self._refusal}")
             return
         run = self._run
         depth = next((x.position for x in run.layers if not self._is_frozen(x)), 0)
@@ -188,14 +191,22 @@ class CacheWatch(StepObserver):
             store=self._store,
             spot_check=self._settings.spot_check,
             reopen=self._boundary.reopen,
-            tell=run.journal.note,
+            tell=self._tell,
             shallower=self._previous if self._previous is not None and self._previous.is_part_of(tops) else None,
         )
         self._previous = None
         if self._cache.off:
             self._say_off(self._cache)
         else:
-            run.journal.note(f"prefix cache: on for {prefix[0].name} to {prefix[-1].name}, rows of batches are being stored")
+            run.journal.cache(f"on for {prefix[0].name} to {prefix[-1].name}, rows of batches are being stored")
+
+    def _tell(self, text: str) -> None:
+        """Record what the cache says of a class of batches; of many classes only the first."""
+        self._told += 1
+        if self._told <= _MOST_EVENTS:
+            self._run.journal.cache(text)
+        else:
+            self._run.journal.note(f"prefix cache: {text}")
 
     def _is_frozen(self, layer: Layer) -> bool:
         without = next((p for m in layer.modules for p in m.parameters()), None) is None
@@ -228,7 +239,7 @@ class CacheWatch(StepObserver):
             self._refusal = problem
             if settings.mode == "on":
                 raise RuntimeError(f"smartfrz.cache.mode: got 'on', but {problem}; allowed here: 'off' or 'auto'")
-            run.journal.note(f"prefix cache off: {problem}")
+            run.journal.cache(f"off: {problem}")
             return False
         self._store = made
         if run.backend.forward_ways.communicates and not run.ranks.alone:
