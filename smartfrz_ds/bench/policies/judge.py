@@ -89,22 +89,23 @@ def over_groups(groups: Iterable[Sequence[float]]) -> Interval:
         return Interval(middle, math.nan, math.nan, math.nan, n)
     parts = [variance(g) / len(g) / len(seen) ** 2 for g in seen]
     error = math.sqrt(sum(parts))
-    if error == 0:
-        return Interval(middle, middle, middle, 0.0, n)
+    if error == 0:  # all differences of each group are equal: 0 where nothing froze; else too few, or answers that are too coarse
+        edge = 0.0 if middle == 0 else math.nan
+        return Interval(middle, edge, edge, 0.0, n)
     freedom = sum(parts) ** 2 / sum(part**2 / (len(g) - 1) for part, g in zip(parts, seen, strict=True))
     reach = error * _t_quantile(1 - LEVEL / 2, freedom)
     return Interval(middle, middle - reach, middle + reach, error, n)
 
 
 def p_value(values: Sequence[float]) -> float:
-    """Test whether the mean of paired differences is 0: two-sided, Student. NaN with fewer than two values."""
+    """Test whether the mean of paired differences is 0: two-sided, Student; where all are equal, by their signs. NaN for fewer than two."""
     if len(values) < 2:
         return math.nan
     from scipy import stats
 
     error = math.sqrt(variance(values) / len(values))
-    if error == 0:  # all differences are equal, for example 0 where nothing froze
-        return 1.0 if values[0] == 0 else 0.0
+    if error == 0:  # of the 2^n assignments of signs, two are as extreme
+        return 1.0 if values[0] == 0 else 2.0 ** (1 - len(values))
     return float(2 * stats.t.sf(abs(mean(values)) / error, len(values) - 1))
 
 
