@@ -58,6 +58,7 @@ def test_a_unit_test_cannot_start_ranks(tmp_path: Path) -> None:
         run_worker("exact", {}, tmp_path)
 
 
+TWO = "-n 2 --dist loadfile"  # processes that share the test files
 GPU_RUN = "-m not slow tests/gpu tests/engines/test_exact.py"
 
 
@@ -83,13 +84,14 @@ def test_run_sh_takes_the_accelerator_of_the_machine(project: Path, found: str, 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "-m not slow"),
+        ([], f"{TWO} -m not slow"),
         (["--slow"], ""),
-        (["-m", "unit"], "-m (unit) and not slow"),
-        (["-m", "unit or gpu", "-x"], "-m (unit or gpu) and not slow -x"),
+        (["-m", "unit"], f"{TWO} -m (unit) and not slow"),
+        (["-m", "unit or gpu", "-x"], f"{TWO} -m (unit or gpu) and not slow -x"),
         (["-munit", "--slow"], "-m unit"),
-        (["-m", "slow and not net"], "-m slow and not net"),
-        (["tests/unit", "-k", "a b"], "-m not slow tests/unit -k a b"),
+        (["-m", "slow and not net"], f"{TWO} -m slow and not net"),
+        (["tests/unit", "-k", "a b"], f"{TWO} -m not slow tests/unit -k a b"),
+        (["-n", "0"], "-n 0 --dist loadfile -m not slow"),
     ],
 )
 def test_run_sh_combines_the_markers(project: Path, arguments: list[str], expected: str) -> None:
