@@ -203,7 +203,9 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], str, dict[str, Any], str]] = {
     "lora-llama": ("LlamaForCausalLM", "LlamaConfig", DECODER, "text", {}, CACHED),
     "lora-bert": ("BertForSequenceClassification", "BertConfig", TEXT_SIZES, "classes", {}, RANDOM),
 }
-DEPTHS = {"idefics3-tower": 3, "idefics3": 9, "qwen2-vl": 9, "llava": 9}  # within the image tower, or within the language model
+# Within the image tower, or within the language model; Whisper's whole encoder: behind its decoder's embeddings, the model itself adds
+# positions to their output.
+DEPTHS = {"idefics3-tower": 3, "idefics3": 9, "qwen2-vl": 9, "llava": 9, "whisper": 5}
 LORA = {"lora-llama": ["q_proj"], "lora-bert": ["query"]}
 
 
