@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from importlib.util import find_spec
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from smartfrz_ds.bench.policies.files import POLICIES_FILE, TaskFile, find_tasks, read_policies
-from smartfrz_ds.bench.policies.runs import plan_runs
+from smartfrz_ds.bench.policies.runs import Job, plan_runs
 from smartfrz_ds.bench.policies.setups import data
 from smartfrz_ds.bench.policies.setups.prepare import CrossEntropy, check_packages, prepare
 from smartfrz_ds.bench.policies.worker import alone, run
@@ -35,10 +36,20 @@ def test_a_task_may_ask_for_few_runs() -> None:
     assert [(p.entry, p.label, p.job.seed) for p in planned] == [(entry, "one", seed) for seed in (0, 1) for entry in ("full", "attention")]
 
 
+def test_curves_are_for_the_design_tasks() -> None:
+    """Five hours of two cores are not enough for all settings on all tasks."""
+    policies, tasks = read_policies(POLICIES_FILE), find_tasks()
+    curves = {f"{name} {label}" for name, entry in policies.policies.items() for label in entry.curve}
+    for name in ("minilm-epochs", "minilm-lora", "minilm-mlm", "gpt-further", "rescnn-half"):
+        planned = {f"{p.entry} {p.label}" for p in plan_runs({name: tasks[name]}, policies)}
+        assert {"linear one", "late one", "band one"} <= planned
+        assert set(tasks[name].leave_out) <= curves and curves & planned == {f"attention-budget {share}" for share in ("20%", "30%", "40%")}
+
+
 def test_what_a_result_does_not_depend_on_is_not_in_its_name() -> None:
     settings = {"net": "minilm", "data": "bbc", "batch": 8, "steps": 20, "lr": 0.01, "schedule": "linear", "held_out": 100}
     plain = TaskFile.model_validate(settings).training_settings()
-    other = settings | {"use": "once", "entries": ["linear"], "seeds": 1, "seconds_per_step": 0.5}
+    other = settings | {"use": "once", "entries": ["linear"], "leave_out": ["late one"], "seeds": 1, "seconds_per_step": 0.5}
     assert TaskFile.model_validate(other).training_settings() == plain
     assert TaskFile.model_validate(settings | {"train_rows": 16}).training_settings() == plain | {"train_rows": 16}
     assert TaskFile.model_validate(settings | {"lora_rank": 4}).training_settings() == plain | {"lora_rank": 4}
@@ -136,9 +147,22 @@ def test_every_task_runs_and_freezes_on_a_real_engine(tmp_path: Path) -> None:
     with torch.random.fork_rng(), alone():  # DeepSpeed keeps its first process group
         for name in names:
             task = find_tasks([name])[name]
-            task = task.model_copy(update={"steps": 12, "pretrain_steps": min(task.pretrain_steps, 2), "held_out": 32, "entries": None})
+            task = task.model_copy(
+                update={"steps": 12, "pretrain_steps": min(task.pretrain_steps, 2), "held_out": 32, "entries": None, "leave_out": []}
+            )
             planned = plan_runs({name: task}, read_policies(POLICIES_FILE), only=["late"], seeds=1)
             (late,) = (p.job for p in planned if p.label == "55%")
             result = run(replace(late, section=late.section | {"freeze_interval": 1}), tmp_path)
             assert result["frozen"][0][0] == 7 and 0 < result["saved"] < 0.5, name
             assert 0 <= result["metric"] <= 1 and result["loss"] > 0, name
+
+
+def test_the_results_in_the_repository_are_what_their_names_say() -> None:
+    """Damaged or renamed files would be missing in the table without a word."""
+    files = sorted((Path(__file__).parents[2] / "docs" / "policy-bench" / "runs").rglob("*.json"))
+    assert files
+    for file in files:
+        content = json.loads(file.read_text())
+        job = Job.from_json(content["job"])
+        assert job.name == f"{file.parent.name}/{file.stem}" and job.to_json() == content["job"]
+        assert {"metric", "loss", "saved", "flops", "full_flops"} <= set(content["result"]) and content["versions"]["deepspeed"]

@@ -57,6 +57,7 @@ class TaskFile(_File):
         held_out: Number of images or texts (GPT: windows of `length` characters) for the evaluation at the end.
         use: "design": the policies and their settings were developed with this task in view; "once": they were not.
         entries: Entries of the policies file that are run, or one setting of an entry, like "attention one"; None: all of them.
+        leave_out: Settings that are not run, each as an entry and a label, like "linear 10-60%".
         seeds: Maximum number of seeds; None: as in the policies file.
         seconds_per_step: CPU seconds of a step of full training with one thread, for estimates.
     """
@@ -78,6 +79,7 @@ class TaskFile(_File):
     lora_rank: Annotated[int, Field(ge=0)] = 0
     use: Literal["design", "once"] = "design"
     entries: list[str] | None = None
+    leave_out: list[str] = Field(default_factory=list)
     seeds: Count | None = None
     seconds_per_step: Annotated[float, Field(gt=0)] | None = None
 
@@ -88,7 +90,7 @@ class TaskFile(_File):
 
     def training_settings(self) -> dict[str, Any]:
         """Return the JSON-serializable settings on which a result depends."""
-        settings = self.model_dump(mode="json", exclude={"use", "entries", "seeds", "seconds_per_step"})
+        settings = self.model_dump(mode="json", exclude={"use", "entries", "leave_out", "seeds", "seconds_per_step"})
         # Left out at their defaults, so that results that were made before these keys existed stay valid.
         return {key: value for key, value in settings.items() if value or key not in ("train_rows", "lora_rank")}
 

@@ -123,7 +123,8 @@ def plan_runs(
 
 
 def _wanted(task: TaskFile, name: str, label: str) -> bool:
-    return task.entries is None or name == FULL or name in task.entries or f"{name} {label}" in task.entries
+    chosen = task.entries is None or name == FULL or name in task.entries or f"{name} {label}" in task.entries
+    return chosen and f"{name} {label}" not in task.leave_out
 
 
 def matched_steps(steps: int, share: float) -> int:
