@@ -88,6 +88,30 @@ def check_config(
 
 
 @app.command()
+def schedule(
+    model: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with the config.json of a Hugging Face model.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Check the schedule in this DeepSpeed JSON against --model, and print its table.")
+    ] = None,
+    from_log: Annotated[
+        Path | None, typer.Option(metavar="LOG", help="Turn the freezes and thaws of an earlier run into a schedule.")
+    ] = None,
+    unfreeze: Annotated[bool, typer.Option("--unfreeze", help="Begin with all but the head frozen; the last layers thaw first.")] = False,
+    total_steps: Annotated[int | None, typer.Option(min=1, help="Length of the run, to print shares as steps.")] = None,
+) -> None:
+    """Write a schedule to edit.
+
+    `smartfrz schedule --model DIR > schedule.json` writes settings for the policy `schedule`, with the layers in order and what trains in
+    each phase as comments. No weights are loaded.
+    """
+    with _plain_errors("demo"):
+        from .schedule import made
+
+        text = made(model, config, from_log, unfreeze=unfreeze, total_steps=total_steps)
+    typer.echo(text)
+
+
+@app.command()
 def plan(
     profile: Annotated[Path | None, typer.Option(dir_okay=False, help="JSON file with measured layer costs (docs/planning.md).")] = None,
     layers: Annotated[

@@ -57,6 +57,7 @@ PolicyName = Literal[
     "egeria",
     "pipetransformer",
     "weight_drift",
+    "schedule",
     "manual",
 ]
 

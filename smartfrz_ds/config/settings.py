@@ -8,16 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, JsonValue, PrivateAttr, ValidationError, model_validator
-from pydantic.fields import FieldInfo
 
 from .own import OR_OWN, PolicyObject, check_own_name, with_object
+from .problems import problems
 from .reading import read_config, show
+from .schedule import ScheduleSettings
 from .sections import (
     OR_SHARE,
     AttentionSettings,
@@ -157,6 +158,7 @@ class FreezeConfig(Section):
     egeria: EgeriaSettings = setting(EgeriaSettings(), "an object", "Settings of the policy `egeria`.")
     pipetransformer: PipeTransformerSettings = setting(PipeTransformerSettings(), "an object", "Settings of the policy `pipetransformer`.")
     weight_drift: WeightDriftSettings = setting(WeightDriftSettings(), "an object", "Settings of the policy `weight_drift`.")
+    schedule: ScheduleSettings = setting(ScheduleSettings(), "an object", "Settings of the policy `schedule`.")
     manual: ManualSettings = setting(ManualSettings(), "an object", "Settings of the policy `manual`: none.")
     zero3: Zero3Settings = setting(Zero3Settings(), "an object", "How ZeRO stage 3 stores frozen layers.")
     pipeline: PipelineSettings = setting(
@@ -241,7 +243,7 @@ class FreezeConfig(Section):
         try:
             config = cls.model_validate(section)
         except ValidationError as error:
-            raise ValueError("\n".join(_problems(error, section))) from None
+            raise ValueError("\n".join(problems(error, section, cls, SECTION))) from None
         if given is not None and config.policy_settings:
             raise ValueError(f"{SECTION}.policy_settings: got {show(config.policy_settings)}; allowed with an object: an empty object")
         config._object = given
@@ -295,19 +297,6 @@ def digest(config: FreezeConfig) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def section_of(field: FieldInfo) -> type[Section] | None:
-    """Return the sub-section class that a key holds, also if the key is nullable; None for a plain value."""
-    kinds = (field.annotation, *get_args(field.annotation))
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
-
-
-def allowed_for(key: str, section: type[Section]) -> str:
-    """Return the allowed values of a key in words."""
-    extra = section.model_fields[key].json_schema_extra
-    assert isinstance(extra, dict), key
-    return str(extra["allowed"])
-
-
 def _find_section(source: object) -> object:
     """Return the unchecked value of "smartfrz"; {} if there is none. Follows the rules of `FreezeConfig.load`."""
     if source is None:
@@ -333,63 +322,3 @@ def _find_section(source: object) -> object:
     if stray:
         raise ValueError(f"{where}: {', '.join(stray)}: a setting of smartfrz outside its section; allowed: inside {SECTION!r}: {{…}}")
     return {}
-
-
-def _problems(error: ValidationError, section: object) -> list[str]:
-    """Format validation errors, one line per wrong key, in the order found.
-
-    Example: `smartfrz.attention.threshold: got 1.7; allowed: a number in (0, 1), or null`.
-    """
-    lines: dict[str, None] = {}  # a union reports each of its members once
-    for item in error.errors(include_url=False):
-        path, allowed, value, hint = SECTION, _keys(FreezeConfig), section, ""
-        model: type[Section] = FreezeConfig
-        unknown = str(item["loc"][-1]) if item["type"] in ("extra_forbidden", "invalid_key") else None
-        for part in item["loc"]:
-            if part not in model.model_fields:
-                break  # an unknown key
-            key = str(part)
-            assert isinstance(value, Mapping), path
-            path, value, field = f"{path}.{key}", value[key], model.model_fields[key]
-            inner = section_of(field)
-            if inner is None:
-                allowed, hint = allowed_for(key, model), _did_you_mean(value, _choices(field.annotation))
-                break  # the rest of the path is a union member or a list index
-            model = inner
-            allowed = _keys(model) + (", or null" if field.default is None else "")
-        if unknown is not None:
-            hint = _did_you_mean(unknown, model.model_fields) or _elsewhere(unknown)
-            shown = unknown if unknown.isprintable() else show(unknown)
-            known = hint.strip() or f"allowed: {', '.join(model.model_fields) or 'none'}"
-            lines[f"{path}.{shown}: unknown key; {known}"] = None
-        elif item["type"] == "value_error":  # a check across keys; its message names the key
-            lines[f"{path}.{item['ctx']['error']}"] = None
-        else:
-            lines[f"{path}: got {show(value)}; {hint}allowed: {allowed}"] = None
-    return list(lines)
-
-
-def _keys(section: type[Section]) -> str:
-    return f"an object with the keys {', '.join(section.model_fields)}" if section.model_fields else "an empty object"
-
-
-def _choices(annotation: object) -> list[str]:
-    """Collect the words of all Literals in an annotation."""
-    return [word for arg in get_args(annotation) for word in ([arg] if isinstance(arg, str) else _choices(arg))]
-
-
-def _did_you_mean(value: object, choices: Iterable[str]) -> str:
-    near = get_close_matches(value.lower(), choices, n=1) if isinstance(value, str) else []
-    return f"did you mean {near[0]!r}? " if near else ""
-
-
-def _elsewhere(key: str) -> str:
-    """Suggest the right place for a key written one level too high or too low, such as 'threshold' for 'attention.threshold'."""
-    if key in FreezeConfig.model_fields:
-        return f"did you mean '{SECTION}.{key}'? "
-    for name, field in FreezeConfig.model_fields.items():
-        section = section_of(field)
-        near = [] if section is None else get_close_matches(key.lower(), section.model_fields, n=1, cutoff=0.75)
-        if near:
-            return f"did you mean '{SECTION}.{name}.{near[0]}'? "
-    return ""

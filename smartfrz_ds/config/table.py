@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
+from .problems import allowed_for, items_of, section_of
 from .sections import Section
-from .settings import FreezeConfig, allowed_for, section_of
+from .settings import FreezeConfig
 
 TABLE_BEGIN = "<!-- table: begin (made from smartfrz_ds/config/settings.py) -->"
 TABLE_END = "<!-- table: end -->"
@@ -20,7 +21,10 @@ def to_markdown() -> str:
         rows.append(_row(name, FreezeConfig))
     for name, field in FreezeConfig.model_fields.items():
         if (section := section_of(field)) is not None:
-            rows += [_row(key, section, prefix=f"{name}.") for key in section.model_fields]
+            for key, inner in section.model_fields.items():
+                rows.append(_row(key, section, prefix=f"{name}."))
+                if (items := items_of(inner)) is not None:
+                    rows += [_row(part, items, prefix=f"{name}.{key}[…].") for part in items.model_fields]
     return "\n".join(rows) + "\n"
 
 

@@ -331,6 +331,7 @@ def _turn_on(engine: Any, settings: FreezeConfig, probe_batch: Any = None, *, de
     )
     mixin: type = FreezingPipelineMixin if isinstance(engine, PipelineEngine) else FreezingMixin
     engine.__class__ = type(f"Freezing{type(engine).__name__}", (mixin, type(engine)), {})
+    engine.smartfrz.begin()
 
 
 def case_of(engine: Any, settings: FreezeConfig) -> Case:

@@ -93,20 +93,9 @@ class TorchController(Controller):
         if isinstance(bare, SeveralOptimizers):
             bare.let_go()
 
-    def set_schedule(self, *, scheduler: Any = None, total_steps: int | None = None, told_by: str = "set_schedule()") -> None:
-        """Set the schedule as `Controller.set_schedule` does.
-
-        Args:
-            scheduler: The learning-rate scheduler.
-            total_steps: Steps of the whole run; None takes the scheduler's.
-            told_by: The source of `total_steps`, for the line at the start.
-
-        Raises:
-            ValueError: The policy refuses the run.
-        """
-        if self._policy_stage.deferred:
-            super().set_schedule(scheduler=scheduler, total_steps=total_steps, told_by=told_by)
-            self._hooks.come_last()  # after the hooks of a new policy
+    def _set_schedule(self, scheduler: Any = None, total_steps: int | None = None, told_by: str = "set_schedule()") -> None:
+        super()._set_schedule(scheduler, total_steps, told_by)
+        self._hooks.come_last()  # after the hooks of a new policy
 
     def _listen(self, hooks: _Hooks) -> None:
         self._hooks = hooks
@@ -311,6 +300,7 @@ def attach_torch(
         raise
     hooks.listen(controller)
     bare.smartfrz = controller  # type: ignore[attr-defined]
+    controller.begin()
     return controller
 
 

@@ -52,7 +52,7 @@ class View:
     """Everything that a policy sees at one freezing stage.
 
     Attributes:
-        step: Successful optimizer steps so far, >= 1.
+        step: Successful optimizer steps so far, >= 1; 0 for a policy with `change_steps`, before the first step.
         total_steps: Steps of the whole run; None if unknown.
         lr_spent: Sum of the scheduled learning rates of all steps so far (without the factors that a policy applies
             per layer).
@@ -76,6 +76,9 @@ class View:
         flops_full: Training FLOPs (forward and backward, one micro-batch per step) of all steps so far, as if nothing
             were frozen.
         flops_done: Training FLOPs of all steps so far, as they were.
+        user_frozen: Names of the layers that the user froze before the start, in order. A policy may thaw them, too.
+        metrics: For each metric whose plateau a phase of the policy `schedule` awaits: its mean over the steps since the last freezing
+            stage, and over the ranks. Without metrics that were not reported since then.
     """
 
     step: int
@@ -93,6 +96,8 @@ class View:
     lr_ahead: Tensor | None = None
     flops_full: float = 0.0
     flops_done: float = 0.0
+    user_frozen: tuple[str, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def layer_infos(layers: Sequence[Layer]) -> tuple[LayerInfo, ...]:

@@ -11,14 +11,14 @@ from smartfrz_ds.model.view import LayerInfo, Need, View, Window
 
 from .attention import AttentionPolicy
 from .autofreeze import AutoFreezePolicy
-from .base import ChecksStart, Decision, Policy, SetsLr
+from .base import ChangesAtSteps, ChecksStart, Decision, Policy, SetsLr
 from .by_step.band import BandPolicy
 from .by_step.freezeout import FreezeOutPolicy
 from .by_step.linear import LinearPolicy
 from .by_step.one_shot import LatePolicy
 from .by_step.random_layers import RandomPolicy
+from .by_step.schedule import ManualPolicy, SchedulePolicy
 from .egeria import EgeriaPolicy
-from .manual import ManualPolicy
 from .own import check_policy, make_own, own_class
 from .pipetransformer import PipeTransformerPolicy
 from .weight_drift import WeightDriftPolicy
@@ -36,6 +36,7 @@ POLICIES: dict[str, type[Policy]] = {
         EgeriaPolicy,
         PipeTransformerPolicy,
         WeightDriftPolicy,
+        SchedulePolicy,
         ManualPolicy,
     )
 }
@@ -46,6 +47,7 @@ SHARED_SETTINGS: dict[str, tuple[str, ...]] = {
     "linear": ("max_frozen_fraction", "order"),
     "band": ("max_frozen_fraction",),
     "random": ("max_frozen_fraction", "order"),
+    "schedule": ("order",),
 }
 
 # These name layers from the front only: from the back they would never freeze anything.
@@ -129,6 +131,7 @@ __all__ = [
     "AttentionPolicy",
     "AutoFreezePolicy",
     "BandPolicy",
+    "ChangesAtSteps",
     "ChecksStart",
     "Decision",
     "EgeriaPolicy",
@@ -141,6 +144,7 @@ __all__ = [
     "PipeTransformerPolicy",
     "Policy",
     "RandomPolicy",
+    "SchedulePolicy",
     "SetsLr",
     "View",
     "WeightDriftPolicy",

@@ -22,6 +22,7 @@ class Decision:
 
     Attributes:
         freeze: Names of the layers to freeze now, a subset of the view's candidates.
+        thaw: Names of the layers that train again from now on, a subset of the view's `frozen` and `user_frozen`.
         reasons: One short line for the log for each judged layer.
         probabilities: Probability in [0, 1] that the layer has converged, for each judged layer; empty if the policy
             has no such number.
@@ -29,6 +30,7 @@ class Decision:
     """
 
     freeze: tuple[str, ...] = ()
+    thaw: tuple[str, ...] = ()
     reasons: Mapping[str, str] = field(default_factory=dict)
     probabilities: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
@@ -70,6 +72,23 @@ class ChecksStart(Protocol):
 
         Raises:
             ValueError: Names the setting that does not fit.
+        """
+        ...
+
+
+@runtime_checkable
+class ChangesAtSteps(Protocol):
+    """A policy that knows at which steps it changes what trains.
+
+    Each of these steps is a freezing stage, whatever `warmup_steps` and `freeze_interval` are, and step 0 is one before the first step; the
+    regular stages remain. `cooldown` and `max_frozen_fraction` do not apply to such a policy.
+    """
+
+    def change_steps(self, total_steps: int | None) -> Collection[int]:
+        """Return these steps, >= 0. Called on every rank at the start, after `check_start`; must return the same on all.
+
+        Args:
+            total_steps: Steps of the whole run; None if unknown.
         """
         ...
 

@@ -21,7 +21,11 @@ from .base import Policy
 _KEY = "smartfrz.policy"
 # The methods of a policy and their arguments: those that it must have, and those that it may have.
 _REQUIRED = {"decide": ("view",), "state_dict": (), "load_state_dict": ("state",)}
-_OPTIONAL = {"check_start": ("total_steps", "layers"), "lr_scales": ("step", "total_steps", "layers", "keep_active")}
+_OPTIONAL = {
+    "check_start": ("total_steps", "layers"),
+    "change_steps": ("total_steps",),
+    "lr_scales": ("step", "total_steps", "layers", "keep_active"),
+}
 
 
 def own_class(name: str, builtin: Mapping[str, Any]) -> type[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +27,9 @@ from smartfrz_ds.runtime.observers.adapters import (
     Recording,
     StatusLines,
 )
-from smartfrz_ds.runtime.observers.guard import GuardedRun, TakeBack
+from smartfrz_ds.runtime.observers.guard import GuardedRun
 from smartfrz_ds.runtime.observers.kept_frozen import KeptFrozen
+from smartfrz_ds.runtime.observers.metric_means import MetricMeans
 from smartfrz_ds.runtime.observers.prefix_cache import CacheWatch
 from smartfrz_ds.runtime.observers.protocol import StepObserver
 from smartfrz_ds.runtime.observers.readers import Readers
@@ -42,6 +43,7 @@ from .changes.freezer import Freezer
 from .changes.pauses import Pauses
 from .changes.stage_moves import StageMoves
 from .freeze_state import FreezeState
+from .freezing_stage import FreezingStages
 from .journal import Journal
 from .policy_stage import PolicyStage
 from .run_context import RunContext
@@ -57,6 +59,7 @@ class Parts:
         kept_active: Layers that `keep_active` names.
         policy: The policy and its inputs.
         freezer: Changes the frozen set.
+        stages: Holds the freezing stages.
         freeze_state: Saves and loads the freeze state.
         kept: Keeps frozen parameters frozen.
         tally: Counts FLOPs.
@@ -73,6 +76,7 @@ class Parts:
     kept_active: frozenset[str]
     policy: PolicyStage
     freezer: Freezer
+    stages: FreezingStages
     freeze_state: FreezeState
     kept: KeptFrozen
     tally: FlopTally
@@ -94,7 +98,6 @@ def assemble(
     probe_batch: Any,
     version: str,
     defer_policy: bool,
-    take_back: Callable[[TakeBack], None],
 ) -> Parts:
     """Create the parts of a run. Collective. The order in this function is the order in which they hook the model.
 
@@ -107,7 +110,6 @@ def assemble(
         probe_batch: As in `Controller`.
         version: As in `Controller`.
         defer_policy: As in `Controller`.
-        take_back: Thaws the layers of a freeze that the guard judges a mistake.
 
     Raises:
         ValueError: The settings do not fit the model or the engine.
@@ -129,8 +131,19 @@ def assemble(
     kept_active = find_kept_active(run)
     snapshots, history = Snapshots(layers, backend, sample_size=config.sample_size, seed=config.seed), History(config.window)
     tally = FlopTally(layers)
+    waits_for = config.schedule.metrics if config.policy == "schedule" else ()
+    means = MetricMeans(run, waits_for) if waits_for else None
     policy = PolicyStage(
-        run, snapshots, history, tally, kept_active=kept_active, scheduler=scheduler, probe_batch=probe_batch, deferred=defer_policy
+        run,
+        snapshots,
+        history,
+        tally,
+        kept_active=kept_active,
+        users=users,
+        metrics=means,
+        scheduler=scheduler,
+        probe_batch=probe_batch,
+        deferred=defer_policy,
     )
     run.ranks.assert_same(f"settings {digest(config)}, package {version}, layers {run.names}", "settings, package versions or layers")
     policy.try_probe()
@@ -145,11 +158,12 @@ def assemble(
     boundary = RecomputeBoundary(() if backend.is_pipeline else layers, on_late=gradients.check_late, mode=mode, time=run.time)
     kept = KeptFrozen(backend.forward_module(model), backend)
     flags = FlagWatch(run, kept)
-    guard = None if config.guard is None else GuardedRun(run, config.guard, take_back)
+    guard = None if config.guard is None else GuardedRun(run, config.guard, lambda mistake: stages.take_back(mistake))
     recording = Recording(run, policy, snapshots, history)
     observers: list[StepObserver] = []
     pauses = Pauses(run)
     freezer = Freezer(run, users, pauses, observers, kept.restore_flags)
+    stages = FreezingStages(run, policy, freezer, observers)
     pipeline = backend.pipeline(run.ranks, config.pipeline, config.tied)
     moves = None if pipeline is None else StageMoves(run, pipeline, freezer, pauses)
     readers = Readers(run)
@@ -166,6 +180,7 @@ def assemble(
         flops,  # after a step: measures and counts
         gradients,  # before a step: may raise, before anything else is done; layout: arms; step_ended: arms for recorded steps
         policy,  # before a step: learning rates of layers; after it: gradient sums
+        means,  # after a step: the metrics that a policy waits for
         guard,  # after a step: may thaw; layout: watches a freeze
         KeptState(run),  # after a step: drops released state that is too old
         recording,  # after a step: the snapshot, which the freezing stage that follows sees
@@ -181,6 +196,7 @@ def assemble(
         kept_active=kept_active,
         policy=policy,
         freezer=freezer,
+        stages=stages,
         freeze_state=FreezeState(run, users, freezer, policy, moves, observers),
         kept=kept,
         tally=tally,

@@ -16,12 +16,10 @@ from smartfrz_ds.backends.base import Backend
 from smartfrz_ds.backends.cost import PausePrediction
 from smartfrz_ds.config.settings import FreezeConfig
 from smartfrz_ds.distributed.collectives import Collectives
-from smartfrz_ds.runtime.observers.guard import TakeBack
 from smartfrz_ds.runtime.observers.protocol import LayoutChange, Listeners
 from smartfrz_ds.runtime.rules.eligibility import check_known
 from smartfrz_ds.runtime.rules.intervals import Intervals
 from smartfrz_ds.signals.lr_forecast import current_lr
-from smartfrz_ds.telemetry.events import FreezeEvent
 from smartfrz_ds.telemetry.speaking import scheduler_name
 
 from .assembly import assemble
@@ -65,10 +63,9 @@ class Controller(GuardedAttributes, FormerNames):
             probe_batch=probe_batch,
             version=version,
             defer_policy=defer_policy,
-            take_back=self._take_back,
         )
         run = self._run = parts.run
-        self._policy_stage, self._freezer, self._observers = parts.policy, parts.freezer, parts.observers
+        self._policy_stage, self._freezer, self._observers, self._stages = parts.policy, parts.freezer, parts.observers, parts.stages
         self._every_step, self._time = Listeners(parts.observers), run.time
         self._freeze_state, self._recording = parts.freeze_state, parts.recording
         self._guard, self._moves, self._readers, self._cache = parts.guard, parts.moves, parts.readers, parts.cache
@@ -237,8 +234,12 @@ class Controller(GuardedAttributes, FormerNames):
         Raises:
             ValueError: The policy refuses the run.
         """
-        if not (policy := self._policy_stage).deferred:
-            return
+        if self._policy_stage.deferred:
+            self._set_schedule(scheduler, total_steps, told_by)
+            self.begin()
+
+    def _set_schedule(self, scheduler: Any = None, total_steps: int | None = None, told_by: str = "set_schedule()") -> None:
+        policy = self._policy_stage
         if policy.set_schedule(scheduler, total_steps):
             self._run.journal.speaker.length_from = told_by if total_steps else scheduler_name(scheduler)
         for observer in self._observers:
@@ -246,6 +247,14 @@ class Controller(GuardedAttributes, FormerNames):
         policy.load_policy_state()
         policy.warn_if_never()
         self._run.journal.speaker.start()
+
+    def begin(self) -> None:
+        """Make the changes that the policy has for the moment before the first step. Collective; the entry points call it.
+
+        Raises: as `freeze`.
+        """
+        if not self.released:
+            self._stages.begin()
 
     def detach(self) -> None:
         """Make every layer trainable and remove all hooks; once. The engine must not be trained any further, but it can be saved."""
@@ -339,7 +348,7 @@ class Controller(GuardedAttributes, FormerNames):
         """
         with self._time:
             if self._policy_stage.deferred:
-                self.set_schedule()
+                self._set_schedule()  # in the middle of a step: changes before the first step come after it
             # A scheduler, or a load, of the user's comes after `after_step`.
             self._run.state.lr = current_lr(self._run.backend.base_optimizer())
             for observer in self._every_step.before_step:
@@ -356,47 +365,18 @@ class Controller(GuardedAttributes, FormerNames):
         run = self._run
         with self._time.after_step:
             if self._policy_stage.deferred:  # where the caller did not
-                self.set_schedule()
+                self._set_schedule()
             run.state.count_step(current_lr(run.backend.base_optimizer()))
             for observer in self._every_step.after_step:
                 observer.after_step()
             if self._policy_stage.is_stage(run.state.step):
-                self._freezing_stage()
+                self._stages.hold(self._guard)
                 for observer in self._observers:
                     observer.stage_passed()
             if self._moves is not None:
                 self._moves.if_due()
             for observer in self._every_step.step_ended:
                 observer.step_ended()
-
-    def _freezing_stage(self) -> None:
-        """Let the policy judge, and freeze what it has chosen."""
-        run, began = self._run, self._run.start_of_change()
-        if self._policy_stage.drop_schedule():
-            for observer in self._observers:
-                observer.on_schedule()
-            return
-        if self._guard is not None:
-            self._guard.before_stage()
-        if run.state.cooldown > 0:
-            run.state.cooldown -= 1
-            return
-        if self._guard is not None and self._guard.guard.watching:
-            return  # one freeze at a time, so that the guard knows which one it was
-        decision = self._policy_stage.judge(frozenset() if self._guard is None else self._guard.guard.waiting)
-        about: dict[str, Any] = {"probabilities": decision.probabilities, "reasons": decision.reasons}
-        frozen, dry_run = run.state.frozen | decision.chosen, self.config.dry_run
-        begins = decision.chosen and not dry_run and self._freezer.can_cut(frozen)
-        if begins and self._freezer.try_change(frozen, kind="freeze", about=about, began=began):
-            run.state.cooldown = self.config.cooldown
-        elif decision.chosen or decision.probabilities:
-            layers = run.state.in_order(decision.chosen)
-            run.journal.record(FreezeEvent(kind="decision", step=self.step, layers=layers, frozen=self.frozen, dry_run=dry_run, **about))
-
-    def _take_back(self, mistake: TakeBack) -> None:
-        """Thaw the layers that the guard takes back."""
-        reasons = dict.fromkeys(mistake.layers, mistake.reason)
-        self._freezer.try_change(self._run.state.frozen - set(mistake.layers), kind="thaw", about={"reasons": reasons})
 
     def _check_attached(self, call: str) -> None:
         if self.released:

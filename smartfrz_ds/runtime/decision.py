@@ -17,26 +17,28 @@ class StageDecision:
 
     Attributes:
         chosen: Layers to freeze now.
+        thawed: Layers to thaw now.
         failure: Why the policy could not decide, "" if it could. Ranks other than 0 have a general text.
         probabilities: Probability of each judged layer, in [0, 1].
         reasons: Reasons by layer, on rank 0 only.
     """
 
     chosen: frozenset[str] = frozenset()
+    thawed: frozenset[str] = frozenset()
     failure: str = ""
     probabilities: Mapping[str, float] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 def decide(
-    policy: Policy, look: Callable[[], View], allow: Callable[[Sequence[str]], frozenset[str]], *, step: int
+    policy: Policy, look: Callable[[], View], allow: Callable[[Decision], frozenset[str]], *, step: int
 ) -> tuple[Decision, frozenset[str], str]:
     """Let a policy decide. A policy that fails freezes nothing.
 
     Args:
         policy: The policy.
         look: Creates the view. Its errors are caught too, as the other ranks wait for an answer.
-        allow: Applies the rules: returns those of the named layers that may freeze.
+        allow: Applies the rules: returns those of the named layers that may freeze, and raises ValueError for a thaw that they forbid.
         step: The current step, for the message.
 
     Returns:
@@ -46,7 +48,7 @@ def decide(
         view = look()
         decision = policy.decide(view)
         _check(decision, view)
-        return decision, allow(decision.freeze), ""
+        return decision, allow(decision), ""
     except Exception as error:
         return Decision(), frozenset(), f"policy {policy.name!r} failed at step {step}, nothing was frozen: {error}"
 
@@ -63,6 +65,10 @@ def _check(decision: object, view: View) -> None:
         raise TypeError(f"Decision.freeze is the text {decision.freeze!r}; needed: a tuple of names")
     if unknown := set(decision.freeze) - set(view.candidates):
         raise ValueError(f"it named {sorted(map(str, unknown))}, which are not candidates")
+    if isinstance(decision.thaw, str):
+        raise TypeError(f"Decision.thaw is the text {decision.thaw!r}; needed: a tuple of names")
+    if unknown := set(decision.thaw) - {*view.frozen, *view.user_frozen}:
+        raise ValueError(f"it thaws {sorted(map(str, unknown))}, which are not frozen")
     names = {layer.name for layer in view.layers}
     for name, p in decision.probabilities.items():
         if name not in names or not isinstance(p, float | int) or not (0 <= p <= 1 or p != p):
@@ -87,10 +93,10 @@ def broadcast_decision(ranks: Collectives, names: Sequence[str], own: tuple[Deci
         RanksDisagree: The ranks differ. Raised on all ranks.
     """
     decision, chosen, failure = own
-    flags = [float(bool(failure))] + [float(name in chosen) for name in names]
+    flags = [float(bool(failure))] + [float((name in chosen) + 2 * (name in decision.thaw)) for name in names]
     told = ranks.broadcast([*flags, *(decision.probabilities.get(name, float("nan")) for name in names)])
-    heard = frozenset(name for name, flag in zip(names, told[1 : 1 + len(names)], strict=True) if flag)
-    ranks.assert_same(f"{about}, decision {sorted(heard)}", "freezing decisions")
+    heard, back = (frozenset(name for name, x in zip(names, told[1 : 1 + len(names)], strict=True) if x == flag) for flag in (1.0, 2.0))
+    ranks.assert_same(f"{about}, decision {sorted(heard)}" + (f", thaw {sorted(back)}" if back else ""), "freezing decisions")
     known: dict[str, Any] = {n: p for n, p in zip(names, told[1 + len(names) :], strict=True) if p == p}
     told_failure = (failure or "rank 0: the policy failed; nothing was frozen") if told[0] else ""
-    return StageDecision(chosen=heard, failure=told_failure, probabilities=known, reasons=dict(decision.reasons))
+    return StageDecision(chosen=heard, thawed=back, failure=told_failure, probabilities=known, reasons=dict(decision.reasons))

@@ -12,11 +12,13 @@ from smartfrz_ds.model.flops import FlopTally
 from smartfrz_ds.model.layers import Layer
 from smartfrz_ds.model.view import View, layer_infos
 from smartfrz_ds.policies import SHARED_SETTINGS, check_order_of, make_policy
-from smartfrz_ds.policies.base import ChecksStart, Decision, Policy
+from smartfrz_ds.policies.base import ChangesAtSteps, ChecksStart, Decision, Policy
 from smartfrz_ds.policies.own import saved_state
+from smartfrz_ds.runtime.observers.metric_means import MetricMeans
 from smartfrz_ds.runtime.observers.protocol import LayoutChange, StepObserver
-from smartfrz_ds.runtime.rules.eligibility import allowed, candidates, recorded
+from smartfrz_ds.runtime.rules.eligibility import allowed, candidates, check_order, recorded
 from smartfrz_ds.runtime.rules.intervals import resolve, why_never
+from smartfrz_ds.runtime.rules.user_frozen import UserFrozen
 from smartfrz_ds.signals.history import History
 from smartfrz_ds.signals.lr_forecast import RemainingLr, ScheduleUnit, total_steps_of
 from smartfrz_ds.signals.policy_inputs import PolicyInputs, RunInfo
@@ -37,6 +39,8 @@ class PolicyStage(StepObserver):
         history: The last snapshots of each layer.
         tally: The FLOPs of each layer and of the run.
         kept_active: Layers that no policy freezes.
+        users: Layers that the user froze.
+        metrics: The means of metrics that the policy waits for; None if it waits for none.
         scheduler: The optimizer's scheduler or None.
         probe_batch: As in `attach`.
         deferred: Whether the scheduler and the length of the run follow with `set_schedule`. Until then a policy that decides nothing
@@ -45,6 +49,7 @@ class PolicyStage(StepObserver):
     Attributes:
         inputs: The policy's inputs other than sampled weights.
         note: The policy's remark on its plan as a whole, on rank 0.
+        is_planned: Whether the policy knows the steps of its changes (`ChangesAtSteps`).
 
     Raises:
         ValueError: The policy refuses the run.
@@ -58,16 +63,20 @@ class PolicyStage(StepObserver):
         tally: FlopTally,
         *,
         kept_active: frozenset[str],
+        users: UserFrozen,
+        metrics: MetricMeans | None,
         scheduler: Any,
         probe_batch: Any,
         deferred: bool,
     ) -> None:
         self._run, self._snapshots, self._history, self._tally = run, snapshots, history, tally
         self._kept_active, self._probe_batch = kept_active, probe_batch
+        self._users, self._metrics = users, metrics
         self.deferred = deferred
         self.note = ""
         self._warned_failure = False
         self._early_state: Mapping[str, Any] | None = None
+        self._means: Mapping[str, float] = {}
         self._watches: bool | None = None  # `watches` with the current layout; None: not asked yet
         self._build(manual=deferred)
         self._remaining_lr = RemainingLr(scheduler, run.total_steps)
@@ -94,9 +103,16 @@ class PolicyStage(StepObserver):
             self.inputs = PolicyInputs(self.policy, config, run.model, run.layers, run.backend, self._snapshots, info)
 
         run.ranks.run_on_all_ranks(build)
+        if self.is_planned:  # ranks that differ would wait for each other
+            run.ranks.assert_same(f"changes at the steps {sorted(self._change_steps)}", "steps of the policy")
 
     def _use(self, policy: Policy) -> None:
         self.policy = policy
+        planned = isinstance(policy, ChangesAtSteps) and self._run.config.policy != "manual"
+        # Called on every rank together with the policy's own checks, so an error is raised on all of them.
+        steps = frozenset(map(int, policy.change_steps(self._run.total_steps))) if isinstance(policy, ChangesAtSteps) and planned else None
+        self._change_steps: frozenset[int] = steps or frozenset()
+        self.is_planned, self._late = planned, planned
         threshold = getattr(policy, "threshold", None)
         self._run.threshold = float(threshold) if threshold is not None else None
 
@@ -189,13 +205,21 @@ class PolicyStage(StepObserver):
     def watches(self) -> bool:
         """Whether a policy is active: it is not "manual", and there is a layer that it may freeze."""
         if self._watches is None:  # asked several times a step
-            self._watches = self._run.config.policy != "manual" and bool(self._candidates())
+            # A planned policy may thaw when nothing is left to freeze.
+            self._watches = self._run.config.policy != "manual" and (self.is_planned or bool(self._candidates()))
         return self._watches
 
     def is_stage(self, step: int) -> bool:
         """Whether a step ends in a freezing stage."""
         watches = self.watches if self._watches is None else self._watches  # each call counts: this is asked twice a step
+        if watches and self.is_planned and step != self._run.total_steps and (self._late or step in self._change_steps):
+            return True
         return watches and self._run.intervals.is_stage(step, self._run.total_steps)
+
+    @property
+    def begins_now(self) -> bool:
+        """Whether the policy has changes for the moment before the first step."""
+        return not self.deferred and self.is_planned and self._run.state.step == 0 and 0 in self._change_steps
 
     # --- the stage ------------------------------------------------------------------------------------------------------------
 
@@ -208,7 +232,9 @@ class PolicyStage(StepObserver):
         Raises:
             RanksDisagree: The ranks differ in step, frozen set or decision. Raised on all ranks.
         """
-        run = self._run
+        run, self._late = self._run, False
+        if self._metrics is not None:
+            self._means = self._metrics.take()
         self.inputs.gather(recorded(run.layers, run.state.frozen))
         if self.inputs.has_probe:
             self._together(self.inputs.run_probe)
@@ -246,7 +272,10 @@ class PolicyStage(StepObserver):
             candidates=tuple(name for name in self._candidates() if name not in waiting),
             windows=self._history.windows(),
             window_size=run.config.window,
-            **self.inputs.seen,
+            gradients=self.inputs.seen.get("gradients", {}),
+            grams=self.inputs.seen.get("grams", {}),
+            user_frozen=self._users.names,
+            metrics=self._means,
             profile=self._tally.profile,
             flops_full=self._tally.whole,
             flops_done=self._tally.done,
@@ -255,9 +284,13 @@ class PolicyStage(StepObserver):
     def _candidates(self) -> tuple[str, ...]:
         return candidates(self._run.layers, self._run.state.frozen, self._kept_active)
 
-    def _allowed(self, names: Sequence[str]) -> frozenset[str]:
-        config = self._run.config
-        return allowed(self._run.layers, self._run.state.frozen, names, order=config.order, max_frozen_fraction=config.max_frozen_fraction)
+    def _allowed(self, decision: Decision) -> frozenset[str]:
+        config, layers, frozen = self._run.config, self._run.layers, self._run.state.frozen
+        most = 1.0 if self.is_planned else config.max_frozen_fraction
+        chosen = allowed(layers, frozen, decision.freeze, order=config.order, max_frozen_fraction=most)
+        if decision.thaw:
+            check_order(layers, (frozen | chosen) - set(decision.thaw), config.order)
+        return chosen
 
     # --- as an observer, for the inputs -----------------------------------------------------------------------------------------
 

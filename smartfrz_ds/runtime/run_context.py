@@ -17,7 +17,7 @@ from smartfrz_ds.model.freeze_modules import leaving_params
 from smartfrz_ds.model.hooks import PluginTime
 from smartfrz_ds.model.layers import Layer
 from smartfrz_ds.model.run_state import RunState
-from smartfrz_ds.runtime.rules.intervals import Intervals
+from smartfrz_ds.runtime.rules.intervals import Intervals, first_phase
 
 if TYPE_CHECKING:
     from .journal import Journal
@@ -100,7 +100,9 @@ class RunContext:
     @property
     def first_stage(self) -> int | None:
         """Step of the first freezing stage, even if it is after the end of the run; None with the policy `manual`."""
-        return None if self.config.policy == "manual" else self.intervals.first_from(1)
+        if self.config.policy in ("manual", "schedule"):
+            return None if self.config.policy == "manual" else first_phase(self.intervals)
+        return self.intervals.first_from(1)
 
     @property
     def keep_steps(self) -> int:

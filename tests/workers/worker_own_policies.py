@@ -89,9 +89,7 @@ class Run:
             self.engine.load_checkpoint(str(folder), tag="saved")
         else:
             load(folder, self.model, self.optimizer, self.controller)
-            self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda k: 1 / (1 + 0.1 * (k + step)))
-            for group in self.optimizer.param_groups:
-                group["lr"] = oracle.LR / (1 + 0.1 * step)
+            self.scheduler.load_state_dict(self.scheduler.state_dict() | {"last_epoch": step, "_step_count": step + 1})
 
     def end(self) -> None:
         if self.how.startswith("z"):

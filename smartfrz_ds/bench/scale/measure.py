@@ -66,7 +66,6 @@ def measure(shape: Shape, world: int, engine: str, repeats: int = 5) -> dict[str
             probe_batch=None,
             version="",
             defer_policy=False,
-            take_back=lambda mistake: None,
         )
         try:
             return {"layers": len(parts.run.layers), "params": len(list(model.parameters()))} | Cell(parts, backend, repeats).measure()

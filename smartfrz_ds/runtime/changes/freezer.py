@@ -100,15 +100,16 @@ class Freezer:
         self.notify(change, released, released_by_all, about or {}, began)
         return change
 
-    def try_change(self, frozen: set[str], *, kind: Kind, about: Mapping[str, Any], began: float | None = None) -> bool:
+    def try_change(
+        self, frozen: set[str], *, kind: Kind, about: Mapping[str, Any], began: float | None = None, adopt: Collection[str] = ()
+    ) -> bool:
         """Carry out `change` for a decision that the user did not make: if it fails and is undone, it is logged and the run continues.
 
-        Returns:
-            Whether the change was started; False, with one warning, if memory is short.
+        Returns: whether the change was started; False, with one warning, if memory is short.
         """
         try:
             with suppress(ChangeUndone):
-                self.change(frozen, kind=kind, about=about, began=began)
+                self.change(frozen, kind=kind, about=about, began=began, adopt=adopt)
         except NotEnoughMemory as error:
             if not self._warned_memory:
                 self._run.journal.warn(f"a {kind} is left out, and training goes on: {error}")

@@ -9,9 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from smartfrz_ds.config.schedule import with_steps
 from smartfrz_ds.config.settings import SECTION, FreezeConfig, is_default
 from smartfrz_ds.config.shares import percent_of, steps_of
 from smartfrz_ds.predictor.constants import MIN_SNAPSHOTS
+
+from .replay import replayed
 
 # The defaults if the length of the run is unknown: about the values of the default shares in a run of 1250 steps.
 _WITHOUT_LENGTH = {"warmup_steps": 100, "freeze_interval": 50, "snapshot_interval": 10}
@@ -108,6 +111,9 @@ def resolve(config: FreezeConfig, total_steps: int | None, *, provisional: bool 
     keep = number("keep_state", config.keep_state)
     watch = 0 if config.guard is None else number("guard.window", config.guard.window)
     policy = dict(config.chosen_settings)
+    if config.policy == "schedule":
+        policy["phases"], wrong = with_steps(replayed(config.schedule), total_steps, provisional=provisional)
+        problems += wrong
     shares: set[str] = set() if config.is_own_policy else {key for key in _POLICY_STEPS if isinstance(policy.get(key), str)}
     for key in shares:
         policy[key] = number(f"{config.policy}.{key}", policy[key])
@@ -139,14 +145,25 @@ def first_stage(config: FreezeConfig, total_steps: int | None) -> int | None:
     """
     if not config.enabled or config.policy == "manual":
         return None
-    first = resolve(config, total_steps).first_from(1)
+    now = resolve(config, total_steps, provisional=config.policy == "schedule" and total_steps is None)
+    if config.policy == "schedule":
+        return first_phase(now)
+    first = now.first_from(1)
     return first if total_steps is None or first < total_steps else None
+
+
+def first_phase(now: Intervals) -> int:
+    """Return the step of the first phase of the policy `schedule`, or the first stage if that phase waits for a plateau."""
+    begins = [phase.begin for phase in now.policy["phases"][:1]]
+    return begins[0] if begins and isinstance(begins[0], int) else now.first_from(1)
 
 
 def needs_length(config: FreezeConfig) -> bool:
     """Return whether the chosen policy, with these settings, can't work in a run of unknown length."""
     if config.policy == "attention":
         return config.attention.mode == "budget"
+    if config.policy == "schedule":
+        return any(phase.epoch or percent_of(phase.begin) for phase in config.schedule.phases)
     return config.policy == "freezeout" or any(config.chosen_settings.get(key, 0) is None for key in _POLICY_STEPS)
 
 
@@ -159,7 +176,7 @@ def why_never(config: FreezeConfig, total_steps: int | None) -> str:
     Raises:
         ValueError: As `resolve`.
     """
-    if not config.enabled or config.policy == "manual":
+    if not config.enabled or config.policy in ("manual", "schedule"):  # `resolve` refuses a phase after the end of the run
         return ""
     if config.policy == "attention" and config.window < MIN_SNAPSHOTS:
         return (
