@@ -144,6 +144,14 @@ def test_phases_that_do_not_fit_the_layers_are_refused(phases: list[dict[str, An
     assert f"smartfrz.schedule.{said}" in problem(section(*phases))
 
 
+def test_a_phase_leaves_something_to_train() -> None:
+    """Under LoRA the head has no weights that train."""
+    layers = (*LAYERS[:-1], LayerInfo(name="head", kind="head", numel=0))
+    with pytest.raises(ValueError, match=r"phases\[0\]: nothing would be left to train; allowed: at least one layer that trains"):
+        start(section({"begin": 1, "freeze": ["*"]}), layers=layers)
+    start(section({"begin": 1, "freeze": ["embed", "b.?"]}), layers=layers)
+
+
 def test_beginnings_are_steps_shares_and_epochs() -> None:
     policy = start(
         section(

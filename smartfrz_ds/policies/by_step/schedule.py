@@ -146,6 +146,8 @@ def plan_phases(
             )
         frozen = (frozen | gone) - set(thaw)
         users -= set(thaw)
+        if all(x.name in frozen or x.name in users for x in layers):
+            raise ValueError(f"{key}: nothing would be left to train; allowed: at least one layer that trains in each phase")
         _check_order(layers, frozen, users, key, order)
         found.append((freeze, thaw))
     return found
