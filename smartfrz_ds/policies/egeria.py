@@ -7,7 +7,7 @@ Distillation", ICCV 2019.
 Differences from the paper: Egeria compares with a quantized copy of the model on the host, which is refreshed from time
 to time. Such a copy is expensive under ZeRO-3. The loss only needs the Gram matrices of the copy's activations, so
 those of the last refresh are kept, in full precision. They are centered and belong to a fixed probe batch. Egeria thaws
-everything when the learning rate falls to a tenth; policies of this package never thaw.
+everything when the learning rate falls to a tenth; this policy never thaws.
 """
 
 from __future__ import annotations

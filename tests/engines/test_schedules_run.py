@@ -193,6 +193,24 @@ def test_bad_phases_are_refused_at_the_start_on_every_rank(facts: Any, name: str
         assert kind == "ValueError" and said in text, text
 
 
+def test_a_trainer_begins_the_phases_by_its_own_length(tmp_path: Path) -> None:
+    """12 steps of 2 epochs, which the callback hears only when everything is prepared; resumed in two phases, under ZeRO-2 and DDP."""
+    phases = [{"begin": 0, "freeze": ["*"]}, {"epoch": 1, "thaw": ["model.layers.[23]"]}, {"begin": "75%", "thaw": ["*"]}]
+    own = {"policy": "schedule", "schedule": {"epochs": 2, "phases": phases}}
+    ways: dict[str, dict[str, Any]] = {"trainer-z2": {"how": "deepspeed", "stage": 2}, "trainer-ddp": {"how": "ddp"}}
+    cases = [{"name": name, "model": "llama", "smartfrz": own, "resumes": [4, 8], **way} for name, way in ways.items()]
+    folder = run_worker("hf", cases, tmp_path, timeout=170)
+    layers = [f"model.layers.{i}" for i in range(4)]
+    wanted = [["freeze", 0, ["embeddings", *layers]], ["thaw", 6, layers[2:]], ["thaw", 9, ["embeddings", *layers[:2]]]]
+    for name in ways:
+        for rank in (0, 1):
+            seen = json.loads((folder / f"{name}.{rank}.json").read_text())
+            assert seen["events"] == wanted and seen["frozen"] == [], name
+            for begin, again in seen["resumed"].items():
+                assert again["worst"] == 0.0, (name, begin)
+                assert [e for e in again["events"] if e[1] > int(begin)] == [e for e in wanted if e[1] > int(begin)], (name, begin)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW)
 def test_gradual_unfreezing_elsewhere(tmp_path: Path, name: str) -> None:
