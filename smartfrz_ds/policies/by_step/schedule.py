@@ -179,6 +179,7 @@ def _check_order(layers: Sequence[LayerInfo], frozen: set[str], users: set[str],
         if active and layer.name in frozen:
             where = "in front of" if order == "front_to_back" else "behind"
             raise ValueError(
-                f"{key}: {layer.name!r} would be frozen while {active!r} {where} it trains (smartfrz.order is {order!r}; allowed with 'any')"
+                f"{key}: {layer.name!r} would be frozen while {active!r} {where} it trains "
+                f"(smartfrz.order is {order!r}; allowed with 'any')"
             )
         active = active or (layer.name if layer.name not in frozen and layer.name not in users else "")
