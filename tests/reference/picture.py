@@ -45,7 +45,12 @@ _SKIPPED |= {"non_expert_gradients", "fp32_groups_gradient_dict", "fp32_groups_g
 _SKIPPED |= {"fp32_groups_actual_gradients_flat", "fp32_groups_gradient_flat_partition", "placeholders", "param_names"}
 # What the next step makes anew: a mask, staging areas, the order of modules that ZeRO-3 records.
 _SKIPPED |= {"flatten_grad_norm_mask_list", "has_executed_step", "param_buffer_of_bit16_for_cpu_offload_groups", "offload_gradient_dict"}
-_SKIPPED |= {"param_coordinator", "grad_partitions_flat_buffer", "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"}
+_SKIPPED |= {
+    "param_coordinator",
+    "_last_complete",
+    "grad_partitions_flat_buffer",
+    "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
+}
 
 
 def picture(**roots: Any) -> dict[str, str]:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,9 @@ def test_run_sh_combines_the_markers(project: Path, arguments: list[str], expect
     done = subprocess.run(["bash", "tests/run.sh", *arguments], cwd=project, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"-m pytest {expected}".rstrip()
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """Folders of tests are no packages: pytest would take the second file for the first, and run neither's tests in that process."""
+    names = Counter(file.name for file in TESTS.rglob("test_*.py"))
+    assert [name for name, times in names.items() if times > 1] == []

@@ -73,7 +73,7 @@ class Zero3Ways(ForwardWays):
         self._kept: dict[str, _Record] = {}
         self._kind: ForwardKind = "complete"
         self._lent = False  # whether the coordinator has a record that is not to be kept
-        self._whole = _Record.unused()  # of the last complete forwards, whatever was frozen then: forward has the same order
+        self._last_complete = _Record.unused()  # of the last complete forwards, whatever was frozen then: forward has the same order
 
     def before(self, kind: ForwardKind, skipped: Sequence[nn.Module], *, together: bool) -> None:
         coordinator: PartitionedParameterCoordinator = self._zero._get_param_coordinator()
@@ -86,12 +86,12 @@ class Zero3Ways(ForwardWays):
                 coordinator.reset_step()  # closes the record, which the ranks compare
             self._kept[self._kind] = _Record.of(coordinator)
             if self._kind == "complete" and coordinator.is_complete_trace():
-                self._whole = self._kept[self._kind]
+                self._last_complete = self._kept[self._kind]
         self._kind = kind
         record = self._kept.get(kind) or _Record.none()
         self._lent = kind == "probe" or (not together and record.mode != ZeRoTraceMode.COMPLETE)
         # Without a record that it can follow, the coordinator would let go of small weights that else stay gathered, on this rank alone.
-        (record if not self._lent else _Record.unused() if kind == "probe" else self._whole).give(coordinator)
+        (record if not self._lent else _Record.unused() if kind == "probe" else self._last_complete).give(coordinator)
 
     def end(self) -> None:
         if self._kind != "complete" or self._lent:
@@ -111,7 +111,7 @@ class Zero3Ways(ForwardWays):
         """
         coordinator = self._zero._get_param_coordinator()
         if self._kind == "complete" and not self._lent and coordinator.is_complete_trace():
-            self._whole = _Record.of(coordinator)
+            self._last_complete = _Record.of(coordinator)
         self._kept.clear()
         if not coordinator.is_invalid_trace():
             coordinator._invalidate_trace()

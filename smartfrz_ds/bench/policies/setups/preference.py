@@ -13,6 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from .data import Batch, articles
@@ -91,7 +92,7 @@ class Dpo:
                 output_dir=folder,
                 per_device_train_batch_size=task.batch,
                 max_length=task.length,
-                use_cpu=not torch.cuda.is_available(),
+                use_cpu=get_accelerator().device_name() == "cpu",
                 bf16=False,
                 gradient_checkpointing=False,
                 report_to=[],
