@@ -85,6 +85,6 @@ def with_object(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, "policy": PolicyObject(given, initial)}
 
 
-def by_name(policy: Any) -> dict[str, Any]:
-    """Return the argument `policy` of an entry point as settings by name: none if it is None."""
-    return {} if policy is None else {"policy": policy}
+def by_name(policy: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an entry point's settings by name, among them its argument `policy`, unless that is None."""
+    return {**settings, **({} if policy is None else {"policy": policy})}

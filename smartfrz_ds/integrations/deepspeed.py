@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -240,7 +241,7 @@ def initialize(
         smartfrz: The settings, if they are not in the "smartfrz" section of the DeepSpeed config.
         probe_batch: As in `attach`.
         policy: As in `attach`.
-        kwargs: Keyword arguments of deepspeed.initialize.
+        kwargs: Keyword arguments of deepspeed.initialize, and single settings by name, which take precedence over all others.
 
     Returns:
         The tuple (engine, optimizer, dataloader, lr_scheduler) of deepspeed.initialize.
@@ -250,14 +251,23 @@ def initialize(
         RanksDisagree: The ranks differ in package versions, settings or models.
     """
     clear_build_locks()
+    named = {name: kwargs.pop(name) for name in tuple(kwargs) if _is_setting(name)}
     source = _config_of(args, kwargs)
-    settings = with_settings(smartfrz if smartfrz is not None else source, by_name(policy))
+    settings = with_settings(smartfrz if smartfrz is not None else source, by_name(policy, named))
     model = kwargs.get("model", args[1] if len(args) > 1 else None)
     model = None if isinstance(model, PipelineModule) else model
     compare_before_start(model, settings, source, deepspeed_version=deepspeed.__version__)
     # By attribute, so that under `python -m smartfrz_ds` the hook makes the engine freeze, and `attach` below finds that done.
     engine, optimizer, loader, scheduler = deepspeed.initialize(*args, **_with_groups(settings, args, kwargs))
     return attach(engine, settings, probe_batch=probe_batch), optimizer, loader, scheduler
+
+
+def _is_setting(name: str) -> bool:
+    """Whether an argument is not DeepSpeed's: then it is a setting, or a misspelt one, of which its check says more."""
+    theirs = signature(deepspeed.initialize).parameters
+    if any(p.kind is Parameter.VAR_KEYWORD for p in theirs.values()):  # wrapped by other code, which takes whatever comes
+        return name in FreezeConfig.model_fields
+    return name not in theirs
 
 
 def attach(
@@ -268,6 +278,7 @@ def attach(
     policy: str | Policy | None = None,
     defer_policy: bool = False,
     later: bool = False,
+    **settings: Any,
 ) -> EngineT:
     """Enable freezing for an existing engine. Collective.
 
@@ -282,6 +293,7 @@ def attach(
         policy: The policy that decides, by name or as an object of your own (`smartfrz_ds.Policy`); it takes precedence over `config`.
         defer_policy: The scheduler and the length of the run follow with `engine.smartfrz.set_schedule(…)`, before the first step.
         later: Deprecated, the former name of `defer_policy`.
+        settings: Single settings by name, which take precedence over `config`.
 
     Returns:
         The same engine.
@@ -295,11 +307,11 @@ def attach(
     if not isinstance(engine, DeepSpeedEngine):
         raise ValueError(f"attach: got a {type(engine).__name__}; allowed: a DeepSpeedEngine or PipelineEngine")
     # engine.config: the dict that DeepSpeed parsed (runtime/engine.py)
-    settings = with_settings(engine.config if config is None else config, by_name(policy))
-    if settings.enabled:
-        _turn_on(engine, settings, probe_batch, defer_policy=defer_policy or later)
+    loaded = with_settings(engine.config if config is None else config, by_name(policy, settings))
+    if loaded.enabled:
+        _turn_on(engine, loaded, probe_batch, defer_policy=defer_policy or later)
     elif not isinstance(engine, RestoringMixin):
-        engine._smartfrz_settings = settings
+        engine._smartfrz_settings = loaded
         engine.__class__ = type(f"Restoring{type(engine).__name__}", (RestoringMixin, type(engine)), {})
     return engine
 

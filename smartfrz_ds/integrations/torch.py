@@ -235,6 +235,7 @@ def attach_torch(
     scaler: Any = None,
     defer_policy: bool = False,
     later: bool = False,
+    **settings: Any,
 ) -> TorchController:
     """Enable freezing for a model and its torch optimizer, without DeepSpeed. Collective. It acts after each optimizer.step().
 
@@ -253,6 +254,7 @@ def attach_torch(
         scaler: The torch.amp.GradScaler, if there is one and the policy reads gradients.
         defer_policy: The scheduler and the length of the run follow with `controller.set_schedule(…)`, before the first step.
         later: Deprecated, the former name of `defer_policy`.
+        settings: Single settings by name, which take precedence over `config`.
 
     Returns:
         The controller. If the optimizer already has one, that one.
@@ -269,14 +271,14 @@ def attach_torch(
     share_timeout()
     ranks = Collectives(collective_device(local(p) for p in model.parameters()))
     ranks.assert_same(f"smartfrz_ds {__version__}, torch {torch.__version__}", "package versions")
-    settings, backend = ranks.run_on_all_ranks(lambda: _prepare(model, bare, with_settings(config, by_name(policy))))
-    compare_before_attach(settings, model, bare, ranks)
+    loaded, backend = ranks.run_on_all_ranks(lambda: _prepare(model, bare, with_settings(config, by_name(policy, settings))))
+    compare_before_attach(loaded, model, bare, ranks)
     wrapper = wrapper_of(model)
     verdict = judge(
         ranks,
         untested(torch=torch.__version__) if wrapper is not None else None,
-        lambda: of_wrapper(str(wrapper), frozen=settings.fsdp.frozen, device=backend.device.type),
-        settings.untested_versions,
+        lambda: of_wrapper(str(wrapper), frozen=loaded.fsdp.frozen, device=backend.device.type),
+        loaded.untested_versions,
         versions={"torch": torch.__version__},
         library=None,
     )
@@ -288,7 +290,7 @@ def attach_torch(
         controller = TorchController(
             backend.module,
             backend,
-            settings,
+            loaded,
             scheduler=scheduler,
             probe_batch=probe_batch,
             version=__version__,
