@@ -10,6 +10,10 @@ die() {
     exit 1
 }
 
+installed() { # a package's version, without a local part such as +cpu; fails if it is not there. Imports nothing
+    python -c 'import sys; from importlib.metadata import version; print(version(sys.argv[1]).split("+")[0])' "$1" 2>/dev/null
+}
+
 smartfrz_venv() {
     local extra=$1 python=${PYTHON:-python3} venv=${SMARTFRZ_VENV:-$root/.venv} stamp want torch
     command -v "$python" >/dev/null || die "no $python here; install Python 3.11 or newer, or name one: PYTHON=/path/to/python3.11"
@@ -25,7 +29,7 @@ smartfrz_venv() {
         echo "smartfrz_ds: making $venv" >&2
         "$python" -m venv "$venv"
     fi
-    export PATH=$venv/bin:$PATH
+    export PATH=$venv/bin:$PATH PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
     # torch keeps one build of an extension a user, whatever the environment: two environments would build theirs anew in turns.
     export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$venv/torch_extensions}
 
@@ -35,9 +39,9 @@ smartfrz_venv() {
     done
     echo "smartfrz_ds: installing into $venv (some minutes, once)" >&2
     # torch first and alone: what is here stays, and nothing that comes after may bring another build of it.
-    if ! torch=$(python -c 'import torch; print(torch.__version__.split("+")[0])' 2>/dev/null); then
+    if ! torch=$(installed torch); then
         pip install --quiet "$(grep '^torch==' "$root/constraints.txt")"
-        torch=$(python -c 'import torch; print(torch.__version__.split("+")[0])')
+        torch=$(installed torch)
     fi
     sed "s/^torch==.*/torch==$torch/" "$root/constraints.txt" >"$venv/constraints.txt"
     pip install --quiet -c "$venv/constraints.txt" -e "${root}[$extra]"

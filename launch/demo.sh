@@ -36,7 +36,7 @@ export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}
 launch() { # arguments of finetune.py
     local port
     port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-    deepspeed --num_accelerators 2 --master_port "$port" --log_level warning \
+    deepspeed --num_accelerators 2 --master_port "$port" --log_level error \
         "$root/launch/examples/finetune.py" --deepspeed_config "${CONFIG:-$root/configs/zero2.json}" "${rest[@]}" "$@"
 }
 

@@ -36,6 +36,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 import smartfrz_ds
 from smartfrz_ds.bench.wire import CollectiveBytes
 
+# What the constructors of DeepSpeed's schedulers say of themselves.
+deepspeed.utils.logger.addFilter(lambda record: "before it has started" not in record.getMessage())
+
 
 def arguments() -> argparse.Namespace:
     parser = parser_of(__doc__, out=Path("runs/demo"))

@@ -102,7 +102,14 @@ class StepLog:
         self.steps, self.series, self._cached, self._hits = steps, defaultdict[str, list[float]](list), list[int](), 0
         self._controller, self._memory, self._held = controller, memory, 0
         redrawn = 0.5 if sys.stderr.isatty() else 15.0  # seconds; rarely, if the output is a file
-        self._bar = tqdm(total=steps.stop - 1, initial=steps.start - 1, disable=dist.get_rank() != 0, unit="step", mininterval=redrawn)
+        self._bar = tqdm(
+            total=steps.stop - 1,
+            initial=steps.start - 1,
+            disable=dist.get_rank() != 0,
+            unit="step",
+            mininterval=redrawn,
+            smoothing=0.8,  # the rate of the last steps: it rises when layers freeze
+        )
 
     @contextmanager
     def step(self) -> Iterator[dict[str, float]]:
@@ -118,9 +125,17 @@ class StepLog:
             self._hits = hits
         if len(self.series["seconds"]) == 1:  # moments are made in the first step
             self._held = self._memory()
-        frozen = "off" if self._controller is None else f"{len(self._controller.frozen)}/{len(self._controller.layers)}"
-        self._bar.set_postfix({"loss": f"{values['loss']:.3f}", "frozen": frozen}, refresh=False)
+        self._bar.set_postfix_str(", ".join((f"loss {values['loss']:.3f}", *self._freezing())), refresh=False)
         self._bar.update()
+
+    def _freezing(self) -> Iterator[str]:
+        """What the progress bar says of freezing."""
+        if self._controller is None:
+            return
+        yield f"frozen {len(self._controller.frozen)}/{len(self._controller.layers)}"
+        if (stage := self._controller.next_stage) is not None:
+            left = stage - self._controller.step
+            yield f"next stage in {left} step{'s' if left > 1 else ''}"
 
     def result(self, **more: Any) -> Result:
         """End the progress bar, and return the run's result; more: the fields of `Result` that are not measured here."""

@@ -102,6 +102,12 @@ class Controller(GuardedAttributes, FormerNames):
         """The frozen layers, in order. Layers that the user froze before are not among them."""
         return self._run.frozen
 
+    @property
+    def next_stage(self) -> int | None:
+        """The step that ends in the next freezing stage, as far as the policy has planned; None: there is no further one."""
+        last = self.intervals.first_from(self.step + 1)
+        return next((step for step in range(self.step + 1, last + 1) if self._policy_stage.is_stage(step)), None)
+
     def active_weights(self, since: int | None = None) -> tuple[str, ...]:
         """Name the parameters that train, as the model's `named_parameters` does (in a pipeline, those of this stage). Not collective.
 

@@ -24,6 +24,7 @@ from hosts import PORT, Host, both, finish, refusal, two_hosts
 from reference.oracle import Cell, Net, reference
 from safetensors.torch import load_file
 
+from smartfrz_ds._version import __version__
 from smartfrz_ds.checkpoint.files import complete_tags
 
 CELL = Cell("faults", 1, steps=8, width=32)
@@ -193,7 +194,7 @@ def test_a_policy_that_fails_on_rank_0(folder: Path) -> None:
 
 
 DIFFERENT = {
-    "other version": ("package versions", ["smartfrz_ds 0.1.0", "smartfrz_ds 0.0.1"]),
+    "other version": ("package versions", [f"smartfrz_ds {__version__}", "smartfrz_ds 0.0.1"]),
     "other settings": ("smartfrz settings", ["rank 0: settings", "rank 1: settings"]),
     "other stage": ("DeepSpeed settings", ['"stage": 1', '"stage": 3']),
     "other model": ("models", ["Net with 34 parameters", "Net with 28 parameters"]),
