@@ -105,8 +105,10 @@ class Controller(GuardedAttributes, FormerNames):
     @property
     def next_stage(self) -> int | None:
         """The step that ends in the next freezing stage, as far as the policy has planned; None: there is no further one."""
-        last = self.intervals.first_from(self.step + 1)
-        return next((step for step in range(self.step + 1, last + 1) if self._policy_stage.is_stage(step)), None)
+        begin = self.step + 1
+        regular = self.intervals.first_from(begin) + 1
+        end = regular if self.total_steps is None else min(regular, self.total_steps)
+        return next((step for step in range(begin, end) if self._policy_stage.is_stage(step)), None)
 
     def active_weights(self, since: int | None = None) -> tuple[str, ...]:
         """Name the parameters that train, as the model's `named_parameters` does (in a pipeline, those of this stage). Not collective.

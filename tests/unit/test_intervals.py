@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference.oracle import Net, data
+from reference import oracle
 from torch import nn
 
 import smartfrz_ds
@@ -330,14 +330,14 @@ def test_the_length_may_come_later(tmp_path: Path) -> None:
 
 def test_a_controller_says_when_the_next_stage_comes() -> None:
     torch.manual_seed(0)
-    model = Net()
+    model = oracle.Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     controller = smartfrz_ds.attach_torch(
         model, optimizer, policy="linear", total_steps=12, warmup_steps=3, freeze_interval=4, snapshot_interval=1
     )
     seen = [controller.next_stage]
     for number in range(12):
-        model(data(number, 0, 0)[0]).square().mean().backward()
+        model(oracle.data(number, 0, 0)[0]).square().mean().backward()
         optimizer.step()
         seen.append(controller.next_stage)
     assert seen == [4] * 4 + [8] * 4 + [None] * 5  # the last step is no stage
