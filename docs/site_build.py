@@ -71,7 +71,16 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     text = LINK.sub(followed, markdown)
     if page.file.src_uri == "cli.md":
         text += "\n" + "\n".join(commands())
+    if page.file.src_uri == "configuration.md":
+        text += "\n## Every key\n\n" + settings()
     return spaced(text)
+
+
+def settings() -> str:
+    """The table of all settings, from their declarations."""
+    from smartfrz_ds.config.table import to_markdown
+
+    return to_markdown()
 
 
 def heading(markdown: str) -> str:

@@ -1,6 +1,6 @@
 """The "smartfrz" section of a DeepSpeed JSON: every key with its type, default, range and meaning.
 
-The table in docs/configuration.md is generated from this module (table.py).
+The defaults in docs/configuration.md and the table in its page of the site are generated from this module (table.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table of settings in docs/configuration.md, generated from the declarations: `python -m smartfrz_ds.config docs/configuration.md`."""
+"""The settings in docs/configuration.md, generated from the declarations: their defaults in the page, their table in the site."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from .problems import allowed_for, items_of, section_of
 from .sections import Section
 from .settings import FreezeConfig
 
-TABLE_BEGIN = "<!-- table: begin (made from smartfrz_ds/config/settings.py) -->"
-TABLE_END = "<!-- table: end -->"
+DEFAULTS_BEGIN = "<!-- defaults: begin (made from smartfrz_ds/config/settings.py) -->"
+DEFAULTS_END = "<!-- defaults: end -->"
 
 
 def to_markdown() -> str:
@@ -28,23 +28,37 @@ def to_markdown() -> str:
     return "\n".join(rows) + "\n"
 
 
+def defaults() -> str:
+    """Return a JSON block with every key and its default; sub-sections on a line each."""
+    lines = []
+    for name, field in FreezeConfig.model_fields.items():
+        section = section_of(field)
+        value = (
+            field.get_default()
+            if section is None or field.default is None
+            else {k: f.get_default() for k, f in section.model_fields.items()}
+        )
+        lines.append(f"    {json.dumps(name)}: {json.dumps(value)}")
+    return '```json\n{\n  "smartfrz": {\n' + ",\n".join(lines) + "\n  }\n}\n```\n"
+
+
 def update_docs(text: str) -> str:
-    """Replace the table between the two markers of a page.
+    """Replace the defaults between the two markers of a page.
 
     Args:
         text: The page's text.
 
     Returns:
-        The text with the regenerated table.
+        The text with the regenerated defaults.
 
     Raises:
         ValueError: A marker is missing.
     """
-    head, begin, rest = text.partition(TABLE_BEGIN)
-    _, end, tail = rest.partition(TABLE_END)
+    head, begin, rest = text.partition(DEFAULTS_BEGIN)
+    _, end, tail = rest.partition(DEFAULTS_END)
     if not begin or not end:
-        raise ValueError(f"the document needs the two lines {TABLE_BEGIN!r} and {TABLE_END!r}, in this order")
-    return f"{head}{begin}\n{to_markdown()}{end}{tail}"
+        raise ValueError(f"the document needs the two lines {DEFAULTS_BEGIN!r} and {DEFAULTS_END!r}, in this order")
+    return f"{head}{begin}\n{defaults()}{end}{tail}"
 
 
 def _row(key: str, section: type[Section], prefix: str = "") -> str:

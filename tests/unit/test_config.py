@@ -16,7 +16,8 @@ from smartfrz_ds.config.settings import FreezeConfig, digest
 from smartfrz_ds.config.table import to_markdown, update_docs
 
 DOC = Path(__file__).parents[2] / "docs" / "configuration.md"
-EXAMPLES = re.findall(r"```json\n(.*?)```", DOC.read_text(encoding="utf-8"), flags=re.DOTALL)
+# The last block is generated: all defaults.
+*EXAMPLES, DEFAULTS = re.findall(r"```json\n(.*?)```", DOC.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
 def problems(section: object) -> list[str]:
@@ -325,14 +326,16 @@ def test_digest_is_the_same_in_another_process() -> None:
 # ---- the documentation
 
 
-def test_docs_table_is_what_the_code_says() -> None:
+def test_docs_defaults_are_what_the_code_says() -> None:
     text = DOC.read_text(encoding="utf-8")
     assert update_docs(text) == text, "run: python -m smartfrz_ds.config docs/configuration.md"
     assert to_markdown().count("\n| `") == len(keys()) + len(PhaseSettings.model_fields)
+    named = json.loads(DEFAULTS)
+    assert FreezeConfig.load(named) == FreezeConfig() and named["smartfrz"].keys() == FreezeConfig.model_fields.keys()
 
 
 def test_docs_without_markers_are_refused() -> None:
-    with pytest.raises(ValueError, match="table: end"):
+    with pytest.raises(ValueError, match="defaults: end"):
         update_docs("no markers here")
 
 

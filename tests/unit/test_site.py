@@ -37,6 +37,7 @@ def test_the_site_builds_strictly_and_lists_every_page(tmp_path: Path) -> None:
         assert len(sentence.split()) > 3, f"llms.txt: {page.name} begins with no sentence"
         assert (tmp_path / page.name).is_file() and (tmp_path / f"{page.stem}.html").is_file()
     assert "smartfrz bench zero" in (tmp_path / "cli.html").read_text()
+    assert "autofreeze.quantile" in (tmp_path / "configuration.html").read_text()
 
 
 @needs_mkdocs
