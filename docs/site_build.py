@@ -72,7 +72,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     if page.file.src_uri == "cli.md":
         text += "\n" + "\n".join(commands())
     if page.file.src_uri == "configuration.md":
-        text += '\n## Every key\n\n<div class="settings" markdown>\n\n' + settings() + "\n</div>\n"
+        text += '\n## The keys, one by one\n\n<div class="settings" markdown>\n\n' + settings() + "\n</div>\n"
     return spaced(text)
 
 
