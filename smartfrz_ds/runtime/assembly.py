@@ -131,7 +131,9 @@ def assemble(
     kept_active = find_kept_active(run)
     snapshots, history = Snapshots(layers, backend, sample_size=config.sample_size, seed=config.seed), History(config.window)
     tally = FlopTally(layers)
-    waits_for = config.schedule.metrics if config.policy == "schedule" else ()
+    waits_for: tuple[str, ...] = config.schedule.metrics if config.policy == "schedule" else ()
+    if config.policy == "attention" and config.attention.mode == "budget":
+        waits_for = ("loss",)
     means = MetricMeans(run, waits_for) if waits_for else None
     policy = PolicyStage(
         run,

@@ -125,6 +125,7 @@ class Training:
     steps_done: int
     frozen: int
     layers: tuple[Layer, ...]
+    _loss: Tensor
     optimizer: torch.optim.Optimizer
     peak: float
 
@@ -158,8 +159,14 @@ class Training:
         loss.backward()
         nn.utils.clip_grad_norm_([p for p in self.net.parameters() if p.requires_grad], 1.0, foreach=True)
         self.optimizer.step()
+        self._loss = loss.detach()
         self.steps_done += 1
         return lr
+
+    @property
+    def loss(self) -> float:
+        """Loss of the last step's batch, before the step."""
+        return float(self._loss)
 
     def freeze(self, count: int) -> None:
         """Freeze the first `count` layers and their running statistics from now on."""
