@@ -77,8 +77,8 @@ class View:
             were frozen.
         flops_done: Training FLOPs of all steps so far, as they were.
         user_frozen: Names of the layers that the user froze before the start, in order. A policy may thaw them, too.
-        metrics: For each metric whose plateau a phase of the policy `schedule` awaits, and the loss in mode `budget`: its mean over the steps since the last freezing
-            stage, and over the ranks. Without metrics that were not reported since then.
+        metrics: For each metric that the policy awaits (phases of `schedule` a plateau, mode `budget` the loss): its mean over the steps
+            since the last freezing stage, and over the ranks. Without metrics that were not reported since then.
     """
 
     step: int

@@ -75,16 +75,19 @@ class Prices:
                 found = together, times
         return list(found[1])
 
-    def text(self, share: float, wanted: Sequence[int], chosen: Sequence[int]) -> str:
-        """Say what part of a budget is worth freezing, and what both ways to save cost."""
-        some, all_of_it = self.saving(chosen), self.saving(wanted)
-        costs = f"predicted loss {self.freezing(wanted):+.1%}, by fewer steps {self.fewer_steps(all_of_it):+.1%}"
-        if all_of_it - some < 0.005:
-            return f"; all that is missing is worth freezing: {costs}"
-        now = f"predicted loss {self.freezing(chosen):+.1%}, by fewer steps {self.fewer_steps(some):+.1%}"
-        rest = f"the other {all_of_it - some:.3f} are better saved by fewer steps"
-        kept = f"of the {all_of_it:.3f} that are missing from the budget of {share:.3g}, {some:.3f} are worth freezing ({now})"
-        return f"; {kept}; {rest} (all of it frozen: {costs})"
+    def text(self, share: float, already: float, wanted: Sequence[int], chosen: Sequence[int]) -> str:
+        """Say what part of a budget is worth freezing, with what frozen layers save already, and what both ways to save cost."""
+        some, missing = self.saving(chosen), self.saving(wanted)
+        costs = f"predicted loss {self.freezing(wanted):+.1%}, by fewer steps {self.fewer_steps(missing):+.1%}"
+        if self.is_whole(wanted, chosen):
+            return f"worth freezing ({costs})"
+        now = f"predicted loss {self.freezing(chosen):+.1%}, by fewer steps {self.fewer_steps(some):+.1%}; " if some else ""
+        worth = f"{already + some:.3f} of the budget of {share:.3g} are worth freezing"
+        return f"{worth}; the other {share - already - some:.3f} are better saved by fewer steps ({now}all frozen: {costs})"
+
+    def is_whole(self, wanted: Sequence[int], chosen: Sequence[int]) -> bool:
+        """Return whether the chosen plan saves what the wanted one does, up to half a percent of the run."""
+        return self.saving(wanted) - self.saving(chosen) < 0.005
 
 
 class Budget:
@@ -104,6 +107,7 @@ class Budget:
         self.share, self.max_frozen_fraction = share, max_frozen_fraction
         self._last: int | None = None  # step of the last freezing stage
         self._spent = 0.0  # learning rate spent until then
+        self._cut = ""  # why not all of the budget freezes, as long as it could
         self._points: list[list[float]] = []  # of the loss curve: learning rate spent, mean loss
 
     def decide(self, view: View, probabilities: Mapping[str, float]) -> Decision:
@@ -142,7 +146,10 @@ class Budget:
         elif any(times):
             plans = [freezing_times(gain, weights, k, cost, need * part / _PARTS) for part in range(_PARTS)] + [times]
             chosen = known.best(plans)
-            worth = known.text(self.share, plans[-1], chosen)
+            worth = "; " + known.text(self.share, self.share - need / view.total_steps, times, chosen)
+            reachable = need <= left * (shares[-1] - shares[0]) + interval
+            if reachable:  # what is said when the rest can no longer be frozen in any case
+                self._cut = "" if known.is_whole(times, chosen) else worth
             times = chosen
         # A layer due before the next stage freezes now if its time is in the first half of the interval.
         due = [name for name, time in zip(names, times, strict=True) if time > 0 and time >= left - interval / 2]
@@ -150,16 +157,17 @@ class Budget:
             name: f"budget: due at step {view.total_steps - time}" if time else "budget: not needed"
             for name, time in zip(names, times, strict=True)
         }
-        note = self._note(view, times, interval, left, shares, need, cut=known is not None and worth != "")
-        return Decision(freeze=tuple(due), reasons=reasons, probabilities=probabilities, note=note + worth)
+        note = self._note(view, times, interval, left, shares, need)
+        return Decision(freeze=tuple(due), reasons=reasons, probabilities=probabilities, note=note + (self._cut or worth))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as JSON-able data."""
-        return {"last": self._last, "spent": self._spent, "points": [list(point) for point in self._points]}
+        return {"last": self._last, "spent": self._spent, "cut": self._cut, "points": [list(point) for point in self._points]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
         self._last, self._spent = state["last"], state.get("spent", 0.0)
+        self._cut = state.get("cut", "")
         self._points = [[float(x) for x in point] for point in state.get("points", ())]
 
     def _add_loss(self, view: View) -> None:
@@ -218,13 +226,13 @@ class Budget:
         middle = known[len(known) // 2]
         return [1.0 if x is None else math.exp(_TRUST * max(-_LIMIT, min(_LIMIT, x - middle))) for x in odds]
 
-    def _note(self, view: View, times: Sequence[int], interval: int, left: int, shares: Sequence[float], need: float, *, cut: bool) -> str:
-        if need > left * (shares[-1] - shares[0]) + interval:
+    def _note(self, view: View, times: Sequence[int], interval: int, left: int, shares: Sequence[float], need: float) -> str:
+        if not self._cut and need > left * (shares[-1] - shares[0]) + interval:
             most = self.share - (need - left * (shares[-1] - shares[0])) / (view.total_steps or 1)
             return f"budget: {self.share:.3g} of the FLOPs can no longer be saved; at most {most:.3g} can"
         planned = [time for time in times if time]
         if not planned:
-            return "budget: nothing more freezes" if cut else "budget: reached with the layers that are frozen"
+            return "budget: nothing more freezes" if self._cut else "budget: reached with the layers that are frozen"
         assert view.total_steps is not None
         first, last = view.total_steps - max(planned), view.total_steps - min(planned)
         if last - first <= max(interval, 1):

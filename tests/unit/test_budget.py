@@ -64,8 +64,13 @@ def test_equal_layers_freeze_together_and_a_still_front_earlier() -> None:
     assert len(set(freezing_times([0.05] * 6, [1.0] * 3 + [0.2] * 3, k, cost, 40.0))) == 1
 
 
-def run(share: float, schedule: str, p: Any, most: float = 0.9, total: int = STEPS) -> tuple[float, list[tuple[int, tuple[str, ...]]], str]:
-    """A whole run, judged every INTERVAL steps. p(step, block): probability. Gives the saved share, the freezes, the last note."""
+def run(
+    share: float, schedule: str, p: Any, most: float = 0.9, total: int = STEPS, loss: Any = None
+) -> tuple[float, list[tuple[int, tuple[str, ...]]], str]:
+    """A whole run, judged every INTERVAL steps. p(step, block): probability; loss(learning rate spent).
+
+    Gives the saved share, the freezes, the last note.
+    """
     layers = (
         LayerInfo(name="embeddings", kind="embedding", numel=8),
         *(LayerInfo(name=f"block{i}", kind="block", numel=8) for i in range(BLOCKS)),
@@ -83,7 +88,7 @@ def run(share: float, schedule: str, p: Any, most: float = 0.9, total: int = STE
         view = View(
             step=step,
             total_steps=total,
-            lr_spent=1.0,
+            lr_spent=float(lr[:step].sum()),
             lr_remaining=float(lr[step:].sum()),
             lr_ahead=lr[step:],
             layers=layers,
@@ -94,6 +99,7 @@ def run(share: float, schedule: str, p: Any, most: float = 0.9, total: int = STE
             profile=profile,
             flops_full=full,
             flops_done=done,
+            metrics={} if loss is None else {"loss": loss(float(lr[:step].sum()))},
         )
         judged = {f"block{i}": p(step, i) for i in range(BLOCKS) if f"block{i}" not in frozen}
         decision = budget.decide(view, judged)
@@ -128,11 +134,31 @@ def test_a_budget_out_of_reach_freezes_all_that_it_may_and_says_so() -> None:
     assert saved < 0.6 and "can no longer be saved" in note and f"at most {saved:.3g}" in note
 
 
-def test_state_goes_on() -> None:
+def test_no_freeze_that_costs_more_than_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    def falls(spent: float) -> float:  # most is learned at the start, so that fewer steps cost next to nothing
+        return 0.5 + 2 * math.exp(-spent / 30)
+
+    for loss, words in [(None, "no loss was reported"), (falls, "worth freezing")]:
+        saved, _, note = run(0.3, "cosine", lambda step, i: 0.0, loss=loss)
+        assert saved == pytest.approx(0.3, abs=0.02) and (words in note or "budget: reached" in note)
+    monkeypatch.setattr("smartfrz_ds.policies.loss_curve.FREEZING", 1e4)  # freezing is always worse
+    saved, freezes, note = run(0.3, "cosine", lambda step, i: 0.0, loss=falls)
+    assert saved == 0.0 and freezes == []
+    assert (
+        "nothing more freezes" in note and "0.000 of the budget of 0.3 are worth freezing" in note and "better saved by fewer steps" in note
+    )
+    monkeypatch.setattr("smartfrz_ds.policies.loss_curve.FREEZING", 4.0)  # the same freeze is worth it late, not early
+    some, _, note = run(0.4, "linear", lambda step, i: 0.0, loss=lambda spent: 3 - spent / 200)
+    assert 0.02 < some < 0.38 and "better saved by fewer steps" in note
+
+
+def test_the_loss_curve_is_part_of_the_state() -> None:
     budget, other = Budget(0.2, 0.5), Budget(0.2, 0.5)
-    budget._last = 70
+    budget._last, budget._spent, budget._points = 70, 3.5, [[1.0, 2.0], [3.0, 1.5]]
     other.load_state_dict(budget.state_dict())
-    assert other._last == 70
+    assert (other._last, other._spent, other._points) == (70, 3.5, [[1.0, 2.0], [3.0, 1.5]])
+    other.load_state_dict({"last": 80})  # a checkpoint of an earlier version
+    assert other._last == 80 and other._points == []
 
 
 @pytest.mark.parametrize(

@@ -54,9 +54,9 @@ def collect_costs(run: TaskRun, folder: Path) -> dict[str, Any]:
         folder: Folder with one JSON file per run. A file that is damaged or from another version is computed again.
 
     Returns:
-        "losses": training losses, each the mean of _MEAN steps; "lr": the sums of the learning rates of these steps; "full": held-out losses
-        of two full runs; "branches": step, frozen layers, of how many, the lowest probability of the predictor in the prefix, loss;
-        "matched": share of the steps left out, loss; "cpu_seconds".
+        "losses": training losses, each the mean of _MEAN steps; "lr": the sums of the learning rates of these steps;
+        "full": held-out losses of two full runs; "branches": step, frozen layers, of how many, the lowest probability of
+        the predictor in the prefix, loss; "matched": share of the steps left out, loss; "cpu_seconds".
     """
     path = folder / f"{run.name}.json"
     if path.is_file():
@@ -146,13 +146,21 @@ class _Judge:
         infos = tuple(LayerInfo(name=x.name, kind=x.kind, numel=sum(p.numel() for p in x.params)) for x in layers)
         steps, spent = torch.tensor([s for s, _, _ in self._seen]), torch.tensor([lr for _, lr, _ in self._seen], dtype=torch.float64)
         ahead = torch.tensor([self._training.peak * schedule(run.optimizer, i / run.steps) for i in range(len(rates), run.steps)]).double()
+        windows = {}
+        for i, x in enumerate(infos):
+            windows[x.name] = Window(steps=steps, weights=torch.stack([w[i] for _, _, w in self._seen]), lr_spent=spent)
         view = View(
-            step=len(rates), total_steps=run.steps, lr_spent=sum(rates), lr_remaining=float(ahead.sum()), lr_ahead=ahead, layers=infos,
-            frozen=(), candidates=tuple(x.name for x in infos), window_size=_WINDOW,
-            windows={
-                x.name: Window(steps=steps, weights=torch.stack([w[i] for _, _, w in self._seen]), lr_spent=spent) for i, x in enumerate(infos)
-            },
-        )  # fmt: skip
+            step=len(rates),
+            total_steps=run.steps,
+            lr_spent=sum(rates),
+            lr_remaining=float(ahead.sum()),
+            lr_ahead=ahead,
+            layers=infos,
+            frozen=(),
+            candidates=tuple(x.name for x in infos),
+            window_size=_WINDOW,
+            windows=windows,
+        )
         batch = self._extractor.extract(view)
         found = dict(zip(batch.names, self._model.probabilities(batch).tolist(), strict=True))
         return list(_lowest([found.get(x.name) if x.kind == "block" else 1.0 for x in infos]))
