@@ -105,7 +105,7 @@ class AttentionSettings(Section):
     budget: float = setting(
         0.3,
         "a number in (0, 0.6]",
-        "Mode budget: share of the whole run's training FLOPs (forward and backward) to save.",
+        "Mode budget: share of the whole run's training FLOPs (forward and backward) to save at most.",
         gt=0,
         le=0.6,
     )

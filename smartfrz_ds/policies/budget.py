@@ -11,10 +11,10 @@ import torch
 
 from smartfrz_ds.model.flops import saved_fraction, step_flops
 from smartfrz_ds.model.view import View
+from smartfrz_ds.predictor.loss_curve import MIN_POINTS, LossCurve, cost_of_fewer_steps, cost_of_freezing, fit_loss_curve
 
 from .base import Decision, body, judges
 from .budget_solver import freezing_times, remaining_cost
-from .loss_curve import MIN_POINTS, LossCurve, cost_of_fewer_steps, cost_of_freezing, fit_loss_curve
 
 _TRUST = 0.5  # exponent on the odds of having converged: how far the predictor may move a layer away from the common freezing time
 _LIMIT = 2.0  # log odds are clipped at this distance from the median layer's
@@ -96,7 +96,7 @@ class Budget:
     At each freezing stage it computes the freezing times again from what is known by then (budget_solver.py), and
     freezes the layers that are due. It only freezes front layers, because only those shorten back-propagation. Where
     the losses of the run are known, it freezes no more than what is predicted to cost less than fewer steps would
-    (loss_curve.py).
+    (predictor/loss_curve.py).
 
     Args:
         share: Share of the whole run's training FLOPs to save, in (0, 0.6].

@@ -141,13 +141,13 @@ def test_no_freeze_that_costs_more_than_fewer_steps(monkeypatch: pytest.MonkeyPa
     for loss, words in [(None, "no loss was reported"), (falls, "worth freezing")]:
         saved, _, note = run(0.3, "cosine", lambda step, i: 0.0, loss=loss)
         assert saved == pytest.approx(0.3, abs=0.02) and (words in note or "budget: reached" in note)
-    monkeypatch.setattr("smartfrz_ds.policies.loss_curve.FREEZING", 1e4)  # freezing is always worse
+    monkeypatch.setattr("smartfrz_ds.predictor.loss_curve.FREEZING", 1e4)  # freezing is always worse
     saved, freezes, note = run(0.3, "cosine", lambda step, i: 0.0, loss=falls)
     assert saved == 0.0 and freezes == []
     assert (
         "nothing more freezes" in note and "0.000 of the budget of 0.3 are worth freezing" in note and "better saved by fewer steps" in note
     )
-    monkeypatch.setattr("smartfrz_ds.policies.loss_curve.FREEZING", 4.0)  # the same freeze is worth it late, not early
+    monkeypatch.setattr("smartfrz_ds.predictor.loss_curve.FREEZING", 4.0)  # the same freeze is worth it late, not early
     some, _, note = run(0.4, "linear", lambda step, i: 0.0, loss=lambda spent: 3 - spent / 200)
     assert 0.02 < some < 0.38 and "better saved by fewer steps" in note
 
