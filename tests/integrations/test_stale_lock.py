@@ -19,7 +19,10 @@ import deepspeed, torch, torch.distributed as dist
 import smartfrz_ds
 
 folder = pathlib.Path(os.environ["TORCH_EXTENSIONS_DIR"])
-first = (folder / "deepspeed_shm_comm" / "lock").exists()
+try:  # a lock without this text is that of the other rank, which may load the op already
+    first = (folder / "deepspeed_shm_comm" / "lock").read_text() == "stale"
+except FileNotFoundError:
+    first = False
 deepspeed.init_distributed()  # loads the communication op
 config = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
           "smartfrz": {"policy": "manual"}}
@@ -48,7 +51,7 @@ def test_a_start_with_a_stale_lock(tmp_path: Path) -> None:
         shutil.copytree(ops[0], folder / "deepspeed_shm_comm")
     (folder / "deepspeed_shm_comm").mkdir(parents=True, exist_ok=True)
     (folder / "deepspeed_shm_comm" / "lock").unlink(missing_ok=True)  # of somebody who builds now
-    (folder / "deepspeed_shm_comm" / "lock").touch()
+    (folder / "deepspeed_shm_comm" / "lock").write_text("stale")
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     port = free_port()
