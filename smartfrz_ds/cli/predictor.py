@@ -1,4 +1,4 @@
-"""The predictor's commands of `smartfrz`: collect, label, train-predictor, eval-predictor, calibrate."""
+"""The predictor's commands of `smartfrz`: collect, label, train-predictor, compare-costs, eval-predictor, calibrate."""
 
 from __future__ import annotations
 
@@ -102,6 +102,25 @@ def add_commands(app: typer.Typer, plain_errors: Callable[[], AbstractContextMan
             figures = train(out=out, seed=seed, quick=quick, cache=data, workers=workers, settings=settings)
         typer.echo(out.with_suffix(".md").read_text(encoding="utf-8"))
         typer.echo(f"written: {out}, threshold {figures['threshold']:.4f}")
+
+    @app.command()
+    def compare_costs(
+        out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the results, one small file per run; existing ones are kept.")],
+        runs: Annotated[int, typer.Option(min=2, max=96, help="Number of runs, nine branches and three matched runs each.")] = 48,
+        seed: _Seed = 0,
+    ) -> None:
+        """Compare what freezing a prefix costs with the same saving by fewer steps.
+
+        Trains small networks, branches and shorter runs, about 20 seconds of one core each, and prints how well predictor and loss curve
+        tell the costs.
+        """
+        with plain_errors():
+            from smartfrz_ds.predictor.recording.costs import collect_costs, cost_runs
+            from smartfrz_ds.predictor.training.cost_eval import cost_rows, cost_table
+
+            held = [collect_costs(run, out) for run in cost_runs(seed)[:runs]]
+        typer.echo(cost_table(cost_rows(held)))
+        typer.echo(f"{len(held)} runs, {sum(x['cpu_seconds'] for x in held) / 60:.1f} minutes of one core in total")
 
     @app.command()
     def eval_predictor(
