@@ -19,8 +19,8 @@ import deepspeed, torch, torch.distributed as dist
 import smartfrz_ds
 
 folder = pathlib.Path(os.environ["TORCH_EXTENSIONS_DIR"])
-try:  # a lock without this text is that of the other rank, which may load the op already
-    first = (folder / "deepspeed_shm_comm" / "lock").read_text() == "stale"
+try:  # a later lock is that of the other rank, which may load the op already
+    first = (folder / "deepspeed_shm_comm" / "lock").stat().st_mtime_ns == int(os.environ["STALE_SINCE"])
 except FileNotFoundError:
     first = False
 deepspeed.init_distributed()  # loads the communication op
@@ -51,11 +51,18 @@ def test_a_start_with_a_stale_lock(tmp_path: Path) -> None:
         shutil.copytree(ops[0], folder / "deepspeed_shm_comm")
     (folder / "deepspeed_shm_comm").mkdir(parents=True, exist_ok=True)
     (folder / "deepspeed_shm_comm" / "lock").unlink(missing_ok=True)  # of somebody who builds now
-    (folder / "deepspeed_shm_comm" / "lock").write_text("stale")
+    (folder / "deepspeed_shm_comm" / "lock").touch()
+    since = (folder / "deepspeed_shm_comm" / "lock").stat().st_mtime_ns
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     port = free_port()
-    own = {"TORCH_EXTENSIONS_DIR": str(folder), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    own = {
+        "TORCH_EXTENSIONS_DIR": str(folder),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "STALE_SINCE": str(since),
+    }
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "smartfrz_ds", str(script), str(tmp_path / "saw")],
