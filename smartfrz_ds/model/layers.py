@@ -53,6 +53,11 @@ class Layer:
     whole: nn.Module | None = None
 
     @property
+    def place(self) -> tuple[int, tuple[int, ...]] | None:
+        """In a pipeline: its first entry in the list of layers, and the bounds of the stages in that list. None elsewhere."""
+        return None
+
+    @property
     def numel(self) -> int:
         """Number of weights in `params`, whether partitioned by ZeRO-3 or not."""
         counted: tuple[object, int] | None = vars(self).get("_counted")

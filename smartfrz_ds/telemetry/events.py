@@ -111,6 +111,9 @@ class RunStart:
         total_steps: Length of the whole run in steps; None where unknown.
         dry_run: Whether the run only records decisions.
         first_stage: Step of the first freezing stage; None where no policy decides, or where it is unknown.
+        threshold: The policy's threshold, of the probability that it gives or of its own measure; None where it has none, or unknown.
+        entries: In a pipeline: for each layer, its first entry in the pipeline's list of layers. Empty without one.
+        bounds: In a pipeline: the bounds of its stages in that list, (stages + 1,). Empty without one.
         optimizer_bytes: As in `Status`, before the first step; None where unknown.
         gradient_bytes: As in `Status`, before the first step; None where unknown.
     """
@@ -128,6 +131,9 @@ class RunStart:
     total_steps: int | None = None
     dry_run: bool = False
     first_stage: int | None = None
+    threshold: float | None = None
+    entries: tuple[int, ...] = ()
+    bounds: tuple[int, ...] = ()
     optimizer_bytes: int | None = None
     gradient_bytes: int | None = None
 
@@ -143,6 +149,7 @@ class RunStart:
             TypeError, KeyError: `data` is not such a record.
         """
         lists = {name: tuple(data[name]) for name in ("layers", "kinds", "weights", "frozen")}
+        lists |= {name: tuple(data.get(name, ())) for name in ("entries", "bounds")}
         return cls(**{key: value for key, value in data.items() if key != "kind"} | lists)
 
 
@@ -204,40 +211,36 @@ def read_events(path: str | Path) -> list[FreezeEvent]:
 
     Args:
         path: The JSONL file.
-
-    Raises:
-        ValueError: As `read_log`.
     """
     return [record for record in read_log(path) if isinstance(record, FreezeEvent)]
 
 
 def read_log(path: str | Path) -> list[Record]:
-    """Read all records of a log, oldest first. A torn last line is skipped with a warning.
+    """Read all records of a log, oldest first. A torn last line and foreign or damaged lines are skipped with a warning.
 
     Args:
         path: The JSONL file.
-
-    Raises:
-        ValueError: A line other than the last is damaged; the message has its number.
     """
     data = Path(path).read_bytes()
     whole = whole_lines(data)
     if whole < len(data):
         warnings.warn(f"{path}: skipped the torn last line ({len(data) - whole} bytes)", RuntimeWarning, stacklevel=2)
-    records: list[Record] = []
-    for number, line in enumerate(data[:whole].splitlines(), start=1):
-        record = parse(line)
-        if record is None:
-            raise ValueError(f"{path}, line {number}: not a freeze event: {line[:80]!r}")
-        records.append(record)
-    return records
+    lines = data[:whole].splitlines()
+    parsed = [parse(line) for line in lines]
+    foreign = [i for i, record in enumerate(parsed) if record is None]
+    if foreign:
+        first = foreign[0]
+        text = f"skipped line {first + 1}, which is not a record of this package: {lines[first][:80]!r}"
+        more = f" ({len(foreign) - 1} more such lines)" if len(foreign) > 1 else ""
+        warnings.warn(f"{path}: {text}{more}", RuntimeWarning, stacklevel=2)
+    return [record for record in parsed if record is not None]
 
 
 def is_log(path: Path) -> bool:
-    """Whether a file begins like a log. Reads one line only."""
+    """Whether a record is among the first lines of a file. Reads 20 lines at most."""
     with path.open("rb") as file:
-        first = file.readline()
-    return (parse(first) is not None) if first.endswith(b"\n") else first.startswith(FIRST_BYTES)
+        first = [line for line in (file.readline() for _ in range(20)) if line]
+    return any((parse(line) is not None) if line.endswith(b"\n") else line.startswith(FIRST_BYTES) for line in first)
 
 
 def whole_lines(data: bytes) -> int:

@@ -87,6 +87,7 @@ class RecordedRun:
             policy=start.policy if start and start.policy else "policy",
             stages=stages,
             first_stage=start.first_stage if start else None,
+            threshold=start.threshold if start else None,
             total_steps=start.total_steps if start else None,
             dry_run=self.dry,
         )
@@ -142,12 +143,14 @@ def load_run(path: Path) -> RecordedRun:
     """Load the last run of a log. A resumed run is one run, without the steps that it repeated.
 
     Raises:
-        ValueError: The log is empty, or a line other than the last is damaged.
+        ValueError: The log has no record.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         records = read_log(path)
     notes = [str(w.message).removeprefix(f"{path}: ") for w in caught]
+    if not records and notes:
+        raise ValueError(f"{path}: no line of this file is a record of this package: {notes[0]}")
     if not records:
         raise ValueError(f"{path}: the log is empty: the run has not written a complete line yet")
     lines: list[Record] = []

@@ -30,7 +30,7 @@ def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
         The path of report.html, which does not need the PNGs.
 
     Raises:
-        ValueError: No log, several logs, an empty or a damaged one.
+        ValueError: No log, several logs, or one without a record.
         ModuleNotFoundError: matplotlib is not installed (extra "report").
     """
     log = find_log(Path(run_dir))

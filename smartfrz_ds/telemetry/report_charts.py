@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
@@ -16,7 +18,8 @@ from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from .words import size
+from .events import FreezeEvent, Status
+from .words import duration, size
 
 if TYPE_CHECKING:
     from .recorded_run import RecordedRun
@@ -25,7 +28,11 @@ if TYPE_CHECKING:
 INK, SOFT, LINE, ACTIVE, FROZEN, MARK, OWN = "#1c2330", "#5a6475", "#d8dde5", "#dbe4f0", "#2a6fbb", "#c2571a", "#b9bfc9"
 _VARIABLES = {INK: "ink", SOFT: "soft", LINE: "line", ACTIVE: "active", FROZEN: "frozen", MARK: "mark", OWN: "own"}
 _WIDTH = 9.0  # inches
+# Inches around the axes. They and the range of steps are the same in all charts of a page, so that a step has one place on the page.
+_RIGHT, _TOP, _BOTTOM, _LEGEND, _GAP, _LETTER, _NUMBERS = 0.85, 0.12, 0.55, 0.3, 0.22, 0.082, 0.95
+_BAR = (0.12, 0.12, 1.8)  # of the colour bar: distance from the axes, width, most height, in inches
 _LONGEST_NAME = 30  # letters
+_MOST_METRICS = 4
 _STYLE: Any = {
     "font.size": 9.5,
     "font.family": "DejaVu Sans",
@@ -63,8 +70,7 @@ class Chart:
 
 def charts(run: RecordedRun) -> list[Chart]:
     """Draw all charts for which the run's log has numbers."""
-    kinds = {e.kind for e in run.changes()}
-    marks = " Lines mark the freezes" * bool(kinds) + (" (dashed: thaws)." if "thaw" in kinds else "." if kinds else "")
+    marks = _told(run)
     made = [_frozen(run), _probabilities(run)]
     plots: list[tuple[str, str, str, Sequence[tuple[str, Callable[[Any], float | None]]], bool]] = [
         ("loss", "Loss", f"Mean over the steps since the previous point, over all ranks.{marks}", [("loss", lambda s: s.loss)], False),
@@ -93,12 +99,22 @@ def charts(run: RecordedRun) -> list[Chart]:
         (
             "savings",
             "Savings so far",
-            "Fraction of the training FLOPs so far that freezing saved. Hours: measured step times compared with the median step without "
+            "Fraction of the training FLOPs so far that freezing saved. Time: measured step times compared with the median step without "
             f"frozen layers, minus this package's own work and pauses.{marks}",
-            [("FLOPs saved, %", lambda s: 100 * s.saved_flops_fraction), ("hours saved", lambda s: s.hours_saved)],
+            [
+                ("FLOPs saved, %", lambda s: 100 * s.saved_flops_fraction),
+                ("time saved", lambda s: None if s.hours_saved is None else 3600 * s.hours_saved),
+            ],
             False,
         ),
-        ("learning-rate", "Learning rate", "The highest of the parameter groups.", [("learning rate", lambda s: s.lr)], True),
+        (
+            "metrics",
+            "Observed metrics",
+            f"The latest values passed to observe().{marks}",
+            [(name, functools.partial(_metric, name)) for name in _metrics(run)],
+            False,
+        ),
+        ("learning-rate", "Learning rate", f"The highest of the parameter groups.{marks}", [("learning rate", lambda s: s.lr)], True),
     ]
     made += [_lines(run, *plot) for plot in plots]
     return [chart for chart in made if chart is not None]
@@ -109,22 +125,24 @@ def _frozen(run: RecordedRun) -> Chart | None:
     if not names:
         return None
     with matplotlib.rc_context(_STYLE):
-        figure, ax = _rows(names)
-        end = max(run.last_step, 1)
+        figure, ax = _rows(run, names, legend=True)
+        end = _end(run)
         spans = run.frozen_spans()
         weights = dict(zip(names, run.starts[-1].weights, strict=True)) if run.starts else {}
         for row, name in enumerate(names):
             own = weights.get(name) == 0
             ax.broken_barh([(0, end)], (row - 0.4, 0.8), facecolor=OWN if own else ACTIVE)
             ax.broken_barh([(a, max(b - a, end / 400)) for a, b in spans.get(name, [])], (row - 0.4, 0.8), facecolor=FROZEN)
+        _marks(ax, run)
+        staged = _stages(ax, run)
+        signs = _signs(ax, run)
         for start in run.starts[1:]:
             ax.axvline(start.step, color=INK, linewidth=0.8, linestyle=":")
-        ax.set_xlim(0, end)
         word = "would be frozen" if run.dry else "frozen"
         handles = [matplotlib.patches.Patch(color=ACTIVE, label="trains"), matplotlib.patches.Patch(color=FROZEN, label=word)]
         if 0 in weights.values():
             handles.append(matplotlib.patches.Patch(color=OWN, label="frozen by the user, or without weights"))
-        figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False)
+        figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
         about = "Each row is a layer, the first at the top." + (
             " Dotted: the run was resumed, or returned to a checkpoint."
             if run.rollbacks
@@ -132,6 +150,7 @@ def _frozen(run: RecordedRun) -> Chart | None:
             if run.starts[1:]
             else ""
         )
+        about += _told(run) + " Black lines between rows: the borders of the pipeline's stages." * staged + signs
         return _chart("frozen", "Frozen layers", about, figure)
 
 
@@ -150,7 +169,7 @@ def _probabilities(run: RecordedRun) -> Chart | None:
     usual = float(np.median(np.diff(steps))) if len(steps) > 1 else max(1.0, steps[0] / 10)
     cells = [(max(left, step - 1.5 * usual), step) for left, step in zip([steps[0] - usual, *steps[:-1]], steps, strict=True)]
     with matplotlib.rc_context(_STYLE):
-        figure, ax = _rows(names)
+        figure, ax = _rows(run, names)
         # One hue with the probability as opacity, which is readable on light and dark pages.
         colors = ListedColormap([(*to_rgb(FROZEN), 0.1 + 0.9 * i / 255) for i in range(256)])
         edges = np.arange(len(names) + 1) - 0.5
@@ -158,10 +177,24 @@ def _probabilities(run: RecordedRun) -> Chart | None:
         for column, (left, right) in enumerate(cells):
             values = np.ma.masked_invalid(grid[:, column : column + 1])
             mesh = ax.pcolormesh([left, right], edges, values, cmap=colors, vmin=0, vmax=1, rasterized=True)
-        ax.set_xlim(0, max(run.last_step, steps[-1]))
-        bar = figure.colorbar(mesh, ax=ax, pad=0.015, aspect=max(10, 1.4 * len(names)), ticks=[0, 0.5, 1])
-        bar.outline.set_visible(False)
         about = "The policy's probability, at each freezing stage, that a layer has converged. Empty: not judged, or no longer."
+        box, (width, height) = ax.get_position(), figure.get_size_inches()
+        bar_height = min(_BAR[2] / height, box.height)
+        place = (box.x1 + _BAR[0] / width, box.y1 - bar_height, _BAR[1] / width, bar_height)
+        bar = figure.colorbar(mesh, cax=figure.add_axes(place), ticks=[0, 0.5, 1])
+        bar.outline.set_visible(False)
+        threshold = run.starts[-1].threshold if run.starts else None
+        if threshold is not None:
+            bar.ax.axhline(threshold, color=MARK, linewidth=1.6)
+            bar.set_ticks([tick for tick in (0, 0.5, 1) if abs(tick - threshold) > 0.12] + [threshold])
+            bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda p, _: f"{p:.3g}"))
+            reached = [
+                ((left + right) / 2, row) for i, (left, right) in enumerate(cells) for row in range(len(names)) if grid[row, i] >= threshold
+            ]
+            ax.scatter(*zip(*reached, strict=True), s=max(1.0, min(9.0, 700 / len(names))), color=MARK, zorder=3) if reached else None
+            about += f" Dots and the line in the scale: at least the threshold of {threshold:.3g}."
+        _marks(ax, run)
+        about += _told(run)
         return _chart("probabilities", "Probabilities", about, figure)
 
 
@@ -176,12 +209,9 @@ def _lines(
         return None
     steps = [s.step for s in run.statuses]
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 0.6 + 2.0 * len(values)), layout="constrained")
-        FigureCanvasAgg(figure)
-        panels = figure.subplots(len(values), 1, sharex=True, squeeze=False)[:, 0]
+        figure, panels = _figure(run, 1.85, count=len(values))
         for ax, (label, numbers) in zip(panels, values, strict=True):
-            for e in run.changes():
-                ax.axvline(e.step, color=MARK, linewidth=0.7, linestyle="-" if e.kind == "freeze" else "--")
+            _marks(ax, run)
             if label == "seconds":  # a median describes the steps before its point
                 ax.step([run.starts[0].step if run.starts else 0, *steps], [numbers[0], *numbers], where="pre", color=FROZEN, linewidth=1.6)
             elif label == "bytes":  # bytes are constant until something is frozen
@@ -193,7 +223,6 @@ def _lines(
                 ax.set_ylim(0, 1.08 * high or 1.0)
             elif high == low:
                 ax.set_ylim(low - 0.5, high + 0.5)
-            ax.set_xlim(0, max(run.last_step, 1))
             ax.grid(axis="y", linewidth=0.7)
             ax.set_axisbelow(True)
             ax.set_ylabel(label)
@@ -202,17 +231,93 @@ def _lines(
             if label == "bytes":
                 ax.set_ylabel("")
                 ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: size(y) if y else "0"))
-        _step_axis(panels[-1])
+            if label in ("seconds", "time saved"):
+                ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: duration(y) if y else "0"))
         return _chart(name, title, about, figure)
 
 
-def _rows(names: Sequence[str]) -> tuple[Figure, Any]:
+def _metrics(run: RecordedRun) -> list[str]:
+    """Names of the observed metrics, without a loss that has its own chart."""
+    named = dict.fromkeys(name for s in run.statuses for name in s.metrics)
+    return [name for name in named if name != "loss"][:_MOST_METRICS]
+
+
+def _metric(name: str, status: Status) -> float | None:
+    return status.metrics.get(name)
+
+
+def _told(run: RecordedRun) -> str:
+    """Describe the lines of `_marks`; empty where there are none."""
+    kinds = {e.kind for e in run.changes()}
+    return " Lines mark the freezes" * bool(kinds) + (" (dashed: thaws)." if "thaw" in kinds else "." if kinds else "")
+
+
+def _marks(ax: Any, run: RecordedRun) -> None:
+    for e in run.changes():
+        ax.axvline(e.step, color=MARK, linewidth=0.7, linestyle="-" if e.kind == "freeze" else "--")
+
+
+def _stages(ax: Any, run: RecordedRun) -> bool:
+    """Draw the borders of a pipeline's stages over the steps in which they were there. Returns whether there are any."""
+    if not run.starts or not run.starts[-1].bounds:
+        return False
+    entries = run.starts[-1].entries
+    cuts = [(r.step, r.bounds) for r in run.live if not isinstance(r, Status) and r.bounds]
+    for (step, bounds), (end, _) in pairwise([*cuts, (_end(run), ())]):
+        for border in bounds[1:-1]:
+            row = sum(entry < border for entry in entries) - 0.5
+            ax.plot([step, end], [row, row], color=INK, linewidth=1.4, solid_capstyle="butt", zorder=4)
+    return True
+
+
+def _signs(ax: Any, run: RecordedRun) -> str:
+    """Mark the guard's thaws and the prefix cache's events at the top of the chart, and describe the signs."""
+    events = [e for e in run.live if isinstance(e, FreezeEvent)]
+    guard = [e.step for e in events if e.kind == "thaw" and any(r.startswith("guard:") for r in e.reasons.values())]
+    cache = [e.step for e in events if e.kind == "cache"]
+    for steps, marker, color in ((guard, "X", MARK), (cache, "v", INK)):
+        ax.plot(steps, [-0.5] * len(steps), linestyle="", marker=marker, color=color, markersize=6, clip_on=False, zorder=5)
+    return " Crosses at the top: the guard thawed." * bool(
+        guard
+    ) + " Triangles: the prefix cache was set up, proven or left (see the table)." * bool(cache)
+
+
+def _end(run: RecordedRun) -> int:
+    """Last step of every chart's axis: of the run, or of a stage that a rollback has undone."""
+    return max(run.last_step, 1, *(e.step for e in run.events if e.probabilities))
+
+
+def _figure(run: RecordedRun, height: float, *, count: int = 1, top: float = _TOP) -> tuple[Figure, Sequence[Any]]:
+    """Make a figure whose axis of steps has the same place and range as in every other chart of the run.
+
+    Args:
+        run: The run.
+        height: Height of each panel, in inches.
+        count: Number of panels, one below the other.
+        top: Space above them, in inches.
+    """
+    whole = top + count * height + (count - 1) * _GAP + _BOTTOM
+    figure = Figure(figsize=(_WIDTH, whole))
+    FigureCanvasAgg(figure)
+    left = max(_NUMBERS, 0.15 + _LETTER * max((len(_short(name)) for name in run.layers), default=0))
+    panels = []
+    for i in range(count):
+        bottom = _BOTTOM + (count - 1 - i) * (height + _GAP)
+        ax = figure.add_axes((left / _WIDTH, bottom / whole, (_WIDTH - left - _RIGHT) / _WIDTH, height / whole))
+        ax.set_xlim(0, _end(run))
+        _step_axis(ax)
+        if i < count - 1:
+            ax.set_xlabel("")
+            ax.tick_params(labelbottom=False)
+        panels.append(ax)
+    return figure, panels
+
+
+def _rows(run: RecordedRun, names: Sequence[str], *, legend: bool = False) -> tuple[Figure, Any]:
     """Make a figure with one row per layer, the first at the top. With many layers only some are labelled."""
     count = len(names)
     row = min(0.24, max(0.17, 6 / count)) if count <= 80 else 14 / count  # inches
-    figure = Figure(figsize=(_WIDTH, 0.95 + row * max(count, 3)), layout="constrained")
-    FigureCanvasAgg(figure)
-    ax = figure.subplots()
+    figure, (ax,) = _figure(run, row * max(count, 3), top=_LEGEND + _TOP if legend else _TOP)
     every = max(1, math.ceil(0.165 / row))
     ax.set_yticks(range(0, count, every), [_short(name) for name in names[::every]])
     ax.set_ylim(max(count, 3) - 0.5, -0.5)
@@ -220,7 +325,6 @@ def _rows(names: Sequence[str]) -> tuple[Figure, Any]:
     ax.tick_params(axis="y", labelcolor=INK, labelsize=9)
     for side in ("left", "bottom"):
         ax.spines[side].set_visible(False)
-    _step_axis(ax)
     return figure, ax
 
 

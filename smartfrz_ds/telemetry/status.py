@@ -157,6 +157,7 @@ class RunStatus:
         )
 
     def _start(self, run: RunView) -> RunStart:
+        places = [place for layer in self._layers if (place := layer.place) is not None]
         sent = self._backend.reduced_bytes()
         held, handed, unknown = self._ranks.all_reduce_sum([self._backend.optimizer_bytes(), sent or 0, float(sent is None)])
         return RunStart(
@@ -173,6 +174,9 @@ class RunStatus:
             total_steps=run.total_steps,
             dry_run=run.config.dry_run,
             first_stage=run.first_stage,
+            threshold=run.threshold,
+            entries=tuple(entry for entry, _ in places),
+            bounds=places[0][1] if places else (),
             optimizer_bytes=int(held),
             gradient_bytes=None if unknown else int(handed),
         )

@@ -7,15 +7,17 @@ from collections.abc import Sequence
 
 def size(count: float) -> str:
     """Format a number of bytes."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if abs(count) >= scale:
             return f"{count / scale:.3g} {unit}".replace("-", "−")
     return f"{count:.0f} B"
 
 
 def duration(seconds: float) -> str:
-    """Format seconds, as milliseconds below one second."""
-    return f"{1000 * seconds:.3g} ms" if abs(seconds) < 1 else f"{seconds:.3g} s"
+    """Format seconds, as milliseconds below one second, as minutes from two minutes and as hours from two hours."""
+    units = (("h", 3600.0, 7200.0), ("min", 60.0, 120.0), ("s", 1.0, 1.0), ("ms", 1e-3, 0.0))
+    unit, scale = next((unit, scale) for unit, scale, least in units if abs(seconds) >= least)
+    return f"{seconds / scale:.3g} {unit}".replace("-", "−")
 
 
 def some(count: int, word: str) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from smartfrz_ds.telemetry import report_charts
 from smartfrz_ds.telemetry.event_log import EventLog
 from smartfrz_ds.telemetry.events import FreezeEvent, Record, RunStart, Status
 from smartfrz_ds.telemetry.recorded_run import find_log, load_run
@@ -309,12 +310,56 @@ def test_folders_without_a_log_or_with_several(tmp_path: Path) -> None:
         load_run(tmp_path / "empty.jsonl")
 
 
-def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
+def freeze_lines(svg: str) -> set[float]:
+    """Horizontal positions of the vertical lines in the colour of freezes, as shares of the picture's width."""
+    width = float(re.findall(r'viewBox="0 0 ([\d.]+)', svg)[0])
+    lines = re.findall(r'<path d="M ([\d.]+) [\d.]+ \nL \1 [\d.]+ \n" [^>]*stroke: var\(--mark\)', svg)
+    return {round(float(x) / width, 4) for x in lines}
+
+
+def test_a_freeze_has_one_place_in_all_charts(tmp_path: Path) -> None:
+    """Long names, few and many rows, one panel and two: the lines of the freezes continue from chart to chart."""
+    run = load_run(log_of(tmp_path, [start(blocks=30), *RUN[1:]]))
+    places = {chart.name: freeze_lines(chart.svg) for chart in report_charts.charts(run)}
+    assert set(places) == set(CHARTS)
+    steps = {e.step for e in run.changes()}
+    assert len(places["frozen"]) == len(steps) > 1
+    assert all(found == places["frozen"] for found in places.values()), places
+
+
+def test_stages_the_threshold_the_guard_the_cache_and_metrics_are_shown(tmp_path: Path) -> None:
+    pipeline = dataclasses.replace(start(), threshold=0.9, entries=(0, 1, 2, 3, 4, 5), bounds=(0, 3, 6))
+    names = pipeline.layers
+    records: list[Record] = [
+        pipeline,
+        FreezeEvent(kind="decision", step=10, probabilities={names[0]: 0.95, names[1]: 0.4}),
+        status(10, metrics={"val": 1.0}),
+        FreezeEvent(kind="freeze", step=20, layers=names[:2], frozen=names[:2], probabilities={names[0]: 0.95, names[1]: 0.97}),
+        FreezeEvent(kind="cache", step=21, frozen=names[:2], message="on"),
+        FreezeEvent(kind="rebalance", step=25, frozen=names[:2], bounds=(0, 4, 6), gain=1.2),
+        FreezeEvent(kind="thaw", step=28, layers=names[:2], reasons={names[0]: "guard: worse"}),
+        status(30, metrics={"val": 2.0}),
+    ]
+    charts = {chart.name: chart for chart in report_charts.charts(load_run(log_of(tmp_path, records)))}
+    frozen = charts["frozen"]
+    assert "borders of the pipeline's stages" in frozen.about and "Crosses" in frozen.about and "Triangles" in frozen.about
+    borders = re.findall(r'd="M ([\d.]+) ([\d.]+) \nL ([\d.]+) \2 \n" [^>]*stroke: var\(--ink\); stroke-width: 1.4', frozen.svg)
+    assert len(borders) == 2 and borders[0][2] == borders[1][0] and float(borders[0][1]) < float(borders[1][1]), borders
+    assert "threshold of 0.9" in charts["probabilities"].about and "val" in charts["metrics"].svg
+    assert charts["probabilities"].svg.count("<use") > 3  # the dots
+
+
+def test_foreign_lines_are_skipped_and_the_page_says_so(tmp_path: Path) -> None:
     path = log_of(tmp_path, RUN)
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join([*lines[:3], "nonsense\n", *lines[3:]]))
-    with pytest.raises(ValueError, match="line 4: not a freeze event"):
-        write_report(tmp_path)
+    whole = summary(load_run(path))
+    path.write_text("".join(["nonsense\n", *lines[:3], '{"kind": "melt"}\n', *lines[3:]]))
+    assert summary(load_run(path)) == whole
+    page = write_report(tmp_path).read_text()
+    assert "skipped line 1, which is not a record of this package" in page and "1 more such lines" in page
+    path.write_text("nonsense\n" * 3)
+    with pytest.raises(ValueError, match="no line of this file is a record"):
+        write_report(path)
 
 
 # ---- the browser

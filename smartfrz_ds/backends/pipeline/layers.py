@@ -59,6 +59,11 @@ class PipelineLayer(Layer):
         return self.total
 
     @property
+    def place(self) -> tuple[int, tuple[int, ...]]:
+        """Its first entry in the list of layers, and the current bounds of the stages in that list."""
+        return self.first, tuple(self.pipe.parts)
+
+    @property
     def modules(self) -> tuple[nn.Module, ...]:
         """The modules that this rank holds at present; a layer can move."""
         # On one stage a tied module belongs to the front layer alone: freezing acts on that layer's use of it.
