@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 from smartfrz_ds.planner.cached import CachedPhase, CacheUse
 from smartfrz_ds.planner.costs import Cluster, LayerCost, Link, estimate_costs, load_costs
 from smartfrz_ds.planner.cut import DoesNotFit
+from smartfrz_ds.planner.memory import least_limit
 from smartfrz_ds.planner.plan import Phase, PhasePlan, Plan, Step, freeze_plan
-from smartfrz_ds.planner.simulate import check_schedule
+from smartfrz_ds.planner.simulate import Schedule, check_schedule
+from smartfrz_ds.telemetry.words import some
 
-_TRAFFIC = ("idle", "to replicas", "between stages", "layers of the stages")
 _DEFAULT_FRACTIONS = "0.25,0.5,0.75"
 
 
@@ -68,7 +70,7 @@ def planned(
         between_replicas=link,
         gradient_bytes=element_bytes,
         weight_bytes=element_bytes,
-        state_bytes=12 if element_bytes < 4 else 8,  # fp32 weights have no separate master copy
+        state_bytes=8 if element_bytes >= 4 and not zero else 12,  # ZeRO keeps master weights for fp32 too
         overlap=overlap,
     )
     if schedule is not None:
@@ -94,8 +96,14 @@ def planned(
             cache=cache,
         )
     except DoesNotFit:
-        allowed = f"a number of GB that some partition of {len(costs)} layers into {stages} stages respects on every rank"
-        raise ValueError(f"--memory-limit: got {memory_limit:g}; allowed: {allowed}") from None
+        counts = {p.frozen for p in phases} | ({0} if parts is None else set())
+        kind: Schedule = "gpipe" if order == "gpipe" else "1f1b"
+        need = max(least_limit(costs, stages, micro_batches, count, cluster=cluster, schedule=kind) for count in counts) / 1e9
+        lacks = need - (memory_limit or 0.0)
+        raise ValueError(
+            f"--memory-limit: got {memory_limit:g}, which lacks {lacks:.3g} GB; allowed: at least {need:.4g} GB a rank, which the best "
+            f"partition of {len(costs)} layers into {some(stages, 'stage')} takes with {some(min(counts), 'layer')} frozen"
+        ) from None
 
 
 def parse_parts(text: str, layers: int, stages: int) -> list[int]:
@@ -135,32 +143,40 @@ def render(plan: Plan, *, of_run: bool) -> str:
         plan: The plan.
         of_run: Whether the phases make up a run; then the hours are included.
     """
-    whole = plan.unfrozen
+    whole, stages = plan.unfrozen, len(plan.unfrozen.parts) - 1
     with_cache = any(p.cached is not None for p in plan.phases)
-    rows = [["share", "frozen", "pruned", "", "rebalanced", "", *(["cached", ""] if with_cache else []), *_TRAFFIC]]
-    same = [_ms(whole.seconds), "1.00x"]
-    rows.append(["", "0", *same * (3 if with_cache else 2), *_traffic(whole)])
+    times = ["pruned", "rebalanced"] if stages > 1 else ["step"]
+    times += ["cached"] if with_cache else []
+    shown = [(label, of) for label, applies, of in _COLUMNS if applies(plan)]
+    rows = [["share", "frozen", *(cell for label in times for cell in (label, "")), *(label for label, _ in shown)]]
+    rows.append(["", "0", *[_ms(whole.seconds), "1.00x"] * len(times), *(of(whole) for _, of in shown)])
     for p in plan.phases:
-        seconds = [p.pruned.seconds, p.rebalanced.seconds, *([] if p.cached is None else [p.cached.seconds])]
+        seconds = [p.pruned.seconds, *([p.rebalanced.seconds] if stages > 1 else []), *([] if p.cached is None else [p.cached.seconds])]
         speeds = [x for s in seconds for x in (_ms(s), f"{whole.seconds / s if s else 1:.2f}x")]
-        rows.append([f"{p.share:.0%}" if of_run else "", str(p.frozen), *speeds, *_traffic(p.rebalanced)])
+        rows.append([f"{p.share:.0%}", str(p.frozen), *speeds, *(of(p.rebalanced) for _, of in shown)])
+    if not of_run:
+        rows = [row[1:] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    last = len(rows[0]) - 1
+    last = len(rows[0]) - 1 if stages > 1 else len(rows[0])
     lines = [
         "  ".join(cell.rjust(width) if i < last else cell for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows
     ]
     lines.append("")
-    lines.append(
-        "Times per optimizer step. To replicas: sent by the busiest rank; between stages: by all ranks of a pipeline; idle: share of time."
-    )
+    notes = ["Times per optimizer step"]
+    notes += ["to replicas: sent by the busiest rank"] if plan.ranks > stages else []
+    notes += ["between stages: by all ranks of a pipeline"] if stages > 1 else []
+    notes += ["idle: share of time"] if plan.ranks > 1 else []
+    notes += ["weights to memory: of the fullest rank" + (", rebalanced" if stages > 1 else "")] if whole.memory.total else []
+    lines.append("; ".join(notes) + ".")
     lines += [_cache_line(p, p.cached) for p in plan.phases if p.cached is not None and p.frozen]
     if of_run:
         hours = plan.hours
-        for label in ("pruned", "rebalanced", *(["cached"] if with_cache else [])):
-            saved = hours["unfrozen"] - hours[label]
+        for label in times:
+            planned_hours = hours["pruned" if label == "step" else label]
+            saved = hours["unfrozen"] - planned_hours
             share = saved / hours["unfrozen"] if hours["unfrozen"] else 0.0
             lines.append(
-                f"{label}: {hours[label]:.1f} of {hours['unfrozen']:.1f} hours for {plan.steps} steps, "
+                f"{'frozen' if label == 'step' else label}: {planned_hours:.1f} of {hours['unfrozen']:.1f} hours for {plan.steps} steps, "
                 f"saves {saved:.1f} h ({share:.0%}), {saved * plan.ranks:.0f} device hours on {plan.ranks} devices"
             )
     return "\n".join(line.rstrip() for line in lines)
@@ -201,10 +217,19 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.1f} ms" if seconds < 10 else f"{seconds:.2f} s"
 
 
-def _traffic(step: Step) -> list[str]:
-    layers = "+".join(str(b - a) for a, b in zip(step.parts, step.parts[1:], strict=False))
-    return [f"{step.idle:.0%}", _size(step.replica_bytes), _size(step.stage_bytes), layers]
-
-
 def _size(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+# Column, whether it applies to the plan, and its cell.
+_COLUMNS: tuple[tuple[str, Callable[[Plan], bool], Callable[[Step], str]], ...] = (
+    ("idle", lambda plan: plan.ranks > 1, lambda step: f"{step.idle:.0%}"),
+    ("weights", lambda plan: plan.unfrozen.memory.weights > 0, lambda step: _size(step.memory.weights)),
+    ("gradients", lambda plan: plan.unfrozen.memory.gradients > 0, lambda step: _size(step.memory.gradients)),
+    ("optimizer", lambda plan: plan.unfrozen.memory.optimizer > 0, lambda step: _size(step.memory.optimizer)),
+    ("activations", lambda plan: plan.unfrozen.memory.activations > 0, lambda step: _size(step.memory.activations)),
+    ("memory", lambda plan: plan.unfrozen.memory.total > 0, lambda step: _size(step.memory.total)),
+    ("to replicas", lambda plan: plan.ranks >= len(plan.unfrozen.parts), lambda step: _size(step.replica_bytes)),
+    ("between stages", lambda plan: len(plan.unfrozen.parts) > 2, lambda step: _size(step.stage_bytes)),
+    ("layers of the stages", lambda plan: len(plan.unfrozen.parts) > 2, lambda step: "+".join(str(b - a) for a, b in pairwise(step.parts))),
+)

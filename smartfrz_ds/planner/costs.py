@@ -182,12 +182,20 @@ class Cluster:
         Returns:
             Bytes of each layer on its rank, shared by the replicas as the ZeRO stage says.
         """
-        state, gradient, weight = (size / (self.replicas if self.zero >= z else 1) for size, z in self._held())
-        return [c.weights * (weight if i < frozen else weight + gradient + state) for i, c in enumerate(costs)]
+        return [sum(self.held_bytes(c.weights, 0 if i < frozen else c.weights)) for i, c in enumerate(costs)]
 
-    def _held(self) -> tuple[tuple[int, int], ...]:
-        """Return (bytes per element, ZeRO stage from which the replicas share them) of optimizer state, gradient and weight."""
-        return (self.state_bytes, 1), (self.gradient_bytes, 2), (self.weight_bytes, 3)
+    def held_bytes(self, weights: int, active: int) -> tuple[float, float, float]:
+        """Return the bytes of weights, gradients and optimizer state on a rank.
+
+        Args:
+            weights: Number of weights of its stage.
+            active: How many of them train.
+        """
+
+        def share(zero: int) -> int:
+            return self.replicas if self.zero >= zero else 1
+
+        return weights * self.weight_bytes / share(3), active * self.gradient_bytes / share(2), active * self.state_bytes / share(1)
 
     def exchange_seconds(self, traffic: Traffic, micro_batches: int, forward: float, backward: float) -> float:
         """Return the seconds by which traffic lengthens a step.

@@ -90,6 +90,11 @@ def best_cut(
     return list(search.best[-1])
 
 
+def micro_batches_held(stages: int, micro_batches: int, schedule: Schedule) -> list[int]:
+    """Return how many micro-batches' activations each stage keeps at once."""
+    return [micro_batches if schedule == "gpipe" else min(stages - s, micro_batches) for s in range(stages)]
+
+
 class _Room:
     """The memory limits of the stages."""
 
@@ -115,7 +120,7 @@ class _Room:
         self._limits = limits
         self._memory = prefix_sums([math.ceil(v) for v in memory or [0] * layers])
         self._activations = prefix_sums([0 if i < frozen else math.ceil(v) for i, v in enumerate(activations or [0] * layers)])
-        self._held = [micro_batches if schedule == "gpipe" else min(stages - s, micro_batches) for s in range(stages)]
+        self._held = micro_batches_held(stages, micro_batches, schedule)
 
     def holds(self, stage: int, first: int, end: int) -> bool:
         """Return whether layers first … end - 1 fit on a stage."""

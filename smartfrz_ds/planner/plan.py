@@ -10,6 +10,7 @@ from typing import Any
 from .cached import CachedPhase, CacheUse, cached_phase
 from .costs import Cluster, LayerCost
 from .cut import best_cut
+from .memory import Memory, rank_memory
 from .simulate import Schedule, Timeline, check_parts, simulate
 
 
@@ -36,6 +37,7 @@ class Step:
         idle: Share of the stages' time without computation, in [0, 1].
         replica_bytes: Bytes that a rank sends to the other replicas of its stage, in the stage that sends most.
         stage_bytes: Bytes sent between stages, over all of one pipeline.
+        memory: Memory of a rank of the fullest stage.
     """
 
     parts: tuple[int, ...]
@@ -43,6 +45,7 @@ class Step:
     idle: float
     replica_bytes: float
     stage_bytes: int
+    memory: Memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +157,8 @@ def freeze_plan(
 
     def step(bounds: Sequence[int], frozen: int) -> Step:
         time = simulate(costs, bounds, micro_batches, frozen, schedule=schedule, cluster=cluster)
-        return _step(costs, bounds, micro_batches, frozen, cluster, time)
+        ranks = rank_memory(costs, bounds, micro_batches, frozen, cluster=cluster, schedule=schedule)
+        return _step(costs, bounds, micro_batches, frozen, cluster, time, max(ranks, key=lambda m: m.total))
 
     first = list(parts) if parts is not None else cut(0, None)
     check_parts(first, len(costs))
@@ -171,7 +175,9 @@ def freeze_plan(
     return Plan(unfrozen=step(first, 0), phases=tuple(planned), steps=steps, ranks=stages * cluster.replicas)
 
 
-def _step(costs: Sequence[LayerCost], parts: Sequence[int], micro_batches: int, frozen: int, cluster: Cluster, time: Timeline) -> Step:
+def _step(
+    costs: Sequence[LayerCost], parts: Sequence[int], micro_batches: int, frozen: int, cluster: Cluster, time: Timeline, memory: Memory
+) -> Step:
     busiest, between = 0.0, 0
     for a, b in itertools.pairwise(parts):
         still = max(a, min(b, frozen))
@@ -181,4 +187,4 @@ def _step(costs: Sequence[LayerCost], parts: Sequence[int], micro_batches: int, 
         if b < len(costs):
             # the gradient crosses a bound only if something in front of it trains
             between += costs[b - 1].output_bytes * micro_batches * (2 if b > frozen else 1)
-    return Step(parts=tuple(parts), seconds=time.makespan, idle=time.idle, replica_bytes=busiest, stage_bytes=between)
+    return Step(parts=tuple(parts), seconds=time.makespan, idle=time.idle, replica_bytes=busiest, stage_bytes=between, memory=memory)

@@ -10,6 +10,8 @@ import pytest
 from helpers import run_worker
 from reference.bounds import rounding
 
+from smartfrz_ds.planner import Cluster, LayerCost
+from smartfrz_ds.planner.memory import rank_memory
 from smartfrz_ds.telemetry.events import FreezeEvent, RunStart, Status, read_log
 
 pytestmark = pytest.mark.distributed(2)
@@ -44,6 +46,20 @@ def test_status_says_what_the_ranks_did(ran: Path, name: str) -> None:
     assert before.gradient_bytes is not None and after.gradient_bytes is not None and after.gradient_bytes < 0.7 * before.gradient_bytes
     assert (before.saved_flops_fraction, before.hours_saved is not None) == (0.0, True)
     assert 0 < statuses[1].saved_flops_fraction < after.saved_flops_fraction < 0.5
+
+
+@pytest.mark.parametrize(("name", "zero", "state_bytes"), [("z0-fp32", 0, 8), ("z1-fp32", 1, 12), ("z2-bf16", 2, 12), ("z3-fp32", 3, 12)])
+def test_the_planned_memory_is_what_the_ranks_hold(ran: Path, name: str, zero: int, state_bytes: int) -> None:
+    """`smartfrz plan`'s optimizer column against the live tensors of both ranks, before and after the freeze of the front layers."""
+    start, *rest = read_log(ran / f"{name}.jsonl")
+    assert isinstance(start, RunStart)
+    costs = [LayerCost(forward=0, backward_input=0, backward_weight=0, weights=count) for count in start.weights]
+    cluster = Cluster(replicas=start.ranks, zero=zero, state_bytes=state_bytes)
+    for record in (record for record in rest if isinstance(record, Status)):
+        (rank,) = rank_memory(costs, [0, len(costs)], 1, len(record.frozen), cluster=cluster)
+        planned = start.ranks * rank.optimizer
+        # The partitions have padding, and a step count for each tensor.
+        assert planned <= record.optimizer_bytes <= 1.02 * planned + 2048, (name, record.step)
 
 
 def test_csv_monitor_of_a_real_engine_gets_the_status(ran: Path) -> None:

@@ -425,5 +425,6 @@ def test_without_matplotlib_one_line_says_what_to_install(tmp_path: Path) -> Non
         "sys.meta_path.insert(0, Hide())\n"
     )
     command = [str(Path(sys.executable).with_name("smartfrz")), "report", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(hidden)}, check=False)
+    paths = os.pathsep.join([str(hidden), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}, check=False)
     assert done.returncode == 2 and done.stderr.splitlines()[-1] == "error: matplotlib is missing: pip install 'smartfrz_ds[report]'"
