@@ -378,16 +378,28 @@ def bench_pipeline(
 
 @bench.command("cache")
 def bench_cache(
-    blocks: Annotated[str, typer.Option(help="Comma-separated numbers of frozen blocks of the six.")] = "3,4,5",
-    rows: Annotated[int, typer.Option(help="Rows of an epoch.")] = 96,
-    epochs: Annotated[int, typer.Option(help="Number of epochs.")] = 3,
-    out: Annotated[Path, typer.Option(file_okay=False, help="Results folder.")] = Path("bench-cache"),
+    net: Annotated[list[str] | None, typer.Option(help="Only this network: minilm, mlp; gpt with --trainings. Repeatable.")] = None,
+    engine: Annotated[list[str] | None, typer.Option(help="Only this engine: one, ddp, z1, z2, z3 or fsdp2. Repeatable.")] = None,
+    frozen: Annotated[str, typer.Option(help="Comma-separated fractions of the blocks that are frozen.")] = "1/2,3/4,5/6",
+    params: Annotated[float, typer.Option(help="Size of the network mlp in millions of weights.")] = 38.0,
+    epochs: Annotated[int, typer.Option(help="Number of epochs.")] = 4,
+    trainings: Annotated[bool, typer.Option("--trainings", help="Whole trainings instead, with the matched one.")] = False,
+    seeds: Annotated[int, typer.Option(help="Number of seeds with --trainings.")] = 2,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Results folder; existing results are not measured again.")] = Path(
+        "bench-cache"
+    ),
 ) -> None:
-    """Measure the prefix cache: steps of MiniLM-L6 with nothing frozen, a frozen prefix, and the cache, in one process."""
+    """Measure the prefix cache: steps with nothing frozen, a frozen prefix, and the cache, on each engine."""
     with _plain_errors("bench"):
-        from smartfrz_ds.bench.cache import bench_cache as measure
+        from smartfrz_ds.bench.cache import cells
+        from smartfrz_ds.bench.cache.command import bench_cache as measure
+        from smartfrz_ds.bench.cache.trainings import TASKS, bench_trainings
 
-        text = measure(out, blocks=_counts("--blocks", blocks), rows=rows, epochs=epochs)
+        if trainings:
+            text = bench_trainings(out, tasks=net or list(TASKS), seeds=seeds)
+        else:
+            nets, engines = net or list(cells.BLOCKS), engine or list(cells.RANKS)
+            text = measure(out, nets=nets, engines=engines, frozen=frozen.split(","), params=params, epochs=epochs)
     typer.echo(text)
 
 

@@ -66,7 +66,7 @@ def run(job: Job, cache_dir: Path) -> Result:
     report = controller.report()
     assert report.step == task.steps, (report.step, task.steps)
     full_flops, flops = controller.state_dict()["flops"]
-    metric, loss = _evaluate(engine, training)
+    metric, loss = evaluate(engine, training)
     return {
         "metric": metric,
         "loss": loss,
@@ -155,7 +155,7 @@ def _groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def _evaluate(engine: Any, training: Training) -> tuple[float, float]:
+def evaluate(engine: Any, training: Training) -> tuple[float, float]:
     """Accuracy and mean loss on held-out data."""
     engine.eval()
     scores = [training.objective.score(engine, _on(engine.device, batch)) for batch in training.held_out]

@@ -1,0 +1,1 @@
+"""`smartfrz bench cache`: steps and whole trainings with the prefix cache, on real engines."""
