@@ -104,7 +104,7 @@ class Copy:
     def hits(self) -> int:
         """Forwards of this rank that skipped the frozen layers."""
         watch = self.controller._cache
-        return 0 if watch is None else int(watch._numbers()[1])
+        return 0 if watch is None else int(watch.numbers()[1])
 
     def close(self) -> None:
         """End the run."""

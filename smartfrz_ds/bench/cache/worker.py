@@ -37,9 +37,14 @@ def measure(name: str, settings: Settings) -> dict[str, Any]:
     for kind in COPIES[::-1]:
         torch.manual_seed(0)
         model, data = network(cell.net, rows, settings["length"], settings["params"])
-        # The copies take turns, so the time between two steps of one says nothing about its gain: nothing is turned off for it.
-        cache = {"mode": "auto" if kind == "cached" else "off", "min_gain": 1.0, "memory": "1GiB"}
-        copies[kind] = Copy(cell.engine, model, LR[cell.net], {"policy": "manual", "cache": cache})
+        # Not "auto": where copies take turns, the time between two steps of one says nothing about its gain.
+        cache = {"mode": "on" if kind == "cached" else "off", "memory": "1GiB"}
+        try:
+            copies[kind] = Copy(cell.engine, model, LR[cell.net], {"policy": "manual", "cache": cache})
+        except ValueError as error:
+            if kind != "cached":
+                raise
+            return result | {"reason": str(error)}
         controller = copies[kind].controller
         if controller.report().cache_note.startswith("off: "):
             return result | {"reason": controller.report().cache_note}
