@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -97,8 +98,15 @@ class Copy:
         return taken
 
     def weights(self) -> list[Tensor]:
-        """Return this rank's part of all weights."""
-        return [self.controller.backend.stored(p).detach() for p in self.model.parameters()]
+        """Return all weights: whole under ZeRO-3, whose shards end with memory that is never written, and this rank's part elsewhere.
+
+        Collective.
+        """
+        params = list(self.model.parameters())
+        if all(hasattr(p, "ds_id") for p in params):
+            with deepspeed.zero.GatheredParameters(params):
+                return [p.detach().clone() for p in params]
+        return [self.controller.backend.stored(p).detach() for p in params]
 
     @property
     def hits(self) -> int:
