@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from smartfrz_ds.backends.memory import storage_bytes
 from smartfrz_ds.bench.wire import CollectiveBytes
+from smartfrz_ds.telemetry.words import matched_steps
 
 _UNFROZEN = ("none", "matched")
 
@@ -54,7 +55,7 @@ class Result:
     @property
     def matched_steps(self) -> int:
         """Steps of training without freezing that cost the arithmetic of this run."""
-        return max(1, round(self.steps * (1 - self.saved_flops_fraction)))
+        return matched_steps(self.steps, self.saved_flops_fraction)
 
     def usual(self, name: str) -> list[list[float]]:
         """Return the values of a series up to the first change of the layout, and those after the last one.

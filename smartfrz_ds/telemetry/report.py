@@ -14,7 +14,7 @@ from statistics import median
 
 from .events import WEIGHTS_ONLY, FreezeEvent, RunStart, Status
 from .recorded_run import RecordedRun, find_log, load_run
-from .words import duration, layer_names, size, some
+from .words import duration, layer_names, matched, size, some
 
 MOST_ROWS = 400  # of the table of events
 
@@ -111,7 +111,8 @@ def _loaded(load: FreezeEvent, order: Sequence[str]) -> str:
 
 def _savings(run: RecordedRun) -> str:
     last = run.statuses[-1]
-    text = f"{100 * last.saved_flops_fraction:.1f} % of the training FLOPs so far were saved"
+    share = last.saved_flops_fraction
+    text = f"{100 * share:.1f} % of the training FLOPs so far were saved ({matched(last.step, share)})"
     if last.hours_saved is None:
         return text + "; the time saved is unknown, because no step without frozen layers was timed."
     hours = last.hours_saved

@@ -17,7 +17,7 @@ from .events import FreezeEvent
 from .outcome import Stages, outcome
 from .run_log import RunLog
 from .voice import Voice, event_text, start_text
-from .words import layer_names, some
+from .words import layer_names, matched, some
 
 
 class RunView(Protocol):
@@ -184,7 +184,8 @@ class Speaker:
             return
         self._ended = True
         of = f" of {run.total_steps:,}" if run.total_steps else ""
-        saved = f"; {100 * self._saved():.1f} % of the training FLOPs saved" if run.frozen else ""
+        share = self._saved()
+        saved = f"; {100 * share:.1f} % of the training FLOPs saved: {matched(run.step, share)}" if run.frozen else ""
         self._voice.say(f"end at step {run.step:,}{of}: {self.outcome()}{saved}")
 
     def __del__(self) -> None:

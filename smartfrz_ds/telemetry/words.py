@@ -20,6 +20,21 @@ def duration(seconds: float) -> str:
     return f"{seconds / scale:.3g} {unit}".replace("-", "−")
 
 
+def matched_steps(steps: int, saved: float) -> int:
+    """Return the length of the matched run: full training, its schedule shortened, that costs what the run did.
+
+    Args:
+        steps: Length of the run, >= 1.
+        saved: Fraction of its cost that freezing saved, in [0, 1].
+    """
+    return max(1, min(steps, round(steps * (1 - saved))))
+
+
+def matched(steps: int, saved: float) -> str:
+    """Format a saving with the matched run beside it, which is what the saving has to be better than."""
+    return f"a full run of {matched_steps(steps, saved):,} of {steps:,} steps costs the same"
+
+
 def some(count: int, word: str) -> str:
     """Format a count with its noun: "1 layer", "2 layers".
 

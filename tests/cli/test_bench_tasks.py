@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from importlib.util import find_spec
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from smartfrz_ds.bench.policies.command import bench_policies
 from smartfrz_ds.bench.policies.files import POLICIES_FILE, TaskFile, find_tasks, read_policies
 from smartfrz_ds.bench.policies.runs import Job, plan_runs
 from smartfrz_ds.bench.policies.setups import data
@@ -166,3 +168,22 @@ def test_the_results_in_the_repository_are_what_their_names_say() -> None:
         job = Job.from_json(content["job"])
         assert job.name == f"{file.parent.name}/{file.stem}" and job.to_json() == content["job"]
         assert {"metric", "loss", "saved", "flops", "full_flops"} <= set(content["result"]) and content["versions"]["deepspeed"]
+
+
+def test_the_numbers_of_the_docs_are_those_of_the_results(tmp_path: Path) -> None:
+    """The table of `auto` by task, on the page of the benchmark and where the docs say when freezing is worth it."""
+    docs = Path(__file__).parents[2] / "docs"
+    shutil.copytree(docs / "policy-bench" / "runs", tmp_path / "runs")
+    tables = bench_policies(tmp_path, run=False).replace("-", "−")
+    names, cells = (
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in tables[tables.index("| metric better |") - len("| setting ") :].splitlines()
+        if line.startswith(("| setting", "| `attention` one"))
+    )
+    page, worth = (docs / "policy-bench.md").read_text(), (docs / "when-is-it-worth-it.md").read_text()
+    for name, cell in list(zip(names, cells, strict=True))[5:]:
+        metric, loss = cell.partition(" (")[0].split(" / ")
+        (row,) = (line for line in page.splitlines() if line.startswith(f"| `{name.replace('−', '-')}` |") and line.endswith(f"| {loss} |"))
+        assert f"| {metric} |" in row, (row, metric)
+        told = [line for line in worth.splitlines() if f"`{name.replace('−', '-')}`" in line and line.startswith("| ") and "%" in line]
+        assert not told or metric.lstrip("+−").partition(" ")[0] in told[0], (told, metric)

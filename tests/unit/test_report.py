@@ -22,6 +22,7 @@ from smartfrz_ds.telemetry.event_log import EventLog
 from smartfrz_ds.telemetry.events import FreezeEvent, Record, RunStart, Status
 from smartfrz_ds.telemetry.recorded_run import find_log, load_run
 from smartfrz_ds.telemetry.report import summary, write_report
+from smartfrz_ds.telemetry.words import matched, matched_steps
 
 pytest.importorskip("matplotlib")
 CHARTS = ("frozen", "probabilities", "loss", "step-time", "optimizer", "gradients", "savings", "learning-rate")
@@ -156,7 +157,7 @@ def test_words_at_the_top(tmp_path: Path) -> None:
         "At step 100 of 100, 2 of 6 layers are frozen: embeddings, blocks.0.",
         "What froze, or why not: froze embeddings, blocks.0 at step 40, blocks.1 at step 70; 1 thaw, 1 of them by the guard; 2 of 6 layers "
         "frozen now: embeddings, blocks.0.",
-        "8.3 % of the training FLOPs so far were saved, and an estimated 11.6 s of time.",
+        "8.3 % of the training FLOPs so far were saved (a full run of 92 of 100 steps costs the same), and an estimated 11.6 s of time.",
         "Optimizer memory over all ranks: 6 MB → 4 MB (−33 %); gradients sent per step: 1.5 MB → 1 MB (−33 %).",
         "A step took 500 ms → 417 ms (−17 %) (medians, before the first freeze and last).",
         "2 freezes and 1 thaw stopped training for 400 ms in total, 200 ms at most.",
@@ -428,3 +429,8 @@ def test_without_matplotlib_one_line_says_what_to_install(tmp_path: Path) -> Non
     paths = os.pathsep.join([str(hidden), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}, check=False)
     assert done.returncode == 2 and done.stderr.splitlines()[-1] == "error: matplotlib is missing: pip install 'smartfrz_ds[report]'"
+
+
+def test_the_matched_run_beside_a_saving() -> None:
+    assert [matched_steps(300, saved) for saved in (0.0, 0.152, 0.9999, 1.0)] == [300, 254, 1, 1]
+    assert matched(12_000, 0.25) == "a full run of 9,000 of 12,000 steps costs the same"
