@@ -13,7 +13,7 @@ from smartfrz_ds.planner.cut import DoesNotFit
 from smartfrz_ds.planner.memory import least_limit
 from smartfrz_ds.planner.plan import Phase, PhasePlan, Plan, Step, freeze_plan
 from smartfrz_ds.planner.simulate import Schedule, check_schedule
-from smartfrz_ds.telemetry.words import some
+from smartfrz_ds.telemetry.words import matched, some
 
 _DEFAULT_FRACTIONS = "0.25,0.5,0.75"
 
@@ -177,7 +177,8 @@ def render(plan: Plan, *, of_run: bool) -> str:
             share = saved / hours["unfrozen"] if hours["unfrozen"] else 0.0
             lines.append(
                 f"{'frozen' if label == 'step' else label}: {planned_hours:.1f} of {hours['unfrozen']:.1f} hours for {plan.steps} steps, "
-                f"saves {saved:.1f} h ({share:.0%}), {saved * plan.ranks:.0f} device hours on {plan.ranks} devices"
+                f"saves {saved:.1f} h ({share:.0%}), {saved * plan.ranks:.0f} device hours on {plan.ranks} devices; "
+                f"{matched(plan.steps, share)}"
             )
     return "\n".join(line.rstrip() for line in lines)
 
