@@ -292,6 +292,14 @@ def parts(folder: Path, stage: int) -> dict[str, Any]:
     return out
 
 
+def settled(log: Path) -> str:
+    """Read the log while rank 0 does not write to it: a line that crosses a page of the file is seen in parts by others."""
+    dist.barrier()
+    text = log.read_text()
+    dist.barrier()
+    return text
+
+
 def policy(folder: Path) -> dict[str, Any]:
     """A policy with a history and a log: decisions, windows and log lines after a resume are those of the straight run."""
     settings = {
@@ -316,14 +324,14 @@ def policy(folder: Path) -> dict[str, Any]:
             saved.update(state=engine.smartfrz.state_dict())
 
     train(engine, cell, 0, 20, save=save)
-    log = (folder / "log.jsonl").read_text()
+    log = settled(folder / "log.jsonl")
     end = engine.smartfrz.state_dict()
     engine.smartfrz.release()  # as the end of its process does: else the other engine gets a log of its own
     other = engine_for(cell, moved())[0]
     other.load_checkpoint(str(folder))
     at = other.smartfrz.state_dict()
     train(other, cell, 9, 10)
-    cut = (folder / "log.jsonl").read_text()  # at the first step
+    cut = settled(folder / "log.jsonl")  # at the first step
     train(other, cell, 10, 20)
     again = other.smartfrz.state_dict()
 
@@ -347,7 +355,7 @@ def policy(folder: Path) -> dict[str, Any]:
         "history": len(at["history"]),
         "end": strip(again) == strip(end),
         "cut": lines(cut),
-        "log": [lines(log), lines((folder / "log.jsonl").read_text())],
+        "log": [lines(log), lines(settled(folder / "log.jsonl"))],
         "events": [[e.kind, e.step] for e in other.smartfrz.report().events],
     }
 
