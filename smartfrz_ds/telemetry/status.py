@@ -176,7 +176,7 @@ class RunStatus:
             first_stage=run.first_stage,
             threshold=run.threshold,
             entries=tuple(entry for entry, _ in places),
-            bounds=tuple(int(bound) for bound in places[0][1]) if places else (),  # a method of the user's may give NumPy's numbers
+            bounds=places[0][1] if places else (),
             optimizer_bytes=int(held),
             gradient_bytes=None if unknown else int(handed),
         )

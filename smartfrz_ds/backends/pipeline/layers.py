@@ -61,7 +61,7 @@ class PipelineLayer(Layer):
     @property
     def place(self) -> tuple[int, tuple[int, ...]]:
         """Its first entry in the list of layers, and the current bounds of the stages in that list."""
-        return self.first, tuple(self.pipe.parts)
+        return self.first, tuple(int(bound) for bound in self.pipe.parts)  # a partition method may give NumPy's numbers
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
